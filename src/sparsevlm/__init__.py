@@ -1,0 +1,1 @@
+"""Training-free visual token pruning for Hugging Face vision-language models."""
