@@ -1,0 +1,221 @@
+"""Every option of the pruning, checked in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+RATER_MODES = ("attention", "embedding")
+MERGES = ("mean", "sum")
+SCHEDULES = ("geometric", "single")
+
+# Tokens that leave each target layer, recycled ones included, per 576 visual tokens (the authors' code, v1.5 lists:
+# kept 300/200/110, 303/110/36 and 66/30/17, plus the clusters that its recycling adds).
+_PAPER_OUTPUTS = {
+    "paper-192": (309, 204, 113),
+    "paper-128": (312, 117, 39),
+    "paper-64": (82, 32, 18),
+}
+_PAPER_N_VISUAL = 576
+PRESETS = tuple(_PAPER_OUTPUTS)
+
+
+@dataclass(frozen=True)
+class SparseVLMConfig:
+    """Options of :func:`sparsevlm.apply_sparsevlm`; immutable, validated on construction.
+
+    Parameters
+    ----------
+    n_vis : int, optional
+        Expected number of visual tokens of a sample: a hint that is checked against the inputs, never trusted.
+    target_layers : sequence of int, optional
+        Decoder layers on whose output tokens are dropped. ``None``: every 4th layer from layer 2.
+    min_keep : int
+        Never fewer visual tokens than this, recycled ones included.
+    tau : float
+        Fraction of the dropped tokens that is recycled, in [0, 1] (paper, section 3.3).
+    theta : float
+        Clusters per recycled token, in [0, 1] (paper, section 3.3).
+    keep : int, float, or sequence of them, optional
+        Budget: visual tokens of a sample averaged over all decoder layers, counted at each layer's input, recycled
+        tokens included. An ``int`` is a number of tokens, a ``float`` in (0, 1] a fraction; a sequence gives one
+        budget per sample of the batch. ``None``: the rank of the rater attention decides.
+    selector : str or object
+        Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``.
+    raters : {"attention", "embedding"}
+        How text raters are chosen: by visual attention at the target layer, or once by embedding similarity (paper).
+    recycle : bool
+        Whether the best of the dropped tokens are merged into a few recycled ones.
+    merge : {"mean", "sum"}
+        How a cluster is merged. The paper sums; the mean keeps the norm of a hidden state.
+    schedule : {"geometric", "single"} or sequence of int or float, optional
+        How ``keep`` is spread over the target layers, or an explicit list: tokens (int) or fraction of the visual
+        tokens (float) that leave each target layer. ``None``: the selector's own default.
+    rank_lambda : float
+        λ of N = λ (L_v − rank), in [0, 1].
+    rank_tolerance : float or "machine"
+        Share ε of the spectral energy that the rank may leave out; ``"machine"`` is the numerical rank.
+    strict : bool
+        Raise, instead of warn and clamp, where a budget cannot hold for one sample.
+    seed : int
+        Seed of selectors that draw at random.
+    """
+
+    n_vis: int | None = None
+    target_layers: Sequence[int] | None = None
+    min_keep: int = 32
+    tau: float = 0.5
+    theta: float = 0.5
+    keep: Any = None
+    selector: Any = "sparsevlm"
+    raters: str = "attention"
+    recycle: bool = True
+    merge: str = "mean"
+    schedule: Any = None
+    rank_lambda: float = 0.5
+    rank_tolerance: float | str = 0.01
+    strict: bool = False
+    seed: int = 0
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.preset is not None:
+            self._apply_preset(self.preset)
+        if self.n_vis is not None:
+            _check_int("n_vis", self.n_vis, 0)
+        _check_int("min_keep", self.min_keep, 1)
+        _check_int("seed", self.seed, 0)
+        for name in ("tau", "theta", "rank_lambda"):
+            _check_unit_interval(name, getattr(self, name))
+        _check_choice("raters", self.raters, RATER_MODES)
+        _check_choice("merge", self.merge, MERGES)
+        for name in ("recycle", "strict"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        self._check_target_layers()
+        self._check_keep()
+        self._check_schedule()
+        self._check_rank_tolerance()
+        if not isinstance(self.selector, str) and not callable(getattr(self.selector, "select", None)):
+            raise TypeError(
+                f"selector must be a name or an object with select(context, n_keep), got {self.selector!r}."
+            )
+
+    def replace(self, **changes: Any) -> SparseVLMConfig:
+        """Return a copy with some options changed.
+
+        Raises
+        ------
+        TypeError
+            If an option does not exist; the message lists those that do.
+        """
+        known = {f.name for f in dataclasses.fields(self)}
+        if unknown := sorted(set(changes) - known):
+            raise TypeError(f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known))}.")
+        if changes.get("keep") is not None and "schedule" not in changes and not isinstance(self.schedule, str):
+            changes["schedule"] = None  # an explicit list is itself a budget: the new one takes its place
+        if "preset" not in changes:
+            changes["preset"] = None  # already applied to the fields that are copied
+        return dataclasses.replace(self, **changes)
+
+    def _apply_preset(self, preset: str) -> None:
+        _check_choice("preset", preset, PRESETS)
+        if self.keep is not None or self.schedule is not None:
+            raise ValueError(f"preset={preset!r} is itself a budget: leave keep and schedule unset.")
+        values = {
+            "target_layers": (2, 6, 15),
+            "tau": 0.3,
+            "theta": 0.1,
+            "merge": "mean",
+            "schedule": tuple(count / _PAPER_N_VISUAL for count in _PAPER_OUTPUTS[preset]),
+            "min_keep": 1,
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def _check_target_layers(self) -> None:
+        if self.target_layers is None:
+            return
+        layers = self.target_layers
+        if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
+            raise ValueError(f"target_layers must be a non-empty sequence of layer indices or None, got {layers!r}.")
+        for layer in layers:
+            _check_int("target_layers", layer, 0)
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"target_layers holds a layer twice: {tuple(layers)}.")
+        object.__setattr__(self, "target_layers", tuple(sorted(int(layer) for layer in layers)))
+
+    def _check_keep(self) -> None:
+        if self.keep is None:
+            return
+        if isinstance(self.keep, Sequence) and not isinstance(self.keep, (str, bytes)):
+            if not self.keep:
+                raise ValueError("keep is an empty sequence; give one budget per sample.")
+            object.__setattr__(self, "keep", tuple(_checked_budget("keep", value) for value in self.keep))
+        else:
+            object.__setattr__(self, "keep", _checked_budget("keep", self.keep))
+
+    def _check_schedule(self) -> None:
+        if self.schedule is None:
+            return
+        if isinstance(self.schedule, str):
+            _check_choice("schedule", self.schedule, SCHEDULES)
+            return
+        if not isinstance(self.schedule, Sequence) or not self.schedule:
+            raise ValueError(
+                f"schedule must be one of {SCHEDULES} or a list with one count per target layer, got {self.schedule!r}."
+            )
+        counts = tuple(_checked_budget("schedule", value) for value in self.schedule)
+        if self.keep is not None:
+            raise ValueError("an explicit schedule is itself a budget: leave keep unset, or name a schedule.")
+        if self.target_layers is not None and len(self.target_layers) != len(counts):
+            raise ValueError(f"schedule has {len(counts)} counts for {len(self.target_layers)} target layers.")
+        if len({isinstance(count, int) for count in counts}) > 1:
+            raise ValueError(f"schedule mixes token counts and fractions: {counts}.")
+        if any(later > earlier for earlier, later in itertools.pairwise(counts)):
+            raise ValueError(f"schedule grows from one target layer to the next: {counts}.")
+        object.__setattr__(self, "schedule", counts)
+
+    def _check_rank_tolerance(self) -> None:
+        if isinstance(self.rank_tolerance, str):
+            _check_choice("rank_tolerance", self.rank_tolerance, ("machine",))
+        elif not isinstance(self.rank_tolerance, Real) or not 0.0 < self.rank_tolerance < 1.0:
+            raise ValueError(f"rank_tolerance must be in (0, 1) or 'machine', got {self.rank_tolerance!r}.")
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def _check_unit_interval(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number in [0, 1], got {value!r}.")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {value}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _checked_budget(name: str, value: Any) -> int | float:
+    """Return a budget as a plain ``int`` (tokens, at least 1) or ``float`` (fraction in (0, 1])."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number of tokens (int) or a fraction (float), got {value!r}.")
+    if isinstance(value, Integral):
+        if value < 1:
+            raise ValueError(f"{name} as a number of tokens must be at least 1, got {value}.")
+        return int(value)
+    if not 0.0 < value <= 1.0:
+        raise ValueError(
+            f"{name} as a fraction must be in (0, 1], got {value}; for a number of tokens pass an int."
+        )
+    return float(value)

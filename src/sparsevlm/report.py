@@ -1,0 +1,367 @@
+"""What one request did: counts per layer, reasons, cost and time; printable, exportable, summable."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What happened to one sample at one target layer.
+
+    Attributes
+    ----------
+    layer : int
+        Target layer; its output was pruned. ``-1``: before the decoder.
+    n_in, n_kept, n_recycled : int
+        Visual tokens before, kept as they were, and merged from dropped ones; ``n_kept + n_recycled`` went on.
+    rank : int or None
+        Rank of the rater attention, where the rank decided the count.
+    raters : tuple of int
+        Prompt positions of the text tokens that voted.
+    kept, recycled : tuple of int
+        Indices among the sample's visual tokens; a recycled one is the centre of its cluster.
+    skipped_because : str or None
+        Why nothing was dropped here.
+    """
+
+    layer: int
+    n_in: int
+    n_kept: int
+    n_recycled: int
+    rank: int | None = None
+    raters: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()
+    recycled: tuple[int, ...] = ()
+    skipped_because: str | None = None
+
+
+@dataclass(frozen=True)
+class SampleReport:
+    """One sample of the batch.
+
+    Attributes
+    ----------
+    n_visual, n_text : int
+        Visual tokens of the sample and its other (unpadded) tokens.
+    layer_tokens : tuple of int
+        Visual tokens at each decoder layer's input.
+    final_tokens : int
+        Visual tokens that left the last layer.
+    visual_positions : tuple of int
+        Prompt positions of the visual tokens, padding included.
+    grids : tuple of (t, h, w)
+        Merged grid of each image or video, in prompt order.
+    budget : float or None
+        Requested average of visual tokens over layer inputs.
+    budget_clamped : str or None
+        Why the budget could not hold for this sample and what was done.
+    stages : tuple of StageReport
+    """
+
+    n_visual: int
+    n_text: int
+    layer_tokens: tuple[int, ...]
+    final_tokens: int
+    visual_positions: tuple[int, ...] = ()
+    grids: tuple[tuple[int, int, int], ...] = ()
+    budget: float | None = None
+    budget_clamped: str | None = None
+    stages: tuple[StageReport, ...] = ()
+
+    @property
+    def average_in(self) -> float:
+        """Visual tokens averaged over layer inputs: what is really computed."""
+        return sum(self.layer_tokens) / len(self.layer_tokens)
+
+    @property
+    def average_out(self) -> float:
+        """Visual tokens averaged over layer outputs: the count of the paper's tables."""
+        return (sum(self.layer_tokens[1:]) + self.final_tokens) / len(self.layer_tokens)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Dense and sparse figures of one quantity."""
+
+    dense: float
+    sparse: float
+
+    @property
+    def ratio(self) -> float:
+        """Sparse over dense; 1.0 where the dense figure is zero."""
+        return self.sparse / self.dense if self.dense else 1.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.dense + other.dense, self.sparse + other.sparse)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last request of a model under SparseVLM.
+
+    Attributes
+    ----------
+    model, selector : str
+    path, path_reason : str
+        Which implementation ran (``"plain"``) and why.
+    skipped_because : str or None
+        Why the request as a whole was left dense.
+    samples : tuple of SampleReport
+    flops : Cost
+        Estimated FLOPs of the decoder's prefill (projections, MLP, attention), head and vision tower excluded.
+    kv_bytes : Cost
+        Bytes of the cached keys and values after prefill, fillers included.
+    kv_note : str or None
+        Where the cache keeps dropped tokens' memory (static buffers), it is said here.
+    wall_ms : dict
+        ``vision``, ``prefill`` (decoder), ``decode`` and ``pruning`` (within prefill, host time) in milliseconds.
+    decode_steps : int
+    logit_positions : tuple of tuple of int
+        Prompt position of each row that left the decoder (-1: a filler), per sample, where rows were dropped.
+    """
+
+    model: str
+    selector: str
+    path: str
+    path_reason: str
+    skipped_because: str | None
+    samples: tuple[SampleReport, ...]
+    flops: Cost
+    kv_bytes: Cost
+    kv_note: str | None = None
+    wall_ms: dict[str, float] = field(default_factory=dict)
+    decode_steps: int = 0
+    logit_positions: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def average_in(self) -> float:
+        """Visual tokens per sample averaged over layer inputs and samples."""
+        return _mean([sample.average_in for sample in self.samples])
+
+    @property
+    def average_out(self) -> float:
+        """Visual tokens per sample averaged over layer outputs and samples."""
+        return _mean([sample.average_out for sample in self.samples])
+
+    @property
+    def n_visual(self) -> float:
+        """Visual tokens per sample in the input."""
+        return _mean([sample.n_visual for sample in self.samples])
+
+    @property
+    def final_tokens(self) -> float:
+        """Visual tokens per sample that left the last layer."""
+        return _mean([sample.final_tokens for sample in self.samples])
+
+    @property
+    def budget_clamped(self) -> bool:
+        """Whether the budget could not hold for some sample."""
+        return any(sample.budget_clamped for sample in self.samples)
+
+    def layer_rows(self) -> list[dict[str, Any]]:
+        """One row per decoder layer: visual tokens in, kept, recycled (means over samples) and skip reasons."""
+        if not self.samples:
+            return []
+        rows = []
+        by_layer = [{stage.layer: stage for stage in sample.stages} for sample in self.samples]
+        first = -1 if any(-1 in stages for stages in by_layer) else 0
+        for layer in range(first, len(self.samples[0].layer_tokens)):
+            stages = [found[layer] for found in by_layer if layer in found]
+            row: dict[str, Any] = {"layer": layer, "target": bool(stages)}
+            if layer >= 0:
+                row["visual_in"] = _mean([sample.layer_tokens[layer] for sample in self.samples])
+            else:
+                row["visual_in"] = self.n_visual
+            row["kept"] = _mean([stage.n_kept for stage in stages]) if stages else row["visual_in"]
+            row["recycled"] = _mean([stage.n_recycled for stage in stages]) if stages else 0.0
+            reasons = {stage.skipped_because for stage in stages if stage.skipped_because}
+            row["skipped_because"] = "; ".join(sorted(reasons)) or None
+            rows.append(row)
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python values, the averages and layer rows included."""
+        data = dataclasses.asdict(self)
+        for sample, plain in zip(self.samples, data["samples"], strict=True):
+            plain["average_in"], plain["average_out"] = sample.average_in, sample.average_out
+        data.update(
+            version=REPORT_VERSION,
+            average_in=self.average_in,
+            average_out=self.average_out,
+            n_visual=self.n_visual,
+            final_tokens=self.final_tokens,
+            budget_clamped=self.budget_clamped,
+            layers=self.layer_rows(),
+        )
+        return data
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the report as JSON text, written to ``path`` as well where one is given."""
+        text = json.dumps(self.to_dict(), indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Report:
+        """Rebuild a report from :meth:`to_dict`.
+
+        Raises
+        ------
+        ValueError
+            If ``data`` is no report of this version.
+        """
+        if not isinstance(data, dict) or data.get("version") != REPORT_VERSION:
+            found = data.get("version") if isinstance(data, dict) else type(data).__name__
+            raise ValueError(f"not a sparsevlm report of version {REPORT_VERSION} (got {found!r}).")
+        try:
+            samples = tuple(_sample_from_dict(sample) for sample in data["samples"])
+            values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
+            values.update(
+                samples=samples,
+                flops=Cost(**data["flops"]),
+                kv_bytes=Cost(**data["kv_bytes"]),
+                logit_positions=tuple(tuple(row) for row in data["logit_positions"]),
+            )
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a damaged sparsevlm report: {error}.") from error
+        return cls(**values)
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> Report:
+        """Read a report that :meth:`to_json` wrote."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not a JSON file: {error}.") from error
+        return cls.from_dict(data)
+
+    def total(self) -> ReportTotal:
+        """The summable part of this report."""
+        return ReportTotal(
+            n_requests=1,
+            n_samples=len(self.samples),
+            visual_tokens=sum(sample.n_visual for sample in self.samples),
+            average_in_sum=sum(sample.average_in for sample in self.samples),
+            average_out_sum=sum(sample.average_out for sample in self.samples),
+            flops=self.flops,
+            kv_bytes=self.kv_bytes,
+            wall_ms=dict(self.wall_ms),
+            decode_steps=self.decode_steps,
+            n_skipped=int(self.skipped_because is not None),
+            n_clamped=int(self.budget_clamped),
+        )
+
+    def __add__(self, other: Report | ReportTotal) -> ReportTotal:
+        return self.total() + other
+
+    def __radd__(self, other: int) -> ReportTotal:
+        return self.total().__radd__(other)
+
+    def __str__(self) -> str:
+        return "\n".join([*_table(self.layer_rows()), "", *_summary_lines(self)])
+
+
+@dataclass(frozen=True)
+class ReportTotal:
+    """Sums over many requests; made by adding reports (``sum(reports)``)."""
+
+    n_requests: int
+    n_samples: int
+    visual_tokens: int
+    average_in_sum: float
+    average_out_sum: float
+    flops: Cost
+    kv_bytes: Cost
+    wall_ms: dict[str, float]
+    decode_steps: int
+    n_skipped: int
+    n_clamped: int
+
+    @property
+    def average_in(self) -> float:
+        """Visual tokens per sample averaged over layer inputs."""
+        return self.average_in_sum / max(self.n_samples, 1)
+
+    @property
+    def average_out(self) -> float:
+        """Visual tokens per sample averaged over layer outputs."""
+        return self.average_out_sum / max(self.n_samples, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python values."""
+        return {**dataclasses.asdict(self), "average_in": self.average_in, "average_out": self.average_out}
+
+    def __add__(self, other: Report | ReportTotal) -> ReportTotal:
+        if isinstance(other, Report):
+            other = other.total()
+        if not isinstance(other, ReportTotal):
+            return NotImplemented
+        values: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name == "wall_ms":
+                values[f.name] = {key: mine.get(key, 0.0) + theirs.get(key, 0.0) for key in {**mine, **theirs}}
+            else:
+                values[f.name] = mine + theirs
+        return ReportTotal(**values)
+
+    def __radd__(self, other: int) -> ReportTotal:
+        if other != 0:
+            return NotImplemented
+        return self
+
+
+def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
+    values = {f.name: data[f.name] for f in dataclasses.fields(SampleReport)}
+    values["stages"] = tuple(
+        StageReport(**{key: tuple(value) if isinstance(value, list) else value for key, value in stage.items()})
+        for stage in data["stages"]
+    )
+    values["grids"] = tuple(tuple(grid) for grid in data["grids"])
+    for name in ("layer_tokens", "visual_positions"):
+        values[name] = tuple(data[name])
+    return SampleReport(**values)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    lines = [f"{'layer':>5}  {'visual in':>9}  {'kept':>7}  {'recycled':>8}  note"]
+    for row in rows:
+        note = "" if not row["target"] else (row["skipped_because"] or "pruned")
+        counts = f"{row['visual_in']:>9.1f}  {row['kept']:>7.1f}  {row['recycled']:>8.1f}"
+        lines.append(f"{row['layer']:>5}  {counts}  {note}".rstrip())
+    return lines
+
+
+def _summary_lines(report: Report) -> list[str]:
+    lines = [f"{report.model}: selector {report.selector}, path {report.path} ({report.path_reason})"]
+    if report.skipped_because:
+        lines.append(f"nothing pruned: {report.skipped_because}")
+    if report.samples:
+        lines.append(
+            f"visual tokens per sample: {report.n_visual:.1f} in, average {report.average_in:.1f} (layer inputs), "
+            f"{report.average_out:.1f} (layer outputs), {report.final_tokens:.1f} at the end"
+        )
+    lines.append(
+        f"decoder prefill: {report.flops.sparse / 1e9:.2f} of {report.flops.dense / 1e9:.2f} GFLOP (estimate); "
+        f"KV cache: {report.kv_bytes.sparse / 1e6:.2f} of {report.kv_bytes.dense / 1e6:.2f} MB"
+    )
+    if report.kv_note:
+        lines.append(report.kv_note)
+    if report.wall_ms:
+        phases = ", ".join(f"{phase} {value:.1f} ms" for phase, value in report.wall_ms.items())
+        lines.append(f"wall: {phases} ({report.decode_steps} decode steps)")
+    lines.extend(sample.budget_clamped for sample in report.samples if sample.budget_clamped)
+    return lines
