@@ -1,0 +1,162 @@
+"""How many visual tokens leave each target layer: the planner for fixed budgets and the rank rule."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .recycle import count_clusters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts for one sample.
+
+    Attributes
+    ----------
+    counts : tuple of int
+        Visual tokens that leave each target layer, recycled ones included.
+    budget : float or None
+        The requested average over layer inputs, in tokens.
+    clamped : str or None
+        Why the request could not hold and what was done instead.
+    """
+
+    counts: tuple[int, ...]
+    budget: float | None = None
+    clamped: str | None = None
+
+
+def layer_tokens(n_visual: int, counts: Sequence[int], target_layers: Sequence[int], n_layers: int) -> list[int]:
+    """Visual tokens at the input of each of ``n_layers`` decoder layers."""
+    tokens = [n_visual] * n_layers
+    for target, count in zip(target_layers, counts, strict=True):
+        tokens[target + 1 :] = [count] * (n_layers - target - 1)
+    return tokens
+
+
+def feasible_keep(
+    target_layers: Sequence[int], n_layers: int, n_visual: int | None = None, min_keep: int = 1
+) -> tuple[float, float]:
+    """Smallest and largest ``keep`` fraction that the target layers allow.
+
+    The layers up to the first target always see everything, the others at least ``min_keep`` tokens (for an unknown
+    ``n_visual`` that part is taken as zero: the bound holds for any image).
+    """
+    dense = (target_layers[0] + 1) / n_layers
+    floor = 0.0 if n_visual is None else min(min_keep / max(n_visual, 1), 1.0)
+    return dense + (1.0 - dense) * floor, 1.0
+
+
+def plan_budget(
+    keep: int | float, schedule: str, n_visual: int, target_layers: Sequence[int], n_layers: int, min_keep: int
+) -> Plan:
+    """Counts whose average over layer inputs is as near to ``keep`` as whole tokens allow, never above it.
+
+    ``"geometric"``: the same ratio at every target layer, down to ``min_keep``; ``"single"``: one cut after the
+    first target layer. A budget below what the layers and ``min_keep`` allow is clamped to the least they allow, one
+    above the number of tokens to all of them.
+
+    Parameters
+    ----------
+    keep : int or float
+        Tokens, or a fraction of ``n_visual``.
+    schedule : {"geometric", "single"}
+    n_visual : int
+    target_layers : sequence of int
+        Sorted; -1 stands for "before the decoder".
+    n_layers : int
+    min_keep : int
+
+    Returns
+    -------
+    Plan
+    """
+    budget = float(keep) if isinstance(keep, int) else keep * n_visual
+    floor = min(min_keep, n_visual)
+    n_targets = len(target_layers)
+    if budget >= n_visual:
+        clamped = None
+        if isinstance(keep, int) and keep > n_visual:
+            clamped = f"keep={keep} is more than the {n_visual} visual tokens of this sample: all are kept"
+        return Plan((n_visual,) * n_targets, budget, clamped)
+    least = sum(layer_tokens(n_visual, (floor,) * n_targets, target_layers, n_layers)) / n_layers
+    if budget < least:
+        clamped = (
+            f"keep={keep} ({budget:.1f} of {n_visual} visual tokens on average) is less than target layers "
+            f"{tuple(target_layers)} and min_keep={min_keep} allow: {least:.1f} used"
+        )
+        return Plan((floor,) * n_targets, budget, clamped)
+    total = int(budget * n_layers + 1e-6)
+    spans = [
+        after - before
+        for before, after in itertools.pairwise([*(target + 1 for target in target_layers), n_layers])
+    ]
+    free = total - (target_layers[0] + 1) * n_visual
+    if schedule == "single":
+        count = max(floor, min(n_visual, free // sum(spans)))
+        return Plan((count,) * n_targets, budget)
+    return Plan(_geometric(n_visual, floor, spans, free), budget)
+
+
+def _geometric(n_visual: int, floor: int, spans: list[int], free: int) -> tuple[int, ...]:
+    """Largest geometric counts whose span-weighted sum stays within ``free`` tokens; the remainder goes to the
+    earliest stages that can still take a token."""
+
+    def counts_at(ratio: float) -> list[int]:
+        return [max(floor, int(n_visual * ratio**power)) for power in range(1, len(spans) + 1)]
+
+    def cost(counts: list[int]) -> int:
+        return sum(span * count for span, count in zip(spans, counts, strict=True))
+
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(counts_at(middle)) <= free else (low, middle)
+    counts = counts_at(low)
+    left = free - cost(counts)
+    for stage, span in enumerate(spans):
+        above = n_visual if stage == 0 else counts[stage - 1]
+        extra = min(left // span, above - counts[stage], 1)
+        counts[stage] += extra
+        left -= extra * span
+    return tuple(counts)
+
+
+def plan_schedule(schedule: Sequence[int | float], n_visual: int, n_targets: int, min_keep: int) -> Plan:
+    """Counts of an explicit schedule: tokens (int) or fractions of ``n_visual`` (float), at least ``min_keep``."""
+    if len(schedule) != n_targets:
+        raise ValueError(f"schedule has {len(schedule)} counts for {n_targets} target layers.")
+    floor = min(min_keep, n_visual)
+    wanted = [count if isinstance(count, int) else round(count * n_visual) for count in schedule]
+    counts = tuple(min(n_visual, max(floor, count)) for count in wanted)
+    clamped = None
+    if any(count < floor for count in wanted):
+        clamped = f"schedule {tuple(schedule)} goes below min_keep={min_keep} for {n_visual} visual tokens: {counts} used"
+    elif any(count > n_visual for count in wanted):
+        clamped = f"schedule {tuple(schedule)} asks for more than the {n_visual} visual tokens: {counts} used"
+    return Plan(counts, None, clamped)
+
+
+def rank_adaptive_count(
+    n_visual: int, rank: int, rank_lambda: float, tau: float, theta: float, recycle: bool, min_keep: int
+) -> tuple[int, int]:
+    """Tokens that leave the layer when N = λ(L_v − rank) are dropped (paper, equation 6), and how many are clusters.
+
+    τ and θ bind in full: L_r = ⌊τN⌋ of the dropped are recycled into C = ⌊θL_r⌋. Where the outcome would fall below
+    ``min_keep``, N is the largest that keeps it.
+
+    Returns
+    -------
+    n_out, n_clusters : int
+        ``n_out`` counts the clusters.
+    """
+    n_prune = max(0, int(rank_lambda * (n_visual - rank) + 1e-9))
+
+    def clusters(n: int) -> int:
+        return count_clusters(n, tau, theta)[1] if recycle else 0
+
+    while n_prune and n_visual - n_prune + clusters(n_prune) < min_keep:
+        n_prune -= 1
+    return n_visual - n_prune + clusters(n_prune), clusters(n_prune)

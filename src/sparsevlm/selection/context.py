@@ -1,0 +1,193 @@
+"""What a selector is given and what it gives back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..config import SCHEDULES, SparseVLMConfig
+
+BEFORE_DECODER = "before_decoder"
+TARGET_LAYERS = "target_layers"
+PLACEMENTS = (BEFORE_DECODER, TARGET_LAYERS)
+NEEDS = ("features", "text_features", "rater_attention", "previous_hidden_states")
+
+
+@dataclass(frozen=True)
+class SelectionContext:
+    """One sample at one target layer. Only what the selector ``needs`` is filled in, the rest is ``None``.
+
+    Attributes
+    ----------
+    layer : int
+        Target layer, or ``-1`` before the decoder.
+    sample : int
+        Index of the sample in the batch.
+    config : SparseVLMConfig
+    hidden_states : Tensor of shape (n_visual, hidden_size)
+        Visual rows of the target layer's output (of the input embeddings before the decoder).
+    coordinates : Tensor of shape (3, n_visual), int64
+        M-RoPE coordinates (time, height, width) of the visual tokens.
+    indices : Tensor of shape (n_visual,), int64
+        Index of each row among all visual tokens of the sample, before any pruning.
+    features : Tensor of shape (n_visual, hidden_size), optional
+        Visual rows of the decoder's input embeddings.
+    text_features : Tensor of shape (n_text, hidden_size), optional
+        Input embeddings of the text rows that may vote.
+    rater_attention : Tensor of shape (n_raters, n_visual), float32, optional
+        Post-softmax attention of the raters, mean over heads.
+    previous_hidden_states : Tensor of shape (n_visual, hidden_size), optional
+        Visual rows of the target layer's input.
+    n_clusters : int, optional
+        How many of the kept rows have to be clusters of dropped ones; ``None`` leaves it to the selector. Only given
+        to selectors that declare ``recycles``.
+    """
+
+    layer: int
+    sample: int
+    config: SparseVLMConfig
+    hidden_states: Tensor
+    coordinates: Tensor
+    indices: Tensor
+    features: Tensor | None = None
+    text_features: Tensor | None = None
+    rater_attention: Tensor | None = None
+    previous_hidden_states: Tensor | None = None
+    n_clusters: int | None = None
+
+    @property
+    def n_visual(self) -> int:
+        """Visual tokens that reached this layer."""
+        return self.hidden_states.shape[0]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome for one sample.
+
+    Attributes
+    ----------
+    keep_idx : Tensor of shape (n_keep,), int64
+        Rows that go on, sorted, recycled ones included.
+    merge_target : Tensor of shape (n_visual,), int64, optional
+        Row of ``keep_idx`` (as an index into the visual rows) that each row is merged into, -1 for rows that are
+        dropped for good. A kept row's target is itself.
+    weight : Tensor of shape (n_visual,), float32, optional
+        Weight of each row in its target: ``h'[j] = Σ_{i: merge_target[i] = j} weight[i] h[i]``. Given with
+        ``merge_target``.
+    recycled_idx : Tensor of shape (n_recycled,), int64, optional
+        The part of ``keep_idx`` that stands for merged dropped tokens (for the report).
+    """
+
+    keep_idx: Tensor
+    merge_target: Tensor | None = None
+    weight: Tensor | None = None
+    recycled_idx: Tensor | None = None
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """A selection method. Optional attributes and their defaults: ``name`` (the class name), ``placement``
+    (``"target_layers"``), ``needs`` (``()``, out of :data:`NEEDS`), ``default_schedule`` (``"geometric"``),
+    ``recycles`` (``False``)."""
+
+    def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
+        """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""
+        ...
+
+
+@dataclass(frozen=True)
+class SelectorTraits:
+    """The declared attributes of a selector, checked."""
+
+    name: str
+    placement: str
+    needs: frozenset[str]
+    default_schedule: str
+    recycles: bool
+
+    @classmethod
+    def of(cls, selector: Any) -> SelectorTraits:
+        """Read and check what ``selector`` declares.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If an attribute is not what the protocol allows.
+        """
+        name = getattr(selector, "name", None) or type(selector).__name__
+        placement = getattr(selector, "placement", TARGET_LAYERS)
+        if placement not in PLACEMENTS:
+            raise ValueError(f"selector {name!r}: placement must be one of {PLACEMENTS}, got {placement!r}.")
+        declared = getattr(selector, "needs", ())
+        if isinstance(declared, str):
+            raise TypeError(f"selector {name!r}: needs must be a collection of names, got the string {declared!r}.")
+        needs = frozenset(declared)
+        if unknown := needs - set(NEEDS):
+            raise ValueError(
+                f"selector {name!r} needs {', '.join(sorted(unknown))}, which is not provided; "
+                f"provided are {', '.join(NEEDS)}."
+            )
+        if placement == BEFORE_DECODER and (late := needs & {"rater_attention", "previous_hidden_states"}):
+            raise ValueError(f"selector {name!r} runs before the decoder, where {', '.join(sorted(late))} do not exist.")
+        schedule = getattr(selector, "default_schedule", "geometric")
+        if schedule not in SCHEDULES:
+            raise ValueError(f"selector {name!r}: default_schedule must be one of {SCHEDULES}, got {schedule!r}.")
+        return cls(str(name), placement, needs, schedule, bool(getattr(selector, "recycles", False)))
+
+
+def checked_selection(result: Any, n_visual: int, n_keep: int, name: str, device: torch.device) -> Selection:
+    """Check what a selector returned and complete the shorthand.
+
+    Raises
+    ------
+    TypeError
+        If it is neither a :class:`Selection` nor an index tensor.
+    ValueError
+        If indices are duplicated, unsorted, out of range or of the wrong number, or merges are ill-formed.
+    """
+    selection = result if isinstance(result, Selection) else Selection(keep_idx=result)
+    keep_idx = selection.keep_idx
+    if not isinstance(keep_idx, Tensor) or keep_idx.dtype.is_floating_point or keep_idx.dtype == torch.bool:
+        raise TypeError(f"selector {name!r} must return a Selection or a tensor of whole indices, got {result!r}.")
+    keep_idx = keep_idx.to(device=device, dtype=torch.long)
+    if keep_idx.ndim != 1 or keep_idx.shape[0] != n_keep:
+        raise ValueError(f"selector {name!r} returned indices of shape {tuple(keep_idx.shape)}, expected ({n_keep},).")
+    if n_keep and (int(keep_idx.min()) < 0 or int(keep_idx.max()) >= n_visual):
+        raise ValueError(f"selector {name!r} returned indices outside 0..{n_visual - 1}.")
+    if not bool((keep_idx[1:] > keep_idx[:-1]).all()):
+        ordered = torch.unique(keep_idx)
+        what = "duplicate" if ordered.shape[0] < n_keep else "unsorted"
+        raise ValueError(f"selector {name!r} returned {what} indices; they must be sorted and distinct.")
+    merge_target, weight = _checked_merge(selection, keep_idx, n_visual, name)
+    recycled = selection.recycled_idx
+    if recycled is not None:
+        recycled = recycled.to(device=device, dtype=torch.long)
+        if not bool(torch.isin(recycled, keep_idx).all()):
+            raise ValueError(f"selector {name!r}: recycled_idx is not a part of keep_idx.")
+    return Selection(keep_idx, merge_target, weight, recycled)
+
+
+def _checked_merge(
+    selection: Selection, keep_idx: Tensor, n_visual: int, name: str
+) -> tuple[Tensor | None, Tensor | None]:
+    if (selection.merge_target is None) != (selection.weight is None):
+        raise ValueError(f"selector {name!r}: merge_target and weight go together.")
+    if selection.merge_target is None or selection.weight is None:
+        return None, None
+    target = selection.merge_target.to(device=keep_idx.device, dtype=torch.long)
+    weight = selection.weight.to(device=keep_idx.device, dtype=torch.float32)
+    if target.shape != (n_visual,) or weight.shape != (n_visual,):
+        raise ValueError(
+            f"selector {name!r}: merge_target and weight must have shape ({n_visual},), "
+            f"got {tuple(target.shape)} and {tuple(weight.shape)}."
+        )
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError(f"selector {name!r} returned NaN or infinite weights.")
+    used = target[target >= 0]
+    if not bool(torch.isin(used, keep_idx).all()) or not bool((target[keep_idx] == keep_idx).all()):
+        raise ValueError(f"selector {name!r}: merge_target must be -1 or a kept row, and a kept row's own index.")
+    return target, weight

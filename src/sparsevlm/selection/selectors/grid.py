@@ -1,0 +1,21 @@
+"""Even spacing over the visual tokens: coverage without looking."""
+
+from __future__ import annotations
+
+import torch
+
+from ..context import TARGET_LAYERS, SelectionContext
+
+
+class GridSelector:
+    """Rows ⌊(i + ½) n_visual / n_keep⌋ of the reading order."""
+
+    name = "grid"
+    placement = TARGET_LAYERS
+    needs: frozenset[str] = frozenset()
+    default_schedule = "geometric"
+
+    def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
+        """Take ``n_keep`` evenly spaced rows."""
+        steps = torch.arange(n_keep, device=context.hidden_states.device)
+        return ((2 * steps + 1) * context.n_visual) // (2 * n_keep)
