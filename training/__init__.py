@@ -1,0 +1,1 @@
+"""Training of the bundled model; run from the repository root, see ``training/README.md``."""

@@ -1,0 +1,143 @@
+"""Train the bundled model; see ``training/README.md`` for the commands of its two stages."""
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
+
+from sparsevlm.bundled import __file__ as bundled_file
+from training.architecture import build_model, cast_weights, grow
+from training.evaluate import evaluate
+from training.settings import TrainSettings
+from training.step import TrainStep
+
+_LOG_EVERY = 20.0  # seconds
+_SYNC_EVERY = 20  # steps: the host must not run ahead of the wall clock
+_FLOOR = 0.01  # last learning rate as a share of the peak
+_SHARD_SIZE = "12MB"
+
+
+def main() -> None:
+    """Command line: one option per field of :class:`TrainSettings`, and where to write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(TrainSettings):
+        flag = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
+        else:
+            parser.add_argument(flag, type=type(field.default), default=field.default)
+    parser.add_argument("--out", type=Path, required=True, help="folder for weights and log")
+    parser.add_argument("--eval-scenes", type=int, default=1000)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    arguments = vars(parser.parse_args())
+    out, eval_scenes, device = arguments.pop("out"), arguments.pop("eval_scenes"), arguments.pop("device")
+    train(TrainSettings(**arguments), out, eval_scenes, torch.device(device))
+
+
+def train(settings: TrainSettings, out: Path, eval_scenes: int, device: torch.device) -> dict[str, float]:
+    """Run one stage and write the weights, then the accuracy.
+
+    Returns
+    -------
+    dict of str to float
+        Hold-out accuracy by task.
+    """
+    started = time.monotonic()
+    torch.manual_seed(settings.seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(Path(bundled_file).parent)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = cast_weights(_starting_model(settings).to(device), dtype)
+    step = TrainStep(model, tokenizer, settings)
+    with _log_file(out / "log.jsonl") as log:
+        log({"settings": dataclasses.asdict(settings), "torch": torch.__version__})
+        _loop(step, settings, started, log)
+        accuracy = _finish(model, tokenizer, out, eval_scenes)
+        log({"steps": step.steps_done, "seconds": time.monotonic() - started, "holdout": accuracy})
+    return accuracy
+
+
+def _starting_model(settings: TrainSettings) -> Qwen2_5_VLForConditionalGeneration:
+    if not settings.init:
+        return build_model(settings.layers, settings.mlp)
+    return grow(Qwen2_5_VLForConditionalGeneration.from_pretrained(settings.init, dtype="float32"), settings.layers)
+
+
+def _loop(step: TrainStep, settings: TrainSettings, started: float, log: Callable[[dict], None]) -> None:
+    last_log, last_steps = started, 0
+    while True:
+        if step.steps_done % _SYNC_EVERY == 0 and step.rate.is_cuda:
+            torch.cuda.synchronize()
+        now = time.monotonic()
+        progress = (now - started) / settings.seconds
+        if settings.steps:
+            progress = max(progress, step.steps_done / settings.steps)
+        done = progress >= 1.0
+        if done or now - last_log >= _LOG_EVERY:
+            row = {"step": step.steps_done, "seconds": now - started, "rate": float(step.rate)}
+            row["steps_per_second"] = (step.steps_done - last_steps) / max(now - last_log, 1e-9)
+            log(row | {"auxiliary_weight": float(step.auxiliary_weight)} | step.metrics.read())
+            last_log, last_steps = now, step.steps_done
+        if done:
+            return
+        step.run(learning_rate(settings, step.steps_done, progress), auxiliary_weight(settings, progress))
+
+
+def learning_rate(settings: TrainSettings, step: int, progress: float) -> float:
+    """Linear warm-up over steps, then a cosine over progress in [0, 1]."""
+    cosine = _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    return settings.rate * min(1.0, (step + 1) / max(settings.warmup, 1)) * cosine
+
+
+def auxiliary_weight(settings: TrainSettings, progress: float) -> float:
+    """Weight of the auxiliary loss: linear from 1 at the start to 0 at ``auxiliary_until``."""
+    if settings.auxiliary_until == 0:
+        return 0.0
+    return max(0.0, 1.0 - progress / settings.auxiliary_until)
+
+
+def _finish(
+    model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path, scenes: int
+) -> dict[str, float]:
+    """Write bf16 weights first, so that nothing is lost if evaluation fails, then evaluate those weights."""
+    model = cast_weights(model, torch.bfloat16).eval()
+    model.save_pretrained(out, max_shard_size=_SHARD_SIZE)
+    return evaluate(model, tokenizer, scenes) if scenes else {}
+
+
+class _Log:
+    """Rows of JSON to a file and to the terminal."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("w", encoding="utf-8")
+
+    def __call__(self, row: dict) -> None:
+        rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+        line = json.dumps(rounded)
+        self._file.write(line + "\n")
+        self._file.flush()
+        print(line, flush=True)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[_Log]:
+    log = _Log(path)
+    try:
+        yield log
+    finally:
+        log.close()
+
+
+if __name__ == "__main__":
+    main()
