@@ -1,1 +1,46 @@
 """Training-free visual token pruning for Hugging Face vision-language models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import apply_sparsevlm, remove_sparsevlm, reset_n_vis
+    from .config import SparseVLMConfig
+    from .report import Report, ReportTotal
+    from .runtime.state import SparseVLMState
+    from .selection.context import Selection, SelectionContext
+
+__version__ = "1.0.0.dev0"
+
+# Loaded on first use, so that the command line answers --help without torch.
+_HOME = {
+    "apply_sparsevlm": "api",
+    "remove_sparsevlm": "api",
+    "reset_n_vis": "api",
+    "SparseVLMConfig": "config",
+    "Report": "report",
+    "ReportTotal": "report",
+    "SparseVLMState": "runtime.state",
+    "Selection": "selection.context",
+    "SelectionContext": "selection.context",
+}
+
+__all__ = [
+    "Report",
+    "ReportTotal",
+    "Selection",
+    "SelectionContext",
+    "SparseVLMConfig",
+    "SparseVLMState",
+    "apply_sparsevlm",
+    "remove_sparsevlm",
+    "reset_n_vis",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

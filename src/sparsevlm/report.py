@@ -182,8 +182,7 @@ class Report:
                 row["visual_in"] = self.n_visual
             row["kept"] = _mean([stage.n_kept for stage in stages]) if stages else row["visual_in"]
             row["recycled"] = _mean([stage.n_recycled for stage in stages]) if stages else 0.0
-            reasons = {stage.skipped_because for stage in stages if stage.skipped_because}
-            row["skipped_because"] = "; ".join(sorted(reasons)) or None
+            row["skipped_because"] = _skip_note([stage.skipped_because for stage in stages])
             rows.append(row)
         return rows
 
@@ -334,6 +333,16 @@ def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+def _skip_note(reasons: list[str | None]) -> str | None:
+    """Why nothing was dropped at a layer; with the number of samples where it holds for some of them only."""
+    found = sorted({reason for reason in reasons if reason})
+    if not found:
+        return None
+    n_skipped = sum(reason is not None for reason in reasons)
+    note = "; ".join(found)
+    return note if n_skipped == len(reasons) else f"pruned, but {n_skipped} of {len(reasons)} samples: {note}"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

@@ -1,0 +1,118 @@
+"""The public calls: apply, reset, remove."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from .collision import check_collision
+from .config import SparseVLMConfig
+from .models import view_of
+from .runtime.state import SparseVLMState
+from .template import special_and_suffix
+
+_STATES: weakref.WeakKeyDictionary[nn.Module, SparseVLMState] = weakref.WeakKeyDictionary()
+
+
+def apply_sparsevlm(
+    model: nn.Module,
+    n_vis: int | None = None,
+    target_layers: Sequence[int] | None = None,
+    min_keep: int = 32,
+    tau: float = 0.5,
+    theta: float = 0.5,
+    *,
+    keep: int | float | Sequence[int | float] | None = None,
+    selector: Any = "sparsevlm",
+    config: SparseVLMConfig | None = None,
+    processor: Any = None,
+    **options: Any,
+) -> SparseVLMState:
+    """Make an unchanged ``model.generate(**inputs)`` prune visual tokens inside the decoder.
+
+    No weights change, nothing is retrained. Applying again replaces the options; :func:`remove_sparsevlm` gives the
+    untouched model back.
+
+    Parameters
+    ----------
+    model : Qwen2VLForConditionalGeneration or Qwen2_5_VLForConditionalGeneration
+    n_vis : int, optional
+        Visual tokens that a sample is expected to have; a mismatch is warned about once and the real count used.
+    target_layers : sequence of int, optional
+        Decoder layers after which tokens are dropped. ``None``: every 4th from layer 2.
+    min_keep : int
+        Never fewer visual tokens than this.
+    tau, theta : float
+        Fraction of the dropped tokens that is recycled, and clusters per recycled token.
+    keep : int, float or sequence of them, optional
+        Visual tokens averaged over all decoder layers, as tokens or as a fraction. ``None``: the rank of the
+        attention decides.
+    selector : str or object
+        A built-in method by name, or an object with ``select(context, n_keep)``.
+    config : SparseVLMConfig, optional
+        All options at once, instead of single ones.
+    processor : optional
+        The model's processor or tokenizer: its special tokens and the chat template's closing tokens do not vote.
+    **options
+        The other fields of :class:`SparseVLMConfig`: ``raters``, ``recycle``, ``merge``, ``schedule``,
+        ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``.
+
+    Returns
+    -------
+    SparseVLMState
+        With ``report``, ``options(...)``; as a context manager it removes itself at the end.
+
+    Raises
+    ------
+    NotImplementedError
+        For models without an adapter; the message lists those supported.
+    ValueError, TypeError
+        For options out of range, layers that do not exist, budgets that cannot hold, and a checkpoint that was
+        loaded with the wrong class. Nothing is attached then.
+    """
+    check_collision()
+    named = {
+        "n_vis": n_vis,
+        "target_layers": target_layers,
+        "min_keep": min_keep,
+        "tau": tau,
+        "theta": theta,
+        "keep": keep,
+        "selector": selector,
+        **options,
+    }
+    if config is None:
+        config = SparseVLMConfig().replace(**named)
+    elif given := [name for name, value in named.items() if value != getattr(SparseVLMConfig(), name, None)]:
+        raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
+    view = view_of(model)
+    special, suffix = special_and_suffix(processor)
+    state = SparseVLMState(view.with_special_tokens(special), config, suffix)
+    remove_sparsevlm(model)
+    state.attach()
+    _STATES[model] = state
+    return state
+
+
+def reset_n_vis(state: SparseVLMState, n_vis: int | None = None) -> None:
+    """Announce the number of visual tokens of the next image. Optional: the inputs are counted anyway.
+
+    Parameters
+    ----------
+    state : SparseVLMState
+    n_vis : int, optional
+        ``None``: expect nothing.
+    """
+    if not isinstance(state, SparseVLMState):
+        raise TypeError(f"expected the state that apply_sparsevlm returned, got {type(state).__name__}.")
+    state.config = state.config.replace(n_vis=n_vis)
+
+
+def remove_sparsevlm(model: nn.Module) -> None:
+    """Give the untouched model back: its outputs are bit-equal to those before. Harmless when nothing is applied."""
+    state = _STATES.pop(model, None)
+    if state is not None:
+        state.detach()

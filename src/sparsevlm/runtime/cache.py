@@ -1,0 +1,208 @@
+"""Bookkeeping of a cache whose layers hold different tokens: which position each slot of a layer stands for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+
+DEAD = -1
+
+
+class SlotTable:
+    """Absolute position of every slot of the cache layers of one stage, shared by them.
+
+    Tokens that arrive later are contiguous, so they are only counted.
+
+    Parameters
+    ----------
+    positions : Tensor of shape (batch, n_slots), int64
+        Absolute position per slot, ascending; dead slots hold -1 and stand on the left.
+    length : int
+        Logical length of the sequence that these slots stand for, dropped tokens included.
+    tail : int
+        Number of slots at the end that are contiguous in every sample.
+    has_dead : bool
+        Whether any slot is dead.
+    """
+
+    def __init__(self, positions: Tensor, length: int, tail: int, has_dead: bool):
+        self.positions = positions
+        self.has_dead = has_dead
+        self._base = length
+        self._tail = tail
+        self._appended = 0
+
+    @property
+    def length(self) -> int:
+        """Logical length of the sequence, dropped tokens included."""
+        return self._base + self._appended
+
+    @property
+    def n_slots(self) -> int:
+        """Slots in use."""
+        return self.positions.shape[1] + self._appended
+
+    def append(self, count: int) -> None:
+        """Count ``count`` more tokens at the end."""
+        self._appended += count
+
+    def slots(self, coming: int = 0, width: int | None = None) -> Tensor:
+        """Position of every slot with ``coming`` more tokens, padded with dead ones on the right to ``width``.
+
+        Returns
+        -------
+        Tensor of shape (batch, n_slots + coming) or (batch, width), int64
+        """
+        table = self.positions
+        if extra := self._appended + coming:
+            new = torch.arange(self._base, self._base + extra, device=table.device)
+            table = torch.cat([table, new.expand(table.shape[0], -1)], dim=1)
+        if width is not None and width > table.shape[1]:
+            table = torch.nn.functional.pad(table, (0, width - table.shape[1]), value=DEAD)
+        return table
+
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` slots.
+
+        Raises
+        ------
+        ValueError
+            If this would reach into the pruned part, where a number of slots says nothing about positions.
+        """
+        from_appended = min(count, self._appended)
+        self._appended -= from_appended
+        if rest := count - from_appended:
+            if rest > self._tail:
+                raise ValueError(
+                    f"cannot crop {count} tokens off a pruned cache: only the last {self._tail + from_appended} are "
+                    "text after the last visual token. Start again with a new cache."
+                )
+            self.positions = self.positions[:, :-rest]
+            self._base -= rest
+            self._tail -= rest
+
+    def index(self, batch_idx: Tensor) -> None:
+        """Reorder or select samples."""
+        self.positions = self.positions[batch_idx.to(self.positions.device)]
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat every sample ``repeats`` times."""
+        self.positions = self.positions.repeat_interleave(repeats, dim=0)
+
+
+class PrunedLayer:
+    """Mixin of a cache layer that holds only the tokens that reached it, yet reports logical lengths.
+
+    ``table`` is ``None`` as long as nothing was dropped; ``owns_table`` is true for the one layer of a stage that
+    moves the shared table along. ``placed`` says that the slots of the next update are in the table already.
+    """
+
+    table: SlotTable | None
+    owns_table: bool
+    placed: bool
+    keys: Tensor
+
+    def place(self, table: SlotTable, owns_table: bool) -> None:
+        """Take ``table``, which already holds the slots of the update to come."""
+        self.table, self.owns_table, self.placed = table, owns_table, True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values; see transformers' ``CacheLayerMixin.update``."""
+        result = super().update(key_states, value_states, *args, **kwargs)  # type: ignore[misc]
+        if self.placed:
+            self.placed = False
+        elif self.table is not None and self.owns_table:
+            self.table.append(key_states.shape[-2])
+        return result
+
+    def get_seq_length(self) -> Any:
+        """Logical length: what generation reckons with, dropped tokens included."""
+        return super().get_seq_length() if self.table is None else self.table.length  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Forget everything, the table included."""
+        self.table = None
+        super().reset()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder samples for beam search."""
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if self.table is not None and self.owns_table:
+            self.table.index(beam_idx)
+
+
+class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
+    """A :class:`PrunedLayer` of a ``DynamicCache``."""
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Remove tokens from the end; see transformers' ``DynamicLayer.crop``."""
+        before = self.keys.shape[-2] if self.is_initialized else 0
+        keys, values = self.keys, self.values
+        super().crop(*args, **kwargs)
+        if self.table is not None and self.owns_table and (removed := before - self.keys.shape[-2]):
+            try:
+                self.table.crop(removed)
+            except ValueError:
+                self.keys, self.values = keys, values
+                raise
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        super().batch_repeat_interleave(repeats)
+        if self.table is not None and self.owns_table:
+            self.table.repeat(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Select samples."""
+        super().batch_select_indices(indices)
+        if self.table is not None and self.owns_table:
+            self.table.index(torch.as_tensor(indices))
+
+
+class PrunedStaticLayer(PrunedLayer, StaticLayer):
+    """A :class:`PrunedLayer` of a ``StaticCache``; its buffers keep their full length."""
+
+
+_PRUNED_CLASSES: dict[type, type[PrunedLayer]] = {DynamicLayer: PrunedDynamicLayer, StaticLayer: PrunedStaticLayer}
+
+
+def check_cache(cache: Cache, n_layers: int) -> None:
+    """Refuse caches whose layers cannot hold a pruned sequence, and create lazily missing layers.
+
+    Raises
+    ------
+    NotImplementedError
+        For quantized, sliding-window or unknown cache layers.
+    """
+    if cache.layer_class_to_replicate is not None:
+        while len(cache.layers) < n_layers:
+            cache.layers.append(cache.layer_class_to_replicate())
+    for layer in cache.layers[:n_layers]:
+        if type(layer) not in _PRUNED_CLASSES and not isinstance(layer, PrunedLayer):
+            raise NotImplementedError(
+                f"{type(cache).__name__} with {type(layer).__name__} cannot hold a pruned sequence. Supported are the "
+                "dynamic cache (the default) and cache_implementation='static'; or run this request inside "
+                "state.options(keep=1.0)."
+            )
+
+
+def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
+    """Return the cache layer as a :class:`PrunedLayer`, swapped in place with its contents."""
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, PrunedLayer):
+        return layer
+    pruned = object.__new__(_PRUNED_CLASSES[type(layer)])
+    pruned.__dict__.update(layer.__dict__)
+    pruned.table, pruned.owns_table, pruned.placed = None, False, False
+    cache.layers[layer_idx] = pruned
+    return pruned
+
+
+def physical_length(layer: Any) -> int:
+    """Slots of a cache layer that are filled before the coming update (the whole sequence of a dense layer)."""
+    if isinstance(layer, PrunedLayer) and layer.table is not None:
+        return layer.table.n_slots
+    return int(layer.get_seq_length())

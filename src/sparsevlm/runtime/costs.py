@@ -1,0 +1,62 @@
+"""Estimated FLOPs and measured cache bytes of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .cache import PrunedStaticLayer
+from .view import ModelView
+
+
+def prefill_flops(view: ModelView, tokens_per_layer: Sequence[int], past_len: int) -> float:
+    """FLOPs of the decoder layers over one sample's prefill.
+
+    Two per weight and token in the projections and the MLP, ``4 · heads · head_dim`` per pair of query and visible
+    key in attention; norms, rotary and the head are left out.
+
+    Parameters
+    ----------
+    view : ModelView
+    tokens_per_layer : sequence of int
+        Tokens of the sample that each layer computes.
+    past_len : int
+        Tokens cached before (taken as dense).
+    """
+    total = 0.0
+    for layer, attention, tokens in zip(view.layers, view.attentions, tokens_per_layer, strict=True):
+        weights = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
+        width = attention.q_proj.weight.shape[0]
+        pairs = tokens * past_len + tokens * (tokens + 1) / 2
+        total += 2.0 * weights * tokens + 4.0 * width * pairs
+    return total
+
+
+def cache_bytes(layers: Iterable[Any], dense_length: int) -> tuple[int, int]:
+    """Bytes of keys and values, as they would be dense and as they are.
+
+    Parameters
+    ----------
+    layers : iterable of cache layers
+        After the prefill.
+    dense_length : int
+        Slots of each layer without pruning (a static layer's buffers count in full both times).
+    """
+    dense = sparse = 0
+    for layer in layers:
+        if getattr(layer, "keys", None) is None or layer.keys.ndim != 4:
+            continue
+        size = sum(states.numel() * states.element_size() for states in (layer.keys, layer.values))
+        slots = layer.keys.shape[-2]
+        sparse += size
+        dense += size if hasattr(layer, "max_cache_len") else size // max(slots, 1) * dense_length
+    return dense, sparse
+
+
+def static_note(layers: Iterable[Any]) -> str | None:
+    """Say where dropped tokens' memory is not freed."""
+    if any(isinstance(layer, PrunedStaticLayer) for layer in layers):
+        return "static cache: buffers keep their full length, dropped tokens free no memory"
+    return None

@@ -1,0 +1,261 @@
+"""Reads a forward's inputs: where the visual tokens are, which text may vote, what each sample's budget is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import SparseVLMConfig
+from ..selection.budget import plan_budget, plan_schedule
+from ..selection.context import BEFORE_DECODER, SelectorTraits
+from .request import Sample
+from .view import ModelView
+
+logger = logging.getLogger(__name__)
+
+_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+
+def visual_mask(view: ModelView, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which tokens of the forward stand for image or video features, or ``None`` if it brings none.
+
+    Only a forward that brings pixels (or features computed from them) has visual tokens: a model can generate the
+    placeholder ids itself.
+
+    Parameters
+    ----------
+    view : ModelView
+    inputs : mapping
+        Keyword arguments of the base model.
+
+    Returns
+    -------
+    Tensor of shape (batch, q_len), bool, or None
+
+    Raises
+    ------
+    ValueError
+        If there are pixels, but no token to hold them.
+    """
+    encoded = inputs.get("mm_encoder_outputs") or {}
+    brought = [kind for kind, name in _PIXELS.items() if inputs.get(name) is not None or encoded.get(kind) is not None]
+    if not brought:
+        return None
+    ids = {"image": view.image_token_id, "video": view.video_token_id}
+    input_ids = inputs.get("input_ids")
+    mask = None
+    for kind in brought:
+        if input_ids is not None:
+            found = input_ids == ids[kind]
+        else:
+            embedding = view.model.get_input_embeddings()
+            placeholder = embedding(torch.tensor(ids[kind], device=embedding.weight.device))
+            found = (inputs["inputs_embeds"] == placeholder).all(dim=-1)
+        if not bool(found.any()):
+            raise ValueError(
+                f"the inputs bring {kind} features but no {kind} token (id {ids[kind]}) to put them in. Build the "
+                "prompt with the processor, e.g. processor.apply_chat_template, so that it holds the placeholders."
+            )
+        mask = found if mask is None else mask | found
+    return mask
+
+
+def visual_grids(view: ModelView, inputs: Mapping[str, Any], input_ids: Tensor | None) -> list[list[tuple[int, ...]]]:
+    """Merged grid (t, h, w) of each image or video, per sample in prompt order; empty where it cannot be told."""
+    queues = {}
+    for name, token_id in (("image_grid_thw", view.image_token_id), ("video_grid_thw", view.video_token_id)):
+        grids = inputs.get(name)
+        side = view.spatial_merge_size
+        queues[token_id] = [] if grids is None else [(t, h // side, w // side) for t, h, w in grids.tolist()]
+    if input_ids is None or not any(queues.values()):
+        return []
+    per_sample: list[list[tuple[int, ...]]] = []
+    for row in input_ids.tolist():
+        found: list[tuple[int, ...]] = []
+        position = 0
+        while position < len(row):
+            queue = queues.get(row[position])
+            if not queue:
+                position += 1
+                continue
+            grid = queue.pop(0)
+            found.append(grid)
+            position += grid[0] * grid[1] * grid[2]
+        per_sample.append(found)
+    return per_sample
+
+
+def make_samples(
+    view: ModelView,
+    config: SparseVLMConfig,
+    inputs: Mapping[str, Any],
+    mask: Tensor,
+    template_suffix: tuple[int, ...],
+    n_drafted: int,
+) -> list[Sample]:
+    """Describe every sample of the batch.
+
+    Text that may vote: tokens after the sample's last visual token, without special tokens and without the template's
+    closing tokens. If none is left, the last token of the prompt votes.
+
+    Parameters
+    ----------
+    view : ModelView
+    config : SparseVLMConfig
+    inputs : mapping
+        Keyword arguments of the base model.
+    mask : Tensor of shape (batch, q_len), bool
+        Visual tokens.
+    template_suffix : tuple of int
+        Token ids with which the chat template closes a prompt.
+    n_drafted : int
+        Tokens at the end that are guesses of assisted decoding, not prompt; they never vote.
+    """
+    q_len = mask.shape[1]
+    valid = torch.ones(mask.shape, dtype=torch.bool)
+    attention_mask = inputs.get("attention_mask")
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        valid = attention_mask[:, -q_len:].bool().cpu()
+    input_ids = inputs.get("input_ids")
+    ids = None if input_ids is None else input_ids.cpu()
+    special = torch.tensor(sorted(view.special_token_ids | {view.image_token_id, view.video_token_id}))
+    on_cpu = mask.cpu() & valid
+    grids = visual_grids(view, inputs, ids)
+    samples = []
+    for b in range(mask.shape[0]):
+        visual = on_cpu[b].nonzero().squeeze(-1)
+        other = (valid[b] & ~on_cpu[b]).nonzero().squeeze(-1)
+        prompt_end = q_len - n_drafted
+        text = other[(other > (int(visual[-1]) if visual.numel() else -1)) & (other < prompt_end)]
+        if ids is not None:
+            text = _without_template(text, ids[b], template_suffix)
+            text = text[~torch.isin(ids[b][text], special)]
+        if text.numel() == 0:
+            prompt = valid[b].nonzero().squeeze(-1)
+            text = prompt[prompt < prompt_end][-1:]
+        sample = Sample(
+            visual=visual,
+            other=other,
+            text=text,
+            alive=torch.arange(visual.shape[0]),
+            tail=_tail_length(visual, other, q_len),
+            grids=tuple((t, h, w) for t, h, w in grids[b]) if grids else (),
+        )
+        sample.to(mask.device)
+        samples.append(sample)
+    return samples
+
+
+def _tail_length(visual: Tensor, other: Tensor, q_len: int) -> int:
+    """Contiguous tokens at the end of the sequence, behind the last visual one."""
+    tail = other[other > (int(visual[-1]) if visual.numel() else -1)]
+    if tail.numel() == 0 or int(tail[-1]) != q_len - 1:
+        return 0
+    gaps = (tail.diff() != 1).nonzero()
+    return int(tail.numel() - (gaps[-1] + 1 if gaps.numel() else 0))
+
+
+def _without_template(text: Tensor, ids: Tensor, suffix: tuple[int, ...]) -> Tensor:
+    n = len(suffix)
+    if n and text.numel() >= n and ids[text[-n:]].tolist() == list(suffix):
+        return text[:-n]
+    return text
+
+
+def plan_samples(
+    view: ModelView,
+    config: SparseVLMConfig,
+    traits: SelectorTraits,
+    target_layers: tuple[int, ...],
+    samples: list[Sample],
+) -> None:
+    """Give every sample the counts of its budget.
+
+    Raises
+    ------
+    ValueError
+        With ``strict``, where a budget cannot hold; with per-sample budgets, where their number does not fit.
+    """
+    budgets = per_sample_budgets(config.keep, len(samples))
+    schedule = config.schedule or traits.default_schedule
+    for sample, keep in zip(samples, budgets, strict=True):
+        n_visual = sample.visual.shape[0]
+        if not isinstance(schedule, str):
+            sample.plan = plan_schedule(schedule, n_visual, len(target_layers), config.min_keep)
+        elif keep is not None:
+            sample.plan = plan_budget(keep, schedule, n_visual, target_layers, view.n_layers, config.min_keep)
+        if sample.plan is not None and sample.plan.clamped and config.strict:
+            raise ValueError(f"{sample.plan.clamped} (strict=True refuses this).")
+
+
+def per_sample_budgets(keep: Any, batch: int) -> list[Any]:
+    """One budget per row of the batch; a list of budgets is repeated for beams and returned sequences."""
+    if not isinstance(keep, tuple):
+        return [keep] * batch
+    if batch % len(keep):
+        raise ValueError(f"keep holds {len(keep)} budgets for a batch of {batch} samples.")
+    return [value for value in keep for _ in range(batch // len(keep))]
+
+
+def resolved_target_layers(view: ModelView, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:
+    """Target layers in force: the given ones, every 4th from layer 2, or -1 for a selector before the decoder.
+
+    Raises
+    ------
+    ValueError
+        If a layer is out of range, or the budget cannot hold on these layers.
+    """
+    n_layers = view.n_layers
+    if traits.placement == BEFORE_DECODER:
+        if config.target_layers is not None:
+            raise ValueError(f"selector {traits.name!r} runs before the decoder: leave target_layers unset.")
+        if config.keep is None and config.schedule is None:
+            raise ValueError(f"selector {traits.name!r} runs before the decoder, where no rank is known: set keep.")
+        return (-1,)
+    layers = tuple(config.target_layers) if config.target_layers is not None else tuple(range(2, n_layers - 1, 4))
+    if not layers:
+        raise ValueError(
+            f"{view.name} has {n_layers} decoder layers, too few for the default target layers (every 4th from 2); "
+            f"name target_layers in 0..{n_layers - 2}."
+        )
+    if outside := [layer for layer in layers if layer > n_layers - 2]:
+        raise ValueError(
+            f"target_layers {outside} are out of range: {view.name} has {n_layers} decoder layers, and tokens can be "
+            f"dropped after layers 0..{n_layers - 2}."
+        )
+    return layers
+
+
+def check_budget(view: ModelView, config: SparseVLMConfig, target_layers: tuple[int, ...]) -> None:
+    """Refuse, before anything runs, a budget that no image can meet on these layers.
+
+    Raises
+    ------
+    ValueError
+        With the feasible range.
+    """
+    if not isinstance(config.schedule, (str, type(None))) and len(config.schedule) != len(target_layers):
+        raise ValueError(f"schedule has {len(config.schedule)} counts for {len(target_layers)} target layers.")
+    budgets = config.keep if isinstance(config.keep, tuple) else (config.keep,)
+    dense = (target_layers[0] + 1) / view.n_layers
+    for keep in budgets:
+        fraction = keep
+        if isinstance(keep, int) and config.n_vis:
+            fraction = keep / config.n_vis
+        if isinstance(fraction, float) and fraction < dense:
+            raise ValueError(
+                f"keep={keep} cannot hold on target layers {target_layers} of {view.n_layers}: layers "
+                f"0..{target_layers[0]} see every visual token, so the average is at least {dense:.3f} (plus what "
+                f"min_keep={config.min_keep} takes). Feasible: keep in ({dense:.3f}, 1.0]; or choose earlier layers."
+            )
+
+
+def warn_once(seen: set[str], message: str) -> None:
+    """Log a warning the first time it comes up."""
+    if message not in seen:
+        seen.add(message)
+        logger.warning(message)

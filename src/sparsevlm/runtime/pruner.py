@@ -1,0 +1,282 @@
+"""Drops tokens on the way through the decoder: gathers hidden states, rotary tables, masks and cache slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from ..selection.context import Selection, SelectionContext
+from ..selection.decide import decide
+from ..selection.raters import attention_raters, embedding_raters
+from ..selection.recycle import merge_hidden_states
+from ..selection.scoring import text_to_visual_attention
+from .cache import DEAD, PrunedLayer, SlotTable, adopt, physical_length
+from .clock import Mark
+from .masks import pruned_mask
+from .probe import AttentionProbe
+from .request import Request, Sample, StageRecord, stack_rows
+from .view import ModelView
+
+
+@dataclass
+class Forward:
+    """State of one pass through the decoder; gone when the pass ends.
+
+    Attributes
+    ----------
+    request : Request or None
+        Set while this pass may prune.
+    tables : dict
+        Slot table of this pass's current stage by the table that the layers had before (by ``id``).
+    memo : dict
+        Masks and rotary tables that the layers of a stage share.
+    rows_dead : bool
+        Whether ``request.rows`` holds fillers.
+    probe : AttentionProbe or None
+        Armed while a target layer runs.
+    text_attention, previous : list of Tensor
+        Per sample, what was read at the target layer that has just run.
+    """
+
+    cache: Cache | None
+    request: Request | None = None
+    tables: dict[int | None, SlotTable] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+    rows_dead: bool = False
+    probe: AttentionProbe | None = None
+    text_attention: list[Tensor] = field(default_factory=list)
+    previous: list[Tensor] = field(default_factory=list)
+
+
+def before_layer(
+    view: ModelView, forward: Forward, layer_idx: int, hidden_states: Tensor, kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Any]]:
+    """Everything that has to happen before decoder layer ``layer_idx`` runs.
+
+    Prunes if the layer before was a target; hands the layer gathered rotary tables, mask and slots; reads queries
+    and keys if the layer is itself a target.
+    """
+    request = forward.request
+    if request is not None:
+        request.to(hidden_states.device)
+    if request is not None and layer_idx - 1 in request.target_layers:
+        hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
+    rows = None if request is None else request.rows
+    kwargs = _gathered_kwargs(view, forward, layer_idx, rows, hidden_states, kwargs)
+    if request is not None:
+        for sample in request.samples:
+            sample.layer_tokens.append(sample.alive.shape[0])
+        if layer_idx in request.target_layers and not request.keeps_all(layer_idx):
+            _read_attention(view, forward, request, layer_idx, hidden_states)
+    return hidden_states, kwargs
+
+
+def _gathered_kwargs(
+    view: ModelView, forward: Forward, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    cache_layer = None
+    if forward.cache is not None and layer_idx < len(forward.cache.layers):
+        cache_layer = forward.cache.layers[layer_idx]
+    table = getattr(cache_layer, "table", None)
+    mask = kwargs.get("attention_mask")
+    if rows is None and (table is None or (mask is None and not table.has_dead)):
+        return kwargs
+    flash = "flash" in view.attn_implementation
+    if rows is None:
+        assert table is not None and forward.cache is not None
+        past_len, q_len = table.length, hidden.shape[1]
+    else:
+        assert forward.request is not None
+        past_len, q_len = forward.request.past_len, forward.request.q_len
+        kwargs = {**kwargs, "position_embeddings": _rotary(forward, rows, kwargs["position_embeddings"])}
+        kwargs["position_ids"] = None  # gapped ids would be taken for packed sequences by flash attention
+        if forward.cache is not None:
+            table = _placed_table(forward, forward.cache, layer_idx, rows, past_len, q_len)
+    key = ("mask", id(table), id(mask))
+    if key not in forward.memo:
+        # A static layer shows its whole buffer; flash attention cuts it to the width of its 2D mask.
+        full = isinstance(mask, Tensor) and mask.ndim == 4 and hasattr(cache_layer, "max_cache_len")
+        width = mask.shape[-1] if full else None
+        if table is None:
+            assert rows is not None
+            slots, has_dead = rows, forward.rows_dead
+        else:
+            slots, has_dead = table.slots(0 if rows is not None else q_len, width), table.has_dead
+        forward.memo[key] = pruned_mask(
+            mask, rows, slots, past_len, q_len, has_dead=has_dead or width is not None, flash=flash
+        )
+    return {**kwargs, "attention_mask": forward.memo[key]}
+
+
+def _rotary(forward: Forward, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    key = ("rotary", id(tables))
+    if key not in forward.memo:
+        idx = rows.clamp_min(0).to(tables[0].device)
+
+        def gather(table: Tensor) -> Tensor:
+            table = table.expand(rows.shape[0], -1, -1)
+            return table.gather(1, idx[:, :, None].expand(-1, -1, table.shape[-1]))
+
+        forward.memo[key] = (gather(tables[0]), gather(tables[1]))
+    return forward.memo[key]
+
+
+def _placed_table(
+    forward: Forward, cache: Cache, layer_idx: int, rows: Tensor, past_len: int, q_len: int
+) -> SlotTable:
+    """Slot table of a layer of the current stage: what it held before, then the rows that are left."""
+    layer = adopt(cache, layer_idx)
+    before = layer.table
+    key = None if before is None else id(before)
+    owns = key not in forward.tables
+    if owns:
+        absolute = torch.where(rows == DEAD, DEAD, rows + past_len)
+        if before is not None:
+            old = before.slots().to(rows.device)
+        else:
+            old = torch.arange(past_len, device=rows.device).expand(rows.shape[0], -1)
+        has_dead = forward.rows_dead or (before is not None and before.has_dead)
+        tail = min(sample.tail for sample in forward.request.samples) if forward.request else 0
+        table = SlotTable(torch.cat([old, absolute], dim=1), past_len + q_len, tail, has_dead)
+        forward.tables[key] = table
+        forward.memo[("before", key)] = before  # keeps the old table, and with it its id, alive for this stage
+    layer.place(forward.tables[key], owns)
+    return forward.tables[key]
+
+
+def _read_attention(view: ModelView, forward: Forward, request: Request, layer_idx: int, hidden: Tensor) -> None:
+    if "previous_hidden_states" in request.traits.needs:
+        forward.previous = [
+            hidden[b, request.local_rows(b, sample.positions)] for b, sample in enumerate(request.samples)
+        ]
+    if "rater_attention" not in request.traits.needs and all(sample.plan for sample in request.samples):
+        return
+    offset = 0
+    if forward.cache is not None and layer_idx < len(forward.cache.layers):
+        cache_layer = forward.cache.layers[layer_idx]
+        offset = physical_length(cache_layer)
+        if isinstance(cache_layer, PrunedLayer) and cache_layer.placed:
+            offset -= hidden.shape[1]
+
+    def read(query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
+        forward.text_attention = [
+            _sample_attention(request, b, offset, query, key, mask, scaling) for b in range(query.shape[0])
+        ]
+
+    forward.probe = AttentionProbe(view.attentions[layer_idx], read)
+
+
+def _sample_attention(
+    request: Request, b: int, offset: int, query: Tensor, key: Tensor, mask: Any, scaling: float
+) -> Tensor:
+    sample = request.samples[b]
+    text_rows = request.local_rows(b, sample.text)
+    visual_rows = request.local_rows(b, sample.positions)
+    row_mask = key_mask = None
+    if isinstance(mask, Tensor) and mask.ndim == 4:
+        row_mask = mask[min(b, mask.shape[0] - 1), 0][text_rows]
+    elif isinstance(mask, Tensor):
+        key_mask = torch.nn.functional.pad(mask[b].bool(), (0, key.shape[2] - mask.shape[1]))
+    return text_to_visual_attention(
+        query[b][:, text_rows], key[b], visual_rows + offset, text_rows + offset, scaling, row_mask, key_mask
+    )
+
+
+def _prune(forward: Forward, request: Request, target: int, hidden_states: Tensor) -> Tensor:
+    """Decide for every sample what goes on, and gather it."""
+    begin = Mark.now(hidden_states.device)
+    selections: list[Selection | None] = []
+    for b, sample in enumerate(request.samples):
+        selections.append(_decide(forward, request, b, sample, target, hidden_states))
+    forward.text_attention, forward.previous = [], []
+    if any(selection is not None for selection in selections):
+        hidden_states = _gather(forward, request, selections, hidden_states)
+    request.clock.add("pruning", begin, Mark.now(hidden_states.device))
+    return hidden_states
+
+
+def _decide(
+    forward: Forward, request: Request, b: int, sample: Sample, target: int, hidden: Tensor
+) -> Selection | None:
+    n_in, positions = sample.alive.shape[0], sample.positions
+    if n_in == 0:
+        sample.stages.append(StageRecord(target, 0, None, "no image or video in this sample"))
+        return None
+    needs, raters = request.traits.needs, None
+    attention = forward.text_attention[b] if forward.text_attention else None
+    if attention is not None:
+        mask = _rater_mask(request, b, attention)
+        attention, raters = attention[mask], sample.text[mask]
+    features = None if request.features is None else request.features[b].to(hidden.device)
+    coordinates = request.coordinates
+    context = SelectionContext(
+        layer=target,
+        sample=b,
+        config=request.config,
+        hidden_states=hidden[b, request.local_rows(b, positions)],
+        coordinates=positions.expand(3, -1)
+        if coordinates is None
+        else coordinates[:, b].to(hidden.device)[:, positions],
+        indices=sample.alive,
+        features=features[positions] if features is not None and "features" in needs else None,
+        text_features=features[sample.text] if features is not None and "text_features" in needs else None,
+        rater_attention=attention,
+        previous_hidden_states=forward.previous[b] if forward.previous else None,
+    )
+    n_keep = None
+    if sample.plan is not None:
+        n_keep = sample.plan.counts[request.target_layers.index(target)]
+    decision = decide(context, request.selector, request.traits, n_keep)
+    record = StageRecord(target, n_in, decision.rank, decision.skipped_because, raters)
+    record.kept = sample.alive
+    if decision.selection is not None:
+        record.kept = sample.alive[decision.selection.keep_idx]
+        if decision.selection.recycled_idx is not None:
+            record.recycled = sample.alive[decision.selection.recycled_idx]
+    sample.stages.append(record)
+    return decision.selection
+
+
+def _rater_mask(request: Request, b: int, attention: Tensor) -> Tensor:
+    if request.config.raters == "attention":
+        return attention_raters(attention)
+    sample = request.samples[b]
+    if sample.embedding_raters is None:
+        assert request.features is not None
+        features = request.features[b].to(attention.device)
+        sample.embedding_raters = embedding_raters(features[sample.visual], features[sample.text])
+    return sample.embedding_raters.to(attention.device)
+
+
+def _gather(
+    forward: Forward, request: Request, selections: list[Selection | None], hidden_states: Tensor
+) -> Tensor:
+    """New rows, fillers on the left for unequal counts, merged states in their centres' places."""
+    gathered, new_rows = [], []
+    for b, (sample, selection) in enumerate(zip(request.samples, selections, strict=True)):
+        before = sample.positions
+        if selection is not None:
+            sample.alive = sample.alive[selection.keep_idx]
+        after = sample.positions
+        positions = torch.cat([sample.other, after]).sort().values
+        states = hidden_states[b, request.local_rows(b, positions)]
+        if selection is not None and selection.merge_target is not None and selection.weight is not None:
+            states[torch.searchsorted(positions, after)] = merge_hidden_states(
+                hidden_states[b, request.local_rows(b, before)],
+                selection.keep_idx,
+                selection.merge_target,
+                selection.weight,
+            )
+        gathered.append(states)
+        new_rows.append(positions)
+    request.rows = stack_rows(new_rows)
+    lengths = [len(row) for row in new_rows]
+    width = max(lengths)
+    forward.tables.clear()
+    forward.memo.clear()
+    forward.rows_dead = min(lengths) < width
+    return torch.stack([torch.nn.functional.pad(states, (0, 0, width - len(states), 0)) for states in gathered])

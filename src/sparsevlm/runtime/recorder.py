@@ -1,0 +1,56 @@
+"""Turns a request's record into its report."""
+
+from __future__ import annotations
+
+from ..report import Cost, Report, SampleReport
+from .costs import prefill_flops
+from .request import Request, Sample
+from .view import ModelView
+
+_PLAIN_REASON = "hooks on the model's own modules"
+
+
+def make_report(view: ModelView, request: Request) -> Report:
+    """Report of a request; waits for the device, as counts and times are read from it."""
+    samples = tuple(_sample_report(request, sample) for sample in request.samples)
+    dense = sparse = 0.0
+    for b, n_valid in enumerate(request.n_valid):
+        per_sample = prefill_flops(view, [n_valid] * view.n_layers, request.past_len)
+        dense += per_sample
+        if request.samples and len(request.samples[b].layer_tokens) == view.n_layers:
+            n_other = n_valid - request.samples[b].visual.shape[0]
+            tokens = [n_other + visual for visual in request.samples[b].layer_tokens]
+            sparse += prefill_flops(view, tokens, request.past_len)
+        else:
+            sparse += per_sample
+    rows = () if request.rows is None else tuple(tuple(row) for row in request.rows.tolist())
+    return Report(
+        model=view.name,
+        selector=request.traits.name,
+        path="plain",
+        path_reason=_PLAIN_REASON,
+        skipped_because=request.skipped_because,
+        samples=samples,
+        flops=Cost(dense, sparse),
+        kv_bytes=Cost(*map(float, request.kv_bytes)),
+        kv_note=request.kv_note,
+        wall_ms=request.clock.milliseconds(),
+        decode_steps=request.decode_steps,
+        logit_positions=rows,
+    )
+
+
+def _sample_report(request: Request, sample: Sample) -> SampleReport:
+    plan = sample.plan
+    tokens = tuple(sample.layer_tokens) or (sample.visual.shape[0],)
+    return SampleReport(
+        n_visual=sample.visual.shape[0],
+        n_text=sample.other.shape[0],
+        layer_tokens=tokens,
+        final_tokens=sample.alive.shape[0],
+        visual_positions=tuple(sample.visual.tolist()),
+        grids=sample.grids,
+        budget=None if plan is None else plan.budget,
+        budget_clamped=None if plan is None else plan.clamped,
+        stages=tuple(record.report() for record in sample.stages),
+    )

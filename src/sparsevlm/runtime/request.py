@@ -1,0 +1,152 @@
+"""One request: which tokens are visual, which may vote, what is left, and the record that the report is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..config import SparseVLMConfig
+from ..report import StageReport
+from ..selection.budget import Plan
+from ..selection.context import Selector, SelectorTraits
+from .cache import DEAD
+from .clock import Clock
+
+
+@dataclass
+class Sample:
+    """One sample of a pruning forward. Positions count within the forward's sequence, padding included.
+
+    Attributes
+    ----------
+    visual : Tensor of shape (n_visual,), int64
+        Positions of all visual tokens.
+    other : Tensor of shape (n_other,), int64
+        Positions of all other tokens that are no padding.
+    text : Tensor of shape (n_text,), int64
+        Positions that may vote.
+    alive : Tensor of shape (n_alive,), int64
+        Indices into ``visual`` of what is left.
+    tail : int
+        Contiguous tokens at the end of the sequence, behind the last visual one.
+    plan : Plan or None
+        Counts per target layer; ``None``: the rank decides.
+    """
+
+    visual: Tensor
+    other: Tensor
+    text: Tensor
+    alive: Tensor
+    tail: int
+    grids: tuple[tuple[int, int, int], ...] = ()
+    plan: Plan | None = None
+    embedding_raters: Tensor | None = None
+    stages: list[StageRecord] = field(default_factory=list)
+    layer_tokens: list[int] = field(default_factory=list)
+
+    @property
+    def positions(self) -> Tensor:
+        """Positions of the visual tokens that are left."""
+        return self.visual[self.alive]
+
+    def to(self, device: torch.device) -> None:
+        """Follow the hidden states to another device."""
+        for name in ("visual", "other", "text", "alive"):
+            setattr(self, name, getattr(self, name).to(device))
+
+
+@dataclass
+class StageRecord:
+    """What was decided for a sample at a target layer; tensors stay on the device until the report is read."""
+
+    layer: int
+    n_in: int
+    rank: int | None
+    skipped_because: str | None
+    raters: Tensor | None = None
+    kept: Tensor | None = None
+    recycled: Tensor | None = None
+
+    def report(self) -> StageReport:
+        """The printable form."""
+        recycled = set() if self.recycled is None else set(self.recycled.tolist())
+        gone_on = None if self.kept is None else self.kept.tolist()
+        kept = () if gone_on is None else tuple(i for i in gone_on if i not in recycled)
+        return StageReport(
+            layer=self.layer,
+            n_in=self.n_in,
+            n_kept=self.n_in if gone_on is None else len(kept),
+            n_recycled=len(recycled),
+            rank=self.rank,
+            raters=() if self.raters is None else tuple(self.raters.tolist()),
+            kept=kept,
+            recycled=tuple(sorted(recycled)),
+            skipped_because=self.skipped_because,
+        )
+
+
+@dataclass
+class Request:
+    """A forward that may prune, and the decode steps that follow it.
+
+    Attributes
+    ----------
+    config, selector, traits, target_layers
+        What was in force when the request began.
+    rows : Tensor of shape (batch, n_rows), int64, or None
+        Position of each row that is left in the hidden states, -1 for fillers; ``None``: nothing was dropped yet.
+    """
+
+    config: SparseVLMConfig
+    selector: Selector
+    traits: SelectorTraits
+    target_layers: tuple[int, ...]
+    q_len: int
+    past_len: int
+    batch: int
+    samples: list[Sample] = field(default_factory=list)
+    skipped_because: str | None = None
+    n_valid: list[int] = field(default_factory=list)
+    rows: Tensor | None = None
+    features: Tensor | None = None
+    coordinates: Tensor | None = None
+    clock: Clock = field(default_factory=Clock)
+    decode_steps: int = 0
+    kv_bytes: tuple[int, int] = (0, 0)
+    kv_note: str | None = None
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any token may be dropped."""
+        return self.skipped_because is None
+
+    def to(self, device: torch.device) -> None:
+        """Follow the hidden states to another device (layers may be spread over several)."""
+        if self.samples and self.samples[0].alive.device != device:
+            for sample in self.samples:
+                sample.to(device)
+            if self.rows is not None:
+                self.rows = self.rows.to(device)
+
+    def keeps_all(self, target: int) -> bool:
+        """Whether the budgets are known to drop nothing at a target layer."""
+        stage = self.target_layers.index(target)
+        return all(
+            sample.alive.shape[0] <= self.config.min_keep
+            or (sample.plan is not None and sample.plan.counts[stage] >= sample.alive.shape[0])
+            for sample in self.samples
+        )
+
+    def local_rows(self, sample_idx: int, positions: Tensor) -> Tensor:
+        """Where tokens of the given positions stand among the rows that are left."""
+        if self.rows is None:
+            return positions
+        return torch.searchsorted(self.rows[sample_idx], positions)
+
+
+def stack_rows(rows: list[Tensor]) -> Tensor:
+    """Rows of unequal numbers as one tensor, fillers on the left (transformers pads on the left when generating)."""
+    width = max(row.shape[0] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=DEAD) for row in rows])

@@ -1,0 +1,294 @@
+"""The handle of a model under SparseVLM: attaches the hooks, holds the options, tells the last report."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..config import SparseVLMConfig
+from ..report import Report
+from ..selection.context import Selector, SelectorTraits
+from ..selection.selectors import make_selector
+from . import prompt
+from .cache import check_cache
+from .clock import Mark
+from .costs import cache_bytes, static_note
+from .pruner import Forward, before_layer
+from .recorder import make_report
+from .request import Request
+from .view import ModelView
+
+
+class SparseVLMState:
+    """One model's pruning: made by :func:`sparsevlm.apply_sparsevlm`, undone by ``remove``.
+
+    Used as a context manager, it removes itself at the end.
+
+    Attributes
+    ----------
+    config : SparseVLMConfig
+        Options in force outside :meth:`options`.
+    """
+
+    def __init__(self, view: ModelView, config: SparseVLMConfig, template_suffix: tuple[int, ...] = ()):
+        self.view = view
+        self.config = config
+        self._template_suffix = template_suffix
+        self._resolve(config)
+        self._overrides: list[SparseVLMConfig] = []
+        self._warned: set[str] = set()
+        self._forward: Forward | None = None
+        self._request: Request | None = None
+        self._report: Report | None = None
+        self._n_drafted = 0
+        self._vision_begin: Mark | None = None
+        self._vision_spans: list[tuple[Mark, Mark]] = []
+        self._begin: Mark | None = None
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model prunes."""
+        return bool(self._handles)
+
+    @property
+    def report(self) -> Report:
+        """Report of the last request (of the running one, as far as it is).
+
+        Raises
+        ------
+        RuntimeError
+            If there was none yet.
+        """
+        if self._request is None:
+            raise RuntimeError("no request yet: call model.generate(**inputs) first.")
+        if self._report is None or self._report.decode_steps != self._request.decode_steps:
+            self._report = make_report(self.view, self._request)
+        return self._report
+
+    @contextlib.contextmanager
+    def options(self, **changes: Any) -> Iterator[SparseVLMState]:
+        """Other options for the requests inside: ``with state.options(keep=0.25): model.generate(...)``.
+
+        ``keep`` may be a list with one budget per sample.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :func:`sparsevlm.apply_sparsevlm`, before anything runs.
+        """
+        config = self._active().replace(**changes)
+        self._resolve(config)
+        self._overrides.append(config)
+        try:
+            yield self
+        finally:
+            self._overrides.remove(config)
+
+    def __enter__(self) -> SparseVLMState:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Register the hooks. Nothing of the model is replaced but one method that decides on compilation."""
+        view, add = self.view, self._handles.append
+        add(view.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        add(view.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True))
+        add(view.base_model.register_forward_hook(self._after_base, always_call=True))
+        add(view.vision_tower.register_forward_pre_hook(self._before_vision))
+        add(view.vision_tower.register_forward_hook(self._after_vision))
+        add(view.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
+        for layer_idx, layer in enumerate(view.layers):
+            hook = _LayerHook(self, layer_idx)
+            add(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        # generate asks this before it compiles the decode step; hooks would break the graph at every layer.
+        view.model._valid_auto_compile_criteria = self._refuse_compilation  # type: ignore[assignment]
+
+    def detach(self) -> None:
+        """Remove every hook; harmless when done already."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.view.model.__dict__.pop("_valid_auto_compile_criteria", None)
+        self._end_forward()
+
+    def _active(self) -> SparseVLMConfig:
+        return self._overrides[-1] if self._overrides else self.config
+
+    def _resolve(self, config: SparseVLMConfig) -> tuple[Selector, SelectorTraits, tuple[int, ...]]:
+        """Selector and target layers of a configuration, all checks made."""
+        selector = make_selector(config)
+        traits = SelectorTraits.of(selector)
+        layers = prompt.resolved_target_layers(self.view, config, traits)
+        prompt.check_budget(self.view, config, layers)
+        return selector, traits, layers
+
+    def _refuse_compilation(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
+        if generation_config.prefill_chunk_size is not None:
+            raise NotImplementedError(
+                "prefill_chunk_size splits a prompt into parts that cannot be judged one by one. Unset it, or remove "
+                "SparseVLM for this request with remove_sparsevlm(model)."
+            )
+        return False
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = _bound(module, args, kwargs)
+        if inputs.get("labels") is not None:
+            raise NotImplementedError(
+                "labels= needs a loss over the whole sequence, of which pruning leaves a part. Compute the loss "
+                "after remove_sparsevlm(model), or inside state.options(keep=1.0) without labels."
+            )
+        keep = inputs.get("logits_to_keep")
+        # Assisted decoding asks for the logits of its guesses and of the last token before them.
+        self._n_drafted = keep - 1 if isinstance(keep, int) and keep > 1 else 0
+
+    def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = _bound(module, args, kwargs)
+        n_drafted, self._n_drafted = self._n_drafted, 0
+        cache = inputs.get("past_key_values")
+        self._end_forward()
+        self._check_attention()
+        mask = prompt.visual_mask(self.view, inputs)
+        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        self._begin = Mark.now(ids.device)
+        if mask is None:
+            self._begin_dense(cache, ids)
+            return
+        request = self._new_request(mask.shape[0], mask.shape[1], 0 if cache is None else int(cache.get_seq_length()))
+        request.samples = prompt.make_samples(self.view, request.config, inputs, mask, self._template_suffix, n_drafted)
+        prompt.plan_samples(self.view, request.config, request.traits, request.target_layers, request.samples)
+        self._warn(request)
+        request.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in request.samples]
+        if cache is not None and not all(request.keeps_all(target) for target in request.target_layers):
+            check_cache(cache, self.view.n_layers)
+        self._forward = Forward(cache, request)
+
+    def _begin_dense(self, cache: Any, ids: Tensor) -> None:
+        """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
+        self._forward = Forward(cache)
+        if self._request is not None and cache is not None and len(cache.layers) and cache.is_initialized:
+            self._request.decode_steps += 1
+        else:
+            request = self._new_request(ids.shape[0], ids.shape[1], 0)
+            request.skipped_because = "no image or video in the input"
+            request.n_valid = [ids.shape[1]] * ids.shape[0]
+
+    def _new_request(self, batch: int, q_len: int, past_len: int) -> Request:
+        config = self._active()
+        selector, traits, layers = self._resolve(config)
+        self._request = Request(config, selector, traits, layers, q_len, past_len, batch)
+        self._report = None
+        self._request.clock.spans["vision"] = self._vision_spans
+        self._vision_spans = []
+        return self._request
+
+    def _warn(self, request: Request) -> None:
+        counts = sorted({sample.visual.shape[0] for sample in request.samples})
+        n_vis = request.config.n_vis
+        if n_vis is not None and counts != [n_vis]:
+            prompt.warn_once(
+                self._warned, f"n_vis={n_vis} was announced, the inputs hold {counts} visual tokens: these are used."
+            )
+        for sample in request.samples:
+            if sample.plan is not None and sample.plan.clamped:
+                prompt.warn_once(self._warned, sample.plan.clamped + ".")
+
+    def _check_attention(self) -> None:
+        name = self.view.attn_implementation
+        if "flex" in name or name.startswith("paged"):
+            raise NotImplementedError(
+                f"attention {name!r} is not supported under SparseVLM. Call "
+                "model.set_attn_implementation('sdpa') (or 'eager', 'flash_attention_2')."
+            )
+
+    def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        request = self._forward.request if self._forward is not None else None
+        if request is None:
+            return
+        positions = kwargs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.ndim == 3:
+            _refuse_packing(positions, kwargs.get("attention_mask"))
+            request.coordinates = positions[-3:]
+        if {"features", "text_features"} & request.traits.needs or request.config.raters == "embedding":
+            request.features = kwargs["inputs_embeds"]
+
+    def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
+        forward, request = self._forward, self._request
+        if forward is not None and request is not None and output is not None:
+            device = next(iter(self.view.layers[-1].parameters())).device
+            phase = "decode" if request.decode_steps else "prefill"
+            assert self._begin is not None
+            request.clock.extend(phase, self._begin, Mark.now(device))
+            if not request.decode_steps:
+                if self._vision_spans:  # the tower ran inside this pass
+                    request.clock.spans["vision"] = self._vision_spans
+                    self._vision_spans = []
+                if forward.cache is not None:
+                    layers = forward.cache.layers[: self.view.n_layers]
+                    request.kv_bytes = cache_bytes(layers, request.past_len + request.q_len)
+                    request.kv_note = static_note(layers)
+        self._end_forward()
+
+    def _end_forward(self) -> None:
+        """Drop what belongs to one pass; after an exception as well."""
+        if self._forward is not None:
+            if self._forward.probe is not None:
+                self._forward.probe.disarm()
+            if self._forward.request is not None:
+                self._forward.request.features = None
+            self._forward = None
+
+    def _before_vision(self, module: nn.Module, args: Any) -> None:
+        self._vision_begin = Mark.now(next(module.parameters()).device)
+
+    def _after_vision(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._vision_begin is not None:
+            self._vision_spans.append((self._vision_begin, Mark.now(next(module.parameters()).device)))
+            self._vision_begin = None
+
+
+class _LayerHook:
+    """Forward pre-hook of one decoder layer."""
+
+    def __init__(self, state: SparseVLMState, layer_idx: int):
+        self.state = state
+        self.layer_idx = layer_idx
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = self.state._forward
+        if forward is None:
+            return None
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        pruned, changed = before_layer(self.state.view, forward, self.layer_idx, hidden_states, kwargs)
+        if args:
+            return (pruned, *args[1:]), changed
+        return args, {**changed, "hidden_states": pruned}
+
+
+def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    """Arguments by name."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    return {**bound.pop("kwargs", {}), **bound}
+
+
+def _refuse_packing(positions: Tensor, attention_mask: Any) -> None:
+    """Several sequences packed into one row would be torn apart by pruning."""
+    text = positions[0]
+    if positions.shape[0] != 4 or text.shape[0] != 1 or isinstance(attention_mask, Tensor):
+        return
+    if bool((text.diff(dim=-1) != 1).any()):
+        raise NotImplementedError(
+            "packed sequences (position_ids that start again within a row) are not supported under SparseVLM; "
+            "pass them as a batch with an attention_mask."
+        )
+
+
