@@ -1,0 +1,5 @@
+"""Pictures of a report, drawn with matplotlib's own canvas and without touching its global state."""
+
+from .overlay import Row, draw_report, draw_rows, save_picture
+
+__all__ = ["Row", "draw_report", "draw_rows", "save_picture"]

@@ -1,0 +1,217 @@
+"""Pictures of a report: over the image, which patches were kept, recycled and dropped at each target layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from ..report import Report, SampleReport, StageReport
+from .page import Page, Panel
+
+# An image, or the frames of a video.
+Visual = Image.Image | Sequence[Image.Image]
+
+DROPPED, RECYCLED, KEPT = 0, 1, 2
+_TINT = np.array([245, 158, 11], dtype=np.float32)
+_SHADE = np.array([30, 33, 41], dtype=np.float32)
+_LONG_SIDE = 480
+_PANELS_PER_LINE = 4
+_LEGEND = (
+    ("#ffffff", "kept"),
+    ("#f59e0b", "recycled: other dropped tokens merged into this one"),
+    ("#383c47", "dropped"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image, or one frame of a video, with the part of a sample's tokens that covers it.
+
+    Attributes
+    ----------
+    image : PIL image
+    sample : SampleReport
+    first : int
+        Index of its first token among the sample's visual tokens.
+    height, width : int
+        Its grid in tokens.
+    label : str
+        What to write above it; empty for none.
+    """
+
+    image: Image.Image
+    sample: SampleReport
+    first: int
+    height: int
+    width: int
+    label: str = ""
+
+
+def draw_report(
+    report: Report, visuals: Sequence[Visual], *, sample: int = 0, title: str = "", max_frames: int = 4
+) -> Figure:
+    """Draw the original and one panel per target layer for every image of a sample.
+
+    Parameters
+    ----------
+    report : Report
+    visuals : sequence of PIL images, or of lists of frames
+        The sample's images and videos, in prompt order.
+    sample : int
+        Which sample of the batch.
+    title : str
+        Written above, such as question and answer.
+    max_frames : int
+        Of a video, at most this many temporal steps are shown, evenly spaced.
+
+    Raises
+    ------
+    IndexError
+        If there is no such sample.
+    ValueError
+        If the images do not fit the grids of the report.
+    """
+    if not report.samples:
+        raise ValueError(f"the report holds no samples to draw ({report.skipped_because or 'no request was made'}).")
+    if not 0 <= sample < len(report.samples):
+        raise IndexError(f"the report has {len(report.samples)} samples, numbered from 0; there is no sample {sample}.")
+    chosen = report.samples[sample]
+    rows = _rows(chosen, visuals, max_frames)
+    notes = [f"Nothing was pruned: {report.skipped_because}."] if report.skipped_because else []
+    notes.extend([chosen.budget_clamped] if chosen.budget_clamped else [])
+    return draw_rows(rows, title=title, note=" ".join(notes))
+
+
+def draw_rows(rows: Sequence[Row], *, title: str = "", note: str = "") -> Figure:
+    """Draw one line of panels (or a few, where there are many target layers) per row."""
+    panels = [_panels(row) for row in rows]
+    most = max(map(len, panels))
+    columns = min(most, _PANELS_PER_LINE if len(rows) == 1 else 2 * _PANELS_PER_LINE)
+    width = 2.5 if columns <= _PANELS_PER_LINE else 1.9
+    page = Page(columns * width)
+    page.write(title, size=11)
+    for row, cells in zip(rows, panels, strict=True):
+        page.write(row.label, size=9.5)
+        height = width * min(max(row.height / row.width, 0.1), 1.8)
+        for start in range(0, len(cells), columns):
+            page.place(cells[start : start + columns], width, height)
+    return page.figure(_LEGEND, note)
+
+
+def save_picture(figure: Figure, path: str | Path) -> Path:
+    """Write a figure as PNG, making its folder where that is missing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png", metadata={"Software": None})
+    return path
+
+
+def token_states(sample: SampleReport) -> list[np.ndarray]:
+    """For every stage, the state of each visual token: ``DROPPED``, ``RECYCLED`` or ``KEPT``; shape (n_visual,)."""
+    current = np.full(sample.n_visual, KEPT, dtype=np.uint8)
+    states = []
+    for stage in sample.stages:
+        if stage.kept or stage.recycled:
+            current = np.full(sample.n_visual, DROPPED, dtype=np.uint8)
+            current[list(stage.kept)] = KEPT
+            current[list(stage.recycled)] = RECYCLED
+        states.append(current)
+    return states
+
+
+def shade(image: Image.Image, states: np.ndarray) -> np.ndarray:
+    """Paint the states over an image.
+
+    Parameters
+    ----------
+    image : PIL image
+    states : uint8 array, shape (height, width)
+        State of each token.
+
+    Returns
+    -------
+    uint8 array, shape (height * cell, width * cell, 3)
+        Kept tokens as they are, recycled ones tinted, dropped ones grey and dark.
+    """
+    cell = max(4, round(_LONG_SIDE / max(states.shape)))
+    size = (states.shape[1] * cell, states.shape[0] * cell)
+    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
+    grown = states.repeat(cell, axis=0).repeat(cell, axis=1)
+    grey = pixels.mean(axis=2, keepdims=True)
+    painted = np.where((grown == DROPPED)[..., None], _SHADE + 0.22 * grey, pixels)
+    tinted = 0.5 * pixels + 0.5 * _TINT
+    painted = np.where((grown == RECYCLED)[..., None], tinted, painted)
+    painted[_edges(grown, KEPT)] = 255.0
+    painted[_edges(grown, RECYCLED)] = _TINT
+    return painted.clip(0, 255).astype(np.uint8)
+
+
+def _edges(grown: np.ndarray, state: int) -> np.ndarray:
+    """Pixels of a state that touch another one."""
+    inside = np.pad(grown == state, 1, constant_values=True)
+    middle = inside[1:-1, 1:-1]
+    return middle & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
+
+
+def _rows(sample: SampleReport, visuals: Sequence[Visual], max_frames: int) -> list[Row]:
+    if len(visuals) != len(sample.grids):
+        raise ValueError(
+            f"the report's sample has {len(sample.grids)} images or videos, but {len(visuals)} were given."
+        )
+    rows, first = [], 0
+    for number, (visual, (steps, height, width)) in enumerate(zip(visuals, sample.grids, strict=True), 1):
+        frames = [visual] if isinstance(visual, Image.Image) else list(visual)
+        per_step = max(1, math.ceil(len(frames) / steps))
+        if math.ceil(len(frames) / per_step) != steps or per_step > 2:
+            raise ValueError(f"visual {number} has {len(frames)} frames, but the report's grid has {steps} steps.")
+        _check_shape(frames[0], number, steps, height, width)
+        for step in _spread(steps, max_frames):
+            label = f"image {number}" if isinstance(visual, Image.Image) else f"frame {step * per_step + 1}"
+            label = label if len(visuals) > 1 or steps > 1 else ""
+            rows.append(Row(frames[step * per_step], sample, first + step * height * width, height, width, label))
+        first += steps * height * width
+    return rows
+
+
+def _check_shape(image: Image.Image, number: int, steps: int, height: int, width: int) -> None:
+    """Raise where no scaling of the image, rounded to whole tokens, gives the grid."""
+    lowest = max((height - 1) / image.height, (width - 1) / image.width)
+    highest = min((height + 1) / image.height, (width + 1) / image.width)
+    if lowest > highest:
+        raise ValueError(
+            f"visual {number} ({image.width}x{image.height} pixels) does not fit the report: its "
+            f"{steps * height * width} visual tokens form a grid of {width}x{height}. "
+            f"Is it the picture that the report was made with?"
+        )
+
+
+def _spread(steps: int, limit: int) -> list[int]:
+    shown = min(steps, max(1, limit))
+    return sorted({round(index * (steps - 1) / max(shown - 1, 1)) for index in range(shown)})
+
+
+def _panels(row: Row) -> list[Panel]:
+    """The original, then one panel per target layer."""
+    size = row.height * row.width
+    original = np.full((row.height, row.width), KEPT, dtype=np.uint8)
+    cells = [Panel("original", f"{size} visual tokens", shade(row.image, original))]
+    for stage, states in zip(row.sample.stages, token_states(row.sample), strict=True):
+        part = states[row.first : row.first + size]
+        name = f"layer {stage.layer}" if stage.layer >= 0 else "before the decoder"
+        cells.append(Panel(name, _counts(stage, part), shade(row.image, part.reshape(row.height, row.width))))
+    return cells
+
+
+def _counts(stage: StageReport, part: np.ndarray) -> str:
+    if stage.skipped_because:
+        return f"nothing dropped: {stage.skipped_because}"
+    counts = f"{int((part == KEPT).sum())} kept"
+    if recycled := int((part == RECYCLED).sum()):
+        counts += f", {recycled} recycled"
+    return f"{counts} of {part.size}"
