@@ -82,6 +82,8 @@ def draw_report(
     if not 0 <= sample < len(report.samples):
         raise IndexError(f"the report has {len(report.samples)} samples, numbered from 0; there is no sample {sample}.")
     chosen = report.samples[sample]
+    if not chosen.grids:
+        raise ValueError(f"sample {sample} of the report has no images to draw.")
     rows = _rows(chosen, visuals, max_frames)
     notes = [f"Nothing was pruned: {report.skipped_because}."] if report.skipped_because else []
     notes.extend([chosen.budget_clamped] if chosen.budget_clamped else [])

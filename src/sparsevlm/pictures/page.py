@@ -34,6 +34,7 @@ class _Cell:
     height: float
     panel: Panel
     caption: str
+    caption_height: float
 
 
 class Page:
@@ -73,9 +74,11 @@ class Page:
     def place(self, panels: Sequence[Panel], width: float, height: float) -> None:
         """Put panels side by side, captions above them."""
         wrapped = [textwrap.wrap(panel.counts, int(width * 17))[:3] for panel in panels]
-        top = self._used + self._NAME + self._LINE * max(map(len, wrapped)) + 0.04
-        for column, (panel, caption) in enumerate(zip(panels, wrapped, strict=True)):
-            self._cells.append(_Cell(column * width, top, width - 0.1, height - 0.1, panel, "\n".join(caption)))
+        caption = self._LINE * max(map(len, wrapped)) + 0.04
+        top = self._used + self._NAME + caption
+        for column, (panel, lines) in enumerate(zip(panels, wrapped, strict=True)):
+            place = (column * width, top, width - 0.1, height - 0.1)
+            self._cells.append(_Cell(*place, panel, "\n".join(lines), caption))
         self._used = top + height + 0.06
 
     def figure(self, legend: Sequence[tuple[str, str]], note: str = "") -> Figure:
@@ -110,19 +113,10 @@ class Page:
         axes.imshow(cell.panel.pixels, interpolation="antialiased")
         axes.set_anchor("NW")
         axes.set_axis_off()
-        options: dict[str, Any] = {"va": "bottom", "parse_math": False}
-        lines = cell.caption.count("\n") + 1
-        caption_foot = cell.top - 0.04
-        figure.text(
-            left / across,
-            1 - caption_foot / total,
-            cell.caption,
-            fontsize=7.5,
-            color=_FAINT,
-            linespacing=1.15,
-            **options,
+        captions: tuple[tuple[str, float, dict[str, Any]], ...] = (
+            (cell.panel.name, cell.caption_height + self._NAME, {"fontsize": 9, "color": _INK, "weight": "bold"}),
+            (cell.caption, cell.caption_height, {"fontsize": 7.5, "color": _FAINT, "linespacing": 1.15}),
         )
-        name_foot = caption_foot - self._LINE * lines - 0.03
-        figure.text(
-            left / across, 1 - name_foot / total, cell.panel.name, fontsize=9, color=_INK, weight="bold", **options
-        )
+        for text, above, style in captions:
+            down = cell.top - above
+            figure.text(left / across, 1 - down / total, text, va="top", parse_math=False, **style)
