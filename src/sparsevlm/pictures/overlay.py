@@ -182,15 +182,17 @@ def _rows(sample: SampleReport, visuals: Sequence[Visual], max_frames: int) -> l
 
 
 def _check_shape(image: Image.Image, number: int, steps: int, height: int, width: int) -> None:
-    """Raise where no scaling of the image, rounded to whole tokens, gives the grid."""
-    lowest = max((height - 1) / image.height, (width - 1) / image.width)
-    highest = min((height + 1) / image.height, (width + 1) / image.width)
-    if lowest > highest:
-        raise ValueError(
-            f"visual {number} ({image.width}x{image.height} pixels) does not fit the report: its "
-            f"{steps * height * width} visual tokens form a grid of {width}x{height}. "
-            f"Is it the picture that the report was made with?"
-        )
+    """Raise where no scaling of the image gives the grid, whichever way the processor rounded both sides."""
+    for below, above in ((0.5, 0.5), (0.0, 1.0), (1.0, 0.0)):  # to the nearest, down, up
+        lowest = max((height - below) / image.height, (width - below) / image.width)
+        highest = min((height + above) / image.height, (width + above) / image.width)
+        if lowest <= highest:
+            return
+    raise ValueError(
+        f"visual {number} ({image.width}x{image.height} pixels) does not fit the report: its "
+        f"{steps * height * width} visual tokens form a grid of {width}x{height}. "
+        f"Is it the picture that the report was made with?"
+    )
 
 
 def _spread(steps: int, limit: int) -> list[int]:

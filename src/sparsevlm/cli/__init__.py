@@ -1,0 +1,51 @@
+"""The command line: parsing and printing only. Nothing here imports torch before a command needs it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+from ..collision import check_collision
+from .demo import demo
+from .run import run
+from .terminal import show_warning
+from .visualize import visualize
+
+app = typer.Typer(
+    name="sparsevlm",
+    help="Training-free visual token pruning for Hugging Face vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+app.command()(demo)
+app.command()(run)
+app.command()(visualize)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"sparsevlm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Training-free visual token pruning for Hugging Face vision-language models."""
+
+
+def main() -> None:
+    """Entry point of the ``sparsevlm`` command."""
+    warnings.showwarning = show_warning  # type: ignore[assignment]
+    check_collision()
+    app()
+
+
+__all__ = ["app", "main"]

@@ -1,0 +1,81 @@
+"""One question to a model: inputs, answer, time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said and how long it took.
+
+    Attributes
+    ----------
+    text : str
+    n_tokens : int
+        New tokens, the end of the turn included.
+    first_token_ms, total_ms : float
+        From the call of ``generate`` to its first new token, and to its end.
+    """
+
+    text: str
+    n_tokens: int
+    first_token_ms: float
+    total_ms: float
+
+
+class _Watch:
+    """A streamer that only looks at the clock."""
+
+    def __init__(self, on_token: Callable[[], None]) -> None:
+        self._on_token = on_token
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+        self._on_token()
+
+    def end(self) -> None:
+        """Part of the protocol of streamers."""
+
+
+def build_inputs(
+    processor: Any,
+    prompt: str,
+    *,
+    images: Sequence[Image.Image] = (),
+    frames: Sequence[Image.Image] = (),
+    fps: float = 2.0,
+) -> Any:
+    """Return the inputs of one user turn: images, then the video's frames, then the text."""
+    content: list[dict[str, Any]] = [{"type": "image"}] * len(images) + [{"type": "video"}] * bool(frames)
+    messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
+    options: dict[str, Any] = {}
+    if images:
+        options["images"] = list(images)
+    if frames:
+        indices = list(range(len(frames)))
+        options["videos"] = [list(frames)]
+        options["video_metadata"] = [{"fps": fps, "total_num_frames": len(frames), "frames_indices": indices}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return processor(text=[text], return_tensors="pt", **options)
+
+
+def ask(
+    model: Any, processor: Any, inputs: Any, max_new_tokens: int, on_token: Callable[[], None] = lambda: None
+) -> Answer:
+    """Generate greedily; every token that arrives calls ``on_token``."""
+    watch = _Watch(on_token)
+    inputs = inputs.to(model.device)
+    begin = time.perf_counter()
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=watch)
+    end = time.perf_counter()
+    new = output[0, inputs["input_ids"].shape[1] :]
+    text = processor.batch_decode([new], skip_special_tokens=True)[0].strip()
+    # The streamer is given the prompt first.
+    return Answer(text, len(new), (watch.times[1] - begin) * 1e3, (end - begin) * 1e3)

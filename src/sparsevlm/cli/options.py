@@ -1,0 +1,83 @@
+"""Options that several commands share, and what their texts mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what goes on.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Selector = Annotated[str, typer.Option("--selector", help="Built-in method, such as sparsevlm, random or grid.")]
+KEEP_HELP = (
+    "Visual tokens averaged over the decoder layers: a fraction with a point (0.25), a number of tokens (64), or "
+    "'adaptive', where the rank of the attention decides."
+)
+
+
+def parse_keep(text: str | None) -> int | float | None:
+    """Return the budget that ``--keep`` names; ``None`` is adaptive.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a number nor ``adaptive``.
+    """
+    if text is None or text == "adaptive":
+        return None
+    try:
+        return int(text) if text.lstrip("+-").isdigit() else float(text)
+    except ValueError as error:
+        raise ValueError(
+            f"--keep must be a fraction such as 0.25, a number of tokens such as 64, or 'adaptive', got {text!r}."
+        ) from error
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """Return the layers of ``--target-layers 2,6,10``; ``None`` is the default.
+
+    Raises
+    ------
+    ValueError
+        If something between the commas is no whole number.
+    """
+    if text is None:
+        return None
+    try:
+        return tuple(int(piece) for piece in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--target-layers must be layer numbers with commas, such as 2,6,10, got {text!r}.") from error
+
+
+def prepare_folder(folder: Path) -> Path:
+    """Make the folder that files will go to.
+
+    Raises
+    ------
+    ValueError
+        If there is a file in the way.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"cannot write to folder {folder}: a file is in its place.") from error
+    return folder
+
+
+def prepare_file(path: Path | None, suffix: str) -> Path | None:
+    """Check the name of a file to be written and make its folder.
+
+    Raises
+    ------
+    ValueError
+        If the name does not end in ``suffix``, or is a folder's.
+    """
+    if path is None:
+        return None
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{path} must end in {suffix}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name a file.")
+    prepare_folder(path.parent)
+    return path

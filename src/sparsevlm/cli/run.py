@@ -1,0 +1,121 @@
+"""``sparsevlm run``: any checkpoint, any picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers, prepare_file
+from .terminal import progress, quiet_transformers, reports_errors
+
+BUNDLED = "bundled"
+NOT_MEANINGFUL = (
+    "The bundled model knows nothing but the generated scenes of `sparsevlm demo`: "
+    "on any other picture its answer is not meaningful, only the pruning is."
+)
+
+
+@reports_errors
+def run(
+    *,
+    model: Annotated[
+        str, typer.Option("--model", help="Folder, hub id, or 'bundled' for the small model of this package.")
+    ],
+    prompt: Annotated[str, typer.Option("--prompt", help="Question or instruction.")],
+    image: Annotated[list[Path] | None, typer.Option("--image", help="Image file; may be given several times.")] = None,
+    video: Annotated[Path | None, typer.Option("--video", help="Folder with one picture per frame.")] = None,
+    fps: Annotated[float, typer.Option("--fps", help="Frames per second of that folder.", min=0.01)] = 2.0,
+    keep: Annotated[str | None, typer.Option("--keep", help=KEEP_HELP, show_default="adaptive")] = None,
+    preset: Annotated[str | None, typer.Option("--preset", help="paper-192, paper-128 or paper-64.")] = None,
+    target_layers: Annotated[
+        str | None, typer.Option("--target-layers", help="Such as 2,6,10.", show_default="every 4th from 2")
+    ] = None,
+    min_keep: Annotated[int, typer.Option("--min-keep", help="Never fewer visual tokens than this.")] = 32,
+    tau: Annotated[float, typer.Option("--tau", help="Share of the dropped tokens that is recycled.")] = 0.5,
+    theta: Annotated[float, typer.Option("--theta", help="Clusters per recycled token.")] = 0.5,
+    selector: Selector = "sparsevlm",
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, float16 or bfloat16.")] = "auto",
+    device: Device = "auto",
+    attn: Annotated[str, typer.Option("--attn", help="sdpa, eager or flash_attention_2.")] = "sdpa",
+    compare: Annotated[bool, typer.Option("--compare", help="Answer without pruning as well.")] = False,
+    report: Annotated[Path | None, typer.Option("--report", help="Write the report to this JSON file.")] = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Draw what was kept into this PNG.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Answer a question about pictures with pruned visual tokens."""
+    if bool(image) == (video is not None):
+        raise ValueError("give either --image FILE (once per image) or --video FOLDER.")
+    from ..config import SparseVLMConfig
+    from ..inputs.media import load_frames, load_image
+
+    config = SparseVLMConfig(
+        target_layers=parse_layers(target_layers),
+        min_keep=min_keep,
+        tau=tau,
+        theta=theta,
+        keep=parse_keep(keep),
+        selector=selector,
+        preset=preset,
+    )
+    report, picture = prepare_file(report, ".json"), prepare_file(picture, ".png")
+    images = [load_image(path) for path in image or ()]
+    frames = load_frames(video) if video is not None else []
+    loaded, processor = _load(model, dtype, device, attn)
+    from .asking import build_inputs
+
+    inputs = build_inputs(processor, prompt, images=images, frames=frames, fps=fps)
+    answers, found = _answers(loaded, processor, inputs, config, max_new_tokens=max_new_tokens, compare=compare)
+    if model == BUNDLED:
+        typer.echo(NOT_MEANINGFUL, err=True)
+    for name, answer in answers.items():
+        typer.echo(f"{name} ({answer.total_ms:.0f} ms, {answer.n_tokens} tokens): {answer.text}")
+    typer.echo(f"\n{found}")
+    if report is not None:
+        found.to_json(report)
+        typer.echo(f"wrote {report}")
+    if picture is not None:
+        _draw(found, [*images, *([frames] if frames else [])], prompt, answers, picture)
+        typer.echo(f"wrote {picture}")
+
+
+def _load(model: str, dtype: str, device: str, attn: str) -> tuple[Any, Any]:
+    with progress(f"loading {model}"):
+        from ..bundled import bundled_path
+        from ..inputs import load_model, load_processor
+
+        quiet_transformers()
+        path = bundled_path() if model == BUNDLED else model
+        loaded = load_model(path, dtype=dtype, device=device, attn_implementation=attn)
+        return loaded, load_processor(path)
+
+
+def _answers(
+    model: Any, processor: Any, inputs: Any, config: Any, *, max_new_tokens: int, compare: bool
+) -> tuple[dict[str, Any], Any]:
+    """The answers by name, and the report of the pruned request."""
+    from .. import apply_sparsevlm
+    from .asking import ask
+
+    answers = {}
+    # Applied before anything runs, so that a budget or a layer that cannot be is refused at once.
+    with apply_sparsevlm(model, config=config, processor=processor) as state:
+        if compare:
+            with progress("warming up"):
+                ask(model, processor, inputs, 1)
+        with progress("generating, pruned", max_new_tokens) as advance:
+            sparse = ask(model, processor, inputs, max_new_tokens, advance)
+        found = state.report
+    if compare:
+        with progress("generating, dense", max_new_tokens) as advance:
+            answers["dense"] = ask(model, processor, inputs, max_new_tokens, advance)
+    return {**answers, "pruned": sparse}, found
+
+
+def _draw(found: Any, visuals: list[Any], prompt: str, answers: dict[str, Any], picture: Path) -> None:
+    from ..pictures import draw_report, save_picture
+
+    said = "\n".join(f"{name}: {answer.text}" for name, answer in answers.items())
+    save_picture(draw_report(found, visuals, title=f"{prompt}\n{said}"), picture)

@@ -1,0 +1,82 @@
+"""What the commands share on the terminal: progress, warnings and errors, all on stderr."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+# What users cause: files, options, unsupported models. Anything else is a fault of ours and ends with code 1.
+_USER_ERRORS = (ValueError, TypeError, IndexError, NotImplementedError, OSError)
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn exceptions of a command into one line on stderr and exit code 2, or a traceback with ``--debug``."""
+
+    @functools.wraps(command)
+    def guarded(*args: Any, debug: bool = False, **options: Any) -> None:
+        logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
+        try:
+            command(*args, debug=debug, **options)
+        except _USER_ERRORS as error:
+            if debug:
+                raise
+            _print_line("error: ", "red", _one_line(error))
+            raise typer.Exit(2) from error
+        except Exception as error:
+            if debug:
+                raise
+            _print_line("internal error: ", "red", f"{type(error).__name__}: {_one_line(error)} (--debug shows where)")
+            raise typer.Exit(1) from error
+
+    return guarded
+
+
+def show_warning(message: Warning | str, *_place: Any) -> None:
+    """Print a Python warning as one line; takes the place of ``warnings.showwarning``."""
+    _print_line("warning: ", "yellow", _one_line(message))
+
+
+@contextmanager
+def progress(label: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+    """Show that something is under way; the value advances a bar of ``total`` steps.
+
+    A terminal gets a moving bar that vanishes at the end, a file one plain line.
+    """
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        console.print(Text(label))
+        yield _nothing
+        return
+    columns = [SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn()]
+    with Progress(*columns, console=console, transient=True) as bars:
+        task = bars.add_task(label, total=total)
+        yield lambda: bars.advance(task)
+
+
+def quiet_transformers() -> None:
+    """Keep transformers' own bars and advice out of the output."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def _nothing() -> None:
+    """Advance no bar."""
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _print_line(prefix: str, colour: str, text: str) -> None:
+    # soft_wrap: one line stays one line, so that it can be searched for and copied.
+    Console(stderr=True).print(Text(prefix, style=f"bold {colour}") + Text(text), soft_wrap=True)
