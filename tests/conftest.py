@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from toys import tiny_model
 
 

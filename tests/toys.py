@@ -43,15 +43,15 @@ def tiny_model(family: str = "qwen2_5_vl", attn: str = "sdpa", seed: int = 0, n_
     if family == "qwen2_5_vl":
         vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "window_size": 56}
         vision |= {"fullatt_block_indexes": [1]}
-        config, cls = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **ids), Qwen2_5_VLForConditionalGeneration
+        cls, config = Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig
     else:
         vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-        config, cls = Qwen2VLConfig(text_config=text, vision_config=vision, **ids), Qwen2VLForConditionalGeneration
-    model = cls._from_config(config, attn_implementation=attn).eval()
+        cls, config = Qwen2VLForConditionalGeneration, Qwen2VLConfig
+    model = cls._from_config(config(text_config=text, vision_config=vision, **ids), attn_implementation=attn).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "language_model" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
-                weight.mul_(20)
+                weight.mul_(6)
     model.generation_config.eos_token_id = None  # generate exactly as many tokens as asked for
     model.generation_config.pad_token_id = PAD
     return model

@@ -197,7 +197,7 @@ def _check_int(name: str, value: Any, least: int) -> None:
 def _check_unit_interval(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in [0, 1], got {value!r}.")
-    if not 0.0 <= value <= 1.0:
+    if not 0.0 <= float(value) <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {value}.")
 
 
@@ -214,8 +214,6 @@ def _checked_budget(name: str, value: Any) -> int | float:
         if value < 1:
             raise ValueError(f"{name} as a number of tokens must be at least 1, got {value}.")
         return int(value)
-    if not 0.0 < value <= 1.0:
-        raise ValueError(
-            f"{name} as a fraction must be in (0, 1], got {value}; for a number of tokens pass an int."
-        )
+    if not 0.0 < float(value) <= 1.0:
+        raise ValueError(f"{name} as a fraction must be in (0, 1], got {value}; for a number of tokens pass an int.")
     return float(value)

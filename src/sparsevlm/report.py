@@ -321,10 +321,11 @@ class ReportTotal:
 
 def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
     values = {f.name: data[f.name] for f in dataclasses.fields(SampleReport)}
-    values["stages"] = tuple(
-        StageReport(**{key: tuple(value) if isinstance(value, list) else value for key, value in stage.items()})
-        for stage in data["stages"]
-    )
+    stages = []
+    for stage in data["stages"]:
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stage.items()}
+        stages.append(StageReport(**plain))
+    values["stages"] = tuple(stages)
     values["grids"] = tuple(tuple(grid) for grid in data["grids"])
     for name in ("layer_tokens", "visual_positions"):
         values[name] = tuple(data[name])

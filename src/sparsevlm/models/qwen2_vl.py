@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ..runtime.view import ModelView
 
 # The vision configuration of Qwen2.5-VL has these, that of Qwen2-VL does not.
@@ -38,7 +36,7 @@ def view(model: Any) -> ModelView:
         raise NotImplementedError(
             "tensor-parallel models are not supported: each rank would choose other tokens. Load without tp_plan."
         )
-    layers: nn.ModuleList = text_model.layers
+    layers: Any = text_model.layers
     return ModelView(
         model=model,
         base_model=base_model,

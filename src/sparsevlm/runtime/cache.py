@@ -103,7 +103,6 @@ class PrunedLayer:
     table: SlotTable | None
     owns_table: bool
     placed: bool
-    keys: Tensor
 
     def place(self, table: SlotTable, owns_table: bool) -> None:
         """Take ``table``, which already holds the slots of the update to come."""
@@ -139,15 +138,10 @@ class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove tokens from the end; see transformers' ``DynamicLayer.crop``."""
-        before = self.keys.shape[-2] if self.is_initialized else 0
-        keys, values = self.keys, self.values
+        keys = self.keys
         super().crop(*args, **kwargs)
-        if self.table is not None and self.owns_table and (removed := before - self.keys.shape[-2]):
-            try:
-                self.table.crop(removed)
-            except ValueError:
-                self.keys, self.values = keys, values
-                raise
+        if self.table is not None and self.owns_table and keys is not None and self.keys is not None:
+            self.table.crop(keys.shape[-2] - self.keys.shape[-2])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
@@ -189,12 +183,12 @@ def check_cache(cache: Cache, n_layers: int) -> None:
             )
 
 
-def adopt(cache: Cache, layer_idx: int) -> PrunedLayer:
+def adopt(cache: Cache, layer_idx: int) -> Any:
     """Return the cache layer as a :class:`PrunedLayer`, swapped in place with its contents."""
     layer = cache.layers[layer_idx]
     if isinstance(layer, PrunedLayer):
         return layer
-    pruned = object.__new__(_PRUNED_CLASSES[type(layer)])
+    pruned: Any = object.__new__(_PRUNED_CLASSES[type(layer)])
     pruned.__dict__.update(layer.__dict__)
     pruned.table, pruned.owns_table, pruned.placed = None, False, False
     cache.layers[layer_idx] = pruned

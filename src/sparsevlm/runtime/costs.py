@@ -28,7 +28,7 @@ def prefill_flops(view: ModelView, tokens_per_layer: Sequence[int], past_len: in
     total = 0.0
     for layer, attention, tokens in zip(view.layers, view.attentions, tokens_per_layer, strict=True):
         weights = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
-        width = attention.q_proj.weight.shape[0]
+        width = attention.q_proj.out_features
         pairs = tokens * past_len + tokens * (tokens + 1) / 2
         total += 2.0 * weights * tokens + 4.0 * width * pairs
     return total

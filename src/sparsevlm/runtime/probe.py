@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -21,9 +21,9 @@ class AttentionProbe:
     the module its own configuration back, tells the reader, and calls the attention that is in force.
     """
 
-    _armed: dict[nn.Module, AttentionProbe] = {}
+    _armed: ClassVar[dict[nn.Module, AttentionProbe]] = {}
 
-    def __init__(self, attention: nn.Module, reader: Reader):
+    def __init__(self, attention: Any, reader: Reader):
         self.attention = attention
         self.reader = reader
         self._config = attention.config
@@ -41,7 +41,7 @@ class AttentionProbe:
 
 
 def _probed_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
     probe = AttentionProbe._armed[module]
     probe.disarm()

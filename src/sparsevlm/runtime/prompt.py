@@ -52,7 +52,7 @@ def visual_mask(view: ModelView, inputs: Mapping[str, Any]) -> Tensor | None:
         if input_ids is not None:
             found = input_ids == ids[kind]
         else:
-            embedding = view.model.get_input_embeddings()
+            embedding: Any = view.model.get_input_embeddings()
             placeholder = embedding(torch.tensor(ids[kind], device=embedding.weight.device))
             found = (inputs["inputs_embeds"] == placeholder).all(dim=-1)
         if not bool(found.any()):

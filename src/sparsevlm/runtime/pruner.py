@@ -87,7 +87,7 @@ def _gathered_kwargs(
         return kwargs
     flash = "flash" in view.attn_implementation
     if rows is None:
-        assert table is not None and forward.cache is not None
+        assert table is not None
         past_len, q_len = table.length, hidden.shape[1]
     else:
         assert forward.request is not None
@@ -100,7 +100,7 @@ def _gathered_kwargs(
     if key not in forward.memo:
         # A static layer shows its whole buffer; flash attention cuts it to the width of its 2D mask.
         full = isinstance(mask, Tensor) and mask.ndim == 4 and hasattr(cache_layer, "max_cache_len")
-        width = mask.shape[-1] if full else None
+        width = mask.shape[-1] if isinstance(mask, Tensor) and full else None
         if table is None:
             assert rows is not None
             slots, has_dead = rows, forward.rows_dead
@@ -125,9 +125,7 @@ def _rotary(forward: Forward, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tu
     return forward.memo[key]
 
 
-def _placed_table(
-    forward: Forward, cache: Cache, layer_idx: int, rows: Tensor, past_len: int, q_len: int
-) -> SlotTable:
+def _placed_table(forward: Forward, cache: Cache, layer_idx: int, rows: Tensor, past_len: int, q_len: int) -> SlotTable:
     """Slot table of a layer of the current stage: what it held before, then the rows that are left."""
     layer = adopt(cache, layer_idx)
     before = layer.table
@@ -252,9 +250,7 @@ def _rater_mask(request: Request, b: int, attention: Tensor) -> Tensor:
     return sample.embedding_raters.to(attention.device)
 
 
-def _gather(
-    forward: Forward, request: Request, selections: list[Selection | None], hidden_states: Tensor
-) -> Tensor:
+def _gather(forward: Forward, request: Request, selections: list[Selection | None], hidden_states: Tensor) -> Tensor:
     """New rows, fillers on the left for unequal counts, merged states in their centres' places."""
     gathered, new_rows = [], []
     for b, (sample, selection) in enumerate(zip(request.samples, selections, strict=True)):

@@ -109,7 +109,7 @@ class SparseVLMState:
             hook = _LayerHook(self, layer_idx)
             add(layer.register_forward_pre_hook(hook, with_kwargs=True))
         # generate asks this before it compiles the decode step; hooks would break the graph at every layer.
-        view.model._valid_auto_compile_criteria = self._refuse_compilation  # type: ignore[assignment]
+        view.model._valid_auto_compile_criteria = self._refuse_compilation
 
     def detach(self) -> None:
         """Remove every hook; harmless when done already."""
@@ -215,7 +215,7 @@ class SparseVLMState:
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 3:
             _refuse_packing(positions, kwargs.get("attention_mask"))
-            request.coordinates = positions[-3:]
+            request.coordinates = positions[-3:].expand(3, *positions.shape[1:])
         if {"features", "text_features"} & request.traits.needs or request.config.raters == "embedding":
             request.features = kwargs["inputs_embeds"]
 
@@ -290,5 +290,3 @@ def _refuse_packing(positions: Tensor, attention_mask: Any) -> None:
             "packed sequences (position_ids that start again within a row) are not supported under SparseVLM; "
             "pass them as a batch with an attention_mask."
         )
-
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -33,11 +34,11 @@ class ModelView:
         Patches per side that form one visual token.
     """
 
-    model: nn.Module
+    model: Any
     base_model: nn.Module
-    text_model: nn.Module
+    text_model: Any
     layers: nn.ModuleList
-    attentions: tuple[nn.Module, ...]
+    attentions: tuple[Any, ...]
     vision_tower: nn.Module
     image_token_id: int
     video_token_id: int

@@ -90,8 +90,7 @@ def plan_budget(
         return Plan((floor,) * n_targets, budget, clamped)
     total = int(budget * n_layers + 1e-6)
     spans = [
-        after - before
-        for before, after in itertools.pairwise([*(target + 1 for target in target_layers), n_layers])
+        after - before for before, after in itertools.pairwise([*(target + 1 for target in target_layers), n_layers])
     ]
     free = total - (target_layers[0] + 1) * n_visual
     if schedule == "single":
@@ -133,7 +132,7 @@ def plan_schedule(schedule: Sequence[int | float], n_visual: int, n_targets: int
     counts = tuple(min(n_visual, max(floor, count)) for count in wanted)
     clamped = None
     if any(count < floor for count in wanted):
-        clamped = f"schedule {tuple(schedule)} goes below min_keep={min_keep} for {n_visual} visual tokens: {counts} used"
+        clamped = f"schedule {tuple(schedule)} goes below min_keep={min_keep} for {n_visual} tokens: {counts} used"
     elif any(count > n_visual for count in wanted):
         clamped = f"schedule {tuple(schedule)} asks for more than the {n_visual} visual tokens: {counts} used"
     return Plan(counts, None, clamped)

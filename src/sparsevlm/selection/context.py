@@ -132,7 +132,8 @@ class SelectorTraits:
                 f"provided are {', '.join(NEEDS)}."
             )
         if placement == BEFORE_DECODER and (late := needs & {"rater_attention", "previous_hidden_states"}):
-            raise ValueError(f"selector {name!r} runs before the decoder, where {', '.join(sorted(late))} do not exist.")
+            missing = ", ".join(sorted(late))
+            raise ValueError(f"selector {name!r} runs before the decoder, where {missing} do not exist.")
         schedule = getattr(selector, "default_schedule", "geometric")
         if schedule not in SCHEDULES:
             raise ValueError(f"selector {name!r}: default_schedule must be one of {SCHEDULES}, got {schedule!r}.")
@@ -155,7 +156,8 @@ def checked_selection(result: Any, n_visual: int, n_keep: int, name: str, device
         raise TypeError(f"selector {name!r} must return a Selection or a tensor of whole indices, got {result!r}.")
     keep_idx = keep_idx.to(device=device, dtype=torch.long)
     if keep_idx.ndim != 1 or keep_idx.shape[0] != n_keep:
-        raise ValueError(f"selector {name!r} returned indices of shape {tuple(keep_idx.shape)}, expected ({n_keep},).")
+        got = tuple(keep_idx.shape)
+        raise ValueError(f"selector {name!r} returned indices of shape {got}, expected ({n_keep},).")
     if n_keep and (int(keep_idx.min()) < 0 or int(keep_idx.max()) >= n_visual):
         raise ValueError(f"selector {name!r} returned indices outside 0..{n_visual - 1}.")
     if not bool((keep_idx[1:] > keep_idx[:-1]).all()):

@@ -58,7 +58,8 @@ def text_to_visual_attention(
         logits = torch.matmul(q * scaling, key_t.unsqueeze(1)).flatten(0, 1)
         if mask is not None:
             block = mask[rows]
-            logits = logits.masked_fill_(~block, -torch.inf) if block.dtype == torch.bool else logits.add_(block.float())
+            is_bool = block.dtype == torch.bool
+            logits = logits.masked_fill_(~block, -torch.inf) if is_bool else logits.add_(block.float())
         else:
             hidden = columns > row_limit[rows, None]
             if key_mask is not None:

@@ -1,0 +1,243 @@
+"""Pruned runs equal a dense run in which the dropped tokens are hidden as keys from the following layer on."""
+
+from __future__ import annotations
+
+import flash_emulation
+import pytest
+import torch
+from oracle import dropped_from, expand, oracle_logits
+
+from sparsevlm import apply_sparsevlm
+from toys import IMAGE, PROMPTS, VIDEO, make_inputs, relative_error, tiny_model, use_attention
+
+TOLERANCE = 5e-6
+NEW_TOKENS = 5
+ATTENTIONS = ("sdpa", "eager", flash_emulation.NAME)
+GREEDY = {
+    "max_new_tokens": NEW_TOKENS,
+    "do_sample": False,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+    "suppress_tokens": [IMAGE, VIDEO],  # the reference could not tell a generated placeholder from a real one
+}
+OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3], "recycle": False}
+
+
+class FirstAndLast:
+    """A selector before the decoder: every other token."""
+
+    placement = "before_decoder"
+    default_schedule = "single"
+
+    def select(self, context, n_keep):
+        return torch.randperm(context.n_visual, generator=torch.Generator().manual_seed(5))[:n_keep].sort().values
+
+
+VARIANTS = {
+    "by attention": OPTIONS,
+    "random": {**OPTIONS, "selector": "random"},
+    "rank adaptive": {**OPTIONS, "keep": None, "rank_tolerance": 0.3},
+    "before the decoder": {"keep": 0.5, "min_keep": 3, "selector": FirstAndLast()},
+}
+
+
+@pytest.fixture(params=ATTENTIONS)
+def attn(request):
+    flash_emulation.register()
+    return request.param
+
+
+def built(family, attn):
+    model = tiny_model(family)
+    use_attention(model, attn)
+    return model
+
+
+def reference(model, attn):
+    """The oracle hands out 4D masks, which flash attention does not take."""
+    if attn == flash_emulation.NAME:
+        use_attention(model, "sdpa")
+
+
+def assert_prunes(report):
+    """The comparison only bites if something was dropped."""
+    assert any(sample.final_tokens < sample.n_visual for sample in report.samples)
+
+
+def check(model, inputs, output, state, attn, repeats=1):
+    report = state.report
+    assert_prunes(report)
+    dropped = [dropped_from(report, b) for b in range(output.sequences.shape[0])]
+    state.detach()
+    reference(model, attn)
+    expanded = expand(inputs, repeats) if repeats > 1 else inputs
+    logits = oracle_logits(model, expanded, output.sequences[:, :-1], dropped)
+    for step, got in enumerate(output.logits):
+        wanted = logits[:, inputs["input_ids"].shape[1] - 1 + step]
+        assert relative_error(got, wanted) <= TOLERANCE, f"step {step}"
+    dense = oracle_logits(model, expanded, output.sequences[:, :-1], [{} for _ in dropped])
+    assert relative_error(output.logits[0], dense[:, inputs["input_ids"].shape[1] - 1]) > 1e-3
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy(prompt, variant, family, attn):
+    model, inputs = built(family, attn), make_inputs(*PROMPTS[prompt])
+    if family == "qwen2_vl":
+        inputs.pop("second_per_grid_ts", None)  # Qwen2-VL does not take it
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    output = model.generate(**inputs, **GREEDY)
+    check(model, inputs, output, state, attn)
+
+
+@pytest.mark.parametrize("prompt", ["one image", "batch, same size"])
+def test_without_attention_mask(prompt, attn):
+    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt], pad=False)
+    state = apply_sparsevlm(model, **OPTIONS)
+    output = model.generate(**inputs, **GREEDY)
+    check(model, inputs, output, state, attn)
+
+
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
+def test_sampling_several_sequences(prompt, variant, attn):
+    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    torch.manual_seed(3)
+    output = model.generate(**inputs, **{**GREEDY, "do_sample": True, "num_return_sequences": 3})
+    check(model, inputs, output, state, attn, repeats=3)
+
+
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
+def test_beams(prompt, variant, attn):
+    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    output = model.generate(**inputs, **GREEDY, num_beams=3, num_return_sequences=3, output_scores=True)
+    report = state.report
+    assert_prunes(report)
+    state.detach()
+    reference(model, attn)
+    dropped = [dropped_from(report, b) for b in range(output.sequences.shape[0])]
+    logits = oracle_logits(model, expand(inputs, 3), output.sequences[:, :-1], dropped)
+    start = inputs["input_ids"].shape[1]
+    for row in range(len(dropped)):
+        wanted = logits[row, start - 1 :].double().log_softmax(-1).gather(1, output.sequences[row, start:, None])
+        assert float(output.sequences_scores[row]) == pytest.approx(float(wanted.sum()) / NEW_TOKENS, rel=2e-6)
+
+
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+def test_prompt_lookup(variant, attn):
+    model, inputs = built("qwen2_5_vl", attn), make_inputs([("text", 8), ("image", 4, 6), ("text", 9)])
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, 2:6]  # something to look up: a guess from the first step on
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    plain = model.generate(**inputs, **GREEDY)
+    without_guesses = [stage.raters for stage in state.report.samples[0].stages]
+    output = model.generate(**inputs, **{**GREEDY, "max_new_tokens": 12}, prompt_lookup_num_tokens=3)
+    assert [stage.raters for stage in state.report.samples[0].stages] == without_guesses
+    assert torch.equal(output.sequences[:, : plain.sequences.shape[1]], plain.sequences)
+    check(model, inputs, output, state, attn)
+
+
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("prompt", ["one image", "batch, left padding", "batch, unequal counts"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"], indirect=True)
+def test_static_cache(prompt, variant, attn):
+    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    output = model.generate(**inputs, **GREEDY, cache_implementation="static")
+    assert "static" in state.report.kv_note
+    check(model, inputs, output, state, attn)
+
+
+@pytest.mark.parametrize("variant", ["random", "before the decoder"])
+@pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
+def test_without_cache(prompt, variant, attn):
+    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    output = model.generate(**inputs, **GREEDY, use_cache=False)
+    check(model, inputs, output, state, attn)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_direct_call(prompt, variant, attn):
+    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    with torch.no_grad():
+        got = model(**inputs).logits
+    report = state.report
+    assert_prunes(report)
+    state.detach()
+    reference(model, attn)
+    dropped = [dropped_from(report, b) for b in range(got.shape[0])]
+    wanted = oracle_logits(model, inputs, inputs["input_ids"], dropped)
+    for b, positions in enumerate(report.logit_positions):
+        rows = [i for i, position in enumerate(positions) if position >= 0]
+        assert len(positions) == got.shape[1]
+        assert relative_error(got[b, rows], wanted[b, [positions[i] for i in rows]]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["random", "by attention", "before the decoder"])
+@pytest.mark.parametrize("new_image", [False, True], ids=["text", "new image"])
+@pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
+def test_second_turn(prompt, new_image, variant, attn):
+    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    seen = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    first = model.generate(**inputs, **GREEDY)
+    dropped = [dropped_from(state.report, b) for b in range(first.sequences.shape[0])]
+    row = [("text", 2), ("image", 4, 5), ("text", 4)] if new_image else [("text", 6)]
+    turn = make_inputs(*[row] * first.sequences.shape[0], seed=9)
+    n_first, past_len = first.sequences.shape[1], first.past_key_values.get_seq_length()
+    assert past_len == n_first - 1
+    second = dict(turn)
+    for name, value in (("input_ids", 0), ("mm_token_type_ids", 0), ("attention_mask", 1)):
+        before = (
+            first.sequences
+            if name == "input_ids"
+            else torch.nn.functional.pad(inputs[name], (0, NEW_TOKENS), value=value)
+        )
+        second[name] = torch.cat([before, turn[name]], dim=1)
+    if new_image:  # transformers takes a new image on a kept cache in no other way than with linear positions
+        del second["mm_token_type_ids"]
+    output = model.generate(**second, **GREEDY, past_key_values=first.past_key_values)
+    handle.remove()
+    if new_image:
+        assert_prunes(state.report)
+        for b, sample_dropped in enumerate(dropped):
+            found = dropped_from(state.report, b)
+            sample_dropped |= {position + past_len: layer for position, layer in found.items()}
+    state.detach()
+    reference(model, attn)
+    batch = first.sequences.shape[0]
+    positions = torch.cat([p[-3:].expand(3, batch, -1) for p in seen], dim=-1)
+    both = dict(second)
+    for name in ("pixel_values", "image_grid_thw"):
+        both[name] = interleaved(inputs, turn, name, batch) if new_image else inputs[name]
+    logits = oracle_logits(model, both, output.sequences[:, :-1], dropped, positions)
+    start = second["input_ids"].shape[1] - 1
+    for step, got in enumerate(output.logits):
+        assert relative_error(got, logits[:, start + step]) <= TOLERANCE, f"step {step}"
+
+
+def interleaved(first, second, name, batch):
+    """Pixels in the order of the merged prompt: first turn's, then second turn's image of every sample."""
+    a, b = (x[name].split(x[name].shape[0] // batch) for x in (first, second))
+    return torch.cat([part for pair in zip(a, b, strict=True) for part in pair])
+
+
+def test_hidden_states_and_attentions_come_ragged(attn):
+    if attn == flash_emulation.NAME:
+        pytest.skip("flash attention returns no weights")
+    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS["one image"])
+    state = apply_sparsevlm(model, **OPTIONS)
+    with torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+    n_other = state.report.samples[0].n_text
+    lengths = [hidden.shape[1] - n_other for hidden in output.hidden_states[1:-1]]
+    assert lengths == list(state.report.samples[0].layer_tokens[:-1])
