@@ -1,0 +1,284 @@
+"""The command line on a randomly initialised Qwen2.5-VL of its own shape, with its own tokenizer, and a photograph."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFilter
+from typer.testing import CliRunner
+
+from sparsevlm import Report, apply_sparsevlm
+from sparsevlm.cli import app
+from sparsevlm.cli.asking import build_inputs
+from sparsevlm.inputs import load_image, load_model, load_processor
+from tiny_checkpoint import save_tiny_checkpoint
+
+PROMPT = "What is in the picture?"
+BUDGET = ["--keep", "0.6", "--min-keep", "8", "--max-new-tokens", "6", "--device", "cpu"]
+
+
+def photograph(width, height, seed=5):
+    """A landscape with haze, blur and sensor noise."""
+    rows = np.arange(height)[:, None, None] / height
+    sky = np.array([120, 160, 220]) + np.array([60, 40, -20]) * rows
+    image = Image.fromarray(np.broadcast_to(sky, (height, width, 3)).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    ridge = [(0, 0.8), (0.27, 0.4), (0.55, 0.8), (0.75, 0.47), (1, 0.8), (1, 1), (0, 1)]
+    draw.polygon([(x * width, y * height) for x, y in ridge], fill=(60, 80, 60))
+    draw.ellipse([0.77 * width, 0.1 * height, 0.88 * width, 0.27 * height], fill=(255, 230, 120))
+    draw.rectangle([0.36 * width, 0.69 * height, 0.52 * width, 0.9 * height], fill=(170, 60, 40))
+    noise = np.random.default_rng(seed).normal(0, 8, (height, width, 3))
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(1.5))) + noise
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a checkpoint, photographs, a video, and things that are none of these."""
+    place = tmp_path_factory.mktemp("place")
+    save_tiny_checkpoint(place / "model")
+    photograph(560, 364).save(place / "photo.jpg", quality=88)
+    photograph(200, 300, 6).save(place / "portrait.jpg", quality=88)
+    (place / "video").mkdir()
+    for number in range(5):
+        photograph(224, 168, number).save(place / "video" / f"frame_{number}.jpg")
+    (place / "empty").mkdir()
+    (place / "text.jpg").write_text("no picture")
+    (place / "text.json").write_text("no json")
+    (place / "other.json").write_text('{"version": 99}')
+    (place / "llama").mkdir()
+    (place / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    return place
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def run_on(place, *arguments, model="model"):
+    return call("run", "--model", place / model, "--prompt", PROMPT, *arguments)
+
+
+@pytest.fixture(scope="module")
+def saved(place):
+    """One request with everything it can write."""
+    out = place / "out"
+    result = run_on(
+        place,
+        "--image",
+        place / "photo.jpg",
+        *BUDGET,
+        "--compare",
+        "--report",
+        out / "r.json",
+        "--picture",
+        out / "r.png",
+    )
+    assert result.exit_code == 0, result.stderr
+    return result, Report.from_json(out / "r.json"), out
+
+
+def test_run_prints_both_answers_and_the_report(saved):
+    result, report, out = saved
+    assert "dense (" in result.stdout
+    assert "pruned (" in result.stdout
+    assert str(report) in result.stdout
+    assert f"wrote {out / 'r.json'}" in result.stdout
+    assert "not meaningful" not in result.stderr
+
+
+def test_run_is_what_the_library_does(saved, place):
+    result, _, _ = saved
+    model, processor = load_model(place / "model", device="cpu"), load_processor(place / "model")
+    inputs = build_inputs(processor, PROMPT, images=[load_image(place / "photo.jpg")])
+
+    def answer():
+        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        return processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0].strip()
+
+    dense = answer()
+    with apply_sparsevlm(model, keep=0.6, min_keep=8, processor=processor):
+        pruned = answer()
+    lines = [line.partition(": ") for line in result.stdout.splitlines()]
+    said = {name.partition(" ")[0]: text for name, _, text in lines}
+    assert (said["dense"], said["pruned"]) == (dense, pruned)
+
+
+def test_report_of_run(saved):
+    _, report, _ = saved
+    (sample,) = report.samples
+    assert sample.grids == ((1, 7, 12),)
+    assert sample.n_visual == 84
+    assert report.average_in <= 0.6 * 84 + 1
+    assert report.kv_bytes.sparse < report.kv_bytes.dense
+    (stage,) = sample.stages
+    assert (stage.layer, stage.n_in) == (2, 84)
+    assert len(stage.kept) == stage.n_kept
+    assert sorted(set(stage.kept)) == list(stage.kept)
+    assert stage.n_kept + stage.n_recycled == sample.final_tokens
+
+
+def test_overlay_of_run_shows_what_the_report_says(saved, place):
+    _, report, out = saved
+    picture = np.asarray(Image.open(out / "r.png").convert("RGB")).astype(int)
+    assert picture.shape[1] > 500
+    # In the right panel, dropped cells are dark and grey; the photograph has no such colours.
+    panel = picture[:, picture.shape[1] // 2 :]
+    dark = (panel.max(axis=2) < 95) & (np.ptp(panel, axis=2) < 20)
+    (stage,) = report.samples[0].stages
+    dropped = 84 - stage.n_kept - stage.n_recycled
+    cells = dark.sum() / (dark.shape[1] / 12) ** 2
+    assert cells == pytest.approx(dropped, rel=0.2)
+
+
+def test_visualize_draws_the_same_picture(saved, place):
+    result, _, out = saved
+    answers = [
+        line.split(": ", 1)[1] for line in result.stdout.splitlines() if line.startswith(("dense (", "pruned ("))
+    ]
+    title = f"{PROMPT}\ndense: {answers[0]}\npruned: {answers[1]}"
+    arguments = ["--image", place / "photo.jpg", "--out", out / "new" / "v.png", "--title", title]
+    drawn = call("visualize", out / "r.json", *arguments)
+    assert drawn.exit_code == 0, drawn.stderr
+    assert (out / "new" / "v.png").read_bytes() == (out / "r.png").read_bytes()
+
+
+def test_several_images(place, tmp_path):
+    images = ["--image", place / "photo.jpg", "--image", place / "portrait.jpg"]
+    result = run_on(place, *images, *BUDGET, "--report", tmp_path / "r.json", "--picture", tmp_path / "r.png")
+    assert result.exit_code == 0, result.stderr
+    assert Report.from_json(tmp_path / "r.json").samples[0].grids == ((1, 7, 12), (1, 11, 7))
+    swapped = [*images[2:], *images[:2]]
+    refused = call("visualize", tmp_path / "r.json", *swapped, "--out", tmp_path / "v.png")
+    assert refused.exit_code == 2
+    assert "visual 1 (200x300 pixels) does not fit" in refused.stderr
+
+
+def test_video(place, tmp_path):
+    video = ["--video", place / "video"]
+    result = run_on(place, *video, *BUDGET, "--report", tmp_path / "r.json", "--picture", tmp_path / "r.png")
+    assert result.exit_code == 0, result.stderr
+    assert Report.from_json(tmp_path / "r.json").samples[0].grids == ((3, 6, 8),)
+    assert call("visualize", tmp_path / "r.json", *video, "--out", tmp_path / "v.png").exit_code == 0
+
+
+def test_adaptive(place):
+    result = run_on(place, "--image", place / "photo.jpg", "--max-new-tokens", "2", "--attn", "eager")
+    assert result.exit_code == 0, result.stderr
+
+
+def test_preset(place, tmp_path):
+    deep = save_tiny_checkpoint(tmp_path / "deep", n_layers=17)
+    preset = ["--preset", "paper-64", "--max-new-tokens", "2", "--report", tmp_path / "r.json"]
+    result = run_on(place, "--image", place / "photo.jpg", *preset, model=deep)
+    assert result.exit_code == 0, result.stderr
+    stages = Report.from_json(tmp_path / "r.json").samples[0].stages
+    assert [stage.layer for stage in stages] == [2, 6, 15]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either --image FILE"),
+        (["--image", "photo.jpg", "--video", "video"], "give either --image FILE"),
+        (["--image", "missing.jpg"], "missing.jpg does not exist"),
+        (["--image", "text.jpg"], "is not an image"),
+        (["--image", "video"], "is a folder, not a picture"),
+        (["--video", "empty"], "holds no pictures"),
+        (["--video", "missing"], "does not exist"),
+        (["--image", "photo.jpg", "--keep", "0.01"], "Feasible"),
+        (["--image", "photo.jpg", "--keep", "1.5"], "must be in (0, 1]"),
+        (["--image", "photo.jpg", "--keep", "-3"], "must be at least 1"),
+        (["--image", "photo.jpg", "--keep", "half"], "got 'half'"),
+        (["--image", "photo.jpg", "--target-layers", "2,99"], "[99] are out of range"),
+        (["--image", "photo.jpg", "--target-layers", "2,2"], "holds a layer twice"),
+        (["--image", "photo.jpg", "--target-layers", "two"], "must be layer numbers"),
+        (["--image", "photo.jpg", "--tau", "2"], "tau must be in [0, 1]"),
+        (["--image", "photo.jpg", "--preset", "paper-1"], "preset must be one of"),
+        (["--image", "photo.jpg", "--preset", "paper-64"], "[6, 15] are out of range"),
+        (["--image", "photo.jpg", "--selector", "best"], "there is no selector 'best'"),
+        (["--image", "photo.jpg", "--dtype", "int4"], "dtype must be one of"),
+        (["--image", "photo.jpg", "--device", "toaster"], "unknown device"),
+        (["--image", "photo.jpg", "--report", "out.txt"], "must end in .json"),
+        (["--image", "photo.jpg", "--picture", "text.jpg/out.png"], "a file is in its place"),
+    ],
+)
+def test_mistakes_in_run(place, monkeypatch, arguments, message):
+    monkeypatch.chdir(place)
+    assert_one_line(run_on(place, *arguments), message)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("missing", "neither a folder nor a hub id"),
+        ("video", "no config.json"),
+        ("photo.jpg", "is a file"),
+        ("llama", "'llama'; supported are qwen2_vl, qwen2_5_vl"),
+    ],
+)
+def test_mistakes_in_the_model(place, model, message):
+    assert_one_line(run_on(place, "--image", place / "photo.jpg", model=model), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["missing.json", "--image", "photo.jpg"], "missing.json does not exist"),
+        (["text.json", "--image", "photo.jpg"], "is not a JSON file"),
+        (["other.json", "--image", "photo.jpg"], "not a sparsevlm report"),
+        (["out/r.json"], "give the pictures"),
+        (["out/r.json", "--image", "portrait.jpg"], "does not fit the report"),
+        (["out/r.json", "--image", "photo.jpg", "--image", "photo.jpg"], "1 images or videos, but 2"),
+        (["out/r.json", "--image", "photo.jpg", "--sample", "3"], "no sample 3"),
+    ],
+)
+def test_mistakes_in_visualize(saved, place, monkeypatch, arguments, message):
+    monkeypatch.chdir(place)
+    assert_one_line(call("visualize", *arguments, "--out", "v.png"), message)
+
+
+def assert_one_line(result, message):
+    assert result.exit_code == 2, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == errors[0], "nothing comes after it"
+    assert message in errors[0]
+    assert "Traceback" not in result.output
+
+
+def python(code, *arguments):
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+
+
+def test_debug_shows_the_traceback(place):
+    main = "from sparsevlm.cli import main; main()"
+    arguments = ["run", "--model", place / "missing", "--image", place / "photo.jpg", "--prompt", "x"]
+    short, long = python(main, *arguments), python(main, *arguments, "--debug")
+    assert short.returncode == 2
+    assert "Traceback" not in short.stderr
+    assert long.returncode != 0
+    assert "Traceback" in long.stderr
+
+
+def test_help_and_version_load_no_torch():
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from sparsevlm.cli import app\n"
+        "outputs = [CliRunner().invoke(app, words.split()).output for words in ('--help', 'run --help', '--version')]\n"
+        "heavy = {'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "print(outputs, heavy)\n"
+        "sys.exit(bool(heavy) or 'visualize' not in outputs[0] or '--compare' not in outputs[1])\n"
+    )
+    done = python(code)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_json_of_a_report_is_what_visualize_reads(saved):
+    _, report, out = saved
+    assert json.loads((out / "r.json").read_text())["n_visual"] == report.n_visual
