@@ -16,8 +16,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def one_thread():
+    """Tiny models are slower on several, and the tests run in parallel anyway."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -1,0 +1,103 @@
+"""The planner: budgets are met, published averages come out, what cannot hold is said."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparsevlm import SparseVLMConfig
+from sparsevlm.selection.budget import (
+    feasible_keep,
+    layer_tokens,
+    plan_budget,
+    plan_schedule,
+    rank_adaptive_count,
+)
+
+
+def average_in(n_visual, counts, layers, n_layers):
+    return sum(layer_tokens(n_visual, counts, layers, n_layers)) / n_layers
+
+
+@pytest.mark.parametrize(
+    ("preset", "average_out", "average_in_576"),
+    [("paper-192", 192.03, 206.5), ("paper-128", 128.6, 145.4), ("paper-64", 64.8, 82.3)],
+)
+def test_paper_presets_give_the_published_averages(preset, average_out, average_in_576):
+    config = SparseVLMConfig(preset=preset)
+    assert (config.target_layers, config.tau, config.theta, config.merge) == ((2, 6, 15), 0.3, 0.1, "mean")
+    counts = plan_schedule(config.schedule, 576, 3, config.min_keep).counts
+    tokens = layer_tokens(576, counts, config.target_layers, 32)
+    assert sum(tokens) / 32 == pytest.approx(average_in_576, abs=0.1)
+    assert (sum(tokens[1:]) + counts[-1]) / 32 == pytest.approx(average_out, abs=0.1)
+
+
+@given(
+    n_visual=st.integers(1, 3000),
+    keep=st.one_of(st.floats(0.05, 1.0), st.integers(1, 3000)),
+    min_keep=st.integers(1, 64),
+    n_layers=st.integers(4, 40),
+    schedule=st.sampled_from(["geometric", "single"]),
+    before_decoder=st.booleans(),
+)
+def test_budgets_are_met_or_clamped(n_visual, keep, min_keep, n_layers, schedule, before_decoder):
+    layers = (-1,) if before_decoder else tuple(range(min(2, n_layers - 2), n_layers - 1, 4))
+    plan = plan_budget(keep, schedule, n_visual, layers, n_layers, min_keep)
+    budget = keep if isinstance(keep, int) else keep * n_visual
+    got = average_in(n_visual, plan.counts, layers, n_layers)
+    floor = min(min_keep, n_visual)
+    assert all(floor <= count <= n_visual for count in plan.counts)
+    assert list(plan.counts) == sorted(plan.counts, reverse=True)
+    if plan.clamped:
+        assert set(plan.counts) in ({floor}, {n_visual})
+    else:
+        assert got <= budget + 1e-6
+        one_more_everywhere = (n_layers - layers[0] - 1) / n_layers
+        assert got >= min(budget, n_visual) - one_more_everywhere - 1e-6
+
+
+def test_geometric_ratio_is_the_same_at_every_layer():
+    plan = plan_budget(0.5, "geometric", 1024, (2, 6, 10, 14, 18, 22), 28, 32)
+    ratios = [b / a for a, b in zip((1024, *plan.counts), plan.counts, strict=False)]
+    assert max(ratios) - min(ratios) < 0.02
+
+
+def test_min_keep_holds_and_the_rest_goes_elsewhere():
+    plan = plan_budget(0.26, "geometric", 256, (2, 6, 10, 14, 18, 22), 24, 32)
+    assert min(plan.counts) == 32
+    assert average_in(256, plan.counts, (2, 6, 10, 14, 18, 22), 24) == pytest.approx(0.26 * 256, abs=1)
+
+
+def test_too_small_a_budget_is_clamped_with_the_numbers():
+    plan = plan_budget(20, "geometric", 256, (2, 6), 24, 32)
+    assert plan.counts == (32, 32)
+    assert "60.0 used" in plan.clamped  # (3 · 256 + 21 · 32) / 24
+
+
+def test_explicit_schedules():
+    assert plan_schedule((100, 50), 256, 2, 32).counts == (100, 50)
+    assert plan_schedule((0.5, 0.25), 256, 2, 32).counts == (128, 64)
+    assert "min_keep" in plan_schedule((100, 5), 256, 2, 32).clamped
+    assert "more than" in plan_schedule((300, 50), 256, 2, 32).clamped
+    with pytest.raises(ValueError, match="2 counts for 3"):
+        plan_schedule((100, 50), 256, 3, 32)
+
+
+def test_feasible_range():
+    assert feasible_keep((2, 6), 24) == (0.125, 1.0)
+    assert feasible_keep((2, 6), 24, 256, 32)[0] == pytest.approx(0.125 + 0.875 * 0.125)
+
+
+def test_rank_adaptive_count_by_hand():
+    # N = 0.5 (256 − 16) = 120; L_r = 60; C = 30
+    assert rank_adaptive_count(256, 16, 0.5, 0.5, 0.5, True, 32) == (256 - 120 + 30, 30)
+    assert rank_adaptive_count(256, 16, 0.5, 0.5, 0.5, False, 32) == (136, 0)
+    assert rank_adaptive_count(10, 10, 0.5, 0.5, 0.5, True, 1) == (10, 0)
+
+
+@given(st.integers(1, 500), st.integers(0, 500), st.floats(0, 1), st.integers(1, 64))
+def test_rank_adaptive_count_respects_min_keep(n_visual, rank, rank_lambda, min_keep):
+    n_out, n_clusters = rank_adaptive_count(n_visual, min(rank, n_visual), rank_lambda, 0.5, 0.5, True, min_keep)
+    assert min(n_visual, min_keep) <= n_out <= n_visual
+    assert 0 <= n_clusters <= n_out

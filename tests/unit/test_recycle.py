@@ -1,0 +1,112 @@
+"""Recycling: counts, density peaks, and what a merge conserves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparsevlm.selection import recycle as recycle_module
+from sparsevlm.selection.recycle import (
+    assign_to_centres,
+    clusters_within,
+    count_clusters,
+    density_peaks,
+    merge_hidden_states,
+    recycle,
+)
+
+
+def blobs(sizes, spread=0.01, dim=8, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    parts = [torch.eye(dim)[i] * 10 + spread * torch.randn(n, dim, generator=generator) for i, n in enumerate(sizes)]
+    return torch.cat(parts)
+
+
+def test_counts_of_the_paper():
+    assert count_clusters(100, 0.5, 0.5) == (50, 25)
+    assert count_clusters(276, 0.3, 0.1) == (82, 8)
+    assert count_clusters(10, 0.0, 0.5) == (0, 0)
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.floats(0, 1), st.floats(0, 1))
+def test_clusters_within_is_the_largest_that_fits(n_visual, n_out, tau, theta):
+    if n_out >= n_visual:
+        return
+    found = clusters_within(n_visual, n_out, tau, theta)
+
+    def fits(n):
+        return n <= n_out // 4 and count_clusters(n_visual - n_out + n, tau, theta)[1] >= n
+
+    assert fits(found)
+    assert not any(fits(n) for n in range(found + 1, n_out // 4 + 1))
+
+
+def test_one_centre_in_each_blob():
+    states = blobs([5, 9, 4])
+    centres = density_peaks(states, 3)
+    assert sorted((centres >= 5).long() + (centres >= 14).long()) == [0, 1, 2]
+    cluster_idx = assign_to_centres(states, centres)
+    assert torch.equal(cluster_idx[:5], cluster_idx[:1].expand(5))
+    assert torch.equal(cluster_idx[centres], centres)
+
+
+def test_density_peaks_in_chunks_is_the_same(monkeypatch):
+    states = torch.randn(70, 16, generator=torch.Generator().manual_seed(3))
+    whole = density_peaks(states, 9)
+    monkeypatch.setattr(recycle_module, "_CHUNK_ROWS", 8)
+    assert torch.equal(density_peaks(states, 9), whole)
+
+
+def centres_in_log_space(states, n_clusters):
+    """The paper's ρδ in float64 logarithms, written out pair by pair."""
+    points = states.double() / states.shape[1] ** 0.5
+    distances = torch.stack([torch.stack([(a - b).norm() for b in points]) for a in points])
+    log_density = [-float(row.sort().values[1 : n_clusters + 1].square().mean()) for row in distances]
+    gamma = []
+    for i, row in enumerate(distances):
+        denser = [float(row[j]) for j in range(len(row)) if (-log_density[j], j) < (-log_density[i], i)]
+        gamma.append(log_density[i] + torch.tensor(min(denser) if denser else float(row.max())).log().item())
+    return sorted(sorted(range(len(gamma)), key=lambda i: -gamma[i])[:n_clusters])
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_density_peaks_follow_the_formula_at_any_scale(scale):
+    """At large norms exp(−d²) is 0 for every token: only logarithms tell them apart."""
+    states = torch.randn(24, 8, generator=torch.Generator().manual_seed(4)) * scale
+    assert density_peaks(states, 5).tolist() == centres_in_log_space(states, 5)
+
+
+def test_identical_tokens_are_no_trouble():
+    assert density_peaks(torch.ones(6, 4), 2).tolist() == [0, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(n=st.integers(4, 60), seed=st.integers(0, 99), merge=st.sampled_from(["mean", "sum"]))
+def test_a_merge_conserves_what_it_says(n, seed, merge):
+    generator = torch.Generator().manual_seed(seed)
+    states, scores = torch.randn(n, 6, generator=generator), torch.rand(n, generator=generator)
+    drop_idx = torch.arange(n)[n // 3 :]
+    n_recycled = max(1, len(drop_idx) // 2)
+    centres, members, target, weight = recycle(states, scores, drop_idx, n_recycled, max(1, n_recycled // 2), merge)
+    assert set(centres.tolist()) <= set(members.tolist()) <= set(drop_idx.tolist())
+    assert float(scores[members].min()) >= max(
+        [float(scores[i]) for i in drop_idx.tolist() if i not in members.tolist()], default=0.0
+    )
+    merge_target, full_weight = torch.full((n,), -1), torch.zeros(n)
+    merge_target[members], full_weight[members] = target, weight
+    merged = merge_hidden_states(states, centres, merge_target, full_weight)
+    sizes = torch.stack([(target == centre).sum() for centre in centres]).float()
+    factor = sizes if merge == "mean" else torch.ones_like(sizes)
+    torch.testing.assert_close((merged * factor[:, None]).sum(0), states[members].sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_that_only_keep_themselves_pass_bit_for_bit(dtype):
+    states = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    merge_target = torch.tensor([0, 1, 1, -1, 4, -1])
+    weight = torch.tensor([1.0, 0.5, 0.5, 0.0, 1.0, 0.0])
+    merged = merge_hidden_states(states, torch.tensor([0, 1, 4]), merge_target, weight)
+    assert torch.equal(merged[[0, 2]], states[[0, 4]])
+    torch.testing.assert_close(merged[1].float(), (states[1].float() + states[2].float()) / 2, rtol=1e-2, atol=1e-3)
