@@ -30,15 +30,16 @@ class Answer:
 
 
 class _Watch:
-    """A streamer that only looks at the clock."""
+    """A streamer that only looks at the clock; ``generate`` gives it the prompt first."""
 
     def __init__(self, on_token: Callable[[], None]) -> None:
         self._on_token = on_token
         self.times: list[float] = []
 
     def put(self, value: Any) -> None:
+        if self.times:
+            self._on_token()
         self.times.append(time.perf_counter())
-        self._on_token()
 
     def end(self) -> None:
         """Part of the protocol of streamers."""
@@ -77,5 +78,4 @@ def ask(
     end = time.perf_counter()
     new = output[0, inputs["input_ids"].shape[1] :]
     text = processor.batch_decode([new], skip_special_tokens=True)[0].strip()
-    # The streamer is given the prompt first.
     return Answer(text, len(new), (watch.times[1] - begin) * 1e3, (end - begin) * 1e3)

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 8
 # In the order in which they show best what pruning does.
 TASK_ORDER = ("number", "count", "half", "colour", "exist")
+ABOUT_COLUMNS = (
+    "dense > pruned: visual tokens (averaged over the decoder layers), size of the KV cache after the prompt, "
+    "time of the whole answer."
+)
 ABOUT_TIME = (
     "This is the plain path: pruning saves visual tokens, arithmetic and KV cache. It does not have to save time here, "
     "where a small model spends most of it on overhead that does not depend on the number of tokens."
@@ -150,16 +154,16 @@ def _write_files(out: Path, scene: Scene, exchanges: list[Exchange]) -> list[Pat
 
 
 def _print_table(settings: dict[str, Any], exchanges: list[Exchange]) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    described = ", ".join(f"{name} {value}" for name, value in settings.items())
-    table = Table(title=described, title_justify="left", title_style="")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)
     for name in ("question", "right", "dense", "pruned"):
         table.add_column(name)
-    for name in ("visual tokens\n(mean of layers)", "KV cache, MB", "ms dense", "ms pruned"):
-        table.add_column(name, justify="right")
+    for name in ("tokens", "KV MB", "ms"):
+        table.add_column(name, justify="right", no_wrap=True)
     for exchange in exchanges:
         report, kv = exchange.report, exchange.report.kv_bytes
         answers = [_marked(Text, answer.text, exchange.right) for answer in (exchange.dense, exchange.pruned)]
@@ -167,12 +171,13 @@ def _print_table(settings: dict[str, Any], exchanges: list[Exchange]) -> None:
             exchange.question,
             exchange.right,
             *answers,
-            f"{report.average_in:.0f} of {report.n_visual:.0f}",
-            f"{kv.sparse / 1e6:.2f} of {kv.dense / 1e6:.2f}",
-            f"{exchange.dense.total_ms:.0f}",
-            f"{exchange.pruned.total_ms:.0f}",
+            f"{report.n_visual:.0f} > {report.average_in:.0f}",
+            f"{kv.dense / 1e6:.2f} > {kv.sparse / 1e6:.2f}",
+            f"{exchange.dense.total_ms:.0f} > {exchange.pruned.total_ms:.0f}",
         )
+    typer.echo(", ".join(f"{name} {value}" for name, value in settings.items()))
     Console().print(table)
+    typer.echo(ABOUT_COLUMNS)
 
 
 def _marked(text_class: Any, answer: str, right: str) -> Any:

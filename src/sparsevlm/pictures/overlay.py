@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -22,6 +23,8 @@ _TINT = np.array([245, 158, 11], dtype=np.float32)
 _SHADE = np.array([30, 33, 41], dtype=np.float32)
 _LONG_SIDE = 480
 _PANELS_PER_LINE = 4
+# Inches, by the number of panels in a line.
+_PANEL_WIDTHS = {1: 4.6, 2: 3.8, 3: 3.0, 4: 2.5, 5: 1.9}
 _LEGEND = (
     ("#ffffff", "kept"),
     ("#f59e0b", "recycled: other dropped tokens merged into this one"),
@@ -95,7 +98,7 @@ def draw_rows(rows: Sequence[Row], *, title: str = "", note: str = "") -> Figure
     panels = [_panels(row) for row in rows]
     most = max(map(len, panels))
     columns = min(most, _PANELS_PER_LINE if len(rows) == 1 else 2 * _PANELS_PER_LINE)
-    width = 2.5 if columns <= _PANELS_PER_LINE else 1.9
+    width = _PANEL_WIDTHS.get(columns, _PANEL_WIDTHS[max(_PANEL_WIDTHS)])
     page = Page(columns * width)
     page.write(title, size=11)
     for row, cells in zip(rows, panels, strict=True):
@@ -110,7 +113,10 @@ def save_picture(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG, making its folder where that is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", metadata={"Software": None})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    rendered = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba())
+    rendered.convert("RGB").save(path, format="PNG", optimize=True)
     return path
 
 

@@ -1,0 +1,125 @@
+"""``sparsevlm demo``: on a stand-in of random weights always, on the bundled model where it is installed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+import sparsevlm.bundled
+from sparsevlm import Report
+from sparsevlm.cli import app
+from sparsevlm.cli.demo import ABOUT_TIME, TASK_ORDER
+from sparsevlm.cli.run import NOT_MEANINGFUL
+from sparsevlm.scenes import TASKS, draw_scene
+from tiny_checkpoint import save_tiny_checkpoint
+
+needs_weights = pytest.mark.skipif(
+    not (Path(sparsevlm.bundled.__file__).parent / "config.json").is_file(), reason="the bundled model is not here"
+)
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [*map(str, arguments), "--device", "cpu"])
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    folder = save_tiny_checkpoint(tmp_path / "stand-in", n_layers=11)
+    monkeypatch.setattr(sparsevlm.bundled, "bundled_path", lambda: folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_task_can_be_asked():
+    assert sorted(TASK_ORDER) == sorted(TASKS)
+
+
+def test_table_and_files(stand_in):
+    result = call("demo", "--seed", 3, "--keep", 0.7)
+    assert result.exit_code == 0, result.stderr
+    scene = draw_scene(3)
+    words = " ".join(result.stdout.split())
+    assert scene.question("number").answer in words
+    assert ABOUT_TIME in words
+    out = stand_in / "sparsevlm-demo"
+    assert sorted(file.name for file in out.iterdir()) == [
+        "count.report.json",
+        "half.report.json",
+        "number.report.json",
+        "overlay.png",
+        "scene.png",
+    ]
+    assert Image.open(out / "scene.png").tobytes() == scene.image.tobytes()
+    drawn = CliRunner().invoke(
+        app, ["visualize", str(out / "number.report.json"), "--image", str(out / "scene.png"), "--out", "again.png"]
+    )
+    assert drawn.exit_code == 0, drawn.stderr
+
+
+def test_json(stand_in):
+    result = call("demo", "--json", "--questions", 1, "--keep", 0.7, "--selector", "random", "--out", "folder")
+    assert result.exit_code == 0, result.stderr
+    data = json.loads(result.stdout)
+    (asked,) = data["questions"]
+    assert (data["selector"], asked["task"], asked["right"]) == (
+        "random",
+        "number",
+        draw_scene(0).question("number").answer,
+    )
+    assert asked["average_in"] < asked["visual_tokens"]
+    assert asked["kv_bytes"]["sparse"] < asked["kv_bytes"]["dense"]
+    assert all(asked[name]["first_token_ms"] <= asked[name]["total_ms"] for name in ("dense", "pruned"))
+    assert all(Path(file).is_file() for file in data["files"])
+    assert Report.from_json("folder/number.report.json").selector == "random"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seed", "-1"], "seed must lie in"),
+        (["--keep", "0.1"], "Feasible"),
+        (["--selector", "best"], "there is no selector 'best'"),
+        (["--out", "stand-in/config.json"], "a file is in its place"),
+    ],
+)
+def test_mistakes(stand_in, arguments, message):
+    result = call("demo", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.output
+
+
+def test_without_the_bundled_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sparsevlm.bundled, "files", lambda _: tmp_path)
+    result = call("demo")
+    assert result.exit_code == 2
+    assert "no bundled model" in result.stderr
+
+
+@needs_weights
+def test_the_bundled_model_reads_its_scenes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    right = {"dense": 0, "pruned": 0}
+    for seed in range(4):
+        result = call("demo", "--json", "--questions", 2, "--seed", seed)
+        assert result.exit_code == 0, result.stderr
+        for asked in json.loads(result.stdout)["questions"]:
+            for name in right:
+                right[name] += asked[name]["text"] == asked["right"]
+    assert right["dense"] == 8
+    assert right["pruned"] >= 6
+
+
+@needs_weights
+def test_the_bundled_model_on_a_photograph_is_labelled(tmp_path):
+    Image.effect_noise((600, 400), 80).convert("RGB").save(tmp_path / "photo.jpg")
+    options = ["--image", tmp_path / "photo.jpg", "--prompt", "What number is on the red card?", "--keep", 0.5]
+    result = call(
+        "run", "--model", "bundled", *options, "--picture", tmp_path / "p.png", "--report", tmp_path / "r.json"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert NOT_MEANINGFUL in result.output
+    assert Report.from_json(tmp_path / "r.json").average_in < Report.from_json(tmp_path / "r.json").n_visual
