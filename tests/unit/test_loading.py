@@ -176,7 +176,10 @@ def test_broken_torchvision_is_hidden(tmp_path, monkeypatch, caplog, error):
     del sys.modules["torchvision"]
 
 
-def test_a_whole_process_with_a_broken_torchvision(tmp_path, folder):
+@pytest.mark.parametrize(
+    "first", ["", "from transformers.utils import is_torchvision_available as seen; assert seen()\n"]
+)
+def test_a_whole_process_with_a_broken_torchvision(tmp_path, folder, first):
     """transformers alone dies there: its vision models import any torchvision that is installed."""
     package, info = tmp_path / "torchvision", tmp_path / "torchvision-0.28.0.dist-info"
     package.mkdir()
@@ -184,7 +187,7 @@ def test_a_whole_process_with_a_broken_torchvision(tmp_path, folder):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
     code = (
-        "import sys; from sparsevlm.inputs import load_model, load_processor\n"
+        f"{first}import sys; from sparsevlm.inputs import load_model, load_processor\n"
         "print(type(load_processor(sys.argv[1])).__name__, type(load_model(sys.argv[1])).__name__)"
     )
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

@@ -27,5 +27,15 @@ def torchvision_works() -> bool:
             del sys.modules[name]
         # None makes both find_spec and import say "not installed".
         sys.modules["torchvision"] = None  # type: ignore[assignment]
+        _forget_answers()
         return False
     return True
+
+
+def _forget_answers() -> None:
+    """Let a transformers that was imported earlier look again: it remembers having seen the package."""
+    probes = sys.modules.get("transformers.utils.import_utils")
+    for name in ("is_torchvision_available", "is_torchvision_v2_available", "is_torchvision_greater_or_equal"):
+        forget = getattr(getattr(probes, name, None), "cache_clear", None)
+        if forget is not None:
+            forget()
