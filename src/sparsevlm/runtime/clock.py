@@ -33,6 +33,15 @@ class Mark:
 
 
 @dataclass
+class VisionCall:
+    """One run of the vision tower: when, and over which patch grids (t, h, w)."""
+
+    begin: Mark
+    grid_thw: torch.Tensor | None
+    end: Mark | None = None
+
+
+@dataclass
 class Clock:
     """Spans of time per phase; decode keeps only its first and last mark, however many steps it takes."""
 

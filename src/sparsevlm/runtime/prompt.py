@@ -91,7 +91,6 @@ def visual_grids(view: ModelView, inputs: Mapping[str, Any], input_ids: Tensor |
 
 def make_samples(
     view: ModelView,
-    config: SparseVLMConfig,
     inputs: Mapping[str, Any],
     mask: Tensor,
     template_suffix: tuple[int, ...],
@@ -105,7 +104,6 @@ def make_samples(
     Parameters
     ----------
     view : ModelView
-    config : SparseVLMConfig
     inputs : mapping
         Keyword arguments of the base model.
     mask : Tensor of shape (batch, q_len), bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..selection.context import Selector, SelectorTraits
 from ..selection.selectors import make_selector
 from . import prompt
 from .cache import check_cache
-from .clock import Mark
+from .clock import Mark, VisionCall
 from .costs import cache_bytes, static_note
 from .pruner import Forward, before_layer
 from .recorder import make_report
@@ -46,8 +47,7 @@ class SparseVLMState:
         self._request: Request | None = None
         self._report: Report | None = None
         self._n_drafted = 0
-        self._vision_begin: Mark | None = None
-        self._vision_spans: list[tuple[Mark, Mark]] = []
+        self._vision_calls: deque[VisionCall] = deque(maxlen=2)  # a request has one for images, one for videos
         self._begin: Mark | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -102,7 +102,7 @@ class SparseVLMState:
         add(view.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
         add(view.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(view.base_model.register_forward_hook(self._after_base, always_call=True))
-        add(view.vision_tower.register_forward_pre_hook(self._before_vision))
+        add(view.vision_tower.register_forward_pre_hook(self._before_vision, with_kwargs=True))
         add(view.vision_tower.register_forward_hook(self._after_vision))
         add(view.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
         for layer_idx, layer in enumerate(view.layers):
@@ -155,6 +155,8 @@ class SparseVLMState:
         cache = inputs.get("past_key_values")
         self._end_forward()
         self._check_attention()
+        if not inputs.get("mm_encoder_outputs"):
+            self._vision_calls.clear()  # of somebody else; this pass runs the tower itself
         mask = prompt.visual_mask(self.view, inputs)
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self._begin = Mark.now(ids.device)
@@ -162,7 +164,8 @@ class SparseVLMState:
             self._begin_dense(cache, ids)
             return
         request = self._new_request(mask.shape[0], mask.shape[1], 0 if cache is None else int(cache.get_seq_length()))
-        request.samples = prompt.make_samples(self.view, request.config, inputs, mask, self._template_suffix, n_drafted)
+        inputs = {**inputs, **self._encoded_grids(inputs)}
+        request.samples = prompt.make_samples(self.view, inputs, mask, self._template_suffix, n_drafted)
         prompt.plan_samples(self.view, request.config, request.traits, request.target_layers, request.samples)
         self._warn(request)
         request.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in request.samples]
@@ -185,9 +188,16 @@ class SparseVLMState:
         selector, traits, layers = self._resolve(config)
         self._request = Request(config, selector, traits, layers, q_len, past_len, batch)
         self._report = None
-        self._request.clock.spans["vision"] = self._vision_spans
-        self._vision_spans = []
         return self._request
+
+    def _encoded_grids(self, inputs: Mapping[str, Any]) -> dict[str, Tensor | None]:
+        """Grids of features that generate had computed before this pass; it keeps them to itself."""
+        encoded = inputs.get("mm_encoder_outputs") or {}
+        kinds = [kind for kind in ("image", "video") if encoded.get(kind) is not None]
+        calls = [call.grid_thw for call in self._vision_calls]
+        if len(calls) != len(kinds) or any(inputs.get(f"{kind}_grid_thw") is not None for kind in kinds):
+            return {}
+        return {f"{kind}_grid_thw": grid for kind, grid in zip(kinds, calls, strict=True)}
 
     def _warn(self, request: Request) -> None:
         counts = sorted({sample.visual.shape[0] for sample in request.samples})
@@ -227,9 +237,10 @@ class SparseVLMState:
             assert self._begin is not None
             request.clock.extend(phase, self._begin, Mark.now(device))
             if not request.decode_steps:
-                if self._vision_spans:  # the tower ran inside this pass
-                    request.clock.spans["vision"] = self._vision_spans
-                    self._vision_spans = []
+                for call in self._vision_calls:
+                    if call.end is not None:
+                        request.clock.add("vision", call.begin, call.end)
+                self._vision_calls.clear()
                 if forward.cache is not None:
                     layers = forward.cache.layers[: self.view.n_layers]
                     request.kv_bytes = cache_bytes(layers, request.past_len + request.q_len)
@@ -245,13 +256,13 @@ class SparseVLMState:
                 self._forward.request.features = None
             self._forward = None
 
-    def _before_vision(self, module: nn.Module, args: Any) -> None:
-        self._vision_begin = Mark.now(next(module.parameters()).device)
+    def _before_vision(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        grid_thw = _bound(module, args, kwargs).get("grid_thw")
+        self._vision_calls.append(VisionCall(Mark.now(next(module.parameters()).device), grid_thw))
 
     def _after_vision(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._vision_begin is not None:
-            self._vision_spans.append((self._vision_begin, Mark.now(next(module.parameters()).device)))
-            self._vision_begin = None
+        if self._vision_calls:
+            self._vision_calls[-1].end = Mark.now(next(module.parameters()).device)
 
 
 class _LayerHook:

@@ -1,0 +1,457 @@
+"""The public calls: what they accept, what they say, what they leave behind."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2VLForConditionalGeneration,
+)
+
+from sparsevlm import Selection, SparseVLMConfig, apply_sparsevlm, remove_sparsevlm, reset_n_vis
+from sparsevlm.report import Report
+from toys import PROMPTS, make_inputs, tiny_model
+
+ONE = PROMPTS["one image"]
+
+
+def hooks(model):
+    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+
+def test_the_spec_snippet():
+    model, inputs = tiny_model().half(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, n_vis=256)
+    reset_n_vis(state, n_vis=256)
+    output = model.generate(**inputs, max_new_tokens=3)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_wrong_n_vis_is_warned_about_once(caplog):
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, n_vis=256, min_keep=4)
+    with caplog.at_level(logging.WARNING):
+        model.generate(**inputs, max_new_tokens=2)
+        model.generate(**inputs, max_new_tokens=2)
+    assert [record.message for record in caplog.records].count(
+        "n_vis=256 was announced, the inputs hold [24] visual tokens: these are used."
+    ) == 1
+    assert state.report.samples[0].n_visual == 24
+    reset_n_vis(state, n_vis=24)
+    assert state.config.n_vis == 24
+    assert state.config.min_keep == 4
+
+
+def test_importing_patches_nothing():
+    code = (
+        "import transformers.modeling_utils as m; before = dict(m.ALL_ATTENTION_FUNCTIONS._global_mapping);"
+        "import sparsevlm.api; assert dict(m.ALL_ATTENTION_FUNCTIONS._global_mapping) == before;"
+        "import sys; assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_apply_inside_a_grad_mode_and_use_outside(mode):
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    with mode():
+        state = apply_sparsevlm(model, keep=0.6, min_keep=4)
+        inside = model.generate(**inputs, max_new_tokens=3)
+    outside = model.generate(**inputs, max_new_tokens=3)
+    assert torch.equal(inside, outside)
+    logits = model(**inputs).logits  # with grad
+    logits.sum().backward()
+    assert state.report.final_tokens < 24
+
+
+def test_options_override_and_end():
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, same size"])
+    state = apply_sparsevlm(model, keep=0.9, min_keep=2, target_layers=[1, 3])
+    with state.options(keep=[0.5, 1.0], selector="random"):
+        model.generate(**inputs, max_new_tokens=2)
+        first, second = state.report.samples
+        assert first.average_in <= 12
+        assert second.average_in == 24
+        assert state.report.selector == "random"
+        with state.options(target_layers=[0]):
+            model.generate(**inputs, max_new_tokens=2)
+            assert [stage.layer for stage in state.report.samples[0].stages] == [0]
+        model.generate(**inputs, max_new_tokens=2, num_beams=2)  # one budget per sample, repeated for its beams
+        assert [sample.average_in == 24 for sample in state.report.samples] == [False, False, True, True]
+    model.generate(**inputs, max_new_tokens=2)
+    assert state.report.selector == "sparsevlm"
+    with pytest.raises(TypeError, match="unknown option kep"), state.options(kep=0.5):
+        pass
+    with pytest.raises(ValueError, match="3 budgets for a batch of 2"), state.options(keep=[0.5, 0.5, 0.5]):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def test_config_object_or_options_not_both():
+    model = tiny_model()
+    config = SparseVLMConfig(keep=0.6, min_keep=4)
+    assert apply_sparsevlm(model, config=config).config == config
+    with pytest.raises(ValueError, match=r"not both \(got keep\)"):
+        apply_sparsevlm(model, keep=0.5, config=config)
+
+
+BAD_OPTIONS = {
+    "target layer out of range": ({"target_layers": [2, 5]}, ValueError, r"\[5\] are out of range.*0\.\.4"),
+    "negative target layer": ({"target_layers": [-1]}, ValueError, "target_layers must be at least 0"),
+    "target layer twice": ({"target_layers": [2, 2]}, ValueError, "holds a layer twice"),
+    "no target layer": ({"target_layers": []}, ValueError, "non-empty"),
+    "tau": ({"tau": 1.5}, ValueError, r"tau must be in \[0, 1\]"),
+    "theta": ({"theta": -0.1}, ValueError, r"theta must be in \[0, 1\]"),
+    "theta nan": ({"theta": float("nan")}, ValueError, r"theta must be in \[0, 1\]"),
+    "infeasible keep": ({"keep": 0.1}, ValueError, r"Feasible: keep in \(0\.500, 1\.0\]"),
+    "infeasible keep in a list": ({"keep": [0.9, 0.1]}, ValueError, "Feasible"),
+    "infeasible keep in tokens": ({"keep": 20, "n_vis": 256}, ValueError, "Feasible"),
+    "negative keep": ({"keep": -0.5}, ValueError, r"must be in \(0, 1\]"),
+    "keep above one": ({"keep": 1.5}, ValueError, "for a number of tokens pass an int"),
+    "zero tokens": ({"keep": 0}, ValueError, "at least 1"),
+    "keep as text": ({"keep": "0.5"}, TypeError, "keep must be"),
+    "min_keep": ({"min_keep": 0}, ValueError, "min_keep must be at least 1"),
+    "schedule name": ({"keep": 0.7, "schedule": "linear"}, ValueError, "'geometric', 'single'"),
+    "schedule length": ({"schedule": [10, 5]}, ValueError, "2 counts for 1 target layers"),
+    "growing schedule": ({"schedule": [5, 10], "target_layers": [1, 2]}, ValueError, "grows"),
+    "schedule and keep": ({"schedule": [5], "keep": 0.9}, ValueError, "itself a budget"),
+    "unknown selector": ({"selector": "fastw"}, ValueError, "there are grid, random, sparsevlm"),
+    "no selector": ({"selector": 3}, TypeError, r"select\(context, n_keep\)"),
+    "unknown raters": ({"raters": "all"}, ValueError, "'attention', 'embedding'"),
+    "unknown merge": ({"merge": "max"}, ValueError, "'mean', 'sum'"),
+    "unknown option": ({"kep": 0.5}, TypeError, "unknown option kep"),
+    "preset needs deeper": ({"preset": "paper-192"}, ValueError, "out of range"),
+    "rank tolerance": ({"rank_tolerance": 1.0}, ValueError, "rank_tolerance"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_bad_options_raise_and_leave_nothing_behind(case):
+    options, error, message = BAD_OPTIONS[case]
+    model = tiny_model()
+    with pytest.raises(error, match=message):
+        apply_sparsevlm(model, **options)
+    assert hooks(model) == 0
+
+
+def test_a_failed_re_apply_keeps_the_old_state():
+    model = tiny_model()
+    state = apply_sparsevlm(model, keep=0.7, min_keep=4)
+    with pytest.raises(ValueError, match="Feasible"):
+        apply_sparsevlm(model, keep=0.1)
+    assert state.attached
+    remove_sparsevlm(model)
+
+
+def test_text_only_model():
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
+    with pytest.raises(NotImplementedError, match="text-only model has no visual tokens"):
+        apply_sparsevlm(LlamaForCausalLM(config))
+
+
+def test_unsupported_objects():
+    with pytest.raises(TypeError, match="expected a transformers model, got str"):
+        apply_sparsevlm("Qwen/Qwen2.5-VL-7B-Instruct")
+    with pytest.raises(NotImplementedError, match="Supported are Qwen2VLFor"):
+        apply_sparsevlm(torch.nn.Linear(2, 2))
+
+
+def test_checkpoint_of_the_other_family_names_the_right_class(tmp_path):
+    tiny_model("qwen2_5_vl").save_pretrained(tmp_path)
+    wrong = Qwen2VLForConditionalGeneration.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    with pytest.raises(ValueError, match=r"Load it with transformers\.Qwen2_5_VLForConditionalGeneration"):
+        apply_sparsevlm(wrong)
+
+
+class Answering:
+    """A selector that answers whatever the test says."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def select(self, context, n_keep):
+        return self.answer(context, n_keep)
+
+
+def scores_with_nan(context, n_keep):
+    from sparsevlm.selection.scoring import top_k
+
+    return top_k(torch.full((context.n_visual,), torch.nan), n_keep)
+
+
+BAD_ANSWERS = {
+    "duplicates": (lambda c, n: torch.zeros(n, dtype=torch.long), "duplicate"),
+    "unsorted": (lambda c, n: torch.arange(n).flip(0), "unsorted"),
+    "too few": (lambda c, n: torch.arange(n - 1), "expected"),
+    "out of range": (lambda c, n: torch.arange(n) + c.n_visual, "outside"),
+    "negative": (lambda c, n: torch.arange(n) - 1, "outside"),
+    "NaN scores": (scores_with_nan, "NaN"),
+    "merge without weights": (
+        lambda c, n: Selection(torch.arange(n), merge_target=torch.arange(c.n_visual)),
+        "go together",
+    ),
+    "merge into a dropped row": (
+        lambda c, n: Selection(torch.arange(n), torch.arange(c.n_visual), torch.ones(c.n_visual)),
+        "merge_target",
+    ),
+    "NaN weights": (
+        lambda c, n: Selection(
+            torch.arange(n), torch.arange(c.n_visual).clamp_max(n - 1), torch.full((c.n_visual,), torch.nan)
+        ),
+        "NaN or infinite weights",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+def test_bad_selectors_are_named_and_the_model_stays_usable(case):
+    answer, message = BAD_ANSWERS[case]
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    dense = model.generate(**inputs, max_new_tokens=3)
+    apply_sparsevlm(model, keep=0.6, min_keep=4, selector=Answering(answer), target_layers=[1])
+    with pytest.raises(ValueError, match=message):
+        model.generate(**inputs, max_new_tokens=3)
+    remove_sparsevlm(model)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3), dense)
+
+
+def test_selector_that_returns_no_indices():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model, keep=0.6, min_keep=4, selector=Answering(lambda c, n: [1, 2]), target_layers=[1])
+    with pytest.raises(TypeError, match="must return a Selection or a tensor"):
+        model.generate(**inputs, max_new_tokens=3)
+
+
+def test_selector_with_unknown_needs():
+    selector = Answering(lambda c, n: torch.arange(n))
+    selector.needs = {"vision_attention"}
+    with pytest.raises(ValueError, match="vision_attention, which is not provided"):
+        apply_sparsevlm(tiny_model(), selector=selector)
+    selector.needs, selector.placement = {"rater_attention"}, "before_decoder"
+    with pytest.raises(ValueError, match="runs before the decoder, where rater_attention do not exist"):
+        apply_sparsevlm(tiny_model(), selector=selector)
+
+
+def test_every_need_is_provided():
+    seen = {}
+
+    def answer(context, n_keep):
+        seen[context.layer] = context
+        return torch.arange(n_keep)
+
+    selector = Answering(answer)
+    selector.needs = {"features", "text_features", "rater_attention", "previous_hidden_states"}
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4, selector=selector, target_layers=[1, 3])
+    hidden = model.generate(
+        **inputs, max_new_tokens=1, output_hidden_states=True, return_dict_in_generate=True
+    ).hidden_states[0]
+    visual = list(state.report.samples[0].visual_positions)
+    first = seen[1]
+    assert torch.equal(first.features, hidden[0][0, visual])
+    assert torch.equal(first.previous_hidden_states, hidden[1][0, visual])
+    assert torch.equal(first.text_features, hidden[0][0, -7:])
+    assert first.rater_attention.shape == (len(state.report.samples[0].stages[0].raters), 24)
+    assert first.coordinates.shape == (3, 24)
+    assert first.coordinates[2, :6].diff().tolist() == [1] * 5
+    assert torch.equal(seen[3].features, hidden[0][0, visual][seen[3].indices])
+
+
+def test_images_without_image_tokens():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    inputs["input_ids"][inputs["input_ids"] == model.config.image_token_id] = 5
+    apply_sparsevlm(model)
+    with pytest.raises(ValueError, match="no image token"):
+        model(**inputs)
+
+
+def test_labels_are_refused():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model)
+    with pytest.raises(NotImplementedError, match="labels="):
+        model(**inputs, labels=inputs["input_ids"])
+
+
+def test_an_exception_inside_generate_restores_everything():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1, 3])
+    wanted = model.generate(**inputs, max_new_tokens=4)
+    configs = [attention.config for attention in state.view.attentions]
+
+    def fail(module, args):
+        raise RuntimeError("a layer failed")
+
+    for place in (state.view.attentions[1].q_proj, state.view.attentions[1].o_proj, state.view.layers[3].mlp):
+        handle = place.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="a layer failed"):
+            model.generate(**inputs, max_new_tokens=4)
+        handle.remove()
+        assert all(a.config is b for a, b in zip(state.view.attentions, configs, strict=True))
+        assert torch.equal(model.generate(**inputs, max_new_tokens=4), wanted)
+
+
+def test_flex_attention_is_refused_with_the_remedy():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model)
+    model.model.language_model.config._attn_implementation_internal = "flex_attention"
+    with pytest.raises(NotImplementedError, match=r"set_attn_implementation\('sdpa'\)"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def test_chunked_prefill_is_refused_with_the_remedy():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model, keep=0.6, min_keep=4)
+    with pytest.raises((NotImplementedError, ValueError), match="prefill"):
+        model.generate(**inputs, max_new_tokens=2, prefill_chunk_size=8)
+
+
+def test_quantized_and_unknown_caches_are_refused():
+    from transformers.cache_utils import DynamicCache, DynamicSlidingWindowLayer
+
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model, keep=0.6, min_keep=4)
+    cache = DynamicCache()
+    cache.layers.extend(DynamicSlidingWindowLayer(8) for _ in range(6))
+    cache.layer_class_to_replicate = None
+    with pytest.raises(NotImplementedError, match="DynamicSlidingWindowLayer cannot hold a pruned sequence"):
+        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+
+
+def test_bare_dynamic_cache():
+    from transformers.cache_utils import DynamicCache
+
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4)
+    wanted = model.generate(**inputs, max_new_tokens=4)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, past_key_values=DynamicCache()), wanted)
+    assert state.report.kv_bytes.ratio < 1
+
+
+def test_text_only_prompt_is_a_lawful_skip():
+    model, inputs = tiny_model(), make_inputs([("text", 9)])
+    dense = model.generate(**inputs, max_new_tokens=4)
+    state = apply_sparsevlm(model, keep=0.6)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4), dense)
+    assert state.report.skipped_because == "no image or video in the input"
+    assert "nothing pruned" in str(state.report)
+
+
+def test_few_visual_tokens_are_a_lawful_skip():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model)
+    model.generate(**inputs, max_new_tokens=2)
+    assert state.report.samples[0].stages[0].skipped_because == "24 visual tokens are not more than min_keep=32"
+
+
+def test_clamped_budget_is_warned_about_reported_and_refused_when_strict(caplog):
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, keep=0.6, min_keep=20)
+    with caplog.at_level(logging.WARNING):
+        model.generate(**inputs, max_new_tokens=2)
+        model.generate(**inputs, max_new_tokens=2)
+    assert len([record for record in caplog.records if "min_keep=20" in record.message]) == 1
+    assert state.report.budget_clamped
+    assert state.report.final_tokens == 20
+    with state.options(strict=True), pytest.raises(ValueError, match="strict=True refuses"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+def test_report_tells_the_truth_and_travels(tmp_path):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, unequal counts"])
+    state = apply_sparsevlm(model, keep=0.7, min_keep=4, target_layers=[1, 3])
+    with pytest.raises(RuntimeError, match="no request yet"):
+        state.report  # noqa: B018
+    output = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+    report = state.report
+    held = sum(
+        layer.keys[:, :, :-3].numel() * 4 + layer.values[:, :, :-3].numel() * 4
+        for layer in output.past_key_values.layers
+    )
+    assert report.kv_bytes.sparse == held
+    assert report.decode_steps == 3
+    assert set(report.wall_ms) == {"vision", "prefill", "pruning", "decode"}
+    assert 0 < report.flops.sparse < report.flops.dense
+    assert report.samples[1].grids == ((1, 3, 4), (1, 4, 4))
+    text = str(report)
+    assert "visual tokens per sample" in text
+    report.to_json(tmp_path / "report.json")
+    assert Report.from_json(tmp_path / "report.json") == report
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="not a JSON file"):
+        Report.from_json(tmp_path / "broken.json")
+    with pytest.raises(ValueError, match="not a sparsevlm report"):
+        Report.from_dict({"version": 99})
+    total = sum([report, report])
+    assert total.n_requests == 2
+    assert total.kv_bytes.sparse == 2 * report.kv_bytes.sparse
+    assert total.average_in == pytest.approx(report.average_in)
+
+
+def test_which_text_voted():
+    """Text after the last image only, without special tokens and without what closes the template."""
+    model = tiny_model()
+    inputs = make_inputs([("text", 4), ("image", 4, 6), ("text", 8)])
+    suffix = tuple(inputs["input_ids"][0, -3:].tolist())
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1])
+    state._template_suffix = suffix
+    model.generate(**inputs, max_new_tokens=1)
+    end = inputs["input_ids"].shape[1]
+    raters = state.report.samples[0].stages[0].raters
+    assert raters
+    assert set(raters) <= set(range(end - 8, end - 3))
+
+
+def test_without_text_after_the_image_the_last_token_votes():
+    model, inputs = tiny_model(), make_inputs([("text", 4), ("image", 4, 6)])
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1])
+    model.generate(**inputs, max_new_tokens=1)
+    assert state.report.samples[0].stages[0].raters == (inputs["input_ids"].shape[1] - 1,)
+
+
+def test_embedding_raters_are_chosen_once():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1, 3], raters="embedding")
+    model.generate(**inputs, max_new_tokens=1)
+    first, second = state.report.samples[0].stages
+    assert first.raters == second.raters
+    assert 0 < len(first.raters) <= 7
+
+
+def test_inputs_embeds_with_pixels():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4, selector="random")
+    with torch.no_grad():
+        wanted = model(**{k: v for k, v in inputs.items() if k != "mm_token_type_ids"}).logits
+        kept = state.report.samples[0].stages[0].kept
+        embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+        inputs.pop("mm_token_type_ids")
+        model.model.rope_deltas = None
+        got = model(inputs_embeds=embeds, **inputs).logits
+    assert state.report.samples[0].stages[0].kept == kept
+    torch.testing.assert_close(got, wanted)
+
+
+def test_packed_sequences_are_refused():
+    model, inputs = tiny_model(), make_inputs(*ONE, pad=False)
+    n = inputs["input_ids"].shape[1]
+    apply_sparsevlm(model, keep=0.6, min_keep=4)
+    positions = torch.cat([torch.arange(n - 5), torch.arange(5)]).expand(4, 1, -1)
+    with pytest.raises(NotImplementedError, match="packed sequences"):
+        model(**inputs, position_ids=positions)
+
+
+def test_positional_arguments():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4)
+    with torch.no_grad():
+        named = model(**inputs).logits
+        rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+        assert torch.equal(model(inputs["input_ids"], inputs["attention_mask"], **rest).logits, named)
+    assert state.report.final_tokens < 24
