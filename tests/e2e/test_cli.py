@@ -35,40 +35,40 @@ def photograph(width, height, seed=5):
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def desk(tmp_path_factory):
     """A folder with a checkpoint, photographs, a video, and things that are none of these."""
-    place = tmp_path_factory.mktemp("place")
-    save_tiny_checkpoint(place / "model")
-    photograph(560, 364).save(place / "photo.jpg", quality=88)
-    photograph(200, 300, 6).save(place / "portrait.jpg", quality=88)
-    (place / "video").mkdir()
+    desk = tmp_path_factory.mktemp("desk")
+    save_tiny_checkpoint(desk / "model")
+    photograph(560, 364).save(desk / "photo.jpg", quality=88)
+    photograph(200, 300, 6).save(desk / "portrait.jpg", quality=88)
+    (desk / "video").mkdir()
     for number in range(5):
-        photograph(224, 168, number).save(place / "video" / f"frame_{number}.jpg")
-    (place / "empty").mkdir()
-    (place / "text.jpg").write_text("no picture")
-    (place / "text.json").write_text("no json")
-    (place / "other.json").write_text('{"version": 99}')
-    (place / "llama").mkdir()
-    (place / "llama" / "config.json").write_text('{"model_type": "llama"}')
-    return place
+        photograph(224, 168, number).save(desk / "video" / f"frame_{number}.jpg")
+    (desk / "empty").mkdir()
+    (desk / "text.jpg").write_text("no picture")
+    (desk / "text.json").write_text("no json")
+    (desk / "other.json").write_text('{"version": 99}')
+    (desk / "llama").mkdir()
+    (desk / "llama" / "config.json").write_text('{"model_type": "llama"}')
+    return desk
 
 
 def call(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def run_on(place, *arguments, model="model"):
-    return call("run", "--model", place / model, "--prompt", PROMPT, *arguments)
+def run_on(desk, *arguments, model="model"):
+    return call("run", "--model", desk / model, "--prompt", PROMPT, *arguments)
 
 
 @pytest.fixture(scope="module")
-def saved(place):
+def saved(desk):
     """One request with everything it can write."""
-    out = place / "out"
+    out = desk / "out"
     result = run_on(
-        place,
+        desk,
         "--image",
-        place / "photo.jpg",
+        desk / "photo.jpg",
         *BUDGET,
         "--compare",
         "--report",
@@ -89,10 +89,10 @@ def test_run_prints_both_answers_and_the_report(saved):
     assert "not meaningful" not in result.stderr
 
 
-def test_run_is_what_the_library_does(saved, place):
+def test_run_is_what_the_library_does(saved, desk):
     result, _, _ = saved
-    model, processor = load_model(place / "model", device="cpu"), load_processor(place / "model")
-    inputs = build_inputs(processor, PROMPT, images=[load_image(place / "photo.jpg")])
+    model, processor = load_model(desk / "model", device="cpu"), load_processor(desk / "model")
+    inputs = build_inputs(processor, PROMPT, images=[load_image(desk / "photo.jpg")])
 
     def answer():
         output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
@@ -120,7 +120,7 @@ def test_report_of_run(saved):
     assert stage.n_kept + stage.n_recycled == sample.final_tokens
 
 
-def test_overlay_of_run_shows_what_the_report_says(saved, place):
+def test_overlay_of_run_shows_what_the_report_says(saved, desk):
     _, report, out = saved
     picture = np.asarray(Image.open(out / "r.png").convert("RGB")).astype(int)
     assert picture.shape[1] > 500
@@ -133,21 +133,21 @@ def test_overlay_of_run_shows_what_the_report_says(saved, place):
     assert cells == pytest.approx(dropped, rel=0.2)
 
 
-def test_visualize_draws_the_same_picture(saved, place):
+def test_visualize_draws_the_same_picture(saved, desk):
     result, _, out = saved
     answers = [
         line.split(": ", 1)[1] for line in result.stdout.splitlines() if line.startswith(("dense (", "pruned ("))
     ]
     title = f"{PROMPT}\ndense: {answers[0]}\npruned: {answers[1]}"
-    arguments = ["--image", place / "photo.jpg", "--out", out / "new" / "v.png", "--title", title]
+    arguments = ["--image", desk / "photo.jpg", "--out", out / "new" / "v.png", "--title", title]
     drawn = call("visualize", out / "r.json", *arguments)
     assert drawn.exit_code == 0, drawn.stderr
     assert (out / "new" / "v.png").read_bytes() == (out / "r.png").read_bytes()
 
 
-def test_several_images(place, tmp_path):
-    images = ["--image", place / "photo.jpg", "--image", place / "portrait.jpg"]
-    result = run_on(place, *images, *BUDGET, "--report", tmp_path / "r.json", "--picture", tmp_path / "r.png")
+def test_several_images(desk, tmp_path):
+    images = ["--image", desk / "photo.jpg", "--image", desk / "portrait.jpg"]
+    result = run_on(desk, *images, *BUDGET, "--report", tmp_path / "r.json", "--picture", tmp_path / "r.png")
     assert result.exit_code == 0, result.stderr
     assert Report.from_json(tmp_path / "r.json").samples[0].grids == ((1, 7, 12), (1, 11, 7))
     swapped = [*images[2:], *images[:2]]
@@ -156,23 +156,23 @@ def test_several_images(place, tmp_path):
     assert "visual 1 (200x300 pixels) does not fit" in refused.stderr
 
 
-def test_video(place, tmp_path):
-    video = ["--video", place / "video"]
-    result = run_on(place, *video, *BUDGET, "--report", tmp_path / "r.json", "--picture", tmp_path / "r.png")
+def test_video(desk, tmp_path):
+    video = ["--video", desk / "video"]
+    result = run_on(desk, *video, *BUDGET, "--report", tmp_path / "r.json", "--picture", tmp_path / "r.png")
     assert result.exit_code == 0, result.stderr
     assert Report.from_json(tmp_path / "r.json").samples[0].grids == ((3, 6, 8),)
     assert call("visualize", tmp_path / "r.json", *video, "--out", tmp_path / "v.png").exit_code == 0
 
 
-def test_adaptive(place):
-    result = run_on(place, "--image", place / "photo.jpg", "--max-new-tokens", "2", "--attn", "eager")
+def test_adaptive(desk):
+    result = run_on(desk, "--image", desk / "photo.jpg", "--max-new-tokens", "2", "--attn", "eager")
     assert result.exit_code == 0, result.stderr
 
 
-def test_preset(place, tmp_path):
+def test_preset(desk, tmp_path):
     deep = save_tiny_checkpoint(tmp_path / "deep", n_layers=17)
     preset = ["--preset", "paper-64", "--max-new-tokens", "2", "--report", tmp_path / "r.json"]
-    result = run_on(place, "--image", place / "photo.jpg", *preset, model=deep)
+    result = run_on(desk, "--image", desk / "photo.jpg", *preset, model=deep)
     assert result.exit_code == 0, result.stderr
     stages = Report.from_json(tmp_path / "r.json").samples[0].stages
     assert [stage.layer for stage in stages] == [2, 6, 15]
@@ -205,9 +205,9 @@ def test_preset(place, tmp_path):
         (["--image", "photo.jpg", "--picture", "text.jpg/out.png"], "a file is in its place"),
     ],
 )
-def test_mistakes_in_run(place, monkeypatch, arguments, message):
-    monkeypatch.chdir(place)
-    assert_one_line(run_on(place, *arguments), message)
+def test_mistakes_in_run(desk, monkeypatch, arguments, message):
+    monkeypatch.chdir(desk)
+    assert_one_line(run_on(desk, *arguments), message)
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_mistakes_in_run(place, monkeypatch, arguments, message):
         ("llama", "'llama'; supported are qwen2_vl, qwen2_5_vl"),
     ],
 )
-def test_mistakes_in_the_model(place, model, message):
-    assert_one_line(run_on(place, "--image", place / "photo.jpg", model=model), message)
+def test_mistakes_in_the_model(desk, model, message):
+    assert_one_line(run_on(desk, "--image", desk / "photo.jpg", model=model), message)
 
 
 @pytest.mark.parametrize(
@@ -235,8 +235,8 @@ def test_mistakes_in_the_model(place, model, message):
         (["out/r.json", "--image", "photo.jpg", "--sample", "3"], "no sample 3"),
     ],
 )
-def test_mistakes_in_visualize(saved, place, monkeypatch, arguments, message):
-    monkeypatch.chdir(place)
+def test_mistakes_in_visualize(saved, desk, monkeypatch, arguments, message):
+    monkeypatch.chdir(desk)
     assert_one_line(call("visualize", *arguments, "--out", "v.png"), message)
 
 
@@ -255,9 +255,9 @@ def python(code, *arguments):
     )
 
 
-def test_debug_shows_the_traceback(place):
+def test_debug_shows_the_traceback(desk):
     main = "from sparsevlm.cli import main; main()"
-    arguments = ["run", "--model", place / "missing", "--image", place / "photo.jpg", "--prompt", "x"]
+    arguments = ["run", "--model", desk / "missing", "--image", desk / "photo.jpg", "--prompt", "x"]
     short, long = python(main, *arguments), python(main, *arguments, "--debug")
     assert short.returncode == 2
     assert "Traceback" not in short.stderr
