@@ -1,9 +1,41 @@
 """Tiny models and inputs that every test shares."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
 from toys import tiny_model
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and in which precision a parity test runs, and how near it has to come (relative error of logits)."""
+
+    device: str
+    dtype: torch.dtype
+    tolerance: float
+
+    def __str__(self):
+        return f"{self.device}-{str(self.dtype).removeprefix('torch.')}"
+
+
+CPU = Place("cpu", torch.float32, 5e-6)
+# Half precision rounds differently where rows are gathered first: measured against the same dtype's masked run.
+GPU = [
+    Place("cuda", torch.float32, 2e-5),
+    Place("cuda", torch.float16, 1e-2),
+    Place("cuda", torch.bfloat16, 6e-2),
+]
+
+
+def pytest_generate_tests(metafunc):
+    """The GPU's places join where there is a GPU; elsewhere they would only be a long list of skips."""
+    if "place" in metafunc.fixturenames:
+        places = [CPU]
+        if torch.cuda.is_available():
+            places += [pytest.param(place, marks=pytest.mark.gpu) for place in GPU]
+        metafunc.parametrize("place", places, ids=str)
 
 
 def pytest_collection_modifyitems(items):

@@ -37,9 +37,9 @@ class SparseVLMConfig:
     min_keep : int
         Never fewer visual tokens than this, recycled ones included.
     tau : float
-        Fraction of the dropped tokens that is recycled, in [0, 1] (paper, section 3.3).
+        Fraction of the dropped tokens that is recycled, in [0, 1] (paper, token recycling).
     theta : float
-        Clusters per recycled token, in [0, 1] (paper, section 3.3).
+        Clusters per recycled token, in [0, 1] (paper, token recycling).
     keep : int, float, or sequence of them, optional
         Budget: visual tokens of a sample averaged over all decoder layers, counted at each layer's input, recycled
         tokens included. An ``int`` is a number of tokens, a ``float`` in (0, 1] a fraction; a sequence gives one

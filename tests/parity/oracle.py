@@ -41,13 +41,12 @@ def layer_masks(n_layers: int, valid: torch.Tensor, dropped: list[dict[int, int]
 @contextlib.contextmanager
 def masked_layers(model, masks):
     """Run the model's layers under the given masks."""
-    flex = model.model.language_model.config._attn_implementation
+    additive = model.model.language_model.config._attn_implementation == "eager"
 
     def hook(mask):
         def before(module, args, kwargs):
-            given = mask
-            if flex == "eager":
-                given = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+            dtype = args[0].dtype
+            given = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min) if additive else mask
             return args, {**kwargs, "attention_mask": given, "position_ids": None}
 
         return before

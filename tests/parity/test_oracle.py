@@ -10,7 +10,6 @@ from oracle import dropped_from, expand, oracle_logits
 from sparsevlm import apply_sparsevlm
 from toys import IMAGE, PROMPTS, VIDEO, make_inputs, relative_error, tiny_model, use_attention
 
-TOLERANCE = 5e-6
 NEW_TOKENS = 5
 ATTENTIONS = ("sdpa", "eager", flash_emulation.NAME)
 GREEDY = {
@@ -47,10 +46,19 @@ def attn(request):
     return request.param
 
 
-def built(family, attn):
-    model = tiny_model(family)
-    use_attention(model, attn)
-    return model
+@pytest.fixture
+def build(place, attn):
+    """Make the model and its inputs at the place of the test."""
+    if place.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+    def make(family, *rows, pad=True):
+        model = tiny_model(family)
+        use_attention(model, attn)
+        inputs = make_inputs(*rows, pad=pad)
+        return model.to(place.device, place.dtype), {name: value.to(place.device) for name, value in inputs.items()}
+
+    return make
 
 
 def reference(model, attn):
@@ -64,7 +72,7 @@ def assert_prunes(report):
     assert any(sample.final_tokens < sample.n_visual for sample in report.samples)
 
 
-def check(model, inputs, output, state, attn, repeats=1):
+def check(model, inputs, output, state, attn, place, repeats=1):
     report = state.report
     assert_prunes(report)
     dropped = [dropped_from(report, b) for b in range(output.sequences.shape[0])]
@@ -74,45 +82,45 @@ def check(model, inputs, output, state, attn, repeats=1):
     logits = oracle_logits(model, expanded, output.sequences[:, :-1], dropped)
     for step, got in enumerate(output.logits):
         wanted = logits[:, inputs["input_ids"].shape[1] - 1 + step]
-        assert relative_error(got, wanted) <= TOLERANCE, f"step {step}"
+        assert relative_error(got, wanted) <= place.tolerance, f"step {step}"
     dense = oracle_logits(model, expanded, output.sequences[:, :-1], [{} for _ in dropped])
-    assert relative_error(output.logits[0], dense[:, inputs["input_ids"].shape[1] - 1]) > 1e-3
+    assert relative_error(output.logits[0], dense[:, inputs["input_ids"].shape[1] - 1]) > max(1e-3, place.tolerance)
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_greedy(prompt, variant, family, attn):
-    model, inputs = built(family, attn), make_inputs(*PROMPTS[prompt])
+def test_greedy(prompt, variant, family, attn, build, place):
+    model, inputs = build(family, *PROMPTS[prompt])
     if family == "qwen2_vl":
         inputs.pop("second_per_grid_ts", None)  # Qwen2-VL does not take it
     state = apply_sparsevlm(model, **VARIANTS[variant])
     output = model.generate(**inputs, **GREEDY)
-    check(model, inputs, output, state, attn)
+    check(model, inputs, output, state, attn, place)
 
 
 @pytest.mark.parametrize("prompt", ["one image", "batch, same size"])
-def test_without_attention_mask(prompt, attn):
-    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt], pad=False)
+def test_without_attention_mask(prompt, attn, build, place):
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt], pad=False)
     state = apply_sparsevlm(model, **OPTIONS)
     output = model.generate(**inputs, **GREEDY)
-    check(model, inputs, output, state, attn)
+    check(model, inputs, output, state, attn, place)
 
 
 @pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
-def test_sampling_several_sequences(prompt, variant, attn):
-    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+def test_sampling_several_sequences(prompt, variant, attn, build, place):
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
     state = apply_sparsevlm(model, **VARIANTS[variant])
     torch.manual_seed(3)
     output = model.generate(**inputs, **{**GREEDY, "do_sample": True, "num_return_sequences": 3})
-    check(model, inputs, output, state, attn, repeats=3)
+    check(model, inputs, output, state, attn, place, repeats=3)
 
 
 @pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
-def test_beams(prompt, variant, attn):
-    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+def test_beams(prompt, variant, attn, build, place):
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
     state = apply_sparsevlm(model, **VARIANTS[variant])
     output = model.generate(**inputs, **GREEDY, num_beams=3, num_return_sequences=3, output_scores=True)
     report = state.report
@@ -124,46 +132,49 @@ def test_beams(prompt, variant, attn):
     start = inputs["input_ids"].shape[1]
     for row in range(len(dropped)):
         wanted = logits[row, start - 1 :].double().log_softmax(-1).gather(1, output.sequences[row, start:, None])
-        assert float(output.sequences_scores[row]) == pytest.approx(float(wanted.sum()) / NEW_TOKENS, rel=2e-6)
+        assert float(output.sequences_scores[row]) == pytest.approx(
+            float(wanted.sum()) / NEW_TOKENS, rel=place.tolerance
+        )
 
 
 @pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
-def test_prompt_lookup(variant, attn):
-    model, inputs = built("qwen2_5_vl", attn), make_inputs([("text", 8), ("image", 4, 6), ("text", 9)])
+def test_prompt_lookup(variant, attn, build, place):
+    model, inputs = build("qwen2_5_vl", [("text", 8), ("image", 4, 6), ("text", 9)])
     inputs["input_ids"][0, -4:] = inputs["input_ids"][0, 2:6]  # something to look up: a guess from the first step on
     state = apply_sparsevlm(model, **VARIANTS[variant])
     plain = model.generate(**inputs, **GREEDY)
     without_guesses = [stage.raters for stage in state.report.samples[0].stages]
     output = model.generate(**inputs, **{**GREEDY, "max_new_tokens": 12}, prompt_lookup_num_tokens=3)
     assert [stage.raters for stage in state.report.samples[0].stages] == without_guesses
-    assert torch.equal(output.sequences[:, : plain.sequences.shape[1]], plain.sequences)
-    check(model, inputs, output, state, attn)
+    if place.dtype == torch.float32:  # in half precision a guess verified in a block may round to another token
+        assert torch.equal(output.sequences[:, : plain.sequences.shape[1]], plain.sequences)
+    check(model, inputs, output, state, attn, place)
 
 
 @pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding", "batch, unequal counts"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"], indirect=True)
-def test_static_cache(prompt, variant, attn):
-    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+def test_static_cache(prompt, variant, attn, build, place):
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
     state = apply_sparsevlm(model, **VARIANTS[variant])
     output = model.generate(**inputs, **GREEDY, cache_implementation="static")
     assert "static" in state.report.kv_note
-    check(model, inputs, output, state, attn)
+    check(model, inputs, output, state, attn, place)
 
 
 @pytest.mark.parametrize("variant", ["random", "before the decoder"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
-def test_without_cache(prompt, variant, attn):
-    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+def test_without_cache(prompt, variant, attn, build, place):
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
     state = apply_sparsevlm(model, **VARIANTS[variant])
     output = model.generate(**inputs, **GREEDY, use_cache=False)
-    check(model, inputs, output, state, attn)
+    check(model, inputs, output, state, attn, place)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_direct_call(prompt, variant, attn):
-    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+def test_direct_call(prompt, variant, attn, build, place):
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
     state = apply_sparsevlm(model, **VARIANTS[variant])
     with torch.no_grad():
         got = model(**inputs).logits
@@ -176,14 +187,14 @@ def test_direct_call(prompt, variant, attn):
     for b, positions in enumerate(report.logit_positions):
         rows = [i for i, position in enumerate(positions) if position >= 0]
         assert len(positions) == got.shape[1]
-        assert relative_error(got[b, rows], wanted[b, [positions[i] for i in rows]]) <= TOLERANCE
+        assert relative_error(got[b, rows], wanted[b, [positions[i] for i in rows]]) <= place.tolerance
 
 
 @pytest.mark.parametrize("variant", ["random", "by attention", "before the decoder"])
 @pytest.mark.parametrize("new_image", [False, True], ids=["text", "new image"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
-def test_second_turn(prompt, new_image, variant, attn):
-    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS[prompt])
+def test_second_turn(prompt, new_image, variant, attn, build, place):
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
     state = apply_sparsevlm(model, **VARIANTS[variant])
     seen = []
     handle = model.model.language_model.register_forward_pre_hook(
@@ -193,6 +204,7 @@ def test_second_turn(prompt, new_image, variant, attn):
     dropped = [dropped_from(state.report, b) for b in range(first.sequences.shape[0])]
     row = [("text", 2), ("image", 4, 5), ("text", 4)] if new_image else [("text", 6)]
     turn = make_inputs(*[row] * first.sequences.shape[0], seed=9)
+    turn = {name: value.to(place.device) for name, value in turn.items()}
     n_first, past_len = first.sequences.shape[1], first.past_key_values.get_seq_length()
     assert past_len == n_first - 1
     second = dict(turn)
@@ -222,7 +234,7 @@ def test_second_turn(prompt, new_image, variant, attn):
     logits = oracle_logits(model, both, output.sequences[:, :-1], dropped, positions)
     start = second["input_ids"].shape[1] - 1
     for step, got in enumerate(output.logits):
-        assert relative_error(got, logits[:, start + step]) <= TOLERANCE, f"step {step}"
+        assert relative_error(got, logits[:, start + step]) <= place.tolerance, f"step {step}"
 
 
 def interleaved(first, second, name, batch):
@@ -231,10 +243,8 @@ def interleaved(first, second, name, batch):
     return torch.cat([part for pair in zip(a, b, strict=True) for part in pair])
 
 
-def test_hidden_states_and_attentions_come_ragged(attn):
-    if attn == flash_emulation.NAME:
-        pytest.skip("flash attention returns no weights")
-    model, inputs = built("qwen2_5_vl", attn), make_inputs(*PROMPTS["one image"])
+def test_hidden_states_come_ragged(attn, build, place):
+    model, inputs = build("qwen2_5_vl", *PROMPTS["one image"])
     state = apply_sparsevlm(model, **OPTIONS)
     with torch.no_grad():
         output = model(**inputs, output_hidden_states=True)

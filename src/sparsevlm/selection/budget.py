@@ -141,10 +141,10 @@ def plan_schedule(schedule: Sequence[int | float], n_visual: int, n_targets: int
 def rank_adaptive_count(
     n_visual: int, rank: int, rank_lambda: float, tau: float, theta: float, recycle: bool, min_keep: int
 ) -> tuple[int, int]:
-    """Tokens that leave the layer when N = λ(L_v − rank) are dropped (paper, equation 6), and how many are clusters.
+    """Tokens that leave the layer when N = λ(L_v − rank) are dropped, and how many of them are clusters.
 
     τ and θ bind in full: L_r = ⌊τN⌋ of the dropped are recycled into C = ⌊θL_r⌋. Where the outcome would fall below
-    ``min_keep``, N is the largest that keeps it.
+    ``min_keep``, N is the largest that keeps it. Source: paper, sparsification level adaptation and token recycling.
 
     Returns
     -------

@@ -35,8 +35,8 @@ def sketch_rank(matrix: Tensor, tolerance: float | str) -> int:
     int
         0 for a zero or empty matrix.
 
-    Source: paper section 3.3 takes rank(P); the energy threshold is ours, as a softmax matrix is of full numerical
-    rank nearly always.
+    Source: the paper (sparsification level adaptation) takes rank(P); the energy threshold is ours, as a softmax
+    matrix is nearly always of full numerical rank.
     """
     if matrix.numel() == 0:
         return 0

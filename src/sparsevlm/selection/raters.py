@@ -9,7 +9,7 @@ _MAX_BLOCK_ELEMENTS = 1 << 26
 
 
 def attention_raters(text_attention: Tensor) -> Tensor:
-    """Raters of the spec: text tokens whose visual attention is at least the mean over text tokens.
+    """The default raters: text tokens whose visual attention is at least the mean over text tokens.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def attention_raters(text_attention: Tensor) -> Tensor:
 
 
 def embedding_raters(features: Tensor, text_features: Tensor) -> Tensor:
-    """Raters of the paper (section 3.2, equation 2), from the decoder's input embeddings, once per prompt.
+    """Raters of the paper (relevant text token selection), from the decoder's input embeddings, once per prompt.
 
     ``r = mean_over_visual softmax_over_text(H_v H_qᵀ)``; a text token votes if ``r_i ≥ mean(r)``, which is 1/n_text.
 

@@ -1,4 +1,4 @@
-"""Token recycling: the best of the dropped tokens, merged into a few (paper, section 3.3)."""
+"""Token recycling: the best of the dropped tokens, merged into a few (paper, token recycling)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CHUNK_ROWS = 512
 
 
 def count_clusters(n_dropped: int, tau: float, theta: float) -> tuple[int, int]:
-    """Number of recycled tokens L_r = ⌊τN⌋ and of clusters C = ⌊θL_r⌋ for N dropped ones (paper, section 3.3)."""
+    """Number of recycled tokens L_r = ⌊τN⌋ and of clusters C = ⌊θL_r⌋ for N dropped ones (paper, token recycling)."""
     n_recycled = int(tau * n_dropped + 1e-9)
     return n_recycled, int(theta * n_recycled + 1e-9)
 
@@ -28,7 +28,7 @@ def clusters_within(n_visual: int, n_out: int, tau: float, theta: float) -> int:
 
 
 def density_peaks(hidden_states: Tensor, n_clusters: int) -> Tensor:
-    """Cluster centres by density peaks (paper, equations 8 and 9).
+    """Cluster centres by density peaks (paper, token aggregation).
 
     ``ρ_i = exp(−1/k Σ_{kNN} d_ij²)``, ``δ_i`` the distance to the nearest denser token (for the densest, to the
     farthest), with k = ``n_clusters`` neighbours and ``d_ij = ‖h_i − h_j‖ / √hidden_size``. The centres have the

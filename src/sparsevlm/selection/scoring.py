@@ -21,8 +21,8 @@ def text_to_visual_attention(
     """Head-mean attention of text rows to visual keys, without any L×L matrix.
 
     ``P[i, j] = mean_h exp(q_hi · k_hj · scaling − LSE_hi)`` over the visual keys j, the softmax running over all
-    visible keys (paper, equation 3; the log-sum-exp form is what its appendix B aims at). Rows are processed in
-    chunks, so memory is bounded by ``heads × chunk × kv_len``.
+    visible keys (paper, significance of visual tokens; its appendix B aims at the log-sum-exp form). Rows are
+    processed in chunks, so memory is bounded by ``heads × chunk × kv_len``.
 
     Parameters
     ----------
@@ -94,7 +94,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def visual_scores(rater_attention: Tensor) -> Tensor:
-    """Score of each visual token: the attention it gets from all raters (spec, step 2; paper, equation 4).
+    """Score of each visual token: the attention it gets from all raters (paper, significance of visual tokens).
 
     Parameters
     ----------

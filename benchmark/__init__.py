@@ -1,0 +1,1 @@
+"""Measurements; every row says how it was made."""

@@ -1,0 +1,62 @@
+"""Test and release sessions; ``nox -s tests`` is the README's test command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["tests"]
+nox.options.default_venv_backend = "venv"
+
+# Both ends of the supported range. SPARSEVLM_TORCH picks another build, e.g. "torch==2.11.0".
+TORCH = os.environ.get("SPARSEVLM_TORCH", "torch==2.13.0")
+NEWEST, OLDEST = "transformers==5.23.0", "transformers==5.17.0"
+
+
+def run_tests(session: nox.Session, transformers: str) -> None:
+    """Install everything into the session's environment and run pytest on all cores."""
+    session.install(TORCH)  # first and alone, so that no other package chooses the build
+    session.install(transformers, "-e", ".[test]")
+    session.run("pytest", "-n", "auto", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests with the newest transformers of the range."""
+    run_tests(session, NEWEST)
+
+
+@nox.session
+def tests_oldest(session: nox.Session) -> None:
+    """All tests with the oldest transformers of the range."""
+    run_tests(session, OLDEST)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff and mypy."""
+    session.install(TORCH)
+    session.install(NEWEST, "-e", ".[dev]")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel and run the demo from it in an empty directory."""
+    out = Path(session.create_tmp()).resolve()
+    for old in out.glob("*.whl"):
+        old.unlink()
+    session.install(TORCH)
+    session.install(NEWEST, "build")
+    session.run("python", "-m", "build", "--wheel", "--outdir", str(out))
+    session.install("--force-reinstall", "--no-deps", *map(str, out.glob("*.whl")))
+    session.install(*map(str, out.glob("*.whl")))
+    empty = out / "empty"
+    empty.mkdir(exist_ok=True)
+    session.chdir(empty)
+    session.run("sparsevlm", "demo", "--out", "demo")
+    session.run("python", "-c", "import pathlib; assert pathlib.Path('demo/demo.png').stat().st_size > 10_000")
