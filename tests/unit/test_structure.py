@@ -1,0 +1,75 @@
+"""Imports run one way through the rooms of the package, and nothing heavy loads early."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsevlm
+
+ROOT = Path(sparsevlm.__file__).parent
+# A room may import rooms of a lower level, and itself.
+LEVELS = {
+    "config": 0,
+    "report": 0,
+    "collision": 0,
+    "template": 0,
+    "scenes": 0,
+    "bundled": 0,
+    "selection": 1,
+    "runtime": 2,
+    "models": 3,
+    "inputs": 4,
+    "pictures": 4,
+    "api": 5,
+    "cli": 6,
+    "__main__": 7,
+    "__init__": 7,
+}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of ours that a file imports, wherever in the file it does."""
+    package = ("sparsevlm", *path.relative_to(ROOT).parts[:-1])
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            full = (*base, *(node.module.split(".") if node.module else ()))
+            names = [full] if len(full) > 1 else [(*full, alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        else:
+            continue
+        rooms |= {name[1] for name in names if name[0] == "sparsevlm" and len(name) > 1}
+    return {room for room in rooms if room in LEVELS}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downwards(path):
+    room = room_of(path)
+    assert room in LEVELS, f"{room} is a new room: give it a level"
+    for other in imported_rooms(path) - {room}:
+        assert LEVELS[other] < LEVELS[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("module", ["sparsevlm", "sparsevlm.cli", "sparsevlm.config", "sparsevlm.report"])
+def test_torch_and_transformers_load_late(module):
+    code = f"import {module}, sys; assert not {{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_pickle_no_remote_code_no_quiet_download():
+    """Weights come from safetensors only; code never comes with them."""
+    for path in ROOT.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for forbidden in ("torch.load(", "import pickle", "trust_remote_code=True", "import requests", "urllib"):
+            assert forbidden not in text, f"{path}: {forbidden}"
