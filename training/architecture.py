@@ -1,19 +1,22 @@
 """Configuration, construction and growth of the model."""
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from training.tokenizer import TOKEN_IDS, VOCAB_SIZE
 
 TEXT_HIDDEN = 256
+_EMBEDDING_STD = 0.5  # about the size of the visual tokens at the start
 _END, _PAD = TOKEN_IDS["<|im_end|>"], TOKEN_IDS["<|endoftext|>"]
 
 
-def make_config(layers: int, mlp: int) -> Qwen2_5_VLConfig:
+def make_config(layers: int, mlp: int, rope_theta: float) -> Qwen2_5_VLConfig:
     """Qwen2.5-VL at toy width.
 
-    The rotary base is 30, not Qwen's 1e6: with M-RoPE sections [8, 12, 12] the width axis owns the lowest
-    frequencies, and at 1e6 they turn by less than 0.01 rad across an image, so left and right look alike.
+    ``rope_theta`` decides what a short prompt can tell apart: with M-RoPE sections [8, 12, 12] the width axis owns the
+    lowest frequencies. At Qwen's 1e6 they turn by less than 0.01 rad across an image, so left and right look alike; at
+    30 no frequency is slow enough for attention that ignores the distance between a question and what it asks for.
     """
     text = {
         "vocab_size": VOCAB_SIZE,
@@ -23,7 +26,7 @@ def make_config(layers: int, mlp: int) -> Qwen2_5_VLConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 30.0, "mrope_section": [8, 12, 12]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [8, 12, 12]},
         "bos_token_id": _PAD,
         "eos_token_id": _END,
         "pad_token_id": _PAD,
@@ -48,10 +51,27 @@ def make_config(layers: int, mlp: int) -> Qwen2_5_VLConfig:
     )
 
 
-def build_model(layers: int, mlp: int) -> Qwen2_5_VLForConditionalGeneration:
-    """A freshly initialised model in float32; seed torch before calling."""
-    model = Qwen2_5_VLForConditionalGeneration(make_config(layers, mlp))
+def build_model(layers: int, mlp: int, rope_theta: float = 2000.0) -> Qwen2_5_VLForConditionalGeneration:
+    """A freshly initialised model in float32; seed torch before calling.
+
+    The classes initialise every matrix with standard deviation 0.02, made for widths in the thousands. At width 256
+    attention then starts out uniform and hardly learns where to look, so each matrix is scaled to its fan-in, and the
+    matrices that write into the residual stream also to the depth.
+    """
+    model = Qwen2_5_VLForConditionalGeneration(make_config(layers, mlp, rope_theta))
     model.generation_config = GenerationConfig(eos_token_id=_END, pad_token_id=_PAD, bos_token_id=_PAD)
+    visual, text = model.model.visual, model.model.language_model
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Conv3d):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+    nn.init.normal_(text.embed_tokens.weight, std=_EMBEDDING_STD)
+    with torch.no_grad():
+        for block in visual.blocks:
+            for module in (block.attn.proj, block.mlp.down_proj):
+                module.weight.mul_((2 * len(visual.blocks)) ** -0.5)
+        for layer in text.layers:
+            for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                module.weight.mul_((2 * layers) ** -0.5)
     return model
 
 
@@ -73,10 +93,11 @@ def grow(model: Qwen2_5_VLForConditionalGeneration, layers: int) -> Qwen2_5_VLFo
     ValueError
         If ``layers`` is smaller than the model's depth.
     """
-    depth = model.config.text_config.num_hidden_layers
+    text = model.config.text_config
+    depth = text.num_hidden_layers
     if layers < depth:
         raise ValueError(f"cannot grow {depth} decoder layers to {layers}")
-    grown = build_model(layers, model.config.text_config.intermediate_size)
+    grown = build_model(layers, text.intermediate_size, text.rope_parameters["rope_theta"])
     missing = grown.load_state_dict(model.state_dict(), strict=False)
     assert not missing.unexpected_keys
     with torch.no_grad():

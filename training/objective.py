@@ -6,32 +6,35 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sparsevlm.scenes import COLOURS, SHAPES, TASKS, SceneSpec, cell_contents
+from sparsevlm.scenes import COLOURS, SHAPES, TASKS, SceneSpec, cell_contents, digit_centres, object_boxes
+from training.pixels import MERGE, PATCH
 from training.sequences import IGNORE
 
 _KINDS = len(SHAPES) + 2  # shapes, card, empty
-_CARD, _EMPTY = len(SHAPES), len(SHAPES) + 1
+_EMPTY = _KINDS - 1
 _DIGITS = 10
+TOKEN = PATCH * MERGE  # pixels
+_MIN_OVERLAP = 10  # pixels of a token's side that an object must cover to count as shown
 
 
-class CellHead(nn.Module):
-    """Auxiliary linear readout of each cell's content from its visual tokens; thrown away after training.
+class TokenHead(nn.Module):
+    """Auxiliary linear readout of what each visual token shows; thrown away after training.
+
+    All tokens share one readout, so that the decoder finds the same code wherever it looks. A first attempt read a
+    cell's tokens side by side; digits were then learned as fast, but in a code that attention could not pick up.
 
     Parameters
     ----------
     hidden : int
         Width of a visual token.
-    tokens_per_cell : int
-        Visual tokens of a cell, one attention window.
     n_digits : int
         Digits of a card.
     """
 
-    def __init__(self, hidden: int, tokens_per_cell: int = 16, n_digits: int = 3):
+    def __init__(self, hidden: int, n_digits: int = 3):
         super().__init__()
-        self.tokens_per_cell = tokens_per_cell
         self.sizes = [_KINDS, len(COLOURS), *[_DIGITS] * n_digits]
-        self.readout = nn.Linear(hidden * tokens_per_cell, sum(self.sizes))
+        self.readout = nn.Linear(hidden, sum(self.sizes))
 
     def forward(self, features: torch.Tensor, spec: SceneSpec) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and digit accuracy.
@@ -46,9 +49,8 @@ class CellHead(nn.Module):
         tuple of torch.Tensor
             Mean cross entropy over what is to be read, and the share of digits read correctly; both scalars.
         """
-        cells = features.unflatten(1, (-1, self.tokens_per_cell)).flatten(2)
-        parts = self.readout(cells).float().split(self.sizes, dim=-1)
-        labels = cell_labels(spec)
+        parts = self.readout(features).float().split(self.sizes, dim=-1)
+        labels = token_labels(spec).flatten(1, 2)
         losses = [
             F.cross_entropy(part.flatten(0, 1), labels[..., i].flatten(), ignore_index=IGNORE)
             for i, part in enumerate(parts)
@@ -59,13 +61,33 @@ class CellHead(nn.Module):
         return torch.stack(losses).mean(), accuracy
 
 
-def cell_labels(spec: SceneSpec) -> torch.Tensor:
-    """What each cell holds, int64 of shape (batch, cells, 2 + digits): kind, colour, digits; ``IGNORE`` if none."""
+def token_labels(spec: SceneSpec) -> torch.Tensor:
+    """What each visual token shows: kind, colour and digits.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 of shape (batch, cells, tokens per cell, 2 + digits). Kind and colour are those of the cell's object where
+        its box covers the token well, else "empty" and ``IGNORE``; digit j is labelled on the token that holds its
+        centre and ``IGNORE`` elsewhere.
+    """
     kinds, colours = cell_contents(spec)
-    colours = colours.masked_fill(kinds < 0, IGNORE)
-    digits = torch.full((*kinds.shape, spec.card_digits.shape[2]), IGNORE, device=kinds.device)
-    digits.scatter_(1, spec.card_cells[..., None].expand_as(spec.card_digits), spec.card_digits)
-    return torch.cat([torch.where(kinds < 0, _EMPTY, kinds)[..., None], colours[..., None], digits], dim=-1)
+    boxes = object_boxes(spec, kinds)
+    side = spec.layout.cell // TOKEN
+    start = torch.arange(side, device=kinds.device) * TOKEN
+    near, far = boxes[..., :2, None], (boxes[..., :2] + boxes[..., 2:])[..., None]
+    covered = torch.minimum(far, start + TOKEN) - torch.maximum(near, start) >= _MIN_OVERLAP
+    shown = (covered[..., 0, :, None] & covered[..., 1, None, :]).flatten(2) & (kinds >= 0)[..., None]
+    kind = torch.where(shown, kinds[..., None], _EMPTY)
+    colour = torch.where(shown, colours[..., None], IGNORE)
+
+    place = digit_centres(spec, boxes) // TOKEN
+    token = spec.card_cells[..., None] * side**2 + place[..., 0] * side + place[..., 1]
+    batch, cells = kinds.shape
+    n_digits = spec.card_digits.shape[2]
+    digits = torch.full((batch, cells * side**2, n_digits), IGNORE, device=kinds.device)
+    digits.scatter_(1, token, spec.card_digits)
+    return torch.cat([kind[..., None], colour[..., None], digits.view(batch, cells, side**2, n_digits)], dim=-1)
 
 
 @dataclass(frozen=True)

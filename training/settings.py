@@ -9,8 +9,8 @@ class TrainSettings:
 
     Attributes
     ----------
-    layers, mlp : int
-        Decoder depth and MLP width of a fresh model; ``mlp`` is ignored when ``init`` is given.
+    layers, mlp, rope_theta : int, int, float
+        Decoder depth, MLP width and rotary base of a fresh model; only ``layers`` counts when ``init`` is given.
     init : str
         Folder of a checkpoint to start from, or "" for a fresh model. It is grown to ``layers`` decoder layers.
     seconds : float
@@ -19,8 +19,9 @@ class TrainSettings:
         Upper limit of steps, or 0 for none.
     batch, questions : int
         Scenes per step and questions per scene.
-    rate, warmup, decay, clip : float
-        Peak learning rate, warm-up steps, weight decay of matrices, gradient norm limit.
+    rate, warmup, floor, decay, clip : float
+        Peak learning rate, warm-up steps, last rate as a share of the peak, weight decay of matrices,
+        gradient norm limit.
     auxiliary_until : float
         Progress in [0, 1] at which the auxiliary loss has faded from weight 1 to 0; 0 turns it off.
     seed : int
@@ -31,6 +32,7 @@ class TrainSettings:
 
     layers: int = 12
     mlp: int = 448
+    rope_theta: float = 2000.0
     init: str = ""
     seconds: float = 450.0
     steps: int = 0
@@ -38,6 +40,7 @@ class TrainSettings:
     questions: int = 8
     rate: float = 1e-3
     warmup: int = 300
+    floor: float = 0.01
     decay: float = 0.01
     clip: float = 1.0
     auxiliary_until: float = 0.5

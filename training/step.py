@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 from sparsevlm.scenes import DEFAULT_LAYOUT, TASKS, TRAINING_SEEDS, ask, render, sample_specs, training_seeds
 from sparsevlm.scenes.seeds import Draws
 from training.forward import SceneForward
-from training.objective import CellHead, score_answers
+from training.objective import TokenHead, score_answers
 from training.pixels import PATCH, Patchifier
 from training.sequences import SequenceBuilder
 from training.settings import TrainSettings
@@ -65,7 +65,7 @@ class TrainStep:
         grid = (DEFAULT_LAYOUT.height // PATCH, DEFAULT_LAYOUT.width // PATCH)
         self.forward = SceneForward(model, self.builder.head_ids, grid, settings.compiled)
         hidden = model.config.text_config.hidden_size
-        self.cell_head = CellHead(hidden).to(device, dtype) if settings.auxiliary_until > 0 else None
+        self.token_head = TokenHead(hidden).to(device, dtype) if settings.auxiliary_until > 0 else None
         first = TRAINING_SEEDS.start + settings.seed * _SEEDS_PER_RUN
         self.seeds = training_seeds(first, settings.batch).to(device)
         shares = [i for i, task in enumerate(TASKS) for _ in range(_SHARES[task])]
@@ -73,7 +73,7 @@ class TrainStep:
         self.auxiliary_weight = torch.zeros((), device=device)
         self.rate = torch.zeros((), device=device)
 
-        modules: list[nn.Module] = [model] + ([self.cell_head] if self.cell_head is not None else [])
+        modules: list[nn.Module] = [model] + ([self.token_head] if self.token_head is not None else [])
         self.weights = [weight for module in modules for weight in module.parameters()]
         self.masters = [weight.detach().clone().float().requires_grad_() for weight in self.weights]
         for master in self.masters:
@@ -123,8 +123,8 @@ class TrainStep:
         logits = self.forward.answer_logits(features, sequences.input_ids, sequences.answer_rows.flatten(1))
         score = score_answers(logits, sequences.targets, tasks)
         loss, auxiliary, digits = score.loss, torch.zeros_like(score.loss), torch.zeros_like(score.loss)
-        if self.cell_head is not None:
-            auxiliary, digits = self.cell_head(features, spec)
+        if self.token_head is not None:
+            auxiliary, digits = self.token_head(features, spec)
             loss = loss + self.auxiliary_weight * auxiliary
         norm = self._update(loss)
         self.seeds += settings.batch

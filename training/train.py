@@ -20,7 +20,6 @@ from training.step import TrainStep
 
 _LOG_EVERY = 20.0  # seconds
 _SYNC_EVERY = 20  # steps: the host must not run ahead of the wall clock
-_FLOOR = 0.01  # last learning rate as a share of the peak
 _SHARD_SIZE = "12MB"
 
 
@@ -67,7 +66,7 @@ def train(settings: TrainSettings, out: Path, eval_scenes: int, device: torch.de
 
 def _starting_model(settings: TrainSettings) -> Qwen2_5_VLForConditionalGeneration:
     if not settings.init:
-        return build_model(settings.layers, settings.mlp)
+        return build_model(settings.layers, settings.mlp, settings.rope_theta)
     return grow(Qwen2_5_VLForConditionalGeneration.from_pretrained(settings.init, dtype="float32"), settings.layers)
 
 
@@ -93,7 +92,7 @@ def _loop(step: TrainStep, settings: TrainSettings, started: float, log: Callabl
 
 def learning_rate(settings: TrainSettings, step: int, progress: float) -> float:
     """Linear warm-up over steps, then a cosine over progress in [0, 1]."""
-    cosine = _FLOOR + (1 - _FLOOR) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    cosine = settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return settings.rate * min(1.0, (step + 1) / max(settings.warmup, 1)) * cosine
 
 

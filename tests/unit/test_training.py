@@ -8,13 +8,22 @@ import torch
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from sparsevlm.bundled import __file__ as bundled_file
-from sparsevlm.scenes import ANSWER_TEXTS, QUESTION_TEXTS, ask, draw_scene, holdout_seeds, render, sample_specs
+from sparsevlm.scenes import (
+    ANSWER_TEXTS,
+    QUESTION_TEXTS,
+    ask,
+    cell_contents,
+    draw_scene,
+    holdout_seeds,
+    render,
+    sample_specs,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from training.architecture import build_model, cast_weights, grow
 from training.forward import SceneForward
-from training.objective import CellHead, cell_labels, score_answers
+from training.objective import TokenHead, score_answers, token_labels
 from training.pixels import Patchifier, full_patches
 from training.sequences import IGNORE, SequenceBuilder
 from training.settings import TrainSettings
@@ -135,12 +144,16 @@ def test_score_counts_whole_answers():
     assert score.asked.tolist()[:2] == [1.0, 1.0]
 
 
-def test_cell_labels_cover_every_cell():
-    spec = sample_specs(holdout_seeds(0, 4))
-    labels = cell_labels(spec)
-    assert labels.shape == (4, 16, 5)
-    assert ((labels[..., 2] != IGNORE).sum(1) == 3).all()
-    loss, _ = CellHead(8)(torch.zeros(4, 256, 8), spec)
+def test_token_labels_are_where_the_pixels_are():
+    spec = sample_specs(holdout_seeds(0, 8))
+    labels = token_labels(spec)
+    assert labels.shape == (8, 16, 16, 5)
+    assert ((labels[..., 2:] != IGNORE).sum((1, 2)) == 3).all(), "each digit slot is labelled once per card"
+    kinds, _ = cell_contents(spec)
+    assert torch.equal((labels[..., 0] != 9).any(2), kinds >= 0)
+    on_card = labels[..., 0] == 8
+    assert on_card[labels[..., 2] != IGNORE].all(), "digits lie on cards"
+    loss, _ = TokenHead(8)(torch.zeros(8, 256, 8), spec)
     assert torch.isfinite(loss)
 
 

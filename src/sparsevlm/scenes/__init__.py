@@ -1,7 +1,7 @@
 """Generated scenes with questions: the same code draws for training, evaluation and demos."""
 
 from .questions import QuestionBatch, ask
-from .render import cell_contents, object_boxes, render
+from .render import cell_contents, digit_centres, object_boxes, render
 from .scene import Box, Question, Scene, draw_scene
 from .seeds import HOLDOUT_SEEDS, TRAINING_SEEDS, holdout_seeds, training_seeds
 from .specification import SceneSpec, sample_specs
@@ -36,6 +36,7 @@ __all__ = [
     "SceneSpec",
     "ask",
     "cell_contents",
+    "digit_centres",
     "draw_scene",
     "holdout_seeds",
     "object_boxes",

@@ -136,9 +136,7 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 def _glyph_masks() -> torch.Tensor:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    glyphs = torch.zeros(
-        len(FONTS), N_TEXT_SIZES, _GLYPHS_PER_FONT_SIZE, GLYPH_HEIGHT, _GLYPH_WIDTH, dtype=torch.int16
-    )
+    glyphs = torch.zeros(len(FONTS), N_TEXT_SIZES, _GLYPHS_PER_FONT_SIZE, GLYPH_HEIGHT, _GLYPH_WIDTH, dtype=torch.int16)
     for font_id, name in enumerate(FONTS):
         for size_id, size in enumerate(TEXT_SIZES):
             # Basic layout: the same glyph placement whether or not Pillow was built with Raqm.

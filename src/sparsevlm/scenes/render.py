@@ -89,16 +89,39 @@ def _object_pixels(spec: SceneSpec, atlas: Atlas, kinds: torch.Tensor, boxes: to
     return atlas.objects.flatten()[index] * (kinds >= 0)[..., None, None]
 
 
-def _text_pixels(spec: SceneSpec, atlas: Atlas, boxes: torch.Tensor) -> torch.Tensor:
-    """Coverage by digits, int16 of shape (batch, cells, cell, cell)."""
-    cell = spec.layout.cell
+def digit_centres(spec: SceneSpec, boxes: torch.Tensor) -> torch.Tensor:
+    """Centres of the cards' digits inside their cells.
+
+    Parameters
+    ----------
+    boxes : torch.Tensor
+        From :func:`object_boxes`.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 of shape (batch, N_CARDS, N_DIGITS, 2): y and x in pixels from the cell's corner.
+    """
+    corner, advance = _text_corners(spec, atlas_for(spec.layout.cell, str(spec.seeds.device)), boxes)
+    x = corner[..., 1:] + advance[..., None] * torch.arange(N_DIGITS, device=corner.device) + advance[..., None] // 2
+    y = (corner[..., :1] + GLYPH_HEIGHT // 2).expand_as(x)
+    return torch.stack([y, x], dim=-1)
+
+
+def _text_corners(spec: SceneSpec, atlas: Atlas, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Top left corner (batch, N_CARDS, 2) of each card's text in its cell; distance of digits (batch, N_CARDS)."""
     box = boxes.gather(1, spec.card_cells[..., None].expand(-1, -1, 4))
     advance = atlas.advance[spec.card_text_sizes]
     size = torch.stack([torch.full_like(advance, GLYPH_HEIGHT), N_DIGITS * advance], dim=-1)
     slack = box[..., 2:] - size
-    corner = box[..., :2] + slack // 2 + _jitter(spec.text_shift, (slack // 2 - 3).clamp(min=0))
+    return box[..., :2] + slack // 2 + _jitter(spec.text_shift, (slack // 2 - 3).clamp(min=0)), advance
 
-    pixel = torch.arange(cell, device=box.device)
+
+def _text_pixels(spec: SceneSpec, atlas: Atlas, boxes: torch.Tensor) -> torch.Tensor:
+    """Coverage by digits, int16 of shape (batch, cells, cell, cell)."""
+    cell = spec.layout.cell
+    corner, advance = _text_corners(spec, atlas, boxes)
+    pixel = torch.arange(cell, device=boxes.device)
     y, x = pixel - corner[..., :1], pixel - corner[..., 1:]
     slot = torch.div(x, advance[..., None], rounding_mode="floor")
     inside_y, inside_x = (y >= 0) & (y < GLYPH_HEIGHT), (slot >= 0) & (slot < N_DIGITS)
@@ -110,7 +133,7 @@ def _text_pixels(spec: SceneSpec, atlas: Atlas, boxes: torch.Tensor) -> torch.Te
     index = index * inside_x[..., None, :]  # columns off the text read a pixel that is masked out below
     coverage = atlas.glyphs.flatten()[index] * (inside_y[..., :, None] & inside_x[..., None, :])
 
-    out = torch.zeros(*spec.cell_sizes.shape, cell, cell, dtype=torch.int16, device=box.device)
+    out = torch.zeros(*spec.cell_sizes.shape, cell, cell, dtype=torch.int16, device=boxes.device)
     return out.scatter_(1, spec.card_cells[..., None, None].expand_as(coverage), coverage)
 
 
