@@ -61,7 +61,7 @@ class Exchange:
 @reports_errors
 def demo(
     *,
-    seed: Annotated[int, typer.Option("--seed", help="Which scene; below 1000000 none was trained on.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Which scene; below 1000000 none was trained on.")] = 11,
     keep: Annotated[str, typer.Option("--keep", help=KEEP_HELP)] = "0.5",
     selector: Selector = "sparsevlm",
     questions: Annotated[int, typer.Option("--questions", help="How many to ask.", min=1, max=5)] = 3,
