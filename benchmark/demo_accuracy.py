@@ -66,7 +66,7 @@ def evaluate(args: argparse.Namespace, task: str, model: Any, processor: Any) ->
                 tokens[setting] += float((inputs["input_ids"] == model.config.image_token_id).sum())
             else:
                 budget = None if keep == "adaptive" else float(keep)
-                state = apply_sparsevlm(model, keep=budget, selector=selector, processor=processor)
+                state = apply_sparsevlm(model, keep=budget, selector=selector, target_layers=args.target_layers)
                 got = answers(model, inputs, processor)
                 tokens[setting] += sum(sample.average_in for sample in state.report.samples)
                 if budget is None:
@@ -82,6 +82,7 @@ def evaluate(args: argparse.Namespace, task: str, model: Any, processor: Any) ->
             "task": task,
             "selector": selector,
             "keep": keep,
+            "target_layers": " ".join(map(str, args.target_layers or ())) or "default",
             "avg_tokens": round(tokens[selector, keep] / n, 2),
             "score": round(hits[selector, keep] / n, 4),
             "n": n,
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--tasks", default="number,count")
     parser.add_argument("--selectors", default="sparsevlm,random,grid")
     parser.add_argument("--keep", default="0.5", help="comma-separated fractions, or adaptive")
+    parser.add_argument("--target-layers", type=lambda text: [int(layer) for layer in text.split(",")])
     parser.add_argument("--scenes", type=int, default=1000)
     parser.add_argument("--first-seed", type=int, default=500_000, help="below 1000000 no scene was trained on")
     parser.add_argument("--batch", type=int, default=50)
