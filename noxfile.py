@@ -59,4 +59,4 @@ def wheel(session: nox.Session) -> None:
     empty.mkdir(exist_ok=True)
     session.chdir(empty)
     session.run("sparsevlm", "demo", "--out", "demo")
-    session.run("python", "-c", "import pathlib; assert pathlib.Path('demo/demo.png').stat().st_size > 10_000")
+    session.run("python", "-c", "import pathlib; assert pathlib.Path('demo/overlay.png').stat().st_size > 10_000")

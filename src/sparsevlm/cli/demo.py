@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import KEEP_HELP, Debug, Device, Selector, parse_keep, prepare_folder
+from .options import KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers, prepare_folder
 from .terminal import progress, quiet_transformers, reports_errors
 
 if TYPE_CHECKING:
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from .asking import Answer
 
 MAX_NEW_TOKENS = 8
+# The bundled model knows only from layer 7 on which card is asked for; the library's default begins at layer 2.
+TARGET_LAYERS = "7,11,15,19"
 # In the order in which they show best what pruning does.
 TASK_ORDER = ("number", "count", "half", "colour", "exist")
 ABOUT_COLUMNS = (
@@ -61,9 +63,13 @@ class Exchange:
 @reports_errors
 def demo(
     *,
-    seed: Annotated[int, typer.Option("--seed", help="Which scene; below 1000000 none was trained on.")] = 11,
+    seed: Annotated[int, typer.Option("--seed", help="Which scene; below 1000000 none was trained on.")] = 0,
     keep: Annotated[str, typer.Option("--keep", help=KEEP_HELP)] = "0.5",
     selector: Selector = "sparsevlm",
+    target_layers: Annotated[
+        str,
+        typer.Option("--target-layers", help="Layers after which tokens are dropped; the model finds answers at 7."),
+    ] = TARGET_LAYERS,
     questions: Annotated[int, typer.Option("--questions", help="How many to ask.", min=1, max=5)] = 3,
     out: Annotated[Path, typer.Option("--out", help="Folder for scene, overlay and reports.")] = Path("sparsevlm-demo"),
     device: Device = "auto",
@@ -73,7 +79,7 @@ def demo(
     """Ask the bundled model about a drawn scene, without and with pruning."""
     from ..config import SparseVLMConfig
 
-    config = SparseVLMConfig(keep=parse_keep(keep), selector=selector)
+    config = SparseVLMConfig(keep=parse_keep(keep), selector=selector, target_layers=parse_layers(target_layers))
     prepare_folder(out)
     with progress("loading the bundled model"):
         from ..bundled import bundled_path
@@ -89,7 +95,13 @@ def demo(
         scene = draw_scene(seed)
     exchanges = _ask_all(model, processor, scene, config, questions)
     files = _write_files(out, scene, exchanges)
-    settings = {"seed": seed, "keep": config.keep, "selector": selector, "device": target}
+    settings = {
+        "seed": seed,
+        "keep": config.keep,
+        "selector": selector,
+        "target_layers": target_layers,
+        "device": target,
+    }
     if as_json:
         asked = [exchange.to_dict() for exchange in exchanges]
         typer.echo(json.dumps({**settings, "questions": asked, "files": [str(file) for file in files]}, indent=1))

@@ -277,6 +277,8 @@ class _LayerHook:
         if forward is None:
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
+        if forward.cache is None:  # without one given, the text model has just made its own
+            forward.cache = kwargs.get("past_key_values")
         pruned, changed = before_layer(self.state.view, forward, self.layer_idx, hidden_states, kwargs)
         if args:
             return (pruned, *args[1:]), changed
