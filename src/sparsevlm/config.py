@@ -77,7 +77,7 @@ class SparseVLMConfig:
     merge: str = "mean"
     schedule: Any = None
     rank_lambda: float = 0.5
-    rank_tolerance: float | str = 0.01
+    rank_tolerance: float | str = 0.02
     strict: bool = False
     seed: int = 0
     preset: str | None = None

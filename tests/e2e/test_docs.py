@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 
 import pytest
-from toys import PROMPTS, make_inputs, tiny_model
 
 import sparsevlm
+from toys import PROMPTS, make_inputs, tiny_model
 
 ROOT = Path(__file__).parents[2]
 

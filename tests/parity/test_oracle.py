@@ -251,3 +251,31 @@ def test_hidden_states_come_ragged(attn, build, place):
     n_other = state.report.samples[0].n_text
     lengths = [hidden.shape[1] - n_other for hidden in output.hidden_states[1:-1]]
     assert lengths == list(state.report.samples[0].layer_tokens[:-1])
+
+
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("prompt", ["one image", "batch, left padding", "batch, unequal counts"])
+def test_going_on_with_the_cache_of_a_direct_call(prompt, variant, attn, build, place):
+    """The text model makes that cache itself, after the call has begun."""
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    seen = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    token = torch.full((inputs["input_ids"].shape[0], 1), 7, device=place.device)
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+        dropped = [dropped_from(state.report, b) for b in range(len(token))]
+        held = sum(layer.keys.numel() * layer.keys.element_size() * 2 for layer in cache.layers)
+        assert state.report.kv_bytes.sparse == held < state.report.kv_bytes.dense
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        handle.remove()
+        positions = torch.cat([seen[0][-3:], seen[0][-3:, :, -1:] + 1], dim=-1)
+        step = {"attention_mask": mask, "position_ids": positions[..., -1:], "past_key_values": cache}
+        got = model(input_ids=token, **step).logits[:, -1]
+    state.detach()
+    reference(model, attn)
+    sequences = torch.cat([inputs["input_ids"], token], dim=1)
+    wanted = oracle_logits(model, inputs, sequences, dropped, positions)[:, -1]
+    assert relative_error(got, wanted) <= place.tolerance
