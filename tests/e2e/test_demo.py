@@ -26,7 +26,7 @@ def call(*arguments):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    folder = save_tiny_checkpoint(tmp_path / "stand-in", n_layers=11)
+    folder = save_tiny_checkpoint(tmp_path / "stand-in", n_layers=21)
     monkeypatch.setattr(sparsevlm.bundled, "bundled_path", lambda: folder)
     monkeypatch.chdir(tmp_path)
     return tmp_path

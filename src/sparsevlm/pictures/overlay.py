@@ -220,7 +220,7 @@ def _panels(row: Row) -> list[Panel]:
 
 def _counts(stage: StageReport, part: np.ndarray) -> str:
     if stage.skipped_because:
-        return f"nothing dropped: {stage.skipped_because}"
+        return f"unchanged: {stage.skipped_because}"
     counts = f"{int((part == KEPT).sum())} kept"
     if recycled := int((part == RECYCLED).sum()):
         counts += f", {recycled} recycled"
