@@ -63,6 +63,9 @@ class SparseVLMConfig:
         Raise, instead of warn and clamp, where a budget cannot hold for one sample.
     seed : int
         Seed of selectors that draw at random.
+    preset : {"paper-192", "paper-128", "paper-64"}, optional
+        The paper's settings: sets ``target_layers``, ``tau``, ``theta``, ``merge``, ``schedule`` and a ``min_keep`` of
+        1, so that its published averages come out.
     """
 
     n_vis: int | None = None
@@ -118,9 +121,12 @@ class SparseVLMConfig:
             raise TypeError(f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known))}.")
         if changes.get("keep") is not None and "schedule" not in changes and not isinstance(self.schedule, str):
             changes["schedule"] = None  # an explicit list is itself a budget: the new one takes its place
-        if "preset" not in changes:
+        if changes.get("preset") is None:
             changes["preset"] = None  # already applied to the fields that are copied
-        return dataclasses.replace(self, **changes)
+            return dataclasses.replace(self, **changes)
+        budget = ("keep", "schedule", "target_layers", "tau", "theta", "merge", "min_keep")
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in budget}
+        return dataclasses.replace(self, **{**defaults, **changes})
 
     def _apply_preset(self, preset: str) -> None:
         _check_choice("preset", preset, PRESETS)
@@ -134,8 +140,12 @@ class SparseVLMConfig:
             "schedule": tuple(count / _PAPER_N_VISUAL for count in _PAPER_OUTPUTS[preset]),
             "min_keep": 1,
         }
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
         for name, value in values.items():
-            object.__setattr__(self, name, value)
+            if getattr(self, name) == defaults[name]:
+                object.__setattr__(self, name, value)
+            elif name != "min_keep":
+                raise ValueError(f"{name} is a part of preset={preset!r}: leave it unset, or leave the preset out.")
 
     def _check_target_layers(self) -> None:
         if self.target_layers is None:

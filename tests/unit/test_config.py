@@ -1,0 +1,39 @@
+"""Options: presets, replacement, immutability."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from sparsevlm import SparseVLMConfig
+
+
+def test_a_preset_is_a_whole_budget():
+    config = SparseVLMConfig(preset="paper-64")
+    assert config.target_layers == (2, 6, 15)
+    for conflict in ({"keep": 0.5}, {"schedule": [5]}, {"target_layers": [1]}, {"tau": 0.1}, {"merge": "sum"}):
+        with pytest.raises(ValueError, match="preset"):
+            SparseVLMConfig(preset="paper-64", **conflict)
+    assert SparseVLMConfig(preset="paper-64", min_keep=8).min_keep == 8
+    with pytest.raises(ValueError, match="'paper-192', 'paper-128', 'paper-64'"):
+        SparseVLMConfig(preset="paper-32")
+
+
+def test_a_preset_replaces_what_was_there_and_is_replaced():
+    config = SparseVLMConfig(keep=0.5, tau=0.2, selector="random").replace(preset="paper-128")
+    assert (config.keep, config.tau, config.selector) == (None, 0.3, "random")
+    again = config.replace(keep=0.7)
+    assert (again.keep, again.schedule, again.target_layers) == (0.7, None, (2, 6, 15))
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = SparseVLMConfig(keep=np.float32(0.5), n_vis=np.int64(256), target_layers=range(2, 10, 4))
+    assert (config.keep, config.target_layers) == (0.5, (2, 6))
+    assert SparseVLMConfig(keep=np.int64(100)).keep == 100
+
+
+def test_immutable():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SparseVLMConfig().keep = 0.5
