@@ -20,7 +20,7 @@ def rows() -> list[dict[str, str]]:
 def accuracy_table() -> str:
     """One line per task, target layers and budget: dense, pruned, random."""
     found = rows()
-    dense = {row["task"]: row for row in found if row["selector"] == "dense"}
+    dense = {(row["task"], row["target_layers"]): row for row in found if row["selector"] == "dense"}
     settings = sorted(
         {(row["task"], row["keep"], row["target_layers"]) for row in found if row["selector"] == "sparsevlm"},
         key=lambda setting: (setting[2] == "default", setting[0] != "number", setting[1]),
@@ -38,7 +38,7 @@ def accuracy_table() -> str:
         ours, random = by_selector["sparsevlm"], by_selector.get("random")
         lines.append(
             f"| {task} | {layers.replace(' ', ', ')} | {keep} | {float(ours['avg_tokens']):.0f} of 256 | "
-            f"{percent(dense[task])} | {percent(ours)} | {percent(random) if random else '–'} | {ours['n']} |"
+            f"{percent(dense[task, layers])} | {percent(ours)} | {percent(random) if random else '–'} | {ours['n']} |"
         )
     first = found[0]
     origins = sorted({row["commit"] for row in found})

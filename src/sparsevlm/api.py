@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -11,10 +11,8 @@ from torch import nn
 from .collision import check_collision
 from .config import SparseVLMConfig
 from .models import view_of
-from .runtime.state import SparseVLMState
+from .runtime.state import STATE_ATTRIBUTE, SparseVLMState
 from .template import special_and_suffix
-
-_STATES: weakref.WeakKeyDictionary[nn.Module, SparseVLMState] = weakref.WeakKeyDictionary()
 
 
 def apply_sparsevlm(
@@ -84,16 +82,21 @@ def apply_sparsevlm(
         "selector": selector,
         **options,
     }
+    single = SparseVLMConfig().replace(**named)
     if config is None:
-        config = SparseVLMConfig().replace(**named)
-    elif given := [name for name, value in named.items() if value != getattr(SparseVLMConfig(), name, None)]:
+        config = single
+    elif given := [f.name for f in fields(single) if getattr(single, f.name) != getattr(SparseVLMConfig(), f.name)]:
         raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
     view = view_of(model)
     special, suffix = special_and_suffix(processor)
     state = SparseVLMState(view.with_special_tokens(special), config, suffix)
+    before = _state_of(model)
+    if before is not None and before.view.model is not model:
+        raise ValueError(
+            "another model that shares these modules is under SparseVLM already: call remove_sparsevlm on it first."
+        )
     remove_sparsevlm(model)
     state.attach()
-    _STATES[model] = state
     return state
 
 
@@ -108,11 +111,16 @@ def reset_n_vis(state: SparseVLMState, n_vis: int | None = None) -> None:
     """
     if not isinstance(state, SparseVLMState):
         raise TypeError(f"expected the state that apply_sparsevlm returned, got {type(state).__name__}.")
-    state.config = state.config.replace(n_vis=n_vis)
+    state.announce(n_vis)
 
 
 def remove_sparsevlm(model: nn.Module) -> None:
     """Give the untouched model back: its outputs are bit-equal to those before. Harmless when nothing is applied."""
-    state = _STATES.pop(model, None)
+    state = _state_of(model)
     if state is not None:
         state.detach()
+
+
+def _state_of(model: nn.Module) -> SparseVLMState | None:
+    base_model = getattr(model, "model", None)
+    return getattr(base_model, STATE_ATTRIBUTE, None)

@@ -151,6 +151,8 @@ class SparseVLMConfig:
         if self.target_layers is None:
             return
         layers = self.target_layers
+        if hasattr(layers, "tolist"):  # arrays and tensors
+            layers = layers.tolist()
         if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
             raise ValueError(f"target_layers must be a non-empty sequence of layer indices or None, got {layers!r}.")
         for layer in layers:

@@ -122,10 +122,11 @@ class Report:
     kv_note : str or None
         Where the cache keeps dropped tokens' memory (static buffers), it is said here.
     wall_ms : dict
-        ``vision``, ``prefill`` (decoder), ``decode`` and ``pruning`` (within prefill, host time) in milliseconds.
+        Milliseconds inside the model: ``vision``, ``prefill`` (with the vision tower, where it runs inside),
+        ``pruning`` (a part of prefill) and ``decode``.
     decode_steps : int
     logit_positions : tuple of tuple of int
-        Prompt position of each row that left the decoder (-1: a filler), per sample, where rows were dropped.
+        Prompt position of each row of logits (-1: a filler), per sample, where rows were dropped.
     """
 
     model: str

@@ -279,3 +279,65 @@ def test_going_on_with_the_cache_of_a_direct_call(prompt, variant, attn, build, 
     sequences = torch.cat([inputs["input_ids"], token], dim=1)
     wanted = oracle_logits(model, inputs, sequences, dropped, positions)[:, -1]
     assert relative_error(got, wanted) <= place.tolerance
+
+
+TURNS = {
+    "prunes later than before": ({"target_layers": [1, 3]}, {"target_layers": [2]}),
+    "reads later than before": ({"target_layers": [1, 3]}, {"target_layers": [3]}),
+    "between": ({"target_layers": [1, 3]}, {"target_layers": [0, 2, 4]}),
+    "after one before the decoder": ({"selector": FirstAndLast(), "target_layers": None}, {"target_layers": [1, 3]}),
+    "then before the decoder": ({"target_layers": [1, 3]}, {"selector": FirstAndLast(), "target_layers": None}),
+    "dense in between": ({"target_layers": [1, 3]}, {"target_layers": [1, 3], "keep": 1.0}),
+}
+
+
+@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
+@pytest.mark.parametrize("selector", ["sparsevlm", "random"])
+def test_second_turn_under_other_options(turns, prompt, selector, attn, build, place):
+    """Layers of one earlier stage can end up in different stages of the next turn."""
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
+    before, after = ({**OPTIONS, "keep": 0.7, "selector": selector, **changes} for changes in TURNS[turns])
+    state = apply_sparsevlm(model, **before)
+    first = model.generate(**inputs, **GREEDY)
+    batch, past_len = first.sequences.shape[0], first.past_key_values.get_seq_length()
+    dropped = [dropped_from(state.report, b) for b in range(batch)]
+    turn = make_inputs(*[[("text", 2), ("image", 4, 5), ("text", 4)]] * batch, seed=9)
+    turn = {name: value.to(place.device) for name, value in turn.items()}
+    second = {
+        "input_ids": torch.cat([first.sequences, turn["input_ids"]], dim=1),
+        "attention_mask": torch.cat(
+            [torch.nn.functional.pad(inputs["attention_mask"], (0, NEW_TOKENS), value=1), turn["attention_mask"]], dim=1
+        ),
+        "pixel_values": turn["pixel_values"],
+        "image_grid_thw": turn["image_grid_thw"],
+    }
+    seen = []
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True
+    )
+    state = apply_sparsevlm(model, **after)
+    output = model.generate(**second, **GREEDY, past_key_values=first.past_key_values)
+    handle.remove()
+    for b, sample_dropped in enumerate(dropped):
+        sample_dropped |= {p + past_len: layer for p, layer in dropped_from(state.report, b).items()}
+    for layer in output.past_key_values.layers:
+        if getattr(layer, "table", None) is not None:
+            assert layer.table.slots(layer.table.appended).shape[1] == layer.keys.shape[-2]
+    state.detach()
+    reference(model, attn)
+    with torch.no_grad():
+        model.model.rope_deltas = None
+        found = model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"],
+            attention_mask=inputs["attention_mask"],
+        )[0]  # fmt: skip
+    new = torch.cat([p[-3:].expand(3, batch, -1) for p in seen], dim=-1)
+    between = new[..., :1] - torch.arange(NEW_TOKENS - 1, 0, -1, device=new.device)
+    positions = torch.cat([found, between, new], dim=-1)
+    both = {**second, "pixel_values": interleaved(inputs, turn, "pixel_values", batch)}
+    both["image_grid_thw"] = interleaved(inputs, turn, "image_grid_thw", batch)
+    logits = oracle_logits(model, both, output.sequences[:, :-1], dropped, positions)
+    start = second["input_ids"].shape[1] - 1
+    for step, got in enumerate(output.logits):
+        assert relative_error(got, logits[:, start + step]) <= place.tolerance, f"step {step}"

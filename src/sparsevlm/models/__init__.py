@@ -33,7 +33,9 @@ def view_of(model: nn.Module) -> ModelView:
             return ADAPTERS[cls.__name__](model)
     name = type(model).__name__
     hint = ""
-    if name.startswith("Peft"):
+    if hasattr(model, "_orig_mod"):
+        hint = " Of a compiled model pass the original, before torch.compile."
+    elif name.startswith("Peft"):
         hint = " For a PEFT model pass model.get_base_model()."
     elif not hasattr(model, "visual") and not hasattr(getattr(model, "model", None), "visual"):
         hint = " It has no vision tower that this library knows; a text-only model has no visual tokens to prune."

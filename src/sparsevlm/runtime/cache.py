@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -36,50 +37,57 @@ class SlotTable:
         self._appended = 0
 
     @property
+    def appended(self) -> int:
+        """Tokens that came after the table was made."""
+        return self._appended
+
+    @property
     def length(self) -> int:
         """Logical length of the sequence, dropped tokens included."""
         return self._base + self._appended
-
-    @property
-    def n_slots(self) -> int:
-        """Slots in use."""
-        return self.positions.shape[1] + self._appended
 
     def append(self, count: int) -> None:
         """Count ``count`` more tokens at the end."""
         self._appended += count
 
-    def slots(self, coming: int = 0, width: int | None = None) -> Tensor:
-        """Position of every slot with ``coming`` more tokens, padded with dead ones on the right to ``width``.
+    def logical_length(self, appended: int) -> int:
+        """Logical length when ``appended`` tokens had come."""
+        return self._base + appended
+
+    def slots(self, appended: int, width: int | None = None) -> Tensor:
+        """Position of every slot once ``appended`` tokens have come, padded with dead ones on the right to ``width``.
 
         Returns
         -------
-        Tensor of shape (batch, n_slots + coming) or (batch, width), int64
+        Tensor of shape (batch, n_slots) or (batch, width), int64
         """
         table = self.positions
-        if extra := self._appended + coming:
-            new = torch.arange(self._base, self._base + extra, device=table.device)
+        if appended:
+            new = torch.arange(self._base, self._base + appended, device=table.device)
             table = torch.cat([table, new.expand(table.shape[0], -1)], dim=1)
         if width is not None and width > table.shape[1]:
             table = torch.nn.functional.pad(table, (0, width - table.shape[1]), value=DEAD)
         return table
 
-    def crop(self, count: int) -> None:
-        """Forget the last ``count`` slots.
+    def check_crop(self, count: int) -> None:
+        """Refuse to crop into the pruned part, where a number of slots says nothing about positions.
 
         Raises
         ------
         ValueError
-            If this would reach into the pruned part, where a number of slots says nothing about positions.
         """
+        if count > self._tail + self._appended:
+            raise ValueError(
+                f"cannot crop {count} tokens off a pruned cache: only the last {self._tail + self._appended} are text "
+                "after the last visual token. Start again with a new cache."
+            )
+
+    def crop(self, count: int) -> None:
+        """Forget the last ``count`` slots."""
+        self.check_crop(count)
         from_appended = min(count, self._appended)
         self._appended -= from_appended
         if rest := count - from_appended:
-            if rest > self._tail:
-                raise ValueError(
-                    f"cannot crop {count} tokens off a pruned cache: only the last {self._tail + from_appended} are "
-                    "text after the last visual token. Start again with a new cache."
-                )
             self.positions = self.positions[:, :-rest]
             self._base -= rest
             self._tail -= rest
@@ -98,14 +106,17 @@ class PrunedLayer:
 
     ``table`` is ``None`` as long as nothing was dropped; ``owns_table`` is true for the one layer of a stage that
     moves the shared table along. ``placed`` says that the slots of the next update are in the table already.
+    ``all_tables``, shared by all layers of a cache, knows every table in use.
     """
 
     table: SlotTable | None
     owns_table: bool
     placed: bool
+    all_tables: WeakSet[SlotTable]
 
     def place(self, table: SlotTable, owns_table: bool) -> None:
         """Take ``table``, which already holds the slots of the update to come."""
+        self.all_tables.add(table)
         self.table, self.owns_table, self.placed = table, owns_table, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -124,6 +135,7 @@ class PrunedLayer:
     def reset(self) -> None:
         """Forget everything, the table included."""
         self.table = None
+        self.all_tables.clear()
         super().reset()  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -137,7 +149,16 @@ class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
     """A :class:`PrunedLayer` of a ``DynamicCache``."""
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Remove tokens from the end; see transformers' ``DynamicLayer.crop``."""
+        """Remove tokens from the end; see transformers' ``DynamicLayer.crop``.
+
+        Raises
+        ------
+        ValueError
+            If this would reach into the pruned part of any layer; nothing is changed then.
+        """
+        value = next(iter([*args, *kwargs.values()]))
+        for table in self.all_tables:
+            table.check_crop(-value if value <= 0 else max(0, self.get_seq_length() - value))
         keys = self.keys
         super().crop(*args, **kwargs)
         if self.table is not None and self.owns_table and keys is not None and self.keys is not None:
@@ -184,19 +205,14 @@ def check_cache(cache: Cache, n_layers: int) -> None:
 
 
 def adopt(cache: Cache, layer_idx: int) -> Any:
-    """Return the cache layer as a :class:`PrunedLayer`, swapped in place with its contents."""
-    layer = cache.layers[layer_idx]
-    if isinstance(layer, PrunedLayer):
-        return layer
-    pruned: Any = object.__new__(_PRUNED_CLASSES[type(layer)])
-    pruned.__dict__.update(layer.__dict__)
-    pruned.table, pruned.owns_table, pruned.placed = None, False, False
-    cache.layers[layer_idx] = pruned
-    return pruned
-
-
-def physical_length(layer: Any) -> int:
-    """Slots of a cache layer that are filled before the coming update (the whole sequence of a dense layer)."""
-    if isinstance(layer, PrunedLayer) and layer.table is not None:
-        return layer.table.n_slots
-    return int(layer.get_seq_length())
+    """Return the cache layer as a :class:`PrunedLayer`; it and those before it are swapped in place."""
+    layers: list[Any] = cache.layers
+    for i, layer in enumerate(layers[: layer_idx + 1]):
+        if isinstance(layer, PrunedLayer):
+            continue
+        pruned: Any = object.__new__(_PRUNED_CLASSES[type(layer)])
+        pruned.__dict__.update(layer.__dict__)
+        pruned.table, pruned.owns_table, pruned.placed = None, False, False
+        pruned.all_tables = layers[0].all_tables if i else WeakSet()
+        layers[i] = pruned
+    return layers[layer_idx]

@@ -32,30 +32,29 @@ class Mark:
         return (later.host - self.host) * 1e3
 
 
-@dataclass
-class VisionCall:
-    """One run of the vision tower: when, and over which patch grids (t, h, w)."""
-
-    begin: Mark
-    grid_thw: torch.Tensor | None
-    end: Mark | None = None
+# More open spans than this are folded: those of long ago are finished on the device, so reading them waits for nothing.
+_MAX_OPEN = 64
 
 
 @dataclass
 class Clock:
-    """Spans of time per phase; decode keeps only its first and last mark, however many steps it takes."""
+    """Time per phase, as sums of spans."""
 
-    spans: dict[str, list[tuple[Mark, Mark]]] = field(default_factory=dict)
+    _open: dict[str, list[tuple[Mark, Mark]]] = field(default_factory=dict)
+    _folded: dict[str, float] = field(default_factory=dict)
 
     def add(self, phase: str, begin: Mark, end: Mark) -> None:
         """Add a span to a phase."""
-        self.spans.setdefault(phase, []).append((begin, end))
-
-    def extend(self, phase: str, begin: Mark, end: Mark) -> None:
-        """Stretch the one span of a phase to ``end``."""
-        spans = self.spans.setdefault(phase, [(begin, end)])
-        spans[0] = (spans[0][0], end)
+        spans = self._open.setdefault(phase, [])
+        spans.append((begin, end))
+        if len(spans) > _MAX_OPEN:
+            half = spans[: _MAX_OPEN // 2]
+            self._folded[phase] = self._folded.get(phase, 0.0) + sum(a.ms_until(b) for a, b in half)
+            del spans[: len(half)]
 
     def milliseconds(self) -> dict[str, float]:
         """Total per phase."""
-        return {phase: sum(begin.ms_until(end) for begin, end in spans) for phase, spans in self.spans.items()}
+        return {
+            phase: self._folded.get(phase, 0.0) + sum(begin.ms_until(end) for begin, end in spans)
+            for phase, spans in self._open.items()
+        }

@@ -12,12 +12,13 @@ from torch import Tensor
 from ..config import SparseVLMConfig
 from ..selection.budget import plan_budget, plan_schedule
 from ..selection.context import BEFORE_DECODER, SelectorTraits
-from .request import Sample
+from .request import Request, Sample
 from .view import ModelView
 
 logger = logging.getLogger(__name__)
 
-_PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
+Grid = tuple[int, int, int]
+PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
 def visual_mask(view: ModelView, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -42,7 +43,7 @@ def visual_mask(view: ModelView, inputs: Mapping[str, Any]) -> Tensor | None:
         If there are pixels, but no token to hold them.
     """
     encoded = inputs.get("mm_encoder_outputs") or {}
-    brought = [kind for kind, name in _PIXELS.items() if inputs.get(name) is not None or encoded.get(kind) is not None]
+    brought = [kind for kind, name in PIXELS.items() if inputs.get(name) is not None or encoded.get(kind) is not None]
     if not brought:
         return None
     ids = {"image": view.image_token_id, "video": view.video_token_id}
@@ -64,29 +65,47 @@ def visual_mask(view: ModelView, inputs: Mapping[str, Any]) -> Tensor | None:
     return mask
 
 
-def visual_grids(view: ModelView, inputs: Mapping[str, Any], input_ids: Tensor | None) -> list[list[tuple[int, ...]]]:
-    """Merged grid (t, h, w) of each image or video, per sample in prompt order; empty where it cannot be told."""
-    queues = {}
-    for name, token_id in (("image_grid_thw", view.image_token_id), ("video_grid_thw", view.video_token_id)):
-        grids = inputs.get(name)
-        side = view.spatial_merge_size
-        queues[token_id] = [] if grids is None else [(t, h // side, w // side) for t, h, w in grids.tolist()]
-    if input_ids is None or not any(queues.values()):
+def visual_grids(view: ModelView, inputs: Mapping[str, Any], input_ids: Tensor | None) -> list[list[Grid]]:
+    """Merged grid (t, h, w) of each image or video, per sample in prompt order; empty where it cannot be told.
+
+    Grids may be those of a batch before it was expanded for beams: then every group of equal rows shares them.
+    """
+    if input_ids is None:
         return []
-    per_sample: list[list[tuple[int, ...]]] = []
-    for row in input_ids.tolist():
-        found: list[tuple[int, ...]] = []
+    side = view.spatial_merge_size
+    grids: dict[int, list[Grid]] = {}
+    for name, token_id in (("image_grid_thw", view.image_token_id), ("video_grid_thw", view.video_token_id)):
+        given = inputs.get(name)
+        grids[token_id] = [] if given is None else [(t, h // side, w // side) for t, h, w in given.tolist()]
+    rows = input_ids.tolist()
+    for copies in (n for n in range(1, len(rows) + 1) if len(rows) % n == 0):
+        found = _grids_of_rows(rows[::copies], grids)
+        if found is not None:
+            return [row for row in found for _ in range(copies)]
+    return []
+
+
+def _grids_of_rows(rows: list[list[int]], grids: dict[int, list[Grid]]) -> list[list[Grid]] | None:
+    """Hand out the grids in order of the placeholders, or ``None`` if the numbers do not fit."""
+    queues = {token_id: list(found) for token_id, found in grids.items()}
+    per_row: list[list[Grid]] = []
+    for row in rows:
+        per_row.append([])
         position = 0
         while position < len(row):
-            queue = queues.get(row[position])
-            if not queue:
+            token_id = row[position]
+            if token_id not in queues:
                 position += 1
                 continue
-            grid = queue.pop(0)
-            found.append(grid)
-            position += grid[0] * grid[1] * grid[2]
-        per_sample.append(found)
-    return per_sample
+            if not queues[token_id]:
+                return None
+            grid = queues[token_id].pop(0)
+            size = grid[0] * grid[1] * grid[2]
+            if row[position : position + size] != [token_id] * size:
+                return None
+            per_row[-1].append(grid)
+            position += size
+    return None if any(queues.values()) else per_row
 
 
 def make_samples(
@@ -141,7 +160,7 @@ def make_samples(
             text=text,
             alive=torch.arange(visual.shape[0]),
             tail=_tail_length(visual, other, q_len),
-            grids=tuple((t, h, w) for t, h, w in grids[b]) if grids else (),
+            grids=tuple(grids[b]) if grids else (),
         )
         sample.to(mask.device)
         samples.append(sample)
@@ -164,23 +183,18 @@ def _without_template(text: Tensor, ids: Tensor, suffix: tuple[int, ...]) -> Ten
     return text
 
 
-def plan_samples(
-    view: ModelView,
-    config: SparseVLMConfig,
-    traits: SelectorTraits,
-    target_layers: tuple[int, ...],
-    samples: list[Sample],
-) -> None:
-    """Give every sample the counts of its budget.
+def plan_samples(view: ModelView, request: Request, input_ids: Tensor | None) -> None:
+    """Give every sample of a request the counts of its budget.
 
     Raises
     ------
     ValueError
         With ``strict``, where a budget cannot hold; with per-sample budgets, where their number does not fit.
     """
-    budgets = per_sample_budgets(config.keep, len(samples))
-    schedule = config.schedule or traits.default_schedule
-    for sample, keep in zip(samples, budgets, strict=True):
+    config, target_layers = request.config, request.target_layers
+    budgets = per_sample_budgets(config.keep, request.batch, input_ids)
+    schedule = config.schedule or request.traits.default_schedule
+    for sample, keep in zip(request.samples, budgets, strict=True):
         n_visual = sample.visual.shape[0]
         if not isinstance(schedule, str):
             sample.plan = plan_schedule(schedule, n_visual, len(target_layers), config.min_keep)
@@ -190,13 +204,19 @@ def plan_samples(
             raise ValueError(f"{sample.plan.clamped} (strict=True refuses this).")
 
 
-def per_sample_budgets(keep: Any, batch: int) -> list[Any]:
-    """One budget per row of the batch; a list of budgets is repeated for beams and returned sequences."""
+def per_sample_budgets(keep: Any, batch: int, input_ids: Tensor | None) -> list[Any]:
+    """One budget per row of the batch; a list of budgets is repeated for beams and returned sequences, whose rows are
+    copies of each other."""
     if not isinstance(keep, tuple):
         return [keep] * batch
-    if batch % len(keep):
+    copies = batch // len(keep)
+    fits = copies * len(keep) == batch
+    if fits and copies > 1 and input_ids is not None:
+        groups = input_ids.view(len(keep), copies, -1)
+        fits = bool((groups == groups[:, :1]).all())
+    if not fits:
         raise ValueError(f"keep holds {len(keep)} budgets for a batch of {batch} samples.")
-    return [value for value in keep for _ in range(batch // len(keep))]
+    return [value for value in keep for _ in range(copies)]
 
 
 def resolved_target_layers(view: ModelView, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:
@@ -252,8 +272,8 @@ def check_budget(view: ModelView, config: SparseVLMConfig, target_layers: tuple[
             )
 
 
-def warn_once(seen: set[str], message: str) -> None:
-    """Log a warning the first time it comes up."""
-    if message not in seen:
-        seen.add(message)
+def warn_once(seen: set[str], kind: str, message: str) -> None:
+    """Log the first warning of a kind."""
+    if kind not in seen:
+        seen.add(kind)
         logger.warning(message)

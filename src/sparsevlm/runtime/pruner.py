@@ -14,7 +14,7 @@ from ..selection.decide import decide
 from ..selection.raters import attention_raters, embedding_raters
 from ..selection.recycle import merge_hidden_states
 from ..selection.scoring import text_to_visual_attention
-from .cache import DEAD, PrunedLayer, SlotTable, adopt, physical_length
+from .cache import DEAD, SlotTable, adopt
 from .clock import Mark
 from .masks import pruned_mask
 from .probe import AttentionProbe
@@ -30,8 +30,10 @@ class Forward:
     ----------
     request : Request or None
         Set while this pass may prune.
+    appended : dict
+        Tokens that each table of the cache had counted when the pass began: its first layer moves it along early.
     tables : dict
-        Slot table of this pass's current stage by the table that the layers had before (by ``id``).
+        Slot table of this pass's current stage by the table that the layers had before.
     memo : dict
         Masks and rotary tables that the layers of a stage share.
     rows_dead : bool
@@ -44,12 +46,26 @@ class Forward:
 
     cache: Cache | None
     request: Request | None = None
-    tables: dict[int | None, SlotTable] = field(default_factory=dict)
+    appended: dict[SlotTable, int] = field(default_factory=dict)
+    tables: dict[SlotTable | None, SlotTable] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     rows_dead: bool = False
     probe: AttentionProbe | None = None
     text_attention: list[Tensor] = field(default_factory=list)
     previous: list[Tensor] = field(default_factory=list)
+
+    def note_tables(self) -> None:
+        """Remember how far every table of the cache has come."""
+        for layer in () if self.cache is None else self.cache.layers:
+            table = getattr(layer, "table", None)
+            if table is not None:
+                self.appended[table] = table.appended
+
+    def table_of(self, layer_idx: int) -> SlotTable | None:
+        """Slot table of a cache layer, if it has one."""
+        if self.cache is None or layer_idx >= len(self.cache.layers):
+            return None
+        return getattr(self.cache.layers[layer_idx], "table", None)
 
 
 def before_layer(
@@ -61,6 +77,8 @@ def before_layer(
     and keys if the layer is itself a target.
     """
     request = forward.request
+    if layer_idx == 0:
+        forward.note_tables()
     if request is not None:
         request.to(hidden_states.device)
     if request is not None and layer_idx - 1 in request.target_layers:
@@ -78,17 +96,14 @@ def before_layer(
 def _gathered_kwargs(
     view: ModelView, forward: Forward, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    cache_layer = None
-    if forward.cache is not None and layer_idx < len(forward.cache.layers):
-        cache_layer = forward.cache.layers[layer_idx]
-    table = getattr(cache_layer, "table", None)
+    table = forward.table_of(layer_idx)
     mask = kwargs.get("attention_mask")
     if rows is None and (table is None or (mask is None and not table.has_dead)):
         return kwargs
     flash = "flash" in view.attn_implementation
     if rows is None:
         assert table is not None
-        past_len, q_len = table.length, hidden.shape[1]
+        past_len, q_len = table.logical_length(forward.appended[table]), hidden.shape[1]
     else:
         assert forward.request is not None
         past_len, q_len = forward.request.past_len, forward.request.q_len
@@ -99,13 +114,14 @@ def _gathered_kwargs(
     key = ("mask", id(table), id(mask))
     if key not in forward.memo:
         # A static layer shows its whole buffer; flash attention cuts it to the width of its 2D mask.
-        full = isinstance(mask, Tensor) and mask.ndim == 4 and hasattr(cache_layer, "max_cache_len")
-        width = mask.shape[-1] if isinstance(mask, Tensor) and full else None
+        static = forward.cache is not None and hasattr(forward.cache.layers[layer_idx], "max_cache_len")
+        width = mask.shape[-1] if isinstance(mask, Tensor) and mask.ndim == 4 and static else None
         if table is None:
             assert rows is not None
             slots, has_dead = rows, forward.rows_dead
         else:
-            slots, has_dead = table.slots(0 if rows is not None else q_len, width), table.has_dead
+            coming = 0 if rows is not None else forward.appended[table] + q_len
+            slots, has_dead = table.slots(coming, width), table.has_dead
         forward.memo[key] = pruned_mask(
             mask, rows, slots, past_len, q_len, has_dead=has_dead or width is not None, flash=flash
         )
@@ -129,21 +145,19 @@ def _placed_table(forward: Forward, cache: Cache, layer_idx: int, rows: Tensor, 
     """Slot table of a layer of the current stage: what it held before, then the rows that are left."""
     layer = adopt(cache, layer_idx)
     before = layer.table
-    key = None if before is None else id(before)
-    owns = key not in forward.tables
+    owns = before not in forward.tables
     if owns:
         absolute = torch.where(rows == DEAD, DEAD, rows + past_len)
         if before is not None:
-            old = before.slots().to(rows.device)
+            old = before.slots(forward.appended[before]).to(rows.device)
         else:
             old = torch.arange(past_len, device=rows.device).expand(rows.shape[0], -1)
         has_dead = forward.rows_dead or (before is not None and before.has_dead)
         tail = min(sample.tail for sample in forward.request.samples) if forward.request else 0
         table = SlotTable(torch.cat([old, absolute], dim=1), past_len + q_len, tail, has_dead)
-        forward.tables[key] = table
-        forward.memo[("before", key)] = before  # keeps the old table, and with it its id, alive for this stage
-    layer.place(forward.tables[key], owns)
-    return forward.tables[key]
+        forward.tables[before] = table
+    layer.place(forward.tables[before], owns)
+    return forward.tables[before]
 
 
 def _read_attention(view: ModelView, forward: Forward, request: Request, layer_idx: int, hidden: Tensor) -> None:
@@ -153,13 +167,12 @@ def _read_attention(view: ModelView, forward: Forward, request: Request, layer_i
         ]
     if "rater_attention" not in request.traits.needs and all(sample.plan for sample in request.samples):
         return
-    offset = 0
-    if forward.cache is not None and layer_idx < len(forward.cache.layers):
-        cache_layer = forward.cache.layers[layer_idx]
-        offset = physical_length(cache_layer)
-        if isinstance(cache_layer, PrunedLayer) and cache_layer.placed:
-            offset -= hidden.shape[1]
+    table, offset = forward.table_of(layer_idx), request.past_len
+    if table is not None:  # slots of this layer before this pass
+        placed = table not in forward.appended
+        offset = table.positions.shape[1] + (-hidden.shape[1] if placed else forward.appended[table])
 
+    @torch.no_grad()
     def read(query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
         forward.text_attention = [
             _sample_attention(request, b, offset, query, key, mask, scaling) for b in range(query.shape[0])

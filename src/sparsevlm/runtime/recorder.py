@@ -23,7 +23,7 @@ def make_report(view: ModelView, request: Request) -> Report:
             sparse += prefill_flops(view, tokens, request.past_len)
         else:
             sparse += per_sample
-    rows = () if request.rows is None else tuple(tuple(row) for row in request.rows.tolist())
+    rows = () if request.rows is None else tuple(tuple(row[-request.logits_to_keep :]) for row in request.rows.tolist())
     return Report(
         model=view.name,
         selector=request.traits.name,

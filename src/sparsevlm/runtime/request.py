@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from ..config import SparseVLMConfig
 from ..report import StageReport
@@ -97,6 +99,12 @@ class Request:
         What was in force when the request began.
     rows : Tensor of shape (batch, n_rows), int64, or None
         Position of each row that is left in the hidden states, -1 for fillers; ``None``: nothing was dropped yet.
+    finished : bool
+        Whether the first pass is over.
+    cache : weak reference, optional
+        Cache that the request filled; later passes on it are its decode steps.
+    logits_to_keep : int
+        Rows at the end that the caller wants logits of; 0: all.
     """
 
     config: SparseVLMConfig
@@ -114,6 +122,9 @@ class Request:
     coordinates: Tensor | None = None
     clock: Clock = field(default_factory=Clock)
     decode_steps: int = 0
+    finished: bool = False
+    cache: weakref.ref[Cache] | None = None
+    logits_to_keep: int = 0
     kv_bytes: tuple[int, int] = (0, 0)
     kv_note: str | None = None
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections import deque
+import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,12 +17,16 @@ from ..selection.context import Selector, SelectorTraits
 from ..selection.selectors import make_selector
 from . import prompt
 from .cache import check_cache
-from .clock import Mark, VisionCall
+from .clock import Mark
 from .costs import cache_bytes, static_note
 from .pruner import Forward, before_layer
 from .recorder import make_report
 from .request import Request
 from .view import ModelView
+from .vision import VisionWatch, bound_arguments
+
+# Where a model's state is found; on the module whose hooks it holds, so that copies of the model carry copies of it.
+STATE_ATTRIBUTE = "_sparsevlm_state"
 
 
 class SparseVLMState:
@@ -45,9 +49,9 @@ class SparseVLMState:
         self._warned: set[str] = set()
         self._forward: Forward | None = None
         self._request: Request | None = None
-        self._report: Report | None = None
-        self._n_drafted = 0
-        self._vision_calls: deque[VisionCall] = deque(maxlen=2)  # a request has one for images, one for videos
+        self._report: tuple[Any, Report] | None = None
+        self._logits_to_keep = 0
+        self._vision = VisionWatch()
         self._begin: Mark | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -67,9 +71,10 @@ class SparseVLMState:
         """
         if self._request is None:
             raise RuntimeError("no request yet: call model.generate(**inputs) first.")
-        if self._report is None or self._report.decode_steps != self._request.decode_steps:
-            self._report = make_report(self.view, self._request)
-        return self._report
+        so_far = (self._request.finished, self._request.decode_steps)
+        if self._report is None or self._report[0] != so_far:
+            self._report = (so_far, make_report(self.view, self._request))
+        return self._report[1]
 
     @contextlib.contextmanager
     def options(self, **changes: Any) -> Iterator[SparseVLMState]:
@@ -81,14 +86,26 @@ class SparseVLMState:
         ------
         TypeError, ValueError
             As :func:`sparsevlm.apply_sparsevlm`, before anything runs.
+        RuntimeError
+            If the model does not prune under this state (any more).
         """
+        if not self.attached:
+            raise RuntimeError(
+                "this state was removed or replaced by another apply_sparsevlm: its options would change nothing. "
+                "Use the state that the last apply_sparsevlm returned."
+            )
         config = self._active().replace(**changes)
         self._resolve(config)
         self._overrides.append(config)
         try:
             yield self
         finally:
-            self._overrides.remove(config)
+            self._overrides.pop()
+
+    def announce(self, n_vis: int | None) -> None:
+        """Set the expected number of visual tokens, inside :meth:`options` as well."""
+        self.config = self.config.replace(n_vis=n_vis)
+        self._overrides = [config.replace(n_vis=n_vis) for config in self._overrides]
 
     def __enter__(self) -> SparseVLMState:
         return self
@@ -99,11 +116,12 @@ class SparseVLMState:
     def attach(self) -> None:
         """Register the hooks. Nothing of the model is replaced but one method that decides on compilation."""
         view, add = self.view, self._handles.append
+        setattr(view.base_model, STATE_ATTRIBUTE, self)
         add(view.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
         add(view.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(view.base_model.register_forward_hook(self._after_base, always_call=True))
-        add(view.vision_tower.register_forward_pre_hook(self._before_vision, with_kwargs=True))
-        add(view.vision_tower.register_forward_hook(self._after_vision))
+        add(view.vision_tower.register_forward_pre_hook(self._vision.before, with_kwargs=True))
+        add(view.vision_tower.register_forward_hook(self._vision.after))
         add(view.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
         for layer_idx, layer in enumerate(view.layers):
             hook = _LayerHook(self, layer_idx)
@@ -113,9 +131,12 @@ class SparseVLMState:
 
     def detach(self) -> None:
         """Remove every hook; harmless when done already."""
+        if not self.attached:
+            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.view.base_model.__dict__.pop(STATE_ATTRIBUTE, None)
         self.view.model.__dict__.pop("_valid_auto_compile_criteria", None)
         self._end_forward()
 
@@ -139,78 +160,84 @@ class SparseVLMState:
         return False
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = _bound(module, args, kwargs)
+        inputs = bound_arguments(module, args, kwargs)
         if inputs.get("labels") is not None:
             raise NotImplementedError(
                 "labels= needs a loss over the whole sequence, of which pruning leaves a part. Compute the loss "
                 "after remove_sparsevlm(model), or inside state.options(keep=1.0) without labels."
             )
         keep = inputs.get("logits_to_keep")
-        # Assisted decoding asks for the logits of its guesses and of the last token before them.
-        self._n_drafted = keep - 1 if isinstance(keep, int) and keep > 1 else 0
+        if isinstance(keep, Tensor) and any(inputs.get(name) is not None for name in prompt.PIXELS.values()):
+            raise NotImplementedError(
+                "logits_to_keep as a tensor names rows of the whole sequence, of which pruning leaves a part. Pass an "
+                "int, or take the rows by state.report.logit_positions."
+            )
+        self._logits_to_keep = keep if isinstance(keep, int) else 0
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = _bound(module, args, kwargs)
-        n_drafted, self._n_drafted = self._n_drafted, 0
+        inputs = bound_arguments(module, args, kwargs)
+        logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
         cache = inputs.get("past_key_values")
         self._end_forward()
-        self._check_attention()
-        if not inputs.get("mm_encoder_outputs"):
-            self._vision_calls.clear()  # of somebody else; this pass runs the tower itself
+        self._check_mode()
+        self._vision.begin_pass(inputs)
         mask = prompt.visual_mask(self.view, inputs)
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self._begin = Mark.now(ids.device)
         if mask is None:
-            self._begin_dense(cache, ids)
+            self._begin_dense(cache, ids, inputs.get("attention_mask"))
             return
-        request = self._new_request(mask.shape[0], mask.shape[1], 0 if cache is None else int(cache.get_seq_length()))
-        inputs = {**inputs, **self._encoded_grids(inputs)}
+        request = self._new_request(cache, mask.shape[0], mask.shape[1])
+        request.logits_to_keep = logits_to_keep
+        # Assisted decoding appends guesses to the prompt and asks for their logits and the one before them.
+        n_drafted = logits_to_keep - 1 if logits_to_keep > 1 and _in_assisted_decoding() else 0
+        inputs = {**inputs, **self._vision.grids(inputs)}
         request.samples = prompt.make_samples(self.view, inputs, mask, self._template_suffix, n_drafted)
-        prompt.plan_samples(self.view, request.config, request.traits, request.target_layers, request.samples)
+        prompt.plan_samples(self.view, request, inputs.get("input_ids"))
         self._warn(request)
         request.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in request.samples]
         if cache is not None and not all(request.keeps_all(target) for target in request.target_layers):
             check_cache(cache, self.view.n_layers)
         self._forward = Forward(cache, request)
 
-    def _begin_dense(self, cache: Any, ids: Tensor) -> None:
+    def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
         """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
         self._forward = Forward(cache)
-        if self._request is not None and cache is not None and len(cache.layers) and cache.is_initialized:
-            self._request.decode_steps += 1
-        else:
-            request = self._new_request(ids.shape[0], ids.shape[1], 0)
-            request.skipped_because = "no image or video in the input"
-            request.n_valid = [ids.shape[1]] * ids.shape[0]
+        request = self._request
+        if request is not None and cache is not None and request.cache is not None and request.cache() is cache:
+            request.decode_steps += 1
+            return
+        request = self._new_request(cache, ids.shape[0], ids.shape[1])
+        request.skipped_because = "no image or video in the input"
+        request.n_valid = [ids.shape[1]] * ids.shape[0]
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            request.n_valid = attention_mask[:, -ids.shape[1] :].sum(dim=-1).tolist()
 
-    def _new_request(self, batch: int, q_len: int, past_len: int) -> Request:
+    def _new_request(self, cache: Any, batch: int, q_len: int) -> Request:
         config = self._active()
         selector, traits, layers = self._resolve(config)
+        past_len = 0 if cache is None else int(cache.get_seq_length())
         self._request = Request(config, selector, traits, layers, q_len, past_len, batch)
+        self._request.cache = None if cache is None else weakref.ref(cache)
         self._report = None
         return self._request
 
-    def _encoded_grids(self, inputs: Mapping[str, Any]) -> dict[str, Tensor | None]:
-        """Grids of features that generate had computed before this pass; it keeps them to itself."""
-        encoded = inputs.get("mm_encoder_outputs") or {}
-        kinds = [kind for kind in ("image", "video") if encoded.get(kind) is not None]
-        calls = [call.grid_thw for call in self._vision_calls]
-        if len(calls) != len(kinds) or any(inputs.get(f"{kind}_grid_thw") is not None for kind in kinds):
-            return {}
-        return {f"{kind}_grid_thw": grid for kind, grid in zip(kinds, calls, strict=True)}
-
     def _warn(self, request: Request) -> None:
-        counts = sorted({sample.visual.shape[0] for sample in request.samples})
+        counts = sorted({sample.visual.shape[0] for sample in request.samples if sample.visual.shape[0]})
         n_vis = request.config.n_vis
         if n_vis is not None and counts != [n_vis]:
-            prompt.warn_once(
-                self._warned, f"n_vis={n_vis} was announced, the inputs hold {counts} visual tokens: these are used."
-            )
+            message = f"n_vis={n_vis} was announced, the inputs hold {counts} visual tokens: these are used."
+            prompt.warn_once(self._warned, "n_vis", message)
         for sample in request.samples:
             if sample.plan is not None and sample.plan.clamped:
-                prompt.warn_once(self._warned, sample.plan.clamped + ".")
+                prompt.warn_once(self._warned, "budget", sample.plan.clamped + " (said once; see the reports).")
 
-    def _check_attention(self) -> None:
+    def _check_mode(self) -> None:
+        if self.view.text_model.training and getattr(self.view.text_model, "gradient_checkpointing", False):
+            raise NotImplementedError(
+                "gradient checkpointing runs layers a second time, outside of the pass that chose the tokens. Call "
+                "model.gradient_checkpointing_disable(), or train after remove_sparsevlm(model)."
+            )
         name = self.view.attn_implementation
         if "flex" in name or name.startswith("paged"):
             raise NotImplementedError(
@@ -233,19 +260,20 @@ class SparseVLMState:
         forward, request = self._forward, self._request
         if forward is not None and request is not None and output is not None:
             device = next(iter(self.view.layers[-1].parameters())).device
-            phase = "decode" if request.decode_steps else "prefill"
             assert self._begin is not None
-            request.clock.extend(phase, self._begin, Mark.now(device))
+            request.clock.add("decode" if request.decode_steps else "prefill", self._begin, Mark.now(device))
             if not request.decode_steps:
-                for call in self._vision_calls:
-                    if call.end is not None:
-                        request.clock.add("vision", call.begin, call.end)
-                self._vision_calls.clear()
-                if forward.cache is not None:
-                    layers = forward.cache.layers[: self.view.n_layers]
-                    request.kv_bytes = cache_bytes(layers, request.past_len + request.q_len)
-                    request.kv_note = static_note(layers)
+                self._finish_prefill(forward, request)
         self._end_forward()
+
+    def _finish_prefill(self, forward: Forward, request: Request) -> None:
+        self._vision.hand_over(request.clock)
+        if forward.cache is not None:
+            request.cache = weakref.ref(forward.cache)
+            layers = forward.cache.layers[: self.view.n_layers]
+            request.kv_bytes = cache_bytes(layers, request.past_len + request.q_len)
+            request.kv_note = static_note(layers)
+        request.finished = True
 
     def _end_forward(self) -> None:
         """Drop what belongs to one pass; after an exception as well."""
@@ -255,14 +283,6 @@ class SparseVLMState:
             if self._forward.request is not None:
                 self._forward.request.features = None
             self._forward = None
-
-    def _before_vision(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        grid_thw = _bound(module, args, kwargs).get("grid_thw")
-        self._vision_calls.append(VisionCall(Mark.now(next(module.parameters()).device), grid_thw))
-
-    def _after_vision(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._vision_calls:
-            self._vision_calls[-1].end = Mark.now(next(module.parameters()).device)
 
 
 class _LayerHook:
@@ -285,12 +305,14 @@ class _LayerHook:
         return args, {**changed, "hidden_states": pruned}
 
 
-def _bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-    """Arguments by name."""
-    if not args:
-        return kwargs
-    bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    return {**bound.pop("kwargs", {}), **bound}
+def _in_assisted_decoding() -> bool:
+    """Whether transformers' assisted decoding makes this call; it takes its method from the class, past any hook."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_assisted_decoding":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def _refuse_packing(positions: Tensor, attention_mask: Any) -> None:

@@ -51,7 +51,10 @@ def decide(context: SelectionContext, selector: Selector, traits: SelectorTraits
         if traits.recycles:
             context = dataclasses.replace(context, n_clusters=n_clusters)
         if n_keep >= n_visual:
-            return Decision(None, rank, f"rank {rank} of {n_visual} visual tokens leaves nothing to drop")
+            why = f"rank {rank} of {n_visual} visual tokens leaves nothing to drop"
+            if n_clusters:
+                why = f"recycling with tau={config.tau} and theta={config.theta} puts back all that would be dropped"
+            return Decision(None, rank, why)
     elif n_keep >= n_visual:
         return Decision(None, None, "the budget keeps every visual token here")
     result = selector.select(context, n_keep)

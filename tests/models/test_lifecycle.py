@@ -1,0 +1,192 @@
+"""What stays alive, what copies carry, how options nest, what a report books to whom."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import time
+import weakref
+
+import pytest
+import torch
+
+from sparsevlm import apply_sparsevlm, remove_sparsevlm, reset_n_vis
+from toys import PROMPTS, make_inputs, tiny_model
+
+OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3]}
+ONE = PROMPTS["one image"]
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_an_applied_model_is_freed(removed):
+    model = tiny_model()
+    state = apply_sparsevlm(model, **OPTIONS)
+    model.generate(**make_inputs(*ONE), max_new_tokens=2)
+    if removed:
+        remove_sparsevlm(model)
+    gone = weakref.ref(model)
+    del model, state
+    gc.collect()
+    assert gone() is None
+
+
+def test_tensors_do_not_pile_up_over_requests():
+    model = tiny_model()
+    apply_sparsevlm(model, **OPTIONS)
+    counts = []
+    for round_ in range(12):
+        model.generate(**make_inputs([("text", 3), ("image", 3 + round_ % 3, 5), ("text", 4)]), max_new_tokens=2)
+        gc.collect()
+        counts.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))
+    assert counts[-1] <= counts[2] + 5
+
+
+def test_a_copy_prunes_and_can_be_removed_by_itself():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    dense = model.generate(**inputs, max_new_tokens=4)
+    apply_sparsevlm(model, **OPTIONS)
+    sparse = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin.generate(**inputs, max_new_tokens=4), sparse.sequences)
+    apply_sparsevlm(twin, **OPTIONS)
+    assert torch.equal(twin.generate(**inputs, max_new_tokens=4), sparse.sequences)
+    remove_sparsevlm(twin)
+    assert not any(module._forward_pre_hooks for module in twin.modules())
+    assert torch.equal(twin.generate(**inputs, max_new_tokens=4), dense)
+    again = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True)
+    assert [len(layer.keys[0, 0]) for layer in again.past_key_values.layers] == [
+        len(layer.keys[0, 0]) for layer in sparse.past_key_values.layers
+    ]
+
+
+def test_two_models_over_the_same_modules_are_refused():
+    model, other = tiny_model(), tiny_model()
+    other.model = model.model
+    apply_sparsevlm(model, **OPTIONS)
+    with pytest.raises(ValueError, match="shares these modules"):
+        apply_sparsevlm(other, **OPTIONS)
+
+
+def test_a_refused_crop_changes_nothing():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model, **OPTIONS)
+    cache = model.generate(**inputs, max_new_tokens=4, return_dict_in_generate=True).past_key_values
+    lengths = [layer.keys.shape[-2] for layer in cache.layers]
+    with pytest.raises(ValueError, match="cannot crop 20 tokens off a pruned cache"):
+        cache.crop(-20)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == lengths
+    cache.crop(-2)
+    assert [layer.keys.shape[-2] for layer in cache.layers] == [length - 2 for length in lengths]
+
+
+def test_logits_to_keep_changes_no_choice():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, **OPTIONS)
+    with torch.no_grad():
+        full = model(**inputs).logits
+        whole = state.report
+        last = model(**inputs, logits_to_keep=5).logits
+    assert torch.equal(full[:, -5:], last)
+    assert state.report.samples == whole.samples
+    assert state.report.logit_positions == (whole.logit_positions[0][-5:],)
+    with pytest.raises(NotImplementedError, match="logits_to_keep as a tensor"):
+        model(**inputs, logits_to_keep=torch.tensor([1]))
+
+
+def test_gradient_checkpointing_is_refused_with_the_remedy():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model, **OPTIONS)
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(NotImplementedError, match="gradient_checkpointing_disable"):
+        model(**inputs, use_cache=False)
+    model.gradient_checkpointing_disable()
+    model(**inputs, use_cache=False).logits.sum().backward()
+
+
+def test_grids_of_beams_are_those_of_their_sample():
+    model = tiny_model()
+    inputs = make_inputs([("image", 4, 6), ("text", 5)], [("text", 9), ("image", 3, 4), ("text", 5)])
+    state = apply_sparsevlm(model, **OPTIONS)
+    model.model.get_image_features(inputs["pixel_values"][:96], inputs["image_grid_thw"][:1])  # of somebody else
+    model.generate(**inputs, max_new_tokens=2, num_beams=2)
+    assert [sample.grids for sample in state.report.samples] == [((1, 4, 6),)] * 2 + [((1, 3, 4),)] * 2
+
+
+def test_nested_options_restore_what_was_in_force():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, **OPTIONS)
+    with state.options(keep=0.6), state.options(keep=0.75):
+        with state.options(keep=0.6):
+            pass
+        reset_n_vis(state, 24)
+        assert state._active().keep == 0.75
+        assert state._active().n_vis == 24
+        model.generate(**inputs, max_new_tokens=1)
+        assert 0.6 * 24 < state.report.average_in <= 0.75 * 24
+    assert state._active() == state.config
+    with state.options(preset=None, keep=0.9):
+        pass
+
+
+def test_options_of_a_replaced_state_are_refused():
+    model = tiny_model()
+    with apply_sparsevlm(model, **OPTIONS) as first:
+        second = apply_sparsevlm(model, **OPTIONS)
+        with pytest.raises(RuntimeError, match="removed or replaced"), first.options(keep=0.9):
+            pass
+    assert second.attached  # leaving the first context does not touch the second state
+    assert "_valid_auto_compile_criteria" in model.__dict__
+
+
+def test_budgets_of_another_number_of_samples_are_refused():
+    model = tiny_model()
+    inputs = make_inputs(*[[("text", 3 + i), ("image", 4, 6), ("text", 7)] for i in range(4)])
+    state = apply_sparsevlm(model, **OPTIONS)
+    with state.options(keep=[0.6, 1.0]), pytest.raises(ValueError, match="2 budgets for a batch of 4"):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+def test_a_report_books_its_own_conversation_only():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, **OPTIONS)
+    first = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+    model.generate(**make_inputs([("image", 5, 5), ("text", 4)]), max_new_tokens=3)
+    assert state.report.n_visual == 25
+    turn = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    model.generate(input_ids=turn, past_key_values=first.past_key_values, max_new_tokens=3)
+    assert state.report.samples == ()
+    assert state.report.decode_steps == 2
+
+
+def test_decode_time_is_the_models_not_the_users():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, **OPTIONS)
+    first = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True)
+    time.sleep(1.0)
+    turn = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
+    model.generate(input_ids=turn, past_key_values=first.past_key_values, max_new_tokens=3)
+    assert state.report.n_visual == 24  # the same conversation
+    assert state.report.wall_ms["decode"] < 900
+
+
+def test_a_report_read_early_is_made_anew_at_the_end():
+    seen = []
+
+    class Curious:
+        def select(self, context, n_keep):
+            seen.append(state.report)
+            return torch.arange(n_keep)
+
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, **OPTIONS, selector=Curious())
+    model.generate(**inputs, max_new_tokens=1)
+    assert len(state.report.samples[0].layer_tokens) == 6
+    assert len(seen[0].samples[0].layer_tokens) < 6
+
+
+def test_recycling_that_puts_everything_back_is_said_so():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, min_keep=3, tau=1.0, theta=1.0)
+    model.generate(**inputs, max_new_tokens=1)
+    assert "puts back all that would be dropped" in state.report.samples[0].stages[0].skipped_because
