@@ -190,3 +190,15 @@ def test_recycling_that_puts_everything_back_is_said_so():
     state = apply_sparsevlm(model, min_keep=3, tau=1.0, theta=1.0)
     model.generate(**inputs, max_new_tokens=1)
     assert "puts back all that would be dropped" in state.report.samples[0].stages[0].skipped_because
+
+
+def test_a_cache_that_was_reset_starts_a_new_request():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, **OPTIONS)
+    wanted = model.generate(**inputs, max_new_tokens=3)
+    cache = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True).past_key_values
+    cache.reset()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, past_key_values=cache), wanted)
+    cache.reset()
+    model.generate(**make_inputs([("text", 6)]), max_new_tokens=3, past_key_values=cache)
+    assert state.report.skipped_because == "no image or video in the input"

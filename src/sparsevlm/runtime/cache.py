@@ -148,6 +148,12 @@ class PrunedLayer:
 class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
     """A :class:`PrunedLayer` of a ``DynamicCache``."""
 
+    def reset(self) -> None:
+        """Drop the tensors (older transformers only zero them, which keeps layers at unequal lengths)."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        super().reset()
+
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove tokens from the end; see transformers' ``DynamicLayer.crop``.
 

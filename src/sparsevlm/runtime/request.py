@@ -133,6 +133,10 @@ class Request:
         """Whether any token may be dropped."""
         return self.skipped_because is None
 
+    def fills(self, cache: Cache | None) -> bool:
+        """Whether ``cache`` is the one that this request filled (it may have been reset since)."""
+        return cache is not None and self.cache is not None and self.cache() is cache
+
     def to(self, device: torch.device) -> None:
         """Follow the hidden states to another device (layers may be spread over several)."""
         if self.samples and self.samples[0].alive.device != device:

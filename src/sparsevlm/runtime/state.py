@@ -164,7 +164,7 @@ class SparseVLMState:
         if inputs.get("labels") is not None:
             raise NotImplementedError(
                 "labels= needs a loss over the whole sequence, of which pruning leaves a part. Compute the loss "
-                "after remove_sparsevlm(model), or inside state.options(keep=1.0) without labels."
+                "after remove_sparsevlm(model)."
             )
         keep = inputs.get("logits_to_keep")
         if isinstance(keep, Tensor) and any(inputs.get(name) is not None for name in prompt.PIXELS.values()):
@@ -204,7 +204,7 @@ class SparseVLMState:
         """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
         self._forward = Forward(cache)
         request = self._request
-        if request is not None and cache is not None and request.cache is not None and request.cache() is cache:
+        if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
             request.decode_steps += 1
             return
         request = self._new_request(cache, ids.shape[0], ids.shape[1])
