@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from sparsevlm import SparseVLMConfig
 from sparsevlm.selection.budget import (
-    feasible_keep,
     layer_tokens,
+    least_keep,
     plan_budget,
     plan_schedule,
     rank_adaptive_count,
@@ -85,8 +85,8 @@ def test_explicit_schedules():
 
 
 def test_feasible_range():
-    assert feasible_keep((2, 6), 24) == (0.125, 1.0)
-    assert feasible_keep((2, 6), 24, 256, 32)[0] == pytest.approx(0.125 + 0.875 * 0.125)
+    assert least_keep((2, 6), 24) == 0.125
+    assert least_keep((-1,), 24) == 0.0
 
 
 def test_rank_adaptive_count_by_hand():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import SparseVLMConfig
-from ..selection.budget import plan_budget, plan_schedule
+from ..selection.budget import least_keep, plan_budget, plan_schedule
 from ..selection.context import BEFORE_DECODER, SelectorTraits
 from .request import Request, Sample
 from .view import ModelView
@@ -259,7 +259,7 @@ def check_budget(view: ModelView, config: SparseVLMConfig, target_layers: tuple[
     if not isinstance(config.schedule, (str, type(None))) and len(config.schedule) != len(target_layers):
         raise ValueError(f"schedule has {len(config.schedule)} counts for {len(target_layers)} target layers.")
     budgets = config.keep if isinstance(config.keep, tuple) else (config.keep,)
-    dense = (target_layers[0] + 1) / view.n_layers
+    dense = least_keep(target_layers, view.n_layers)
     for keep in budgets:
         fraction = keep
         if isinstance(keep, int) and config.n_vis:

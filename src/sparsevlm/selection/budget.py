@@ -36,17 +36,9 @@ def layer_tokens(n_visual: int, counts: Sequence[int], target_layers: Sequence[i
     return tokens
 
 
-def feasible_keep(
-    target_layers: Sequence[int], n_layers: int, n_visual: int | None = None, min_keep: int = 1
-) -> tuple[float, float]:
-    """Smallest and largest ``keep`` fraction that the target layers allow.
-
-    The layers up to the first target always see everything, the others at least ``min_keep`` tokens (for an unknown
-    ``n_visual`` that part is taken as zero: the bound holds for any image).
-    """
-    dense = (target_layers[0] + 1) / n_layers
-    floor = 0.0 if n_visual is None else min(min_keep / max(n_visual, 1), 1.0)
-    return dense + (1.0 - dense) * floor, 1.0
+def least_keep(target_layers: Sequence[int], n_layers: int) -> float:
+    """Smallest ``keep`` fraction that the target layers allow for any image: those up to the first see everything."""
+    return (target_layers[0] + 1) / n_layers
 
 
 def plan_budget(
