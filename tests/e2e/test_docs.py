@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 import sparsevlm
 from toys import PROMPTS, make_inputs, tiny_model
 
@@ -36,9 +34,8 @@ def test_the_built_in_selectors_are_documented():
     assert all(f"| `{name}` |" in table for name in SELECTORS)
 
 
-@pytest.mark.parametrize("snippet", range(1))
-def test_the_snippet_of_the_readme(snippet):
-    block = code_blocks("README.md")[snippet]
+def test_the_snippet_of_the_readme():
+    (block,) = code_blocks("README.md")
     model, inputs = tiny_model(n_layers=12), make_inputs(*PROMPTS["one image"])
     generation = model.generate
     model.generate = lambda **kwargs: generation(**kwargs, max_new_tokens=2)

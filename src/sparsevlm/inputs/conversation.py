@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ def conversation_images(conversations: Sequence[Any]) -> list[Any]:
     ValueError
         If a picture is an address on the network.
     """
-    sources = (part.get("image", part.get("path", part.get("url"))) for part in _parts(conversations, "image"))
-    return [load_image(_local(one)) if isinstance(one, (str, Path)) else one for one in sources if one is not None]
+    return _loaded(conversations, "image", load_image)
 
 
 def conversation_videos(conversations: Sequence[Any]) -> list[Any]:
@@ -31,8 +30,7 @@ def conversation_videos(conversations: Sequence[Any]) -> list[Any]:
     ValueError
         If a video is an address on the network.
     """
-    sources = (part.get("video", part.get("path", part.get("url"))) for part in _parts(conversations, "video"))
-    return [load_frames(_local(one)) if isinstance(one, (str, Path)) else one for one in sources if one is not None]
+    return _loaded(conversations, "video", load_frames)
 
 
 def flat_images(images: Any) -> list[Image.Image]:
@@ -51,6 +49,12 @@ def flat_videos(videos: Any) -> list[list[Image.Image]]:
     if not isinstance(videos[0], (list, tuple)):
         return [list(videos)]
     return [frames for item in videos for frames in flat_videos(item)]
+
+
+def _loaded(conversations: Sequence[Any], kind: str, load: Callable[[str | Path], Any]) -> list[Any]:
+    """What the parts of a kind hold, or name."""
+    sources = (part.get(kind, part.get("path", part.get("url"))) for part in _parts(conversations, kind))
+    return [load(_local(one)) if isinstance(one, (str, Path)) else one for one in sources if one is not None]
 
 
 def _parts(conversations: Sequence[Any], kind: str) -> Iterator[Any]:

@@ -44,7 +44,7 @@ class SlotTable:
     @property
     def length(self) -> int:
         """Logical length of the sequence, dropped tokens included."""
-        return self._base + self._appended
+        return self.logical_length(self._appended)
 
     def append(self, count: int) -> None:
         """Count ``count`` more tokens at the end."""
