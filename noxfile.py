@@ -35,6 +35,15 @@ def tests_oldest(session: nox.Session) -> None:
 
 
 @nox.session
+def lmms_eval(session: nox.Session) -> None:
+    """The plugin of lmms-eval, with lmms-eval, offline; a large environment, so not one of the default sessions."""
+    session.install(TORCH)
+    session.install(TORCH, NEWEST, "-e", ".[test,eval]")  # named again: a newer torchvision would replace it
+    tests = ["tests/unit/test_plugins.py", "tests/e2e/test_lmms_model.py", "tests/e2e/test_lmms_eval.py"]
+    session.run("pytest", "-p", "torchvision_shim", *tests, *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff and mypy."""
     session.install(TORCH)

@@ -17,7 +17,9 @@ PATCH = 14
 N_LAYERS = 6
 
 
-def tiny_model(family: str = "qwen2_5_vl", attn: str = "sdpa", seed: int = 0, n_layers: int = N_LAYERS):
+def tiny_model(
+    family: str = "qwen2_5_vl", attn: str = "sdpa", seed: int = 0, n_layers: int = N_LAYERS, vision_options=None
+):
     """A random model whose attention is far from uniform, so that pruning changes its logits."""
     torch.manual_seed(seed)
     text = {
@@ -47,6 +49,7 @@ def tiny_model(family: str = "qwen2_5_vl", attn: str = "sdpa", seed: int = 0, n_
     else:
         vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
         cls, config = Qwen2VLForConditionalGeneration, Qwen2VLConfig
+    vision |= vision_options or {}
     model = cls._from_config(config(text_config=text, vision_config=vision, **ids), attn_implementation=attn).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():

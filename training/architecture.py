@@ -1,10 +1,14 @@
 """Configuration, construction and growth of the model."""
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from training.tokenizer import TOKEN_IDS, VOCAB_SIZE
+
+Module = TypeVar("Module", bound=nn.Module)
 
 TEXT_HIDDEN = 256
 _EMBEDDING_STD = 0.5  # about the size of the visual tokens at the start
@@ -14,9 +18,11 @@ _END, _PAD = TOKEN_IDS["<|im_end|>"], TOKEN_IDS["<|endoftext|>"]
 def make_config(layers: int, mlp: int, rope_theta: float) -> Qwen2_5_VLConfig:
     """Qwen2.5-VL at toy width.
 
-    ``rope_theta`` decides what a short prompt can tell apart: with M-RoPE sections [8, 12, 12] the width axis owns the
-    lowest frequencies. At Qwen's 1e6 they turn by less than 0.01 rad across an image, so left and right look alike; at
-    30 no frequency is slow enough for attention that ignores the distance between a question and what it asks for.
+    ``rope_theta`` and the sections of M-RoPE decide what attention can tell apart. To find what a word names wherever
+    it lies takes frequencies that hardly turn over a chat; where it lies takes some that do. The width axis owns the
+    lowest frequencies, so it gets most of them: its fastest turns by 0.06 rad a token, and 28 of the 64 channels of a
+    head by less than 0.005. At a base of 300 with sections [4, 14, 14] only four did, and shapes were never found by
+    name within 9000 steps. At Qwen's 1e6 left and right would look alike in so few tokens.
     """
     text = {
         "vocab_size": VOCAB_SIZE,
@@ -26,7 +32,7 @@ def make_config(layers: int, mlp: int, rope_theta: float) -> Qwen2_5_VLConfig:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [8, 12, 12]},
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta, "mrope_section": [2, 8, 22]},
         "bos_token_id": _PAD,
         "eos_token_id": _END,
         "pad_token_id": _PAD,
@@ -51,7 +57,7 @@ def make_config(layers: int, mlp: int, rope_theta: float) -> Qwen2_5_VLConfig:
     )
 
 
-def build_model(layers: int, mlp: int, rope_theta: float = 2000.0) -> Qwen2_5_VLForConditionalGeneration:
+def build_model(layers: int, mlp: int, rope_theta: float = 1e4) -> Qwen2_5_VLForConditionalGeneration:
     """A freshly initialised model in float32; seed torch before calling.
 
     The classes initialise every matrix with standard deviation 0.02, made for widths in the thousands. At width 256
@@ -107,7 +113,7 @@ def grow(model: Qwen2_5_VLForConditionalGeneration, layers: int) -> Qwen2_5_VLFo
     return cast_weights(grown, model.dtype)
 
 
-def cast_weights(model: Qwen2_5_VLForConditionalGeneration, dtype: torch.dtype) -> Qwen2_5_VLForConditionalGeneration:
+def cast_weights(model: Module, dtype: torch.dtype) -> Module:
     """Cast the parameters in place, as ``from_pretrained(dtype=...)`` would.
 
     ``model.to(dtype)`` would also round the rotary frequencies, which turns far positions by up to a radian in bf16.

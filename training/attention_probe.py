@@ -1,6 +1,7 @@
-"""Where the last prompt token looks: attention mass on the visual tokens of the asked card, by layer.
+"""Where the question's text looks: attention on the visual tokens that hold the answer, by layer.
 
-Run ``python -m training.attention_probe --scenes 64``. This is what attention-based pruning has to work with.
+Run ``python -m training.attention_probe --task number --scenes 64``. This is what attention-based pruning has to work
+with.
 """
 
 import argparse
@@ -10,74 +11,78 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from sparsevlm.bundled import bundled_path
-from sparsevlm.scenes import TASKS, ask, holdout_seeds, render, sample_specs
+from sparsevlm.scenes import SINGLE_TASKS, TASKS, holdout_seeds, render
 from training.evaluate import FIRST_SEED
-from training.objective import token_labels
-from training.pixels import Patchifier, full_patches
-from training.sequences import SequenceBuilder
+from training.groups import draw_group, parse_mix
+from training.pixels import MERGE, PATCH, Patchifier, full_patches
+from training.sequences import IGNORE, SequenceBuilder
 
-_EMPTY = 9
-_GRID = 32  # patches per side
+_TOP = 64
 
 
 @torch.no_grad()
-def card_attention(folder: str, scenes: int) -> dict[int, dict[str, float]]:
-    """Mean over scenes of the head-mean attention of the last prompt token of a number question.
+def answer_attention(folder: str, task: str, scenes: int) -> dict[int, dict[str, float]]:
+    """Mean over scenes of the head-mean attention of the question's text rows, template included.
 
     Returns
     -------
     dict
-        By layer: ``visual``, the mass on all visual tokens; ``card``, the share of that on the asked card;
-        ``others``, the share on the other two cards; ``area``, the card's share of the visual tokens;
-        ``recall64``, the share of the card's tokens among the 64 most attended ones.
+        By layer: ``visual``, the last row's mass on all visual tokens; ``answer``, the share of that on the cells that
+        the question is about; ``area``, those cells' share of the visual tokens; ``recall``, the share of their tokens
+        among the 64 with the most attention of all rows. Scenes without such cells do not count.
     """
     device = torch.device("cpu")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="float32", attn_implementation="eager")
     builder, patchify = SequenceBuilder(AutoTokenizer.from_pretrained(folder), device), Patchifier(device)
-    rows: dict[int, list[list[float]]] = {}
+    (group,) = parse_mix("square:1")
+    tail, rows = builder.longest_turn(1), {}
     for seed in range(FIRST_SEED, FIRST_SEED + scenes):
-        spec = sample_specs(holdout_seeds(seed, 1))
-        questions = ask(spec, torch.tensor([[TASKS.index("number")]]))
-        sequences = builder(questions)
-        prompt = sequences.input_ids[:, : int(sequences.answer_rows[0, 0, 0]) + 1]
-        pad = torch.full((1, 256), model.config.image_token_id)
-        input_ids = torch.cat([builder.head_ids[None], pad, prompt], dim=1)
+        batch = draw_group(group, holdout_seeds(seed, 1), torch.tensor([TASKS.index(task)]), 1)
+        sequences = builder(batch.questions, tail)
+        asked = _raster(batch.questions.cells[0, 0])
+        if not bool(asked.any()):
+            continue
+        # Up to the row that predicts the first token of the answer; a long answer may not fit, its question does.
+        first = (sequences.targets[0] != IGNORE).nonzero()[:1] if bool(sequences.complete.all()) else None
+        n_rows = tail if first is None or not first.numel() else int(first) + 1
+        pad = torch.full((1, group.tokens), model.config.image_token_id)
+        input_ids = torch.cat([builder.head_ids[None], pad, sequences.input_ids[:, :n_rows]], dim=1)
         is_image = input_ids == model.config.image_token_id
+        layout = group.layouts[0]
         output = model(
             input_ids=input_ids,
-            pixel_values=full_patches(patchify(render(spec), torch.float32)),
-            image_grid_thw=torch.tensor([[1, _GRID, _GRID]]),
+            pixel_values=full_patches(patchify(render(batch.specs[0]), torch.float32)),
+            image_grid_thw=torch.tensor([[1, layout.height // PATCH, layout.width // PATCH]]),
             mm_token_type_ids=is_image.long(),
             output_attentions=True,
         )
-        shown = token_labels(spec)[0, ..., 0] != _EMPTY
-        card = _raster(shown & questions.cells[0, 0][:, None])
-        others = _raster(token_labels(spec)[0, ..., 0] == _EMPTY - 1) & ~card
         for layer, attention in enumerate(output.attentions):
-            mass = attention[0, :, -1].mean(dim=0)[is_image[0]]
-            top = torch.zeros_like(card).index_fill(0, mass.topk(64).indices, True)
-            total = mass.sum()
-            values = (total, mass[card].sum() / total, mass[others].sum() / total, card.float().mean())
-            rows.setdefault(layer, []).append([*map(float, values), float((card & top).sum() / card.sum())])
-    names = ("visual", "card", "others", "area", "recall64")
+            seen = attention[0, :, -n_rows:].mean(dim=0)[:, is_image[0]]
+            top = torch.zeros_like(asked).index_fill(0, seen.sum(dim=0).topk(_TOP).indices, True)
+            last = seen[-1]
+            values = (last.sum(), last[asked].sum() / last.sum(), asked.float().mean())
+            rows.setdefault(layer, []).append([*map(float, values), float((asked & top).sum() / asked.sum())])
+    names = ("visual", "answer", "area", "recall")
     return {
         layer: dict(zip(names, torch.tensor(values).mean(dim=0).tolist(), strict=True))
         for layer, values in rows.items()
     }
 
 
-def _raster(per_cell: torch.Tensor) -> torch.Tensor:
-    """(cells, tokens per cell) of a 4x4 grid of 4x4 tokens to raster order (256,)."""
-    return per_cell.view(4, 4, 4, 4).transpose(1, 2).flatten()
+def _raster(cells: torch.Tensor) -> torch.Tensor:
+    """Cells (16,) of a square layout as visual tokens in raster order, (256,)."""
+    side = 112 // (PATCH * MERGE)
+    return cells.view(4, 1, 4, 1).expand(-1, side, -1, side).flatten()
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=str(bundled_path()))
+    parser.add_argument("--task", default="number", choices=SINGLE_TASKS)
     parser.add_argument("--scenes", type=int, default=64)
     arguments = parser.parse_args()
-    for layer, row in card_attention(arguments.model, arguments.scenes).items():
+    for layer, row in answer_attention(arguments.model, arguments.task, arguments.scenes).items():
         print(json.dumps({"layer": layer, **{name: round(value, 3) for name, value in row.items()}}))
 
 

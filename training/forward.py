@@ -1,61 +1,104 @@
-"""Forward pass through the Hugging Face modules for batches of equally sized images.
+"""Forward pass through the Hugging Face modules for a packed batch of pictures and chats.
 
 The model's own forward pass splits window attention into one call per window and synchronises with the host. Here all
-windows of a batch are one attention call and every index is made once, so that a whole training step fits into a CUDA
-graph. The result is the same; a unit test compares the two.
+samples lie one behind the other without padding, every index is made once, and attention runs per span of equal
+lengths, so that a whole training step fits into a CUDA graph. The result is the same; a unit test compares the two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision, rotate_half
 from transformers.vision_utils import get_vision_position_ids
 
-from training.pixels import MERGE, PATCH
+from sparsevlm.scenes import Layout
+from training.groups import TOKEN, Group
+from training.pixels import MERGE
+
+# The layer whose output is asked where each visual token lies: its first two layers can know that much.
+PLACE_LAYER = 1
+
+Spans = tuple[tuple[int, int], ...]  # (sequences, length of each), one behind the other
 
 
-def vision_block(
-    block: nn.Module, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, segment: int
-) -> torch.Tensor:
-    """One vision block whose attention stays within segments of ``segment`` tokens.
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, causal: bool) -> torch.Tensor:
+    """Attention within each sequence of a packed batch.
 
     Parameters
     ----------
-    hidden_states : torch.Tensor
-        Shape (batch, patches, hidden).
-    cos, sin : torch.Tensor
-        Shape (patches, head_dim).
+    query, key, value : torch.Tensor
+        Shape (total_len, heads, head_dim); key and value may have fewer heads.
+
+    Returns
+    -------
+    torch.Tensor
+        Shape (total_len, heads * head_dim).
     """
+    mixed, start = [], 0
+    for count, length in spans:
+        stop = start + count * length
+        q, k, v = (x[start:stop].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        mixed.append(out.transpose(1, 2).reshape(stop - start, -1))
+        start = stop
+    return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
+
+
+def vision_block(block: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Spans):
+    """One vision block; shapes (patches, hidden) and (patches, head_dim)."""
     attention = block.attn
-    batch, patches, hidden = hidden_states.shape
-    qkv = attention.qkv(block.norm1(hidden_states)).view(batch, patches, 3, attention.num_heads, -1)
-    query, key, value = qkv.unbind(2)
+    qkv = attention.qkv(block.norm1(hidden)).view(hidden.shape[0], 3, attention.num_heads, -1)
+    query, key, value = qkv.unbind(1)
     query, key = apply_rotary_pos_emb_vision(query, key, cos, sin)
-    query, key, value = (x.reshape(-1, segment, *x.shape[2:]).transpose(1, 2) for x in (query, key, value))
-    mixed = F.scaled_dot_product_attention(query, key, value)
-    hidden_states = hidden_states + attention.proj(mixed.transpose(1, 2).reshape(batch, patches, hidden))
-    return hidden_states + block.mlp(block.norm2(hidden_states))
+    hidden = hidden + attention.proj(attend(query, key, value, spans, causal=False))
+    return hidden + block.mlp(block.norm2(hidden))
 
 
-def text_layer(layer: nn.Module, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """One decoder layer, causal, without a cache; shapes (batch, seq_len, hidden) and (1, seq_len, head_dim)."""
-    return layer(hidden_states, attention_mask=None, position_embeddings=(cos, sin))
+def text_layer(layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Spans):
+    """One decoder layer, causal, without a cache; shapes (total_len, hidden) and (total_len, 1, head_dim)."""
+    attention = layer.self_attn
+    states = layer.input_layernorm(hidden)
+    query, key, value = (
+        proj(states).view(hidden.shape[0], -1, attention.head_dim)
+        for proj in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    query, key = (x * cos + rotate_half(x) * sin for x in (query, key))
+    hidden = hidden + attention.o_proj(attend(query, key, value, spans, causal=True))
+    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What the decoder says of a group.
+
+    Attributes
+    ----------
+    logits : torch.Tensor
+        float32 of shape (count, tail, vocabulary).
+    places : torch.Tensor
+        Visual tokens after ``PLACE_LAYER`` in window order, (n_images, tokens, hidden), a sample's pictures side by
+        side.
+    """
+
+    logits: torch.Tensor
+    places: torch.Tensor
 
 
 class SceneForward:
-    """Logits of the answer tokens for a batch of same-sized images, each followed by text.
+    """Packed forward pass for fixed groups.
 
     Parameters
     ----------
     model : Qwen2_5_VLForConditionalGeneration
-        With SDPA attention.
-    head_ids : torch.Tensor
-        int64 of shape (head,): prompt before the image.
-    grid : tuple of int
-        Patches (rows, cols) per image; whole windows only.
+    head_ids, between_ids : torch.Tensor
+        int64: prompt before the first picture, and between two.
+    groups : sequence of Group
+    tail : int
+        Text tokens after the last picture.
     compiled : bool
         Compile one vision block and one decoder layer and reuse them for all.
     """
@@ -64,91 +107,151 @@ class SceneForward:
         self,
         model: Qwen2_5_VLForConditionalGeneration,
         head_ids: torch.Tensor,
-        grid: tuple[int, int],
+        between_ids: torch.Tensor,
+        groups: Sequence[Group],
+        tail: int,
         compiled: bool = False,
     ):
-        self.model = model
-        self._head_ids = head_ids
-        self._merged = (grid[0] // MERGE, grid[1] // MERGE)
-        visual, device = model.model.visual, head_ids.device
-        side = visual.window_size // PATCH // MERGE
-        rows, cols = self._merged
-        if rows % side or cols % side:
-            raise ValueError(f"{rows}x{cols} merged tokens are no whole number of {side}x{side} windows")
-        self._side = side
-        self._window = (side * MERGE) ** 2
-        positions = get_vision_position_ids(torch.tensor([[1, *grid]], device=device), MERGE)
-        positions = self._to_windows(positions.view(1, rows * cols, -1)).view(-1, 2)
-        self._vision_cos, self._vision_sin = visual.rotary_pos_emb(visual.patch_embed.proj.weight, positions)
+        self.model, self.groups, self._tail = model, tuple(groups), tail
+        self._head_ids, self._between_ids = head_ids, between_ids
+        visual, text, device = model.model.visual, model.model.language_model, head_ids.device
+        self._side = visual.window_size // TOKEN
+        per_token, n_patches = MERGE**2, sum(g.n_images * g.tokens for g in groups) * MERGE**2
+        window = self._side**2 * per_token
+        self._windows: Spans = ((n_patches // window, window),)
+        self._pictures: Spans = tuple((g.n_images, g.tokens * per_token) for g in groups)
+        positions = [self._patch_positions(group.layouts[0]).repeat(group.n_images, 1) for group in groups]
+        table = visual.rotary_pos_emb(visual.patch_embed.proj.weight, torch.cat(positions))
+        self._vision_cos, self._vision_sin = table
+        self._chats: Spans = tuple((g.count, self._length(g)) for g in groups)
+        tables = [
+            text.rotary_emb(text.embed_tokens.weight, self._text_positions(group).to(device)[:, None])
+            for group in groups
+        ]
+        self._text_cos, self._text_sin = (
+            torch.cat([tab[i][0].repeat(g.count, 1) for tab, g in zip(tables, groups, strict=True)])[:, None]
+            for i in range(2)
+        )
         self._vision_block: Callable = torch.compile(vision_block, dynamic=False) if compiled else vision_block
         self._text_layer: Callable = torch.compile(text_layer, dynamic=False) if compiled else text_layer
 
-    def visual_features(self, patches: torch.Tensor) -> torch.Tensor:
+    def visual_features(self, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Merged visual tokens in window order.
 
         Parameters
         ----------
-        patches : torch.Tensor
-            Shape (batch, patches, 3 * 14 * 14), one temporal slice in the processor's order.
+        patches : sequence of torch.Tensor
+            Per group (n_images, patches, 3 * 14 * 14), one temporal slice in the processor's order.
 
         Returns
         -------
-        torch.Tensor
-            Shape (batch, visual tokens, text hidden).
+        list of torch.Tensor
+            Per group (n_images, tokens, text hidden).
         """
         visual = self.model.model.visual
         # Both temporal slices of an image are the same, so their weights add up.
-        hidden = F.linear(patches, visual.patch_embed.proj.weight.sum(dim=2).flatten(1))
-        batch, patches, width = hidden.shape
-        hidden = self._to_windows(hidden.view(batch, -1, MERGE**2 * width)).view(batch, patches, width)
+        weight = visual.patch_embed.proj.weight.sum(dim=2).flatten(1)
+        packed = []
+        for group, pixels in zip(self.groups, patches, strict=True):
+            merged = pixels.view(group.n_images, group.tokens, -1)
+            packed.append(self._to_windows(merged, group.layouts[0]).reshape(-1, pixels.shape[-1]))
+        hidden = F.linear(torch.cat(packed), weight)
         for index, block in enumerate(visual.blocks):
-            segment = patches if index in visual.fullatt_block_indexes else self._window
-            hidden = self._vision_block(block, hidden, self._vision_cos, self._vision_sin, segment)
-        return visual.merger(hidden).view(batch, -1, self.model.config.text_config.hidden_size)
+            spans = self._pictures if index in visual.fullatt_block_indexes else self._windows
+            hidden = self._vision_block(block, hidden, self._vision_cos, self._vision_sin, spans)
+        tokens = visual.merger(hidden)
+        sizes = [group.n_images * group.tokens for group in self.groups]
+        return [part.view(g.n_images, g.tokens, -1) for part, g in zip(tokens.split(sizes), self.groups, strict=True)]
 
-    def answer_logits(self, features: torch.Tensor, tail_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Next-token logits at chosen rows of the text after the image.
+    def decode(self, features: Sequence[torch.Tensor], tail_ids: Sequence[torch.Tensor]) -> list[Decoded]:
+        """Run the decoder.
 
         Parameters
         ----------
-        features : torch.Tensor
+        features : sequence of torch.Tensor
             From :meth:`visual_features`.
-        tail_ids : torch.Tensor
-            int64 of shape (batch, tail).
-        rows : torch.Tensor
-            int64 of shape (batch, n), indices into the tail.
-
-        Returns
-        -------
-        torch.Tensor
-            float32 of shape (batch, n, vocabulary).
+        tail_ids : sequence of torch.Tensor
+            Per group int64 of shape (count, tail).
         """
         text = self.model.model.language_model
-        head = text.embed_tokens(self._head_ids).expand(features.shape[0], -1, -1)
-        hidden = torch.cat([head, self._to_raster(features), text.embed_tokens(tail_ids)], dim=1)
-        cos, sin = text.rotary_emb(hidden, self._text_positions(tail_ids.shape[1])[:, None])
-        for layer in text.layers:
-            hidden = self._text_layer(layer, hidden, cos, sin)
-        at = rows + head.shape[1] + features.shape[1]
-        chosen = hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[2]))
-        return self.model.lm_head(text.norm(chosen)).float()
+        packed = [
+            self._embedded(group, seen, tails).flatten(0, 1)
+            for group, seen, tails in zip(self.groups, features, tail_ids, strict=True)
+        ]
+        hidden, places = torch.cat(packed), None
+        for index, layer in enumerate(text.layers):
+            hidden = self._text_layer(layer, hidden, self._text_cos, self._text_sin, self._chats)
+            if index == min(PLACE_LAYER, len(text.layers) - 1):
+                places = hidden
+        decoded, start = [], 0
+        for group, (count, length) in zip(self.groups, self._chats, strict=True):
+            rows = slice(start, start + count * length)
+            last = hidden[rows].view(count, length, -1)[:, length - self._tail :]
+            assert places is not None
+            decoded.append(
+                Decoded(
+                    self.model.lm_head(text.norm(last)).float(),
+                    self._visual_rows(group, places[rows].view(count, length, -1)),
+                )
+            )
+            start += count * length
+        return decoded
 
-    def _to_windows(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Raster order to window order, (batch, merged tokens, width); a permutation of axes, so cheap to reverse."""
-        (rows, cols), side = self._merged, self._side
+    def _length(self, group: Group) -> int:
+        n_images = len(group.layouts)
+        between = self._between_ids.shape[0] * (n_images - 1)
+        return self._head_ids.shape[0] + between + n_images * group.tokens + self._tail
+
+    def _embedded(self, group: Group, features: torch.Tensor, tail_ids: torch.Tensor) -> torch.Tensor:
+        embed = self.model.model.language_model.embed_tokens
+        seen = self._to_raster(features, group.layouts[0]).unflatten(0, (group.count, -1))
+        parts = [embed(self._head_ids).expand(group.count, -1, -1), seen[:, 0]]
+        if group.is_pair:
+            parts += [embed(self._between_ids).expand(group.count, -1, -1), seen[:, 1]]
+        return torch.cat([*parts, embed(tail_ids)], dim=1)
+
+    def _visual_rows(self, group: Group, hidden: torch.Tensor) -> torch.Tensor:
+        start, pictures = self._head_ids.shape[0], []
+        for _ in group.layouts:
+            pictures.append(hidden[:, start : start + group.tokens])
+            start += group.tokens + self._between_ids.shape[0]
+        return self._to_windows(torch.stack(pictures, dim=1).flatten(0, 1), group.layouts[0])
+
+    def _to_windows(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Raster order to window order, (batch, tokens, width); a permutation of axes, so cheap to reverse."""
+        rows, cols, side = *_grid(layout), self._side
         return tokens.unflatten(1, (rows // side, side, cols // side, side)).transpose(2, 3).flatten(1, 4)
 
-    def _to_raster(self, tokens: torch.Tensor) -> torch.Tensor:
+    def _to_raster(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Inverse of :meth:`_to_windows`."""
-        (rows, cols), side = self._merged, self._side
+        rows, cols, side = *_grid(layout), self._side
         return tokens.unflatten(1, (rows // side, cols // side, side, side)).transpose(2, 3).flatten(1, 4)
 
-    def _text_positions(self, tail: int) -> torch.Tensor:
-        """M-RoPE positions of a prompt with one image, int64 of shape (3, seq_len)."""
-        device, head, (rows, cols) = self._head_ids.device, self._head_ids.shape[0], self._merged
-        row = torch.arange(rows, device=device).repeat_interleave(cols)
-        col = torch.arange(cols, device=device).repeat(rows)
-        image = torch.stack([torch.zeros_like(row), row, col]) + head
-        before = torch.arange(head, device=device).expand(3, -1)
-        after = (torch.arange(tail, device=device) + head + max(rows, cols)).expand(3, -1)
-        return torch.cat([before, image, after], dim=1)
+    def _patch_positions(self, layout: Layout) -> torch.Tensor:
+        """Rotary positions of one picture's patches in window order, (patches, 2)."""
+        rows, cols = _grid(layout)
+        if rows % self._side or cols % self._side:
+            raise ValueError(f"{rows}x{cols} merged tokens are no whole number of {self._side}x{self._side} windows")
+        grid = torch.tensor([[1, rows * MERGE, cols * MERGE]], device=self._head_ids.device)
+        positions = get_vision_position_ids(grid, MERGE)
+        return self._to_windows(positions.view(1, rows * cols, -1), layout).reshape(-1, 2)
+
+    def _text_positions(self, group: Group) -> torch.Tensor:
+        """M-RoPE positions of a sample, int64 of shape (3, length)."""
+        rows, cols = _grid(group.layouts[0])
+        row, col = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
+        picture = torch.stack([torch.zeros_like(row), row, col])
+        start, parts = self._head_ids.shape[0], [torch.arange(self._head_ids.shape[0]).expand(3, -1)]
+        for i in range(len(group.layouts)):
+            parts.append(picture + start)
+            start += max(rows, cols)
+            last = i + 1 == len(group.layouts)
+            n_text = self._tail if last else self._between_ids.shape[0]
+            parts.append((torch.arange(n_text) + start).expand(3, -1))
+            start += n_text
+        return torch.cat(parts, dim=1)
+
+
+def _grid(layout: Layout) -> tuple[int, int]:
+    """Merged visual tokens by row and column."""
+    return layout.height // TOKEN, layout.width // TOKEN

@@ -1,39 +1,45 @@
 """One optimisation step: draw scenes, ask, run forward and backward, update; optionally as one CUDA graph."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from sparsevlm.scenes import DEFAULT_LAYOUT, TASKS, TRAINING_SEEDS, ask, render, sample_specs, training_seeds
-from sparsevlm.scenes.seeds import Draws
-from training.forward import SceneForward
-from training.objective import TokenHead, score_answers
-from training.pixels import PATCH, Patchifier
+from sparsevlm.scenes import CARD, TASKS, TRAINING_SEEDS, training_seeds
+from training.architecture import cast_weights
+from training.forward import Decoded, SceneForward
+from training.groups import parse_mix, task_table
+from training.material import Material, draw_material
+from training.objective import PLACE_SIZES, TOKEN_SIZES, Readout, score_answers
+from training.optimiser import Optimiser, split_weights
+from training.pixels import Patchifier
 from training.sequences import SequenceBuilder
-from training.settings import TrainSettings
+from training.settings import TASK_SHARES, TrainSettings
 
-# Each task's share of the questions, in twentieths.
-_SHARES = {"number": 5, "colour": 4, "exist": 4, "count": 4, "half": 3}
 _SEEDS_PER_RUN = 2**32
 _EAGER_STEPS = 3
+_AUXILIARY = ("kind", "colour_seen", "glyph", "edge", "row", "column", "box_edge", "kind_known", "colour_known")
 
 
 class Metrics:
     """Sums over steps, kept on the device so that logging alone waits for it."""
 
     def __init__(self, device: torch.device):
-        self.totals = torch.zeros(5, device=device)  # steps, loss, auxiliary loss, digits read, gradient norm
+        self.totals = torch.zeros(5, device=device)  # steps, loss, auxiliary loss, place loss, gradient norm
+        self.auxiliary = torch.zeros(len(_AUXILIARY), device=device)
         self.hits = torch.zeros(len(TASKS), device=device)
         self.asked = torch.zeros(len(TASKS), device=device)
 
     def read(self) -> dict[str, float]:
         """Means since the last call."""
         totals, hits, asked = self.totals.tolist(), self.hits.tolist(), self.asked.tolist()
-        for tensor in (self.totals, self.hits, self.asked):
+        auxiliary = self.auxiliary.tolist()
+        for tensor in (self.totals, self.auxiliary, self.hits, self.asked):
             tensor.zero_()
         steps = max(totals[0], 1.0)
-        names = ("loss", "auxiliary", "cell_digits", "grad_norm")
+        names = ("loss", "token_loss", "place_loss", "grad_norm")
         means = {name: total / steps for name, total in zip(names, totals[1:], strict=True)}
+        means |= {name: total / steps for name, total in zip(_AUXILIARY, auxiliary, strict=True)}
         return means | {task: h / max(a, 1.0) for task, h, a in zip(TASKS, hits, asked, strict=True)}
 
 
@@ -62,43 +68,39 @@ class TrainStep:
         self.settings, self.dtype, self.steps_done = settings, dtype, 0
         self.metrics = Metrics(device)
         self.builder, self.patchify = SequenceBuilder(tokenizer, device), Patchifier(device)
-        grid = (DEFAULT_LAYOUT.height // PATCH, DEFAULT_LAYOUT.width // PATCH)
-        self.forward = SceneForward(model, self.builder.head_ids, grid, settings.compiled)
+        self.groups = parse_mix(settings.mix)
+        self.forward = SceneForward(
+            model, self.builder.head_ids, self.builder.between_ids, self.groups, settings.tail, settings.compiled
+        )
         hidden = model.config.text_config.hidden_size
-        self.token_head = TokenHead(hidden).to(device, dtype) if settings.auxiliary_until > 0 else None
+        self.token_head = cast_weights(Readout(hidden, TOKEN_SIZES, rare=CARD + 1).to(device), dtype)
+        self.place_head = cast_weights(Readout(hidden, PLACE_SIZES).to(device), dtype)
         first = TRAINING_SEEDS.start + settings.seed * _SEEDS_PER_RUN
-        self.seeds = training_seeds(first, settings.batch).to(device)
-        shares = [i for i, task in enumerate(TASKS) for _ in range(_SHARES[task])]
-        self.task_table = torch.tensor(shares, device=device)
+        n_samples = settings.draw_ahead * sum(group.count for group in self.groups)
+        self.seeds = training_seeds(first, n_samples).to(device)
+        self.task_table = task_table(TASK_SHARES, device)
         self.auxiliary_weight = torch.zeros((), device=device)
-        self.rate = torch.zeros((), device=device)
-
-        modules: list[nn.Module] = [model] + ([self.token_head] if self.token_head is not None else [])
-        self.weights = [weight for module in modules for weight in module.parameters()]
-        self.masters = [weight.detach().clone().float().requires_grad_() for weight in self.weights]
-        for master in self.masters:
-            master.grad = torch.zeros_like(master)
-        on_gpu = device.type == "cuda"
-        groups = [
-            {"params": [m for m in self.masters if m.ndim >= 2], "weight_decay": settings.decay},
-            {"params": [m for m in self.masters if m.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimiser = torch.optim.AdamW(groups, lr=self.rate, betas=(0.9, 0.98), fused=on_gpu, capturable=on_gpu)
+        matrices, others = split_weights(model)
+        if settings.auxiliary_until > 0:
+            others += [*self.token_head.parameters(), *self.place_head.parameters()]
+        self.optimiser = Optimiser(matrices, others, settings.decay, settings.clip)
+        self.weights = self.optimiser.weights
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def run(self, rate: float, auxiliary_weight: float) -> None:
-        """Do one step; the GPU may lag behind."""
-        self.rate.fill_(rate)
+    def run(self, factor: float, auxiliary_weight: float) -> None:
+        """Do ``draw_ahead`` steps with learning rates scaled by ``factor``; the GPU may lag behind."""
+        self.optimiser.rate.fill_(factor * self.settings.rate)
+        self.optimiser.matrix_rate.fill_(factor * self.settings.matrix_rate)
         self.auxiliary_weight.fill_(auxiliary_weight)
         if self.graph is not None:
             self.graph.replay()
-        elif self.settings.graphed and self.steps_done == _EAGER_STEPS:
+        elif self.settings.graphed and self.steps_done >= _EAGER_STEPS:
             self._capture()
         elif self.settings.graphed:
             self._eager_on_side_stream()
         else:
             self._step()
-        self.steps_done += 1
+        self.steps_done += self.settings.draw_ahead
 
     def _eager_on_side_stream(self) -> None:
         """Warm up lazily made buffers and compiled blocks on a side stream, as graph capture asks for."""
@@ -115,32 +117,60 @@ class TrainStep:
         self.graph.replay()
 
     def _step(self) -> None:
+        """Draw for ``draw_ahead`` steps and do them."""
         settings = self.settings
-        spec = sample_specs(self.seeds)
-        tasks = self.task_table[Draws(self.seeds).integers("task", 0, len(self.task_table), settings.questions)]
-        sequences = self.builder(ask(spec, tasks))
-        features = self.forward.visual_features(self.patchify(render(spec), self.dtype))
-        logits = self.forward.answer_logits(features, sequences.input_ids, sequences.answer_rows.flatten(1))
-        score = score_answers(logits, sequences.targets, tasks)
-        loss, auxiliary, digits = score.loss, torch.zeros_like(score.loss), torch.zeros_like(score.loss)
-        if self.token_head is not None:
-            auxiliary, digits = self.token_head(features, spec)
-            loss = loss + self.auxiliary_weight * auxiliary
-        norm = self._update(loss)
-        self.seeds += settings.batch
-        ones = torch.ones_like(norm)
-        self.metrics.totals += torch.stack([ones, score.loss.detach(), auxiliary.detach(), digits, norm])
+        ahead = settings.draw_ahead
+        materials = [
+            draw_material(group, seeds, self.task_table, self.builder, settings.questions, settings.tail)
+            for group, seeds in zip(
+                self.groups, self.seeds.split([ahead * group.count for group in self.groups]), strict=True
+            )
+        ]
+        for index in range(ahead):
+            self._learn(
+                [
+                    material.part(slice(index * group.count, (index + 1) * group.count))
+                    for material, group in zip(materials, self.groups, strict=True)
+                ]
+            )
+        self.seeds += self.seeds.shape[0]
+
+    def _learn(self, parts: Sequence[Material]) -> None:
+        """Forward, backward and update."""
+        settings = self.settings
+        patches = [self.patchify(part.pixels.flatten(0, 1), self.dtype) for part in parts]
+        features = self.forward.visual_features(patches)
+        decoded = self.forward.decode(features, [part.sequences.input_ids for part in parts])
+        score, *rest = (
+            score_answers(one.logits, part.sequences, part.tasks) for one, part in zip(decoded, parts, strict=True)
+        )
+        for other in rest:
+            score = score + other
+        answers = score.loss / score.weight
+        loss = token_loss = place_loss = answers
+        if settings.auxiliary_until > 0:
+            token_loss, place_loss, accuracy = self._auxiliary(parts, features, decoded)
+            loss = answers + self.auxiliary_weight * (token_loss + settings.place_weight * place_loss)
+            self.metrics.auxiliary += accuracy
+        norm = self.optimiser.step(torch.autograd.grad(loss, self.weights))
+        totals = (torch.ones_like(norm), answers.detach(), token_loss.detach(), place_loss.detach(), norm)
+        self.metrics.totals += torch.stack(totals)
         self.metrics.hits += score.hits
         self.metrics.asked += score.asked
 
-    def _update(self, loss: torch.Tensor) -> torch.Tensor:
-        """Clipped AdamW step on the float32 weights, copied back to the model; returns the gradient norm."""
-        gradients = torch.autograd.grad(loss, self.weights)
-        master_gradients = [master.grad for master in self.masters]
-        torch._foreach_copy_(master_gradients, list(gradients))
-        norm = torch.stack(torch._foreach_norm(master_gradients)).norm()
-        torch._foreach_mul_(master_gradients, (self.settings.clip / (norm + 1e-6)).clamp(max=1.0))
-        self.optimiser.step()
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.masters)
-        return norm
+    def _auxiliary(
+        self, parts: Sequence[Material], features: Sequence[torch.Tensor], decoded: Sequence[Decoded]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Losses of the two readouts, and accuracies in the order of ``_AUXILIARY``.
+
+        Within the decoder only single pictures are asked for places: two would start at different positions.
+        """
+        shown = torch.cat([part.shown.flatten(0, -2) for part in parts])
+        token_loss, seen = self.token_head(torch.cat([one.flatten(0, 1) for one in features]), shown)
+        single = [i for i, group in enumerate(self.groups) if not group.is_pair]
+        places = torch.cat([parts[i].places.flatten(0, -2) for i in single])
+        place_loss, placed = self.place_head(torch.cat([decoded[i].places.flatten(0, 1) for i in single]), places)
+        accuracy = torch.stack(
+            [*seen[:2], seen[2:-4].mean(), seen[-4:].mean(), *placed[:2], placed[2:-2].mean(), *placed[-2:]]
+        )
+        return token_loss, place_loss, accuracy

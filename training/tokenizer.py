@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
 
-from sparsevlm.scenes import ANSWER_TEXTS, QUESTION_TEXTS
+from sparsevlm.scenes import PIECES, QUESTION_TEXTS
 
 # Qwen's names; ids follow in this order from 0.
 SPECIAL_TOKENS = (
@@ -23,7 +23,7 @@ SPECIAL_TOKENS = (
     "<|video_pad|>",
 )
 TOKEN_IDS = {token: i for i, token in enumerate(SPECIAL_TOKENS)}
-VOCAB_SIZE = 448
+VOCAB_SIZE = 456  # at this size every word of the corpus is one token
 
 # Qwen2's pre-tokenization: single digits, words with their leading space, line ends on their own.
 _SPLIT = (
@@ -72,7 +72,7 @@ def train_tokenizer() -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*QUESTION_TEXTS, *ANSWER_TEXTS, *(f"{role}\n" for role in _ROLES)], trainer)
+    tokenizer.train_from_iterator([*QUESTION_TEXTS, *PIECES, *(f"{role}\n" for role in _ROLES)], trainer)
     return tokenizer
 
 

@@ -1,4 +1,4 @@
-"""Train the bundled model; see ``training/README.md`` for the commands of its two stages."""
+"""Train the bundled model; see ``training/README.md`` for the commands of its stages."""
 
 import argparse
 import dataclasses
@@ -33,20 +33,20 @@ def main() -> None:
         else:
             parser.add_argument(flag, type=type(field.default), default=field.default)
     parser.add_argument("--out", type=Path, required=True, help="folder for weights and log")
-    parser.add_argument("--eval-scenes", type=int, default=1000)
+    parser.add_argument("--eval-scenes", type=int, default=1000, help="hold-out scenes per layout")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = vars(parser.parse_args())
     out, eval_scenes, device = arguments.pop("out"), arguments.pop("eval_scenes"), arguments.pop("device")
     train(TrainSettings(**arguments), out, eval_scenes, torch.device(device))
 
 
-def train(settings: TrainSettings, out: Path, eval_scenes: int, device: torch.device) -> dict[str, float]:
+def train(settings: TrainSettings, out: Path, eval_scenes: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Run one stage and write the weights, then the accuracy.
 
     Returns
     -------
-    dict of str to float
-        Hold-out accuracy by task.
+    dict
+        Hold-out accuracy by layout and task.
     """
     started = time.monotonic()
     torch.manual_seed(settings.seed)
@@ -71,41 +71,43 @@ def _starting_model(settings: TrainSettings) -> Qwen2_5_VLForConditionalGenerati
 
 
 def _loop(step: TrainStep, settings: TrainSettings, started: float, log: Callable[[dict], None]) -> None:
-    last_log, last_steps = started, 0
+    last_log, last_steps, last_sync = started, 0, 0
     while True:
-        if step.steps_done % _SYNC_EVERY == 0 and step.rate.is_cuda:
+        if step.steps_done - last_sync >= _SYNC_EVERY and step.seeds.is_cuda:
             torch.cuda.synchronize()
+            last_sync = step.steps_done
         now = time.monotonic()
         progress = (now - started) / settings.seconds
         if settings.steps:
             progress = max(progress, step.steps_done / settings.steps)
         done = progress >= 1.0
         if done or now - last_log >= _LOG_EVERY:
-            row = {"step": step.steps_done, "seconds": now - started, "rate": float(step.rate)}
+            row = {"step": step.steps_done, "seconds": now - started, "rate": float(step.optimiser.rate)}
             row["steps_per_second"] = (step.steps_done - last_steps) / max(now - last_log, 1e-9)
             log(row | {"auxiliary_weight": float(step.auxiliary_weight)} | step.metrics.read())
             last_log, last_steps = now, step.steps_done
         if done:
             return
-        step.run(learning_rate(settings, step.steps_done, progress), auxiliary_weight(settings, progress))
+        step.run(rate_factor(settings, step.steps_done, progress), auxiliary_weight(settings, progress))
 
 
-def learning_rate(settings: TrainSettings, step: int, progress: float) -> float:
-    """Linear warm-up over steps, then a cosine over progress in [0, 1]."""
+def rate_factor(settings: TrainSettings, step: int, progress: float) -> float:
+    """Learning rate as a share of its peak: linear warm-up over steps, times a cosine over progress in [0, 1]."""
     cosine = settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return settings.rate * min(1.0, (step + 1) / max(settings.warmup, 1)) * cosine
+    return min(1.0, (step + 1) / max(settings.warmup, 1)) * cosine
 
 
 def auxiliary_weight(settings: TrainSettings, progress: float) -> float:
-    """Weight of the auxiliary loss: linear from 1 at the start to 0 at ``auxiliary_until``."""
+    """Weight of the auxiliary losses: 1 up to ``auxiliary_from``, then linear to 0 at ``auxiliary_until``."""
     if settings.auxiliary_until == 0:
         return 0.0
-    return max(0.0, 1.0 - progress / settings.auxiliary_until)
+    fading = settings.auxiliary_until - settings.auxiliary_from
+    return min(1.0, max(0.0, (settings.auxiliary_until - progress) / fading))
 
 
 def _finish(
     model: Qwen2_5_VLForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, out: Path, scenes: int
-) -> dict[str, float]:
+) -> dict[str, dict[str, float]]:
     """Write bf16 weights first, so that nothing is lost if evaluation fails, then evaluate those weights."""
     model = cast_weights(model, torch.bfloat16).eval()
     model.save_pretrained(out, max_shard_size=_SHARD_SIZE)

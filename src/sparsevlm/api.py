@@ -55,7 +55,7 @@ def apply_sparsevlm(
     processor : optional
         The model's processor or tokenizer: its special tokens and the chat template's closing tokens do not vote.
     **options
-        The other fields of :class:`SparseVLMConfig`: ``raters``, ``recycle``, ``merge``, ``schedule``,
+        The other fields of :class:`SparseVLMConfig`: ``raters``, ``heads``, ``recycle``, ``merge``, ``schedule``,
         ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``.
 
     Returns

@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import Any
 
 RATER_MODES = ("attention", "embedding")
+HEADS = ("all", "visual")
 MERGES = ("mean", "sum")
 SCHEDULES = ("geometric", "single")
 
@@ -48,13 +49,17 @@ class SparseVLMConfig:
         Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``.
     raters : {"attention", "embedding"}
         How text raters are chosen: by visual attention at the target layer, or once by embedding similarity (paper).
+    heads : {"all", "visual"}
+        Over which heads the text's attention is averaged: all, or the 14 of 32 with the most attention from text to
+        visual tokens, chosen at each target layer (the authors' code, v2.0).
     recycle : bool
         Whether the best of the dropped tokens are merged into a few recycled ones.
     merge : {"mean", "sum"}
         How a cluster is merged. The paper sums; the mean keeps the norm of a hidden state.
     schedule : {"geometric", "single"} or sequence of int or float, optional
         How ``keep`` is spread over the target layers, or an explicit list: tokens (int) or fraction of the visual
-        tokens (float) that leave each target layer. ``None``: the selector's own default.
+        tokens (float) that leave each target layer; a selector that acts before the decoder as well takes one more,
+        the first. ``None``: the selector's own default.
     rank_lambda : float
         λ of N = λ (L_v − rank), in [0, 1].
     rank_tolerance : float or "machine"
@@ -76,6 +81,7 @@ class SparseVLMConfig:
     keep: Any = None
     selector: Any = "sparsevlm"
     raters: str = "attention"
+    heads: str = "all"
     recycle: bool = True
     merge: str = "mean"
     schedule: Any = None
@@ -95,6 +101,7 @@ class SparseVLMConfig:
         for name in ("tau", "theta", "rank_lambda"):
             _check_unit_interval(name, getattr(self, name))
         _check_choice("raters", self.raters, RATER_MODES)
+        _check_choice("heads", self.heads, HEADS)
         _check_choice("merge", self.merge, MERGES)
         for name in ("recycle", "strict"):
             if not isinstance(getattr(self, name), bool):
@@ -184,7 +191,8 @@ class SparseVLMConfig:
         counts = tuple(_checked_budget("schedule", value) for value in self.schedule)
         if self.keep is not None:
             raise ValueError("an explicit schedule is itself a budget: leave keep unset, or name a schedule.")
-        if self.target_layers is not None and len(self.target_layers) != len(counts):
+        # One count more than target layers is for a selector that acts before the decoder as well.
+        if self.target_layers is not None and len(counts) - len(self.target_layers) not in (0, 1):
             raise ValueError(f"schedule has {len(counts)} counts for {len(self.target_layers)} target layers.")
         if len({isinstance(count, int) for count in counts}) > 1:
             raise ValueError(f"schedule mixes token counts and fractions: {counts}.")

@@ -16,6 +16,7 @@ from transformers import (
 
 from sparsevlm import Selection, SparseVLMConfig, apply_sparsevlm, remove_sparsevlm, reset_n_vis
 from sparsevlm.report import Report
+from sparsevlm.selection.context import NEEDS
 from toys import PROMPTS, make_inputs, tiny_model
 
 ONE = PROMPTS["one image"]
@@ -120,9 +121,10 @@ BAD_OPTIONS = {
     "schedule length": ({"schedule": [10, 5]}, ValueError, "2 counts for 1 target layers"),
     "growing schedule": ({"schedule": [5, 10], "target_layers": [1, 2]}, ValueError, "grows"),
     "schedule and keep": ({"schedule": [5], "keep": 0.9}, ValueError, "itself a budget"),
-    "unknown selector": ({"selector": "fastw"}, ValueError, "there are grid, random, sparsevlm"),
+    "unknown selector": ({"selector": "fastw"}, ValueError, "there are .*grid, .*random, .*sparsevlm"),
     "no selector": ({"selector": 3}, TypeError, r"select\(context, n_keep\)"),
     "unknown raters": ({"raters": "all"}, ValueError, "'attention', 'embedding'"),
+    "unknown heads": ({"heads": "some"}, ValueError, "'all', 'visual'"),
     "unknown merge": ({"merge": "max"}, ValueError, "'mean', 'sum'"),
     "unknown option": ({"kep": 0.5}, TypeError, "unknown option kep"),
     "preset needs deeper": ({"preset": "paper-192"}, ValueError, "out of range"),
@@ -231,12 +233,18 @@ def test_selector_that_returns_no_indices():
 
 def test_selector_with_unknown_needs():
     selector = Answering(lambda c, n: torch.arange(n))
-    selector.needs = {"vision_attention"}
-    with pytest.raises(ValueError, match="vision_attention, which is not provided"):
+    selector.needs = {"vision_values"}
+    with pytest.raises(ValueError, match="vision_values, which is not provided; provided are features, text_features"):
         apply_sparsevlm(tiny_model(), selector=selector)
-    selector.needs, selector.placement = {"rater_attention"}, "before_decoder"
-    with pytest.raises(ValueError, match="runs before the decoder, where rater_attention do not exist"):
-        apply_sparsevlm(tiny_model(), selector=selector)
+    selector.needs, selector.placement = {"rater_attention", "last_attention", "vision_keys"}, "before_decoder"
+    with pytest.raises(ValueError, match="before the decoder, where last_attention, rater_attention do not exist"):
+        apply_sparsevlm(tiny_model(), selector=selector, keep=0.5)
+    for needs, placement in (({"vision_attention", "vision_keys"}, "before_decoder"), (NEEDS, "both")):
+        selector.needs, selector.placement = needs, placement
+        apply_sparsevlm(tiny_model(), selector=selector, keep=0.5)
+    selector.placement = "everywhere"
+    with pytest.raises(ValueError, match=r"placement must be one of \('before_decoder', 'target_layers', 'both'\)"):
+        apply_sparsevlm(tiny_model(), selector=selector, keep=0.5)
 
 
 def test_every_need_is_provided():
@@ -247,7 +255,7 @@ def test_every_need_is_provided():
         return torch.arange(n_keep)
 
     selector = Answering(answer)
-    selector.needs = {"features", "text_features", "rater_attention", "previous_hidden_states"}
+    selector.needs = NEEDS
     model, inputs = tiny_model(), make_inputs(*ONE)
     state = apply_sparsevlm(model, keep=0.6, min_keep=4, selector=selector, target_layers=[1, 3])
     hidden = model.generate(
@@ -258,10 +266,85 @@ def test_every_need_is_provided():
     assert torch.equal(first.features, hidden[0][0, visual])
     assert torch.equal(first.previous_hidden_states, hidden[1][0, visual])
     assert torch.equal(first.text_features, hidden[0][0, -7:])
+    assert first.last_attention.shape == (24,)
+    assert first.vision_attention.shape == (2, 24)
+    assert first.vision_keys.shape == (24, 16)
     assert first.rater_attention.shape == (len(state.report.samples[0].stages[0].raters), 24)
     assert first.coordinates.shape == (3, 24)
     assert first.coordinates[2, :6].diff().tolist() == [1] * 5
     assert torch.equal(seen[3].features, hidden[0][0, visual][seen[3].indices])
+    assert torch.equal(seen[3].vision_attention, first.vision_attention[:, seen[3].indices])
+    assert torch.equal(seen[3].vision_keys, first.vision_keys[seen[3].indices])
+    assert seen[3].last_attention.shape == (seen[3].n_visual,)
+
+
+def test_what_is_not_needed_is_not_given():
+    seen = []
+
+    def answer(context, n_keep):
+        seen.append(context)
+        return torch.arange(n_keep)
+
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model, keep=0.6, min_keep=4, selector=Answering(answer), target_layers=[1])
+    model.generate(**inputs, max_new_tokens=1)
+    assert all(getattr(seen[0], need) is None for need in NEEDS)
+
+
+class Both(Answering):
+    """Before the decoder and at target layers."""
+
+    placement = "both"
+    needs = frozenset({"rater_attention", "last_attention", "previous_hidden_states", "features"})
+
+
+def first_rows(context, n_keep):
+    late = (context.rater_attention, context.last_attention, context.previous_hidden_states)
+    assert all((part is None) == (context.layer < 0) for part in late)
+    assert context.features is not None
+    return torch.arange(n_keep)
+
+
+def test_before_the_decoder_and_inside_it(tmp_path):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, unequal counts"])
+    state = apply_sparsevlm(model, keep=0.4, min_keep=3, selector=Both(first_rows), target_layers=[1, 3])
+    model.generate(**inputs, max_new_tokens=2)
+    report = state.report
+    for sample in report.samples[:2]:
+        assert [stage.layer for stage in sample.stages] == [-1, 1, 3]
+        before, first, last = (stage.n_kept for stage in sample.stages)
+        assert sample.n_visual > before > first > last == sample.final_tokens
+        assert sample.layer_tokens == (before, before, first, first, last, last)
+        assert sample.average_in <= 0.4 * sample.n_visual
+    rows = report.layer_rows()
+    assert [row["layer"] for row in rows if row["target"]] == [-1, 1, 3]
+    assert rows[0]["kept"] == rows[1]["visual_in"]
+    report.to_json(tmp_path / "report.json")
+    assert Report.from_json(tmp_path / "report.json") == report
+    with state.options(target_layers=None):  # the default ones: every 4th from layer 2
+        model.generate(**inputs, max_new_tokens=1)
+        assert [stage.layer for stage in state.report.samples[0].stages] == [-1, 2]
+
+
+def test_an_explicit_schedule_before_the_decoder_and_inside_it():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    options = {"min_keep": 3, "selector": Both(first_rows), "target_layers": [1, 3]}
+    state = apply_sparsevlm(model, schedule=[15, 9, 5], **options)
+    model.generate(**inputs, max_new_tokens=1)
+    assert state.report.samples[0].layer_tokens == (15, 15, 9, 9, 5, 5)
+    with pytest.raises(ValueError, match=r"2 counts for 3 target layers \(-1, 1, 3\) \(-1 is before the decoder\)"):
+        apply_sparsevlm(model, schedule=[9, 5], **options)
+    with pytest.raises(ValueError, match=r"3 counts for 2 target layers \(1, 3\)"):
+        apply_sparsevlm(model, schedule=[15, 9, 5], **{**options, "selector": "random"})
+
+
+@pytest.mark.parametrize("placement", ["both", "before_decoder"])
+@pytest.mark.parametrize("schedule", [None, "single"])
+def test_no_rank_before_the_decoder(placement, schedule):
+    selector = Answering(first_rows)
+    selector.placement = placement
+    with pytest.raises(ValueError, match="before the decoder, where no rank is known: set keep"):
+        apply_sparsevlm(tiny_model(), selector=selector, schedule=schedule)
 
 
 def test_images_without_image_tokens():
@@ -455,3 +538,27 @@ def test_positional_arguments():
         rest = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
         assert torch.equal(model(inputs["input_ids"], inputs["attention_mask"], **rest).logits, named)
     assert state.report.final_tokens < 24
+
+
+def test_a_variant_sets_its_own_options_and_leaves_the_others_alone(model):
+    """What "sparsevlm-paper" sets is in force for its requests only."""
+    inputs = make_inputs([("image", 6, 6), ("text", 9)])
+    state = apply_sparsevlm(model, selector="sparsevlm-paper", keep=0.6, min_keep=4, target_layers=[1])
+    model(**inputs)
+    assert state._request.config.raters == "embedding"
+    with state.options(selector="sparsevlm"):
+        model(**inputs)
+        assert state._request.config.raters == "attention"
+    assert state.config.raters == "attention"
+
+
+def test_a_prompt_that_ends_in_a_visual_token_is_refused(model):
+    """Its last row predicts the next token, so it must not be dropped; with text behind the image nothing is wrong."""
+    inputs = make_inputs([("text", 3), ("image", 4, 4)])
+    cut = {name: x[:, :-1] if name in ("input_ids", "attention_mask", "mm_token_type_ids") else x
+           for name, x in inputs.items()}  # fmt: skip
+    with apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1]):
+        model(**inputs)
+        with pytest.raises(ValueError, match=r"ends in a visual token.*vision_end"):
+            model(**cut)
+        model(**inputs)

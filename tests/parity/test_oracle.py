@@ -8,6 +8,7 @@ import torch
 from oracle import dropped_from, expand, oracle_logits
 
 from sparsevlm import apply_sparsevlm
+from sparsevlm.selection.scoring import top_k
 from toys import IMAGE, PROMPTS, VIDEO, make_inputs, relative_error, tiny_model, use_attention
 
 NEW_TOKENS = 5
@@ -32,11 +33,25 @@ class FirstAndLast:
         return torch.randperm(context.n_visual, generator=torch.Generator().manual_seed(5))[:n_keep].sort().values
 
 
+class BeforeAndInside:
+    """A selector before the decoder and at target layers: at random, then by the attention of the last token."""
+
+    placement = "both"
+    needs = frozenset({"last_attention"})
+
+    def select(self, context, n_keep):
+        if context.layer < 0:
+            assert context.last_attention is None
+            return FirstAndLast().select(context, n_keep)
+        return top_k(context.last_attention, n_keep)
+
+
 VARIANTS = {
     "by attention": OPTIONS,
     "random": {**OPTIONS, "selector": "random"},
     "rank adaptive": {**OPTIONS, "keep": None, "rank_tolerance": 0.3},
     "before the decoder": {"keep": 0.5, "min_keep": 3, "selector": FirstAndLast()},
+    "before and inside": {**OPTIONS, "keep": 0.5, "selector": BeforeAndInside()},
 }
 
 
@@ -107,7 +122,7 @@ def test_without_attention_mask(prompt, attn, build, place):
     check(model, inputs, output, state, attn, place)
 
 
-@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder", "before and inside"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
 def test_sampling_several_sequences(prompt, variant, attn, build, place):
     model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
@@ -117,7 +132,7 @@ def test_sampling_several_sequences(prompt, variant, attn, build, place):
     check(model, inputs, output, state, attn, place, repeats=3)
 
 
-@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder", "before and inside"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
 def test_beams(prompt, variant, attn, build, place):
     model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
@@ -137,21 +152,23 @@ def test_beams(prompt, variant, attn, build, place):
         )
 
 
-@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder", "before and inside"])
 def test_prompt_lookup(variant, attn, build, place):
     model, inputs = build("qwen2_5_vl", [("text", 8), ("image", 4, 6), ("text", 9)])
     inputs["input_ids"][0, -4:] = inputs["input_ids"][0, 2:6]  # something to look up: a guess from the first step on
     state = apply_sparsevlm(model, **VARIANTS[variant])
     plain = model.generate(**inputs, **GREEDY)
-    without_guesses = [stage.raters for stage in state.report.samples[0].stages]
+    without_guesses = state.report.samples[0].stages
     output = model.generate(**inputs, **{**GREEDY, "max_new_tokens": 12}, prompt_lookup_num_tokens=3)
-    assert [stage.raters for stage in state.report.samples[0].stages] == without_guesses
+    stages = state.report.samples[0].stages
+    assert [stage.raters for stage in stages] == [stage.raters for stage in without_guesses]
     if place.dtype == torch.float32:  # in half precision a guess verified in a block may round to another token
+        assert [stage.kept for stage in stages] == [stage.kept for stage in without_guesses]
         assert torch.equal(output.sequences[:, : plain.sequences.shape[1]], plain.sequences)
     check(model, inputs, output, state, attn, place)
 
 
-@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder", "before and inside"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding", "batch, unequal counts"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"], indirect=True)
 def test_static_cache(prompt, variant, attn, build, place):
@@ -190,7 +207,7 @@ def test_direct_call(prompt, variant, attn, build, place):
         assert relative_error(got[b, rows], wanted[b, [positions[i] for i in rows]]) <= place.tolerance
 
 
-@pytest.mark.parametrize("variant", ["random", "by attention", "before the decoder"])
+@pytest.mark.parametrize("variant", ["random", "by attention", "before the decoder", "before and inside"])
 @pytest.mark.parametrize("new_image", [False, True], ids=["text", "new image"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
 def test_second_turn(prompt, new_image, variant, attn, build, place):
@@ -253,7 +270,7 @@ def test_hidden_states_come_ragged(attn, build, place):
     assert lengths == list(state.report.samples[0].layer_tokens[:-1])
 
 
-@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder", "before and inside"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding", "batch, unequal counts"])
 def test_going_on_with_the_cache_of_a_direct_call(prompt, variant, attn, build, place):
     """The text model makes that cache itself, after the call has begun."""
@@ -287,6 +304,8 @@ TURNS = {
     "between": ({"target_layers": [1, 3]}, {"target_layers": [0, 2, 4]}),
     "after one before the decoder": ({"selector": FirstAndLast(), "target_layers": None}, {"target_layers": [1, 3]}),
     "then before the decoder": ({"target_layers": [1, 3]}, {"selector": FirstAndLast(), "target_layers": None}),
+    "after one everywhere": ({"selector": BeforeAndInside()}, {"target_layers": [1, 3]}),
+    "then everywhere": ({"target_layers": [1, 3]}, {"selector": BeforeAndInside(), "target_layers": [2]}),
     "dense in between": ({"target_layers": [1, 3]}, {"target_layers": [1, 3], "keep": 1.0}),
 }
 

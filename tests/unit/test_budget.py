@@ -39,10 +39,11 @@ def test_paper_presets_give_the_published_averages(preset, average_out, average_
     min_keep=st.integers(1, 64),
     n_layers=st.integers(4, 40),
     schedule=st.sampled_from(["geometric", "single"]),
-    before_decoder=st.booleans(),
+    placement=st.sampled_from(["before_decoder", "target_layers", "both"]),
 )
-def test_budgets_are_met_or_clamped(n_visual, keep, min_keep, n_layers, schedule, before_decoder):
-    layers = (-1,) if before_decoder else tuple(range(min(2, n_layers - 2), n_layers - 1, 4))
+def test_budgets_are_met_or_clamped(n_visual, keep, min_keep, n_layers, schedule, placement):
+    inside = tuple(range(min(2, n_layers - 2), n_layers - 1, 4))
+    layers = {"before_decoder": (-1,), "target_layers": inside, "both": (-1, *inside)}[placement]
     plan = plan_budget(keep, schedule, n_visual, layers, n_layers, min_keep)
     budget = keep if isinstance(keep, int) else keep * n_visual
     got = average_in(n_visual, plan.counts, layers, n_layers)
@@ -84,9 +85,21 @@ def test_explicit_schedules():
         plan_schedule((100, 50), 256, 3, 32)
 
 
+def test_a_stage_before_the_decoder_and_one_inside_by_hand():
+    # At ratio r, layers 0 and 1 see ⌊100 r⌋ tokens, layers 2 and 3 ⌊100 r²⌋. The largest r that fits into 4 · 40 = 160
+    # is just below 0.53: 2 · 52 + 2 · 28 = 160.
+    plan = plan_budget(40, "geometric", 100, (-1, 1), 4, 1)
+    assert plan.counts == (52, 28)
+    assert layer_tokens(100, plan.counts, (-1, 1), 4) == [52, 52, 28, 28]
+    assert plan_budget(40, "single", 100, (-1, 1), 4, 1).counts == (40, 40)
+    assert plan_budget(0.05, "geometric", 100, (-1, 1), 4, 8).counts == (8, 8)
+    assert plan_schedule((0.5, 0.2), 100, 2, 8).counts == (50, 20)
+
+
 def test_feasible_range():
     assert least_keep((2, 6), 24) == 0.125
     assert least_keep((-1,), 24) == 0.0
+    assert least_keep((-1, 2, 6), 24) == 0.0
 
 
 def test_rank_adaptive_count_by_hand():

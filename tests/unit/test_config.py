@@ -34,6 +34,22 @@ def test_numbers_of_numpy_are_numbers():
     assert SparseVLMConfig(keep=np.int64(100)).keep == 100
 
 
+def test_heads():
+    assert SparseVLMConfig().heads == "all"
+    assert SparseVLMConfig().replace(heads="visual").heads == "visual"
+    with pytest.raises(ValueError, match="heads must be one of 'all', 'visual', got 'text'"):
+        SparseVLMConfig(heads="text")
+
+
+def test_a_schedule_has_a_count_per_layer_or_one_more():
+    """One more is for a selector that acts before the decoder as well; which it is, is known when it is applied."""
+    for schedule in ([9, 5], [12, 9, 5]):
+        assert SparseVLMConfig(schedule=schedule, target_layers=[1, 3]).schedule == tuple(schedule)
+    for schedule in ([9], [12, 9, 5, 4]):
+        with pytest.raises(ValueError, match=f"{len(schedule)} counts for 2 target layers"):
+            SparseVLMConfig(schedule=schedule, target_layers=[1, 3])
+
+
 def test_immutable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         SparseVLMConfig().keep = 0.5

@@ -79,6 +79,16 @@ def test_one_panel_per_target_layer_with_counts():
     assert "1 kept of 24" in written
 
 
+def test_a_stage_before_the_decoder_comes_first():
+    sample = sample_of(((1, 2, 3),), (stage(-1, 6, (0, 1, 4, 5)), stage(2, 4, (1, 4)), stage(6, 2, skipped="few")))
+    figure = draw_report(report_of(sample), [plain(84, 56)])
+    written = [text for text in texts(figure) if text.startswith(("before", "layer", "original"))]
+    assert written == ["original", "before the decoder", "layer 2", "layer 6"]
+    first, second, third = token_states(sample)
+    assert list(first) == [KEPT, KEPT, DROPPED, DROPPED, KEPT, KEPT]
+    assert list(second) == list(third) == [DROPPED, KEPT, DROPPED, DROPPED, KEPT, DROPPED]
+
+
 def test_pixels_of_a_panel_show_the_right_tokens():
     sample = sample_of(((1, 2, 3),), (stage(2, 6, (2,)),))
     figure = draw_report(report_of(sample), [plain(84, 56)])

@@ -7,7 +7,13 @@ import torch
 
 from sparsevlm.selection import scoring
 from sparsevlm.selection.raters import attention_raters, embedding_raters
-from sparsevlm.selection.scoring import text_to_visual_attention, top_k, visual_scores
+from sparsevlm.selection.scoring import (
+    received_attention,
+    text_to_visual_attention,
+    top_k,
+    visual_head_count,
+    visual_scores,
+)
 
 
 def full_attention(query, key, scaling, visible):
@@ -57,6 +63,80 @@ def test_long_prompt_over_long_context_fits_in_bounded_memory():
         torch.matmul, scoring._MAX_BLOCK_ELEMENTS = before, limit
     assert out.shape == (600, 50)
     assert max(seen) <= 1 << 20
+
+
+def heads_that_look_at(*masses):
+    """Queries and keys of one row over one visual and one other token, a head per mass on the visual one."""
+    query = torch.tensor([[[m / (1 - m)]] for m in masses]).log()
+    return query, torch.tensor([[[1.0], [0.0]]])
+
+
+@pytest.mark.parametrize("block", [1 << 26, 2])
+def test_top_heads_by_hand(block, monkeypatch):
+    monkeypatch.setattr(scoring, "_MAX_BLOCK_ELEMENTS", block)
+    query, key = heads_that_look_at(0.2, 0.9, 0.5, 0.7)
+    query = torch.cat([query, query], dim=1)  # two rows, which small blocks take one by one
+    given = (query, key, torch.tensor([0]), torch.tensor([1, 1]), 1.0)
+    assert text_to_visual_attention(*given, n_top_heads=2).flatten().tolist() == pytest.approx([0.8, 0.8])
+    assert text_to_visual_attention(*given, n_top_heads=1).flatten().tolist() == pytest.approx([0.9, 0.9])
+    assert torch.equal(text_to_visual_attention(*given, n_top_heads=4), text_to_visual_attention(*given))
+
+
+def test_mass_of_a_head_is_summed_over_all_rows():
+    """Head 0 looks hard in the first row only, head 1 rather hard in both."""
+    first, key = heads_that_look_at(0.9, 0.6)
+    second, _ = heads_that_look_at(0.1, 0.7)
+    got = text_to_visual_attention(
+        torch.cat([first, second], dim=1), key, torch.tensor([0]), torch.tensor([1, 1]), 1.0, n_top_heads=1
+    )
+    assert got.flatten().tolist() == pytest.approx([0.6, 0.7])
+
+
+def test_equal_heads_tie_to_the_lower():
+    query = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])  # equal mass on the visual tokens, on one of them each
+    key = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]])
+    got = text_to_visual_attention(query, key, torch.tensor([0, 1]), torch.tensor([1]), 1.0, n_top_heads=1)
+    assert got[0, 0] > got[0, 1]
+
+
+@pytest.mark.parametrize(("n_heads", "wanted"), [(32, 14), (28, 12), (16, 7), (4, 2), (2, 1), (1, 1)])
+def test_fourteen_of_thirty_two_heads(n_heads, wanted):
+    assert visual_head_count(n_heads) == wanted
+
+
+def test_received_attention_by_hand():
+    # row 0: softmax(ln 3, 0) = (3/4, 1/4); row 1: softmax(0, 0) = (1/2, 1/2); second head: all 1/2
+    query = torch.tensor([[[1.0], [0.0]], [[0.0], [0.0]]])
+    key = torch.tensor([[[3.0], [1.0]], [[5.0], [7.0]]])
+    got = received_attention(query, key.log(), 1.0)
+    assert got.tolist() == pytest.approx([(5 / 8 + 1 / 2) / 2, (3 / 8 + 1 / 2) / 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block", [1 << 26, 100])
+def test_received_attention_equals_the_whole_matrix(dtype, block, monkeypatch):
+    monkeypatch.setattr(scoring, "_MAX_BLOCK_ELEMENTS", block)
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(3, 17, 8, generator=generator).mul(3).to(dtype) for _ in range(2))
+    logits = query.double() @ key.double().transpose(-1, -2) * 8**-0.5
+    got = received_attention(query, key, 8**-0.5)
+    torch.testing.assert_close(got, logits.softmax(-1).mean(dim=(0, 1)).float())
+    assert float(got.sum()) == pytest.approx(1)
+
+
+def test_received_attention_of_a_large_image_is_bounded(monkeypatch):
+    sizes, real = [], torch.matmul
+
+    def spy(a, b):
+        out = real(a, b)
+        sizes.append(out.numel())
+        return out
+
+    monkeypatch.setattr(scoring, "_MAX_BLOCK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(torch, "matmul", spy)
+    received_attention(torch.randn(2, 900, 4), torch.randn(2, 900, 4), 0.5)
+    assert max(sizes) <= 1 << 16
+    assert sum(sizes) == 2 * 900 * 900
 
 
 def test_attention_raters_take_rows_at_or_above_the_mean():

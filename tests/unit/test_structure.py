@@ -26,9 +26,11 @@ LEVELS = {
     "inputs": 4,
     "pictures": 4,
     "api": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "evaluation": 6,
+    "plugins": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 8,
 }
 
 

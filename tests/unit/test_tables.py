@@ -1,17 +1,56 @@
-"""The README's figures are those of the stored rows."""
+"""Figures of README and documents are those of the stored rows."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_readme_shows_the_stored_rows(monkeypatch):
+@pytest.fixture
+def tables(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmark import tables
 
-    text = tables.README.read_text(encoding="utf-8")
-    assert tables.with_table(text) == text
-    assert all(row["commit"] and "dirty" not in row["commit"] for row in tables.rows())
-    assert all(row["command"].startswith("python -m benchmark.") for row in tables.rows())
+    return tables
+
+
+def test_documents_show_the_stored_rows(tables):
+    for document in tables.DOCUMENTS:
+        if document.exists():
+            text = document.read_text(encoding="utf-8")
+            assert tables.with_tables(text) == text, f"python -m benchmark.tables would change {document.name}"
+
+
+def test_stored_rows_say_where_they_come_from(tables):
+    for row in tables.stored_rows():
+        assert row["commit"] not in ("", "unknown")
+        assert "dirty" not in row["commit"]
+        assert row["command"].startswith("sparsevlm eval")
+
+
+def row(task, selector="random", keep="0.5", **changes):
+    made = {"task": task, "selector": selector, "keep": keep, "target_layers": "0 4", "seed": "0", "options": ""}
+    made |= {"retained": "91.26", "ci_low": "90.0", "ci_high": "92.5", "dense_score": "0.995", "n": "100"}
+    made |= {"avg_tokens": "128.0", "n_visual": "256.0", "dtype": "float32", "device": "CPU", "commit": "abc"}
+    return made | {"torch": "2.13", "transformers": "5.23"} | changes
+
+
+def test_a_table_has_a_line_per_setting(tables):
+    rows = [row(task, selector) for selector in ("dense", "random") for task in ("number", "average")]
+    lines = tables.accuracy_table(rows).splitlines()
+    assert lines[0].split("|")[1:-1] == [
+        " selector ", " target layers ", " keep ", " visual tokens ", " average ", " number "
+    ]  # fmt: skip
+    assert lines[2] == "| dense | – | – | 128 of 256 | 99.5 % | 99.5 % |"
+    assert lines[3] == "| random | 0, 4 | 0.5 | 128 of 256 | **91.3** [90.0, 92.5] | 91.3 |"
+    assert "n = 100" in lines[-1]
+    with pytest.raises(ValueError, match="no stored row"):
+        tables.accuracy_table([])
+
+
+def test_filters_choose_rows(tables):
+    rows = [row("number"), row("number", keep="0.25"), row("number", target_layers="default")]
+    assert tables.chosen(rows, "keep=0.5,0.25 target_layers=0+4") == rows[:2]

@@ -10,6 +10,7 @@ import typer
 from .. import __version__
 from ..collision import check_collision
 from .demo import demo
+from .evaluate import evaluate
 from .run import run
 from .terminal import show_warning
 from .visualize import visualize
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(run)
+app.command("eval")(evaluate)
 app.command()(visualize)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
 
 from ..runtime.view import ModelView
 
@@ -37,18 +41,26 @@ def view(model: Any) -> ModelView:
             "tensor-parallel models are not supported: each rank would choose other tokens. Load without tp_plan."
         )
     layers: Any = text_model.layers
+    tower = base_model.visual
+    full = getattr(tower, "fullatt_block_indexes", None)  # Qwen2-VL has none: every block has full attention
     return ModelView(
         model=model,
         base_model=base_model,
         text_model=text_model,
         layers=layers,
         attentions=tuple(layer.self_attn for layer in layers),
-        vision_tower=base_model.visual,
+        vision_tower=tower,
+        vision_attentions=tuple(block.attn for i, block in enumerate(tower.blocks) if full is None or i in full),
+        vision_order=None if full is None else partial(_window_order, tower),
         image_token_id=model.config.image_token_id,
         video_token_id=model.config.video_token_id,
         special_token_ids=_special_token_ids(model),
         spatial_merge_size=model.config.vision_config.spatial_merge_size,
     )
+
+
+def _window_order(tower: Any, grid_thw: Tensor) -> Tensor:
+    return get_vision_window_index(grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size)[0]
 
 
 def _special_token_ids(model: Any) -> frozenset[int]:

@@ -1,51 +1,88 @@
-"""Reads rotated queries and keys at a target layer, beside the attention that runs anyway."""
+"""Reads rotated queries and keys of an attention module, beside the attention that runs anyway."""
 
 from __future__ import annotations
 
 import copy
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-_PROBE_NAME = "sparsevlm_probe"
-Reader = Callable[[Tensor, Tensor, Any, float], None]
+# Modules of a vision tower call their attention otherwise where its name tells of flash attention: so does ours then.
+_PROBE_NAME, _FLASH_PROBE_NAME = "sparsevlm_probe", "sparsevlm_probe_flash"
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What a module hands to its attention function.
+
+    Attributes
+    ----------
+    query : Tensor of shape (batch, heads, q_len, head_dim)
+        Rotated.
+    key : Tensor of shape (batch, num_kv_heads, kv_len, head_dim)
+        Rotated.
+    mask : None or Tensor
+        Of the layout that the attention in force takes.
+    scaling : float
+    cu_seqlens : Tensor of shape (n_sequences + 1,), int32, optional
+        Where the sequences begin that are packed into one row.
+    """
+
+    query: Tensor
+    key: Tensor
+    mask: Any
+    scaling: float
+    cu_seqlens: Tensor | None = None
+
+
+Reader = Callable[[AttentionInputs], None]
 
 
 class AttentionProbe:
-    """Lets one attention module tell its queries and keys, once.
+    """Lets one attention module tell its queries and keys while it runs, until disarmed.
 
-    While armed, the module (not the shared configuration) names our function as its attention; the function hands
-    the module its own configuration back, tells the reader, and calls the attention that is in force.
+    While armed, the module (not the shared configuration) names our function as its attention. A module looks its
+    function up once per run and may call it several times (a vision block: once per image), so the first call gives
+    the configuration back; every call tells the reader, and calls the attention that is in force.
     """
 
     _armed: ClassVar[dict[nn.Module, AttentionProbe]] = {}
 
     def __init__(self, attention: Any, reader: Reader):
+        if (left_over := self._armed.get(attention)) is not None:  # of a pass that was interrupted
+            left_over.disarm()
         self.attention = attention
         self.reader = reader
         self._config = attention.config
-        AttentionInterface.register(_PROBE_NAME, _probed_attention)
+        name = _FLASH_PROBE_NAME if "flash" in (self._config._attn_implementation or "") else _PROBE_NAME
+        AttentionInterface.register(name, _probed_attention)
         config = copy.copy(self._config)
-        config._attn_implementation_internal = _PROBE_NAME
+        config._attn_implementation_internal = name
         attention.config = config
         self._armed[attention] = self
 
+    def give_config_back(self) -> None:
+        """Give the module its own configuration back."""
+        self.attention.config = self._config
+
     def disarm(self) -> None:
-        """Give the module its configuration back; harmless when done already."""
+        """End the reading; harmless when done already."""
         if self._armed.get(self.attention) is self:
             del self._armed[self.attention]
-            self.attention.config = self._config
+            self.give_config_back()
 
 
 def _probed_attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
     probe = AttentionProbe._armed[module]
-    probe.disarm()
-    probe.reader(query, key, attention_mask, kwargs.get("scaling") or query.shape[-1] ** -0.5)
+    probe.give_config_back()
+    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    probe.reader(AttentionInputs(query, key, attention_mask, scaling, kwargs.get("cu_seq_lens_q")))
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
     return attention(module, query, key, value, attention_mask, **kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..config import SparseVLMConfig
 from ..selection.budget import least_keep, plan_budget, plan_schedule
-from ..selection.context import BEFORE_DECODER, SelectorTraits
+from ..selection.context import BEFORE_DECODER, EVERYWHERE, TARGET_LAYERS, VISION_NEEDS, SelectorTraits
 from .request import Request, Sample
 from .view import ModelView
 
@@ -21,8 +21,8 @@ Grid = tuple[int, int, int]
 PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-def visual_mask(view: ModelView, inputs: Mapping[str, Any]) -> Tensor | None:
-    """Which tokens of the forward stand for image or video features, or ``None`` if it brings none.
+def visual_masks(view: ModelView, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Which tokens of the forward stand for image or video features, per kind that it brings.
 
     Only a forward that brings pixels (or features computed from them) has visual tokens: a model can generate the
     placeholder ids itself.
@@ -35,7 +35,8 @@ def visual_mask(view: ModelView, inputs: Mapping[str, Any]) -> Tensor | None:
 
     Returns
     -------
-    Tensor of shape (batch, q_len), bool, or None
+    dict of Tensor of shape (batch, q_len), bool
+        By ``"image"``, ``"video"``.
 
     Raises
     ------
@@ -44,11 +45,9 @@ def visual_mask(view: ModelView, inputs: Mapping[str, Any]) -> Tensor | None:
     """
     encoded = inputs.get("mm_encoder_outputs") or {}
     brought = [kind for kind, name in PIXELS.items() if inputs.get(name) is not None or encoded.get(kind) is not None]
-    if not brought:
-        return None
     ids = {"image": view.image_token_id, "video": view.video_token_id}
     input_ids = inputs.get("input_ids")
-    mask = None
+    masks = {}
     for kind in brought:
         if input_ids is not None:
             found = input_ids == ids[kind]
@@ -61,8 +60,8 @@ def visual_mask(view: ModelView, inputs: Mapping[str, Any]) -> Tensor | None:
                 f"the inputs bring {kind} features but no {kind} token (id {ids[kind]}) to put them in. Build the "
                 "prompt with the processor, e.g. processor.apply_chat_template, so that it holds the placeholders."
             )
-        mask = found if mask is None else mask | found
-    return mask
+        masks[kind] = found
+    return masks
 
 
 def visual_grids(view: ModelView, inputs: Mapping[str, Any], input_ids: Tensor | None) -> list[list[Grid]]:
@@ -131,6 +130,11 @@ def make_samples(
         Token ids with which the chat template closes a prompt.
     n_drafted : int
         Tokens at the end that are guesses of assisted decoding, not prompt; they never vote.
+
+    Raises
+    ------
+    ValueError
+        If a prompt ends in a visual token: the row that predicts the next token must not be dropped.
     """
     q_len = mask.shape[1]
     valid = torch.ones(mask.shape, dtype=torch.bool)
@@ -151,13 +155,17 @@ def make_samples(
         if ids is not None:
             text = _without_template(text, ids[b], template_suffix)
             text = text[~torch.isin(ids[b][text], special)]
-        if text.numel() == 0:
-            prompt = valid[b].nonzero().squeeze(-1)
-            text = prompt[prompt < prompt_end][-1:]
+        last = valid[b, :prompt_end].nonzero().squeeze(-1)[-1:]
+        if visual.numel() and int(visual[-1]) == int(last):
+            raise ValueError(
+                f"sample {b} ends in a visual token, whose row has to predict the next token and cannot be judged. End "
+                "the prompt in text: a chat template closes an image with <|vision_end|>."
+            )
         sample = Sample(
             visual=visual,
             other=other,
-            text=text,
+            text=text if text.numel() else last,
+            last=last,
             alive=torch.arange(visual.shape[0]),
             tail=_tail_length(visual, other, q_len),
             grids=tuple(grids[b]) if grids else (),
@@ -220,7 +228,8 @@ def per_sample_budgets(keep: Any, batch: int, input_ids: Tensor | None) -> list[
 
 
 def resolved_target_layers(view: ModelView, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:
-    """Target layers in force: the given ones, every 4th from layer 2, or -1 for a selector before the decoder.
+    """Target layers in force: the given ones or every 4th from layer 2; for a selector before the decoder -1, alone or
+    in front of them.
 
     Raises
     ------
@@ -228,11 +237,11 @@ def resolved_target_layers(view: ModelView, config: SparseVLMConfig, traits: Sel
         If a layer is out of range, or the budget cannot hold on these layers.
     """
     n_layers = view.n_layers
+    if traits.placement != TARGET_LAYERS and config.keep is None and isinstance(config.schedule, (str, type(None))):
+        raise ValueError(f"selector {traits.name!r} runs before the decoder, where no rank is known: set keep.")
     if traits.placement == BEFORE_DECODER:
         if config.target_layers is not None:
             raise ValueError(f"selector {traits.name!r} runs before the decoder: leave target_layers unset.")
-        if config.keep is None and config.schedule is None:
-            raise ValueError(f"selector {traits.name!r} runs before the decoder, where no rank is known: set keep.")
         return (-1,)
     layers = tuple(config.target_layers) if config.target_layers is not None else tuple(range(2, n_layers - 1, 4))
     if not layers:
@@ -245,7 +254,21 @@ def resolved_target_layers(view: ModelView, config: SparseVLMConfig, traits: Sel
             f"target_layers {outside} are out of range: {view.name} has {n_layers} decoder layers, and tokens can be "
             f"dropped after layers 0..{n_layers - 2}."
         )
-    return layers
+    return (-1, *layers) if traits.placement == EVERYWHERE else layers
+
+
+def check_needs(view: ModelView, traits: SelectorTraits) -> None:
+    """Refuse a selector that asks for what the model does not have.
+
+    Raises
+    ------
+    NotImplementedError
+    """
+    if traits.needs & VISION_NEEDS and not view.vision_attentions:
+        raise NotImplementedError(
+            f"selector {traits.name!r} needs {', '.join(sorted(traits.needs & VISION_NEEDS))}, which is read in blocks "
+            f"with full attention, and the vision tower of this {view.name} has none. Choose another selector."
+        )
 
 
 def check_budget(view: ModelView, config: SparseVLMConfig, target_layers: tuple[int, ...]) -> None:
@@ -257,7 +280,10 @@ def check_budget(view: ModelView, config: SparseVLMConfig, target_layers: tuple[
         With the feasible range.
     """
     if not isinstance(config.schedule, (str, type(None))) and len(config.schedule) != len(target_layers):
-        raise ValueError(f"schedule has {len(config.schedule)} counts for {len(target_layers)} target layers.")
+        raise ValueError(
+            f"schedule has {len(config.schedule)} counts for {len(target_layers)} target layers {target_layers} "
+            "(-1 is before the decoder)."
+        )
     budgets = config.keep if isinstance(config.keep, tuple) else (config.keep,)
     dense = least_keep(target_layers, view.n_layers)
     for keep in budgets:

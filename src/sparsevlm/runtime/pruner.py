@@ -2,70 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..selection.context import Selection, SelectionContext
+from ..selection.context import Selection
 from ..selection.decide import decide
-from ..selection.raters import attention_raters, embedding_raters
 from ..selection.recycle import merge_hidden_states
-from ..selection.scoring import text_to_visual_attention
 from .cache import DEAD, SlotTable, adopt
 from .clock import Mark
+from .forward import Forward
 from .masks import pruned_mask
-from .probe import AttentionProbe
+from .reading import context_of, raters_of, read_target_layer
 from .request import Request, Sample, StageRecord, stack_rows
 from .view import ModelView
-
-
-@dataclass
-class Forward:
-    """State of one pass through the decoder; gone when the pass ends.
-
-    Attributes
-    ----------
-    request : Request or None
-        Set while this pass may prune.
-    appended : dict
-        Tokens that each table of the cache had counted when the pass began: its first layer moves it along early.
-    tables : dict
-        Slot table of this pass's current stage by the table that the layers had before.
-    memo : dict
-        Masks and rotary tables that the layers of a stage share.
-    rows_dead : bool
-        Whether ``request.rows`` holds fillers.
-    probe : AttentionProbe or None
-        Armed while a target layer runs.
-    text_attention, previous : list of Tensor
-        Per sample, what was read at the target layer that has just run.
-    """
-
-    cache: Cache | None
-    request: Request | None = None
-    appended: dict[SlotTable, int] = field(default_factory=dict)
-    tables: dict[SlotTable | None, SlotTable] = field(default_factory=dict)
-    memo: dict[Any, Any] = field(default_factory=dict)
-    rows_dead: bool = False
-    probe: AttentionProbe | None = None
-    text_attention: list[Tensor] = field(default_factory=list)
-    previous: list[Tensor] = field(default_factory=list)
-
-    def note_tables(self) -> None:
-        """Remember how far every table of the cache has come."""
-        for layer in () if self.cache is None else self.cache.layers:
-            table = getattr(layer, "table", None)
-            if table is not None:
-                self.appended[table] = table.appended
-
-    def table_of(self, layer_idx: int) -> SlotTable | None:
-        """Slot table of a cache layer, if it has one."""
-        if self.cache is None or layer_idx >= len(self.cache.layers):
-            return None
-        return getattr(self.cache.layers[layer_idx], "table", None)
 
 
 def before_layer(
@@ -77,6 +29,7 @@ def before_layer(
     and keys if the layer is itself a target.
     """
     request = forward.request
+    forward.disarm()
     if layer_idx == 0:
         forward.note_tables()
     if request is not None:
@@ -89,7 +42,7 @@ def before_layer(
         for sample in request.samples:
             sample.layer_tokens.append(sample.alive.shape[0])
         if layer_idx in request.target_layers and not request.keeps_all(layer_idx):
-            _read_attention(view, forward, request, layer_idx, hidden_states)
+            read_target_layer(view, forward, request, layer_idx, hidden_states)
     return hidden_states, kwargs
 
 
@@ -160,50 +113,13 @@ def _placed_table(forward: Forward, cache: Cache, layer_idx: int, rows: Tensor, 
     return forward.tables[before]
 
 
-def _read_attention(view: ModelView, forward: Forward, request: Request, layer_idx: int, hidden: Tensor) -> None:
-    if "previous_hidden_states" in request.traits.needs:
-        forward.previous = [
-            hidden[b, request.local_rows(b, sample.positions)] for b, sample in enumerate(request.samples)
-        ]
-    if "rater_attention" not in request.traits.needs and all(sample.plan for sample in request.samples):
-        return
-    table, offset = forward.table_of(layer_idx), request.past_len
-    if table is not None:  # slots of this layer before this pass
-        placed = table not in forward.appended
-        offset = table.positions.shape[1] + (-hidden.shape[1] if placed else forward.appended[table])
-
-    @torch.no_grad()
-    def read(query: Tensor, key: Tensor, mask: Any, scaling: float) -> None:
-        forward.text_attention = [
-            _sample_attention(request, b, offset, query, key, mask, scaling) for b in range(query.shape[0])
-        ]
-
-    forward.probe = AttentionProbe(view.attentions[layer_idx], read)
-
-
-def _sample_attention(
-    request: Request, b: int, offset: int, query: Tensor, key: Tensor, mask: Any, scaling: float
-) -> Tensor:
-    sample = request.samples[b]
-    text_rows = request.local_rows(b, sample.text)
-    visual_rows = request.local_rows(b, sample.positions)
-    row_mask = key_mask = None
-    if isinstance(mask, Tensor) and mask.ndim == 4:
-        row_mask = mask[min(b, mask.shape[0] - 1), 0][text_rows]
-    elif isinstance(mask, Tensor):
-        key_mask = torch.nn.functional.pad(mask[b].bool(), (0, key.shape[2] - mask.shape[1]))
-    return text_to_visual_attention(
-        query[b][:, text_rows], key[b], visual_rows + offset, text_rows + offset, scaling, row_mask, key_mask
-    )
-
-
 def _prune(forward: Forward, request: Request, target: int, hidden_states: Tensor) -> Tensor:
     """Decide for every sample what goes on, and gather it."""
     begin = Mark.now(hidden_states.device)
     selections: list[Selection | None] = []
     for b, sample in enumerate(request.samples):
         selections.append(_decide(forward, request, b, sample, target, hidden_states))
-    forward.text_attention, forward.previous = [], []
+    forward.forget_layer()
     if any(selection is not None for selection in selections):
         hidden_states = _gather(forward, request, selections, hidden_states)
     request.clock.add("pruning", begin, Mark.now(hidden_states.device))
@@ -213,35 +129,17 @@ def _prune(forward: Forward, request: Request, target: int, hidden_states: Tenso
 def _decide(
     forward: Forward, request: Request, b: int, sample: Sample, target: int, hidden: Tensor
 ) -> Selection | None:
-    n_in, positions = sample.alive.shape[0], sample.positions
+    n_in = sample.alive.shape[0]
     if n_in == 0:
         sample.stages.append(StageRecord(target, 0, None, "no image or video in this sample"))
         return None
-    needs, raters = request.traits.needs, None
-    attention = forward.text_attention[b] if forward.text_attention else None
-    if attention is not None:
-        mask = _rater_mask(request, b, attention)
-        attention, raters = attention[mask], sample.text[mask]
-    features = None if request.features is None else request.features[b].to(hidden.device)
-    coordinates = request.coordinates
-    context = SelectionContext(
-        layer=target,
-        sample=b,
-        config=request.config,
-        hidden_states=hidden[b, request.local_rows(b, positions)],
-        coordinates=positions.expand(3, -1)
-        if coordinates is None
-        else coordinates[:, b].to(hidden.device)[:, positions],
-        indices=sample.alive,
-        features=features[positions] if features is not None and "features" in needs else None,
-        text_features=features[sample.text] if features is not None and "text_features" in needs else None,
-        rater_attention=attention,
-        previous_hidden_states=forward.previous[b] if forward.previous else None,
-    )
+    rater_mask = raters_of(forward, request, b)
+    context = context_of(forward, request, b, target, hidden, rater_mask)
     n_keep = None
     if sample.plan is not None:
         n_keep = sample.plan.counts[request.target_layers.index(target)]
     decision = decide(context, request.selector, request.traits, n_keep)
+    raters = None if rater_mask is None else sample.text[rater_mask]
     record = StageRecord(target, n_in, decision.rank, decision.skipped_because, raters)
     record.kept = sample.alive
     if decision.selection is not None:
@@ -250,17 +148,6 @@ def _decide(
             record.recycled = sample.alive[decision.selection.recycled_idx]
     sample.stages.append(record)
     return decision.selection
-
-
-def _rater_mask(request: Request, b: int, attention: Tensor) -> Tensor:
-    if request.config.raters == "attention":
-        return attention_raters(attention)
-    sample = request.samples[b]
-    if sample.embedding_raters is None:
-        assert request.features is not None
-        features = request.features[b].to(attention.device)
-        sample.embedding_raters = embedding_raters(features[sample.visual], features[sample.text])
-    return sample.embedding_raters.to(attention.device)
 
 
 def _gather(forward: Forward, request: Request, selections: list[Selection | None], hidden_states: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ class Sample:
         Positions of all other tokens that are no padding.
     text : Tensor of shape (n_text,), int64
         Positions that may vote.
+    last : Tensor of shape (1,), int64
+        Position of the prompt's last token (guesses of assisted decoding are none of it).
     alive : Tensor of shape (n_alive,), int64
         Indices into ``visual`` of what is left.
     tail : int
@@ -40,6 +42,7 @@ class Sample:
     visual: Tensor
     other: Tensor
     text: Tensor
+    last: Tensor
     alive: Tensor
     tail: int
     grids: tuple[tuple[int, int, int], ...] = ()
@@ -55,7 +58,7 @@ class Sample:
 
     def to(self, device: torch.device) -> None:
         """Follow the hidden states to another device."""
-        for name in ("visual", "other", "text", "alive"):
+        for name in ("visual", "other", "text", "last", "alive"):
             setattr(self, name, getattr(self, name).to(device))
 
 
@@ -153,6 +156,11 @@ class Request:
             or (sample.plan is not None and sample.plan.counts[stage] >= sample.alive.shape[0])
             for sample in self.samples
         )
+
+    @property
+    def drops_nothing(self) -> bool:
+        """Whether the budgets are known to drop nothing at all."""
+        return all(self.keeps_all(target) for target in self.target_layers)
 
     def local_rows(self, sample_idx: int, positions: Tensor) -> Tensor:
         """Where tokens of the given positions stand among the rows that are left."""

@@ -8,19 +8,23 @@ import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..config import SparseVLMConfig
 from ..report import Report
-from ..selection.context import Selector, SelectorTraits
+from ..selection.context import VISION_NEEDS, Selector, SelectorTraits
+from ..selection.overrides import effective_config
 from ..selection.selectors import make_selector
 from . import prompt
 from .cache import check_cache
 from .clock import Mark
 from .costs import cache_bytes, static_note
-from .pruner import Forward, before_layer
+from .forward import Forward
+from .pruner import before_layer
 from .recorder import make_report
+from .refusals import check_call, check_mode, check_packing, check_prefill
 from .request import Request
 from .view import ModelView
 from .vision import VisionWatch, bound_arguments
@@ -51,7 +55,7 @@ class SparseVLMState:
         self._request: Request | None = None
         self._report: tuple[Any, Report] | None = None
         self._logits_to_keep = 0
-        self._vision = VisionWatch()
+        self._vision = VisionWatch(view, self._needs)
         self._begin: Mark | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -121,7 +125,7 @@ class SparseVLMState:
         add(view.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(view.base_model.register_forward_hook(self._after_base, always_call=True))
         add(view.vision_tower.register_forward_pre_hook(self._vision.before, with_kwargs=True))
-        add(view.vision_tower.register_forward_hook(self._vision.after))
+        add(view.vision_tower.register_forward_hook(self._vision.after, always_call=True))
         add(view.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
         for layer_idx, layer in enumerate(view.layers):
             hook = _LayerHook(self, layer_idx)
@@ -139,39 +143,32 @@ class SparseVLMState:
         self.view.base_model.__dict__.pop(STATE_ATTRIBUTE, None)
         self.view.model.__dict__.pop("_valid_auto_compile_criteria", None)
         self._end_forward()
+        self._vision.release()
 
     def _active(self) -> SparseVLMConfig:
         return self._overrides[-1] if self._overrides else self.config
 
-    def _resolve(self, config: SparseVLMConfig) -> tuple[Selector, SelectorTraits, tuple[int, ...]]:
-        """Selector and target layers of a configuration, all checks made."""
+    def _needs(self) -> frozenset[str]:
+        return SelectorTraits.of(make_selector(self._active())).needs
+
+    def _resolve(self, config: SparseVLMConfig) -> tuple[SparseVLMConfig, Selector, SelectorTraits, tuple[int, ...]]:
+        """Options in force under the selector, itself, and target layers of a configuration, all checks made."""
         selector = make_selector(config)
+        config = effective_config(config, selector)
         traits = SelectorTraits.of(selector)
+        prompt.check_needs(self.view, traits)
         layers = prompt.resolved_target_layers(self.view, config, traits)
         prompt.check_budget(self.view, config, layers)
-        return selector, traits, layers
+        return config, selector, traits, layers
 
     def _refuse_compilation(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
-        if generation_config.prefill_chunk_size is not None:
-            raise NotImplementedError(
-                "prefill_chunk_size splits a prompt into parts that cannot be judged one by one. Unset it, or remove "
-                "SparseVLM for this request with remove_sparsevlm(model)."
-            )
+        check_prefill(generation_config)
         return False
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = bound_arguments(module, args, kwargs)
-        if inputs.get("labels") is not None:
-            raise NotImplementedError(
-                "labels= needs a loss over the whole sequence, of which pruning leaves a part. Compute the loss "
-                "after remove_sparsevlm(model)."
-            )
+        check_call(inputs)
         keep = inputs.get("logits_to_keep")
-        if isinstance(keep, Tensor) and any(inputs.get(name) is not None for name in prompt.PIXELS.values()):
-            raise NotImplementedError(
-                "logits_to_keep as a tensor names rows of the whole sequence, of which pruning leaves a part. Pass an "
-                "int, or take the rows by state.report.logit_positions."
-            )
         self._logits_to_keep = keep if isinstance(keep, int) else 0
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -179,14 +176,15 @@ class SparseVLMState:
         logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
         cache = inputs.get("past_key_values")
         self._end_forward()
-        self._check_mode()
+        check_mode(self.view)
         self._vision.begin_pass(inputs)
-        mask = prompt.visual_mask(self.view, inputs)
+        masks = prompt.visual_masks(self.view, inputs)
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self._begin = Mark.now(ids.device)
-        if mask is None:
+        if not masks:
             self._begin_dense(cache, ids, inputs.get("attention_mask"))
             return
+        mask = torch.stack(list(masks.values())).any(dim=0)
         request = self._new_request(cache, mask.shape[0], mask.shape[1])
         request.logits_to_keep = logits_to_keep
         # Assisted decoding appends guesses to the prompt and asks for their logits and the one before them.
@@ -196,9 +194,9 @@ class SparseVLMState:
         prompt.plan_samples(self.view, request, inputs.get("input_ids"))
         self._warn(request)
         request.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in request.samples]
-        if cache is not None and not all(request.keeps_all(target) for target in request.target_layers):
+        if cache is not None and not request.drops_nothing:
             check_cache(cache, self.view.n_layers)
-        self._forward = Forward(cache, request)
+        self._forward = Forward(cache, request, masks)
 
     def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
         """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
@@ -214,8 +212,7 @@ class SparseVLMState:
             request.n_valid = attention_mask[:, -ids.shape[1] :].sum(dim=-1).tolist()
 
     def _new_request(self, cache: Any, batch: int, q_len: int) -> Request:
-        config = self._active()
-        selector, traits, layers = self._resolve(config)
+        config, selector, traits, layers = self._resolve(self._active())
         past_len = 0 if cache is None else int(cache.get_seq_length())
         self._request = Request(config, selector, traits, layers, q_len, past_len, batch)
         self._request.cache = None if cache is None else weakref.ref(cache)
@@ -232,26 +229,17 @@ class SparseVLMState:
             if sample.plan is not None and sample.plan.clamped:
                 prompt.warn_once(self._warned, "budget", sample.plan.clamped + " (said once; see the reports).")
 
-    def _check_mode(self) -> None:
-        if self.view.text_model.training and getattr(self.view.text_model, "gradient_checkpointing", False):
-            raise NotImplementedError(
-                "gradient checkpointing runs layers a second time, outside of the pass that chose the tokens. Call "
-                "model.gradient_checkpointing_disable(), or train after remove_sparsevlm(model)."
-            )
-        name = self.view.attn_implementation
-        if "flex" in name or name.startswith("paged"):
-            raise NotImplementedError(
-                f"attention {name!r} is not supported under SparseVLM. Call "
-                "model.set_attn_implementation('sdpa') (or 'eager', 'flash_attention_2')."
-            )
-
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        request = self._forward.request if self._forward is not None else None
-        if request is None:
+        forward = self._forward
+        request = forward.request if forward is not None else None
+        if forward is None or request is None:
             return
+        if request.traits.needs & VISION_NEEDS and not request.drops_nothing:
+            visual = [sample.visual for sample in request.samples]
+            forward.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 3:
-            _refuse_packing(positions, kwargs.get("attention_mask"))
+            check_packing(positions, kwargs.get("attention_mask"))
             request.coordinates = positions[-3:].expand(3, *positions.shape[1:])
         if {"features", "text_features"} & request.traits.needs or request.config.raters == "embedding":
             request.features = kwargs["inputs_embeds"]
@@ -264,10 +252,11 @@ class SparseVLMState:
             request.clock.add("decode" if request.decode_steps else "prefill", self._begin, Mark.now(device))
             if not request.decode_steps:
                 self._finish_prefill(forward, request)
+        self._vision.end_pass(comes_again=forward is not None and forward.cache is None)
         self._end_forward()
 
     def _finish_prefill(self, forward: Forward, request: Request) -> None:
-        self._vision.hand_over(request.clock)
+        self._vision.book(request.clock)
         if forward.cache is not None:
             request.cache = weakref.ref(forward.cache)
             layers = forward.cache.layers[: self.view.n_layers]
@@ -277,12 +266,11 @@ class SparseVLMState:
 
     def _end_forward(self) -> None:
         """Drop what belongs to one pass; after an exception as well."""
-        if self._forward is not None:
-            if self._forward.probe is not None:
-                self._forward.probe.disarm()
-            if self._forward.request is not None:
-                self._forward.request.features = None
-            self._forward = None
+        forward, self._forward = self._forward, None
+        if forward is not None:
+            forward.disarm()
+            if forward.request is not None:
+                forward.request.features = None
 
 
 class _LayerHook:
@@ -313,15 +301,3 @@ def _in_assisted_decoding() -> bool:
             return True
         frame = frame.f_back  # type: ignore[assignment]
     return False
-
-
-def _refuse_packing(positions: Tensor, attention_mask: Any) -> None:
-    """Several sequences packed into one row would be torn apart by pruning."""
-    text = positions[0]
-    if positions.shape[0] != 4 or text.shape[0] != 1 or isinstance(attention_mask, Tensor):
-        return
-    if bool((text.diff(dim=-1) != 1).any()):
-        raise NotImplementedError(
-            "packed sequences (position_ids that start again within a row) are not supported under SparseVLM; "
-            "pass them as a batch with an attention_mask."
-        )

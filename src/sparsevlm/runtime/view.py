@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,12 @@ class ModelView:
     attentions : tuple of nn.Module
         The attention module of each layer, which looks its function up under ``self.config._attn_implementation``.
     vision_tower : nn.Module
+    vision_attentions : tuple of nn.Module
+        Attention modules of the tower's blocks in which all patches of an image (or frame) see each other, in order;
+        each looks its function up as those of ``attentions`` do.
+    vision_order : callable, optional
+        From patch grids (t, h, w) to the index, in reading order, of each visual token in the order in which the tower
+        works; ``None``: it works in reading order.
     image_token_id, video_token_id : int
     special_token_ids : frozenset of int
         Tokens that never vote.
@@ -40,6 +46,8 @@ class ModelView:
     layers: nn.ModuleList
     attentions: tuple[Any, ...]
     vision_tower: nn.Module
+    vision_attentions: tuple[Any, ...]
+    vision_order: Callable[[Tensor], Tensor] | None
     image_token_id: int
     video_token_id: int
     special_token_ids: frozenset[int]

@@ -1,66 +1,143 @@
-"""Watches the vision tower: when it ran, and over which grids."""
+"""Watches the vision tower: when it ran, over which grids, and what a selector wants to know of it."""
 
 from __future__ import annotations
 
 import inspect
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..selection.context import VISION_NEEDS, SelectorTraits
 from .clock import Clock, Mark
-
-_KINDS = ("image", "video")
+from .prompt import PIXELS
+from .view import ModelView
+from .vision_probe import VisionProbe, VisionRows, hand_out
 
 
 @dataclass
 class VisionCall:
-    """One run of the vision tower: when, and over which patch grids (t, h, w)."""
+    """One run of the vision tower: when, over which patch grids (t, h, w), and what was read."""
 
     begin: Mark
-    grid_thw: Tensor | None
+    grid_thw: Tensor
     end: Mark | None = None
+    rows: VisionRows | None = None
 
 
 class VisionWatch:
-    """Hooks of the vision tower. Newer transformers run it before the forward pass and keep the grids to themselves."""
+    """Hooks of the vision tower.
 
-    def __init__(self) -> None:
-        self._calls: deque[VisionCall] = deque(maxlen=len(_KINDS))  # a request has one for images, one for videos
+    Older transformers run it inside of a pass; newer ones before it, where they keep the grids to themselves and hand
+    the pass the encoding. So a run is remembered as long as its encoding lives, and known by it.
+
+    Parameters
+    ----------
+    view : ModelView
+    needs : callable
+        Tells what the selector in force needs.
+    """
+
+    def __init__(self, view: ModelView, needs: Callable[[], frozenset[str]]) -> None:
+        self._view = view
+        self._needs = needs
+        self._running: tuple[VisionCall, VisionProbe | None] | None = None
+        self._runs = WeakTensorKeyDictionary()
+        self._expected: list[str] = []
+        self._ours: dict[str, VisionCall] = {}
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
+        self._stop_reading()
         grid_thw = bound_arguments(module, args, kwargs).get("grid_thw")
-        self._calls.append(VisionCall(Mark.now(next(module.parameters()).device), grid_thw))
+        if grid_thw is None:  # the tower itself refuses this
+            return
+        call = VisionCall(Mark.now(next(module.parameters()).device), grid_thw)
+        needs, probe = self._needs() & VISION_NEEDS, None
+        if needs:
+            order = None if self._view.vision_order is None else self._view.vision_order(grid_thw)
+            probe = VisionProbe(self._view, needs, order)
+        self._running = (call, probe)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Forward hook."""
-        if self._calls:
-            self._calls[-1].end = Mark.now(next(module.parameters()).device)
+        """Forward hook, to be called after an exception as well."""
+        running = self._running
+        self._stop_reading()
+        if running is None or output is None:
+            return
+        call, probe = running
+        call.end = Mark.now(next(module.parameters()).device)
+        call.rows = None if probe is None else probe.rows()
+        self._runs[output[0]] = call
+        if self._expected:
+            self._ours[self._expected.pop(0)] = call
+
+    def _stop_reading(self) -> None:
+        if self._running is not None and self._running[1] is not None:
+            self._running[1].disarm()
+        self._running = None
+
+    def release(self) -> None:
+        """Leave the tower as it was, after an interruption as well, and forget everything."""
+        self._stop_reading()
+        self._runs.clear()
+        self._expected, self._ours = [], {}
 
     def begin_pass(self, inputs: Mapping[str, Any]) -> None:
-        """Forget runs that are not of the pass that begins."""
-        encoded = inputs.get("mm_encoder_outputs") or {}
-        n_ours = sum(encoded.get(kind) is not None for kind in _KINDS)
-        while len(self._calls) > n_ours:
-            self._calls.popleft()
+        """Find the runs that gave the pass its encodings, and expect those that it will make itself."""
+        self._ours = {}
+        self._expected = [kind for kind, name in PIXELS.items() if inputs.get(name) is not None]
+        for kind, encoding in (inputs.get("mm_encoder_outputs") or {}).items():
+            hidden_states = getattr(encoding, "last_hidden_state", None)
+            if hidden_states is not None and hidden_states in self._runs:
+                self._ours[kind] = self._runs[hidden_states]
 
-    def grids(self, inputs: Mapping[str, Any]) -> dict[str, Tensor | None]:
-        """Grids of features that were computed before this pass, where the inputs do not name them."""
-        encoded = inputs.get("mm_encoder_outputs") or {}
-        kinds = [kind for kind in _KINDS if encoded.get(kind) is not None]
-        if len(self._calls) != len(kinds) or any(inputs.get(f"{kind}_grid_thw") is not None for kind in kinds):
-            return {}
-        return {f"{kind}_grid_thw": call.grid_thw for kind, call in zip(kinds, self._calls, strict=True)}
+    def grids(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Grids of encodings that were made before this pass, where the inputs do not name them."""
+        names = {f"{kind}_grid_thw": call.grid_thw for kind, call in self._ours.items()}
+        return {name: grid for name, grid in names.items() if inputs.get(name) is None}
 
-    def hand_over(self, clock: Clock) -> None:
-        """Book the runs of this pass."""
-        for call in self._calls:
+    def rows(
+        self, masks: Mapping[str, Tensor], positions: Sequence[Tensor], traits: SelectorTraits
+    ) -> list[VisionRows]:
+        """What the selector needs to know of the visual tokens of every sample; see :func:`~.vision_probe.hand_out`.
+
+        Raises
+        ------
+        ValueError
+            If the tower did not run for this pass while the selector was in force.
+        """
+        needs = traits.needs & VISION_NEEDS
+        read = {}
+        for kind in masks:
+            call = self._ours.get(kind)
+            if call is None or call.rows is None or not call.rows.holds(needs):
+                raise ValueError(
+                    f"selector {traits.name!r} needs {', '.join(sorted(needs))}, but these {kind} features were given "
+                    "ready-made: the vision tower did not run for this request under this selector. Pass "
+                    f"{PIXELS[kind]} instead, or choose a selector that does not look into the vision tower."
+                )
+            read[kind] = call.rows
+        return hand_out(read, masks, positions, needs)
+
+    def book(self, clock: Clock) -> None:
+        """Book the time of the runs of this pass, once."""
+        for call in self._ours.values():
             if call.end is not None:
                 clock.add("vision", call.begin, call.end)
-        self._calls.clear()
+                call.end = None
+
+    def end_pass(self, *, comes_again: bool) -> None:
+        """Forget the runs of the pass, and what was read of them.
+
+        ``comes_again``: without a cache every step of ``generate`` brings the same encoding.
+        """
+        if not comes_again:
+            for call in self._ours.values():
+                call.rows = None
+        self._expected, self._ours = [], {}
 
 
 def bound_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:

@@ -1,45 +1,66 @@
 """Generated scenes with questions: the same code draws for training, evaluation and demos."""
 
-from .questions import QuestionBatch, ask
-from .render import cell_contents, digit_centres, object_boxes, render
-from .scene import Box, Question, Scene, draw_scene
+from .questions import QuestionBatch, ask, ask_pair
+from .render import CARD, CLUTTER, cell_contents, cell_tiles, glyph_centres, object_boxes, picture_boxes, render
+from .scene import Box, Example, Question, Scene, draw_example, draw_scene
 from .seeds import HOLDOUT_SEEDS, TRAINING_SEEDS, holdout_seeds, training_seeds
 from .specification import SceneSpec, sample_specs
 from .vocabulary import (
-    ANSWER_OFFSET,
-    ANSWER_TEXTS,
+    BOX_UNIT,
     COLOURS,
     DEFAULT_LAYOUT,
+    GLYPHS,
+    LAYOUTS,
+    MAX_GLYPHS,
+    MAX_PIECES,
+    NO_PIECE,
+    PAIR,
+    PAIR_LAYOUT,
+    PIECES,
     QUESTION_TEXTS,
     SHAPES,
+    SINGLE_TASKS,
     TASKS,
-    TEXT_OFFSET,
     Layout,
 )
 
 __all__ = [
-    "ANSWER_OFFSET",
-    "ANSWER_TEXTS",
+    "BOX_UNIT",
+    "CARD",
+    "CLUTTER",
     "COLOURS",
     "DEFAULT_LAYOUT",
+    "GLYPHS",
     "HOLDOUT_SEEDS",
+    "LAYOUTS",
+    "MAX_GLYPHS",
+    "MAX_PIECES",
+    "NO_PIECE",
+    "PAIR",
+    "PAIR_LAYOUT",
+    "PIECES",
     "QUESTION_TEXTS",
     "SHAPES",
+    "SINGLE_TASKS",
     "TASKS",
-    "TEXT_OFFSET",
     "TRAINING_SEEDS",
     "Box",
+    "Example",
     "Layout",
     "Question",
     "QuestionBatch",
     "Scene",
     "SceneSpec",
     "ask",
+    "ask_pair",
     "cell_contents",
-    "digit_centres",
+    "cell_tiles",
+    "draw_example",
     "draw_scene",
+    "glyph_centres",
     "holdout_seeds",
     "object_boxes",
+    "picture_boxes",
     "render",
     "sample_specs",
     "training_seeds",

@@ -10,19 +10,26 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from .seeds import Draws
-from .specification import N_OBJECT_SIZES, N_TEXT_SIZES
-from .vocabulary import COLOUR_RGB, DARK_INK, FONTS, SHAPES
+from .specification import N_CLUTTER, N_SHAPE_SIZES, N_TEXT_SIZES
+from .vocabulary import COLOUR_RGB, DARK_INK, FONTS, GLYPHS, MAX_GLYPHS, N_DIGITS, SHAPES
 
 FULL = 128  # a mask value of 128 is opaque: (255 * 128) still fits into int16
-SHAPE_SIDES = (56, 68, 80)
-CARD_SIDES = ((90, 50), (97, 56), (104, 62))  # width, height
-TEXT_SIZES = (30, 35, 40)
+SHAPE_SIDES = (36, 54, 74)
+TEXT_SIZES = (20, 24, 30, 38)  # digits of 15, 18, 22 and 28 pixels
 GLYPH_HEIGHT = 44
 NOISE_SIDE = 512
 
+# Tiles: shapes by kind and size, cards by text size and length, clutter.
+CARD_LENGTHS = range(N_DIGITS, MAX_GLYPHS + 1)
+FIRST_CARD = len(SHAPES) * N_SHAPE_SIZES
+FIRST_CLUTTER = FIRST_CARD + N_TEXT_SIZES * len(CARD_LENGTHS)
+N_TILES = FIRST_CLUTTER + N_CLUTTER
+
 _OVERSAMPLING = 4
-_GLYPH_WIDTH = 28
-_GLYPHS_PER_FONT_SIZE = 10
+_GLYPH_WIDTH = 32
+_MARGIN = 4
+_CLUTTER_SIDES = (60, 78, 96)
+_STROKES = 6
 
 
 @dataclass(frozen=True)
@@ -31,24 +38,24 @@ class Atlas:
 
     Attributes
     ----------
-    objects : torch.Tensor
-        int16 of shape (kinds + 1, sizes, cell, cell), values 0..FULL, centred; the last kind is the card.
-    object_extent : torch.Tensor
-        int64 of shape (kinds + 1, sizes, 2): height and width in pixels.
+    tiles : torch.Tensor
+        int16 of shape (N_TILES, cell, cell), values 0..FULL, centred.
+    extent : torch.Tensor
+        int64 of shape (N_TILES, 2): height and width in pixels.
     glyphs : torch.Tensor
-        int16 of shape (fonts, text sizes, 10, GLYPH_HEIGHT, width), values 0..FULL.
+        int16 of shape (fonts, text sizes, glyphs, GLYPH_HEIGHT, width), values 0..FULL.
     advance : torch.Tensor
-        int64 of shape (text sizes,): distance between digits.
+        int64 of shape (text sizes,): distance between glyphs.
     noise : torch.Tensor
         int16 of shape (3, NOISE_SIDE, NOISE_SIDE), values -64..63.
     colours : torch.Tensor
         int64 of shape (colours, 3).
     ink : torch.Tensor
-        int64 of shape (colours, 1): grey level of the digits on a card of that colour.
+        int64 of shape (colours, 1): grey level of the text on a card of that colour.
     """
 
-    objects: torch.Tensor
-    object_extent: torch.Tensor
+    tiles: torch.Tensor
+    extent: torch.Tensor
     glyphs: torch.Tensor
     advance: torch.Tensor
     noise: torch.Tensor
@@ -59,10 +66,10 @@ class Atlas:
 @lru_cache(maxsize=8)
 def atlas_for(cell: int, device: str) -> Atlas:
     """The atlas for a cell side in pixels, built once per device."""
-    masks, extents = _object_masks(cell)
+    tiles, extent = _tiles(cell)
     return Atlas(
-        objects=masks.to(device),
-        object_extent=extents.to(device),
+        tiles=tiles.to(device),
+        extent=extent.to(device),
         glyphs=_glyph_masks().to(device),
         advance=torch.tensor([_advance(size) for size in TEXT_SIZES], device=device),
         noise=_noise_tile().to(device),
@@ -72,7 +79,7 @@ def atlas_for(cell: int, device: str) -> Atlas:
 
 
 def _advance(text_size: int) -> int:
-    return round(0.66 * text_size)
+    return round(0.74 * text_size)
 
 
 def _to_mask(image: Image.Image) -> torch.Tensor:
@@ -80,43 +87,66 @@ def _to_mask(image: Image.Image) -> torch.Tensor:
     return (torch.from_numpy(np.asarray(image, dtype=np.int16).copy()) * FULL + 127) // 255
 
 
-def _object_masks(cell: int) -> tuple[torch.Tensor, torch.Tensor]:
-    if max(SHAPE_SIDES) + 4 > cell or max(CARD_SIDES[-1]) + 4 > cell:
-        raise ValueError(f"cells of {cell} pixels are too small for objects of up to {CARD_SIDES[-1][0]} pixels")
-    kinds = [[(side, side) for side in SHAPE_SIDES] for _ in SHAPES] + [list(CARD_SIDES)]
-    masks = torch.zeros(len(kinds), N_OBJECT_SIZES, cell, cell, dtype=torch.int16)
-    extents = torch.zeros(len(kinds), N_OBJECT_SIZES, 2, dtype=torch.int64)
-    for kind, sides in enumerate(kinds):
-        for size, (width, height) in enumerate(sides):
-            big = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING), 0)
-            _draw_object(ImageDraw.Draw(big), kind, *big.size)
-            top, left = (cell - height) // 2, (cell - width) // 2
-            small = _to_mask(big.resize((width, height), Image.Resampling.BOX))
-            masks[kind, size, top : top + height, left : left + width] = small
-            extents[kind, size] = torch.tensor([height, width])
-    return masks, extents
+def _tiles(cell: int) -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = [(side, side) for _ in SHAPES for side in SHAPE_SIDES]
+    sizes += [
+        (min(length * _advance(size) + size // 2, cell - _MARGIN), round(1.3 * size) + 8)
+        for size in TEXT_SIZES
+        for length in CARD_LENGTHS
+    ]
+    sizes += [(_CLUTTER_SIDES[kind % len(_CLUTTER_SIDES)],) * 2 for kind in range(N_CLUTTER)]
+    if max(map(max, sizes)) + _MARGIN > cell:
+        raise ValueError(f"cells of {cell} pixels are too small for objects of up to {max(map(max, sizes))} pixels")
+    tiles = torch.zeros(N_TILES, cell, cell, dtype=torch.int16)
+    for tile, (width, height) in enumerate(sizes):
+        big = Image.new("L", (width * _OVERSAMPLING, height * _OVERSAMPLING), 0)
+        _draw_tile(ImageDraw.Draw(big), tile, *big.size)
+        top, left = (cell - height) // 2, (cell - width) // 2
+        small = _to_mask(big.resize((width, height), Image.Resampling.BOX))
+        tiles[tile, top : top + height, left : left + width] = small
+    return tiles, torch.tensor([(height, width) for width, height in sizes])
 
 
-def _draw_object(draw: ImageDraw.ImageDraw, kind: int, width: int, height: int) -> None:
-    """Fill the canvas with shape number ``kind``, or with a card if there is no such shape."""
-    right, bottom, band = width - 1, height - 1, width // 5
-    if kind >= len(SHAPES):
-        draw.rounded_rectangle((0, 0, right, bottom), radius=height // 7, fill=255)
-        return
-    shape = SHAPES[kind]
-    if shape == "square":
-        inset = width // 12
-        draw.rectangle((inset, inset, right - inset, bottom - inset), fill=255)
-    elif shape in ("circle", "ring"):
-        draw.ellipse((0, 0, right, bottom), fill=255)
-        if shape == "ring":
-            draw.ellipse((band, band, right - band, bottom - band), fill=0)
-    elif shape == "cross":
-        near, far = width // 2 - band // 2 - band // 4, width // 2 + band // 2 + band // 4
-        draw.rectangle((near, 0, far, bottom), fill=255)
-        draw.rectangle((0, near, right, far), fill=255)
+def _draw_tile(draw: ImageDraw.ImageDraw, tile: int, width: int, height: int) -> None:
+    """Fill the canvas with what tile number ``tile`` shows."""
+    if tile >= FIRST_CLUTTER:
+        _draw_clutter(draw, tile - FIRST_CLUTTER, width)
+    elif tile >= FIRST_CARD:
+        draw.rounded_rectangle((0, 0, width - 1, height - 1), radius=height // 7, fill=255)
     else:
-        draw.polygon([(x * right, y * bottom) for x, y in _outline(shape)], fill=255)
+        _draw_shape(draw, SHAPES[tile // N_SHAPE_SIZES], width)
+
+
+def _draw_clutter(draw: ImageDraw.ImageDraw, kind: int, side: int) -> None:
+    """Strokes that mean nothing: lines, arcs or dots, different for every kind."""
+    draws = Draws(torch.tensor([kind]))
+    points = (draws.bits("clutter points", _STROKES, 4)[0] * side >> 32).tolist()
+    thick = side // 24
+    for x0, y0, x1, y1 in points:
+        if kind % 3 == 0:
+            draw.line((x0, y0, x1, y1), fill=255, width=thick)
+        elif kind % 3 == 1:
+            box = (min(x0, x1), min(y0, y1), max(x0, x1) + thick, max(y0, y1) + thick)
+            draw.arc(box, start=x0 % 360, end=x0 % 360 + 200, fill=255, width=thick)
+        else:
+            draw.ellipse((x0 - thick, y0 - thick, x0 + thick, y0 + thick), fill=255)
+
+
+def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, side: int) -> None:
+    last, band = side - 1, side // 5
+    if shape == "square":
+        inset = side // 12
+        draw.rectangle((inset, inset, last - inset, last - inset), fill=255)
+    elif shape in ("circle", "ring"):
+        draw.ellipse((0, 0, last, last), fill=255)
+        if shape == "ring":
+            draw.ellipse((band, band, last - band, last - band), fill=0)
+    elif shape == "cross":
+        near, far = side // 2 - band // 2 - band // 4, side // 2 + band // 2 + band // 4
+        draw.rectangle((near, 0, far, last), fill=255)
+        draw.rectangle((0, near, last, far), fill=255)
+    else:
+        draw.polygon([(x * last, y * last) for x, y in _outline(shape)], fill=255)
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
@@ -136,17 +166,17 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 def _glyph_masks() -> torch.Tensor:
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    glyphs = torch.zeros(len(FONTS), N_TEXT_SIZES, _GLYPHS_PER_FONT_SIZE, GLYPH_HEIGHT, _GLYPH_WIDTH, dtype=torch.int16)
+    glyphs = torch.zeros(len(FONTS), N_TEXT_SIZES, len(GLYPHS), GLYPH_HEIGHT, _GLYPH_WIDTH, dtype=torch.int16)
     for font_id, name in enumerate(FONTS):
         for size_id, size in enumerate(TEXT_SIZES):
             # Basic layout: the same glyph placement whether or not Pillow was built with Raqm.
             font = ImageFont.truetype(str(folder / name), size, layout_engine=ImageFont.Layout.BASIC)
-            for digit in range(_GLYPHS_PER_FONT_SIZE):
+            for glyph_id, glyph in enumerate(GLYPHS):
                 canvas = Image.new("L", (_GLYPH_WIDTH, GLYPH_HEIGHT), 0)
-                left, top, right, bottom = font.getbbox(str(digit))
+                left, top, right, bottom = font.getbbox(glyph)
                 x, y = (_advance(size) - (right - left)) // 2 - left, (GLYPH_HEIGHT - (bottom - top)) // 2 - top
-                ImageDraw.Draw(canvas).text((x, y), str(digit), font=font, fill=255)
-                glyphs[font_id, size_id, digit] = _to_mask(canvas)
+                ImageDraw.Draw(canvas).text((x, y), glyph, font=font, fill=255)
+                glyphs[font_id, size_id, glyph_id] = _to_mask(canvas)
     return glyphs
 
 

@@ -2,11 +2,11 @@
 
 import torch
 
-from .atlas import FULL, GLYPH_HEIGHT, NOISE_SIDE, Atlas, atlas_for
-from .specification import SceneSpec
-from .vocabulary import N_DIGITS, SHAPES
+from .atlas import CARD_LENGTHS, FIRST_CARD, FIRST_CLUTTER, FULL, GLYPH_HEIGHT, NOISE_SIDE, Atlas, atlas_for
+from .specification import N_SHAPE_SIZES, NOTHING, SceneSpec
+from .vocabulary import MAX_GLYPHS, NO_PIECE, SHAPES
 
-_CARD = len(SHAPES)
+CARD, CLUTTER = len(SHAPES), len(SHAPES) + 1  # kinds after those of the shapes
 
 
 def render(spec: SceneSpec) -> torch.Tensor:
@@ -17,20 +17,26 @@ def render(spec: SceneSpec) -> torch.Tensor:
     torch.Tensor
         uint8 of shape (batch, 3, height, width) on the device of ``spec``.
     """
-    layout, atlas = spec.layout, atlas_for(spec.layout.cell, str(spec.seeds.device))
+    layout, atlas = spec.layout, _atlas(spec)
     kinds, colours = cell_contents(spec)
-    boxes = object_boxes(spec, kinds)
-    masks = _object_pixels(spec, atlas, kinds, boxes)
+    tiles = cell_tiles(spec, kinds)
+    boxes = object_boxes(spec, tiles)
+    cover = _tile_pixels(spec, atlas, tiles, boxes)
     text = _text_pixels(spec, atlas, boxes)
-    paint = atlas.colours[colours] + spec.colour_jitter
+    is_clutter = (kinds == CLUTTER)[..., None]
+    paint = torch.where(is_clutter, spec.clutter_grey, atlas.colours[colours]) + spec.colour_jitter
     grid = (layout.rows, layout.cols)
 
     canvas = _background(spec).unflatten(3, (layout.cols, layout.cell)).unflatten(2, (layout.rows, layout.cell))
-    for mask, colour in ((masks, paint), (text, atlas.ink[colours].expand_as(paint))):
-        cover = mask.unflatten(1, grid).permute(0, 1, 3, 2, 4)[:, None]
+    for mask, colour in ((cover, paint), (text, atlas.ink[colours].expand_as(paint))):
+        alpha = mask.unflatten(1, grid).permute(0, 1, 3, 2, 4)[:, None]
         target = colour.clamp(0, 255).to(torch.int16).unflatten(1, grid).permute(0, 3, 1, 2)[:, :, :, None, :, None]
-        canvas = canvas + (((target - canvas) * cover) >> 7)
+        canvas = canvas + (((target - canvas) * alpha) >> 7)
     return (canvas.flatten(4, 5).flatten(2, 3) + _noise(spec, atlas)).clamp(0, 255).to(torch.uint8)
+
+
+def _atlas(spec: SceneSpec) -> Atlas:
+    return atlas_for(spec.layout.cell, str(spec.device))
 
 
 def cell_contents(spec: SceneSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,37 +45,56 @@ def cell_contents(spec: SceneSpec) -> tuple[torch.Tensor, torch.Tensor]:
     Returns
     -------
     tuple of torch.Tensor
-        int64 of shape (batch, cells) each. Kind is an index into ``SHAPES``, ``len(SHAPES)`` for a card and -1 for an
-        empty cell, whose colour is 0.
+        int64 of shape (batch, cells) each. Kind is an index into ``SHAPES``, ``CARD``, ``CLUTTER``, or -1 for an empty
+        cell; the colour of cells without shape or card is 0.
     """
-    batch, cells = spec.seeds.shape[0], spec.layout.n_cells
-    kinds = torch.full((batch, cells), -1, dtype=torch.int64, device=spec.seeds.device)
+    kinds = torch.where(spec.cell_clutter == NOTHING, NOTHING, CLUTTER)
     colours = torch.zeros_like(kinds)
-    kinds.scatter_(1, spec.shape_cells, spec.shape_kinds.masked_fill(~spec.shape_valid, -1))
+    free = kinds.gather(1, spec.shape_cells)
+    kinds.scatter_(1, spec.shape_cells, torch.where(spec.shape_valid, spec.shape_kinds, free))
     colours.scatter_(1, spec.shape_cells, spec.shape_colours.masked_fill(~spec.shape_valid, 0))
-    kinds.scatter_(1, spec.card_cells, torch.full_like(spec.card_cells, _CARD))
+    kinds.scatter_(1, spec.card_cells, torch.full_like(spec.card_cells, CARD))
     colours.scatter_(1, spec.card_cells, spec.card_colours)
     return kinds, colours
 
 
-def object_boxes(spec: SceneSpec, kinds: torch.Tensor) -> torch.Tensor:
+def cell_tiles(spec: SceneSpec, kinds: torch.Tensor) -> torch.Tensor:
+    """Tile of the atlas that each cell shows, -1 for none; int64 of shape (batch, cells) like ``kinds``."""
+    tiles = torch.where(kinds == CLUTTER, FIRST_CLUTTER + spec.cell_clutter, NOTHING)
+    is_shape = (kinds >= 0) & (kinds < CARD)
+    tiles = torch.where(is_shape, kinds * N_SHAPE_SIZES + spec.cell_sizes, tiles)
+    length = (spec.card_glyphs != NO_PIECE).sum(dim=-1)
+    cards = FIRST_CARD + spec.card_text_sizes * len(CARD_LENGTHS) + length - CARD_LENGTHS.start
+    return tiles.scatter(1, spec.card_cells, cards)
+
+
+def object_boxes(spec: SceneSpec, tiles: torch.Tensor) -> torch.Tensor:
     """Object boxes inside their cells.
 
     Parameters
     ----------
-    kinds : torch.Tensor
-        int64 of shape (batch, cells), see :func:`cell_contents`; boxes of empty cells mean nothing.
+    tiles : torch.Tensor
+        From :func:`cell_tiles`; boxes of empty cells mean nothing.
 
     Returns
     -------
     torch.Tensor
         int64 of shape (batch, cells, 4): top, left, height, width in pixels from the cell's corner.
     """
-    atlas = atlas_for(spec.layout.cell, str(spec.seeds.device))
-    extent = atlas.object_extent[kinds.clamp(min=0), spec.cell_sizes]
+    extent = _atlas(spec).extent[tiles.clamp(min=0)]
     room = (spec.layout.cell - extent) // 2 - 2
     corner = (spec.layout.cell - extent) // 2 + _jitter(spec.cell_shift, room)
     return torch.cat([corner, extent], dim=-1)
+
+
+def picture_boxes(spec: SceneSpec) -> torch.Tensor:
+    """Object boxes in the picture, int64 of shape (batch, cells, 4): left, top, right, bottom in pixels."""
+    kinds, _ = cell_contents(spec)
+    top, left, height, width = object_boxes(spec, cell_tiles(spec, kinds)).unbind(-1)
+    cell = torch.arange(spec.layout.n_cells, device=spec.device)
+    top = top + cell // spec.layout.cols * spec.layout.cell
+    left = left + cell % spec.layout.cols * spec.layout.cell
+    return torch.stack([left, top, left + width, top + height], dim=-1)
 
 
 def _jitter(bits: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
@@ -77,20 +102,19 @@ def _jitter(bits: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
     return (bits * (2 * room + 1) >> 32) - room
 
 
-def _object_pixels(spec: SceneSpec, atlas: Atlas, kinds: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+def _tile_pixels(spec: SceneSpec, atlas: Atlas, tiles: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Coverage by the cell's object, int16 of shape (batch, cells, cell, cell)."""
     cell = spec.layout.cell
     shift = boxes[..., :2] - (cell - boxes[..., 2:]) // 2
-    pixel = torch.arange(cell, device=kinds.device)
+    pixel = torch.arange(cell, device=tiles.device)
     rows = (pixel - shift[..., :1]).clamp(0, cell - 1)  # the border of an atlas tile is always empty
     cols = (pixel - shift[..., 1:]).clamp(0, cell - 1)
-    tile = kinds.clamp(min=0) * atlas.objects.shape[1] + spec.cell_sizes
-    index = ((tile[..., None] * cell + rows) * cell)[..., :, None] + cols[..., None, :]
-    return atlas.objects.flatten()[index] * (kinds >= 0)[..., None, None]
+    index = ((tiles.clamp(min=0)[..., None] * cell + rows) * cell)[..., :, None] + cols[..., None, :]
+    return atlas.tiles.flatten()[index] * (tiles >= 0)[..., None, None]
 
 
-def digit_centres(spec: SceneSpec, boxes: torch.Tensor) -> torch.Tensor:
-    """Centres of the cards' digits inside their cells.
+def glyph_centres(spec: SceneSpec, boxes: torch.Tensor) -> torch.Tensor:
+    """Centres of the cards' glyphs inside their cells.
 
     Parameters
     ----------
@@ -100,34 +124,37 @@ def digit_centres(spec: SceneSpec, boxes: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        int64 of shape (batch, N_CARDS, N_DIGITS, 2): y and x in pixels from the cell's corner.
+        int64 of shape (batch, N_CARDS, MAX_GLYPHS, 2): y and x in pixels from the cell's corner; for a place without
+        a glyph, where it would be.
     """
-    corner, advance = _text_corners(spec, atlas_for(spec.layout.cell, str(spec.seeds.device)), boxes)
-    x = corner[..., 1:] + advance[..., None] * torch.arange(N_DIGITS, device=corner.device) + advance[..., None] // 2
+    corner, advance = _text_corners(spec, _atlas(spec), boxes)
+    x = corner[..., 1:] + advance[..., None] * torch.arange(MAX_GLYPHS, device=corner.device) + advance[..., None] // 2
     y = (corner[..., :1] + GLYPH_HEIGHT // 2).expand_as(x)
     return torch.stack([y, x], dim=-1)
 
 
 def _text_corners(spec: SceneSpec, atlas: Atlas, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Top left corner (batch, N_CARDS, 2) of each card's text in its cell; distance of digits (batch, N_CARDS)."""
+    """Top left corner (batch, N_CARDS, 2) of each card's text in its cell; distance of glyphs (batch, N_CARDS)."""
     box = boxes.gather(1, spec.card_cells[..., None].expand(-1, -1, 4))
     advance = atlas.advance[spec.card_text_sizes]
-    size = torch.stack([torch.full_like(advance, GLYPH_HEIGHT), N_DIGITS * advance], dim=-1)
+    length = (spec.card_glyphs != NO_PIECE).sum(dim=-1)
+    size = torch.stack([torch.full_like(advance, GLYPH_HEIGHT), length * advance], dim=-1)
     slack = box[..., 2:] - size
     return box[..., :2] + slack // 2 + _jitter(spec.text_shift, (slack // 2 - 3).clamp(min=0)), advance
 
 
 def _text_pixels(spec: SceneSpec, atlas: Atlas, boxes: torch.Tensor) -> torch.Tensor:
-    """Coverage by digits, int16 of shape (batch, cells, cell, cell)."""
+    """Coverage by text, int16 of shape (batch, cells, cell, cell)."""
     cell = spec.layout.cell
     corner, advance = _text_corners(spec, atlas, boxes)
     pixel = torch.arange(cell, device=boxes.device)
     y, x = pixel - corner[..., :1], pixel - corner[..., 1:]
     slot = torch.div(x, advance[..., None], rounding_mode="floor")
-    inside_y, inside_x = (y >= 0) & (y < GLYPH_HEIGHT), (slot >= 0) & (slot < N_DIGITS)
-    digit = spec.card_digits.gather(2, slot.clamp(0, N_DIGITS - 1))
-    glyph = (spec.card_fonts * atlas.glyphs.shape[1] + spec.card_text_sizes)[..., None] * 10 + digit
-    _, _, _, height, width = atlas.glyphs.shape
+    glyph = spec.card_glyphs.gather(2, slot.clamp(0, MAX_GLYPHS - 1))
+    inside_y = (y >= 0) & (y < GLYPH_HEIGHT)
+    inside_x = (slot >= 0) & (slot < MAX_GLYPHS) & (glyph != NO_PIECE)
+    _, n_sizes, n_glyphs, height, width = atlas.glyphs.shape
+    glyph = (spec.card_fonts * n_sizes + spec.card_text_sizes)[..., None] * n_glyphs + glyph
     index = (glyph * height * width + x - slot * advance[..., None])[..., None, :]
     index = index + y.clamp(0, height - 1)[..., :, None] * width
     index = index * inside_x[..., None, :]  # columns off the text read a pixel that is masked out below
@@ -139,7 +166,7 @@ def _text_pixels(spec: SceneSpec, atlas: Atlas, boxes: torch.Tensor) -> torch.Te
 
 def _background(spec: SceneSpec) -> torch.Tensor:
     """Linear colour gradient, int16 of shape (batch, 3, height, width)."""
-    height, width, device = spec.layout.height, spec.layout.width, spec.seeds.device
+    height, width, device = spec.layout.height, spec.layout.width, spec.device
     along_y = spec.slope_y[..., None] * (torch.arange(height, device=device) * 2 - height) // (2 * height)
     along_x = spec.slope_x[..., None] * (torch.arange(width, device=device) * 2 - width) // (2 * width)
     rows = (spec.base[..., None] + along_y).to(torch.int16)
@@ -148,7 +175,7 @@ def _background(spec: SceneSpec) -> torch.Tensor:
 
 def _noise(spec: SceneSpec, atlas: Atlas) -> torch.Tensor:
     """Pixel noise cut from the tile at the scene's offset, int16 of shape (batch, 3, height, width)."""
-    device = spec.seeds.device
+    device = spec.device
     rows = (torch.arange(spec.layout.height, device=device) + spec.noise_offset[:, :1]) % NOISE_SIDE
     cols = (torch.arange(spec.layout.width, device=device) + spec.noise_offset[:, 1:]) % NOISE_SIDE
     tile = atlas.noise[:, rows[:, :, None], cols[:, None, :]].transpose(0, 1)

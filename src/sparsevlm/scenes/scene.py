@@ -1,14 +1,25 @@
-"""One scene as an image with questions, for people and for demos."""
+"""Scenes as images with questions, for people, demos and evaluation."""
 
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
-from .questions import QuestionBatch, ask
-from .render import cell_contents, object_boxes, render
+from .questions import QuestionBatch, ask, ask_pair
+from .render import picture_boxes, render
 from .specification import SceneSpec, sample_specs
-from .vocabulary import ANSWER_TEXTS, DEFAULT_LAYOUT, QUESTION_TEXTS, TASKS, Layout
+from .vocabulary import (
+    DEFAULT_LAYOUT,
+    LAYOUTS,
+    NO_PIECE,
+    PAIR,
+    PAIR_LAYOUT,
+    PIECES,
+    QUESTION_TEXTS,
+    SINGLE_TASKS,
+    TASKS,
+    Layout,
+)
 
 Box = tuple[int, int, int, int]
 
@@ -36,7 +47,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn scene: RGB image, one question per task, and the seed that made both."""
+    """A drawn scene: RGB image, one question per task about a single picture, and the seed that made both."""
 
     image: Image.Image
     questions: tuple[Question, ...]
@@ -53,7 +64,16 @@ class Scene:
         for question in self.questions:
             if question.task == task:
                 return question
-        raise ValueError(f"no question of task {task!r}; tasks are {', '.join(TASKS)}")
+        raise ValueError(f"no question of task {task!r}; tasks are {', '.join(SINGLE_TASKS)}")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question with the picture, or the two pictures, that it is about."""
+
+    images: tuple[Image.Image, ...]
+    question: str
+    answer: str
 
 
 def draw_scene(seed: int, layout: Layout = DEFAULT_LAYOUT) -> Scene:
@@ -63,39 +83,75 @@ def draw_scene(seed: int, layout: Layout = DEFAULT_LAYOUT) -> Scene:
     ----------
     seed : int
         In [0, 2**48). Seeds below one million are never used in training.
+    layout : Layout
+        Grid of the picture.
 
     Raises
     ------
     ValueError
         If the seed is out of range.
     """
+    spec = sample_specs(_checked_seed(seed), layout)
+    questions = ask(spec, torch.arange(len(SINGLE_TASKS))[None])
+    return Scene(_image(spec), _describe(spec, questions), seed)
+
+
+def draw_example(task: str, seed: int, layout: str = "square") -> Example:
+    """Draw the picture of a seed (two for ``"pair"``) and ask the task's question.
+
+    Parameters
+    ----------
+    task : str
+        One of ``TASKS``.
+    seed : int
+        In [0, 2**48). Seeds below one million are never used in training.
+    layout : str
+        A name of ``LAYOUTS``; pairs have a layout of their own.
+
+    Raises
+    ------
+    ValueError
+        If task, seed or layout do not exist.
+    """
+    if task not in TASKS:
+        raise ValueError(f"no task {task!r}; tasks are {', '.join(TASKS)}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"no layout {layout!r}; layouts are {', '.join(LAYOUTS)}")
+    seeds = _checked_seed(seed)
+    if task == PAIR:
+        specs = [sample_specs(seeds, PAIR_LAYOUT, picture) for picture in range(2)]
+        questions = ask_pair(specs[0], specs[1], 1)
+    else:
+        specs = [sample_specs(seeds, LAYOUTS[layout])]
+        questions = ask(specs[0], torch.tensor([[TASKS.index(task)]]))
+    text = QUESTION_TEXTS[int(questions.text_ids[0, 0])]
+    return Example(tuple(_image(spec) for spec in specs), text, _answer(questions, 0))
+
+
+def _checked_seed(seed: int) -> torch.Tensor:
     if not 0 <= seed < 2**48:
         raise ValueError(f"seed must lie in [0, 2**48), got {seed}")
-    spec = sample_specs(torch.tensor([seed]), layout)
-    questions = ask(spec, torch.arange(len(TASKS))[None])
-    pixels = render(spec)[0].permute(1, 2, 0).numpy()
-    return Scene(Image.fromarray(pixels, "RGB"), _describe(spec, questions), seed)
+    return torch.tensor([seed])
+
+
+def _image(spec: SceneSpec) -> Image.Image:
+    return Image.fromarray(render(spec)[0].permute(1, 2, 0).numpy(), "RGB")
+
+
+def _answer(questions: QuestionBatch, column: int) -> str:
+    pieces = questions.pieces[0, column].tolist()
+    return "".join(PIECES[piece] for piece in pieces if piece != NO_PIECE)
 
 
 def _describe(spec: SceneSpec, questions: QuestionBatch) -> tuple[Question, ...]:
     """Questions of the first scene in words and pixels."""
-    kinds, _ = cell_contents(spec)
-    boxes = object_boxes(spec, kinds)[0].tolist()
-    described = []
-    for column, task in enumerate(questions.tasks[0].tolist()):
-        cells = questions.cells[0, column].nonzero().flatten().tolist()
-        described.append(
-            Question(
-                task=TASKS[task],
-                text=QUESTION_TEXTS[int(questions.text_ids[0, column])],
-                answer=ANSWER_TEXTS[int(questions.answer_ids[0, column])],
-                box=tuple(_pixel_box(boxes[cell], cell, spec.layout) for cell in cells),
-            )
+    boxes = picture_boxes(spec)[0].tolist()
+    return tuple(
+        Question(
+            task=task,
+            text=QUESTION_TEXTS[int(questions.text_ids[0, column])],
+            answer=_answer(questions, column),
+            box=tuple(tuple(boxes[cell]) for cell in questions.cells[0, column].nonzero().flatten().tolist()),
         )
-    return tuple(described)
-
-
-def _pixel_box(box: list[int], cell: int, layout: Layout) -> Box:
-    top, left, height, width = box
-    top, left = top + cell // layout.cols * layout.cell, left + cell % layout.cols * layout.cell
-    return left, top, left + width, top + height
+        for column, task in enumerate(SINGLE_TASKS)
+    )

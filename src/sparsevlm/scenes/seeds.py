@@ -62,10 +62,14 @@ class Draws:
     ----------
     seeds : torch.Tensor
         int64 of shape (batch,), each in [0, 2**48).
+    picture : int
+        Unlike streams for several pictures of one seed.
     """
 
-    def __init__(self, seeds: torch.Tensor):
+    def __init__(self, seeds: torch.Tensor, picture: int = 0):
         self._state = _mix(_mix((seeds & _MASK) ^ 0x5BD1E995) ^ (seeds >> 32))
+        if picture:
+            self._state = _mix(self._state ^ picture * 0x1B873593)
 
     def bits(self, stream: str, *shape: int) -> torch.Tensor:
         """Raw 32-bit values, int64 of shape (batch, *shape)."""

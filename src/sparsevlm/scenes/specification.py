@@ -1,6 +1,7 @@
 """What each scene of a batch contains, sampled from its seed."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -9,21 +10,31 @@ from .vocabulary import (
     COLOURS,
     DEFAULT_LAYOUT,
     FONTS,
+    GLYPHS,
+    MAX_GLYPHS,
     MAX_SHAPES,
     MIN_SHAPES,
     N_CARDS,
     N_DIGITS,
+    N_NUMBER_CARDS,
+    N_WORD_CARDS,
+    NO_PIECE,
     SHAPES,
+    WORDS,
     Layout,
 )
 
-N_OBJECT_SIZES = 3
-N_TEXT_SIZES = 3
+N_SHAPE_SIZES = 3
+N_TEXT_SIZES = 4
+N_WORD_SIZES = 3  # the largest size has no room for four letters
+N_CLUTTER = 12
+NOTHING = -1
 
 _COLOUR_JITTER = 14
 _BASE_RANGE = (55, 160)
 _TINT = 18
 _SLOPE = 45
+_CLUTTER_IN_TEN = 6
 
 
 @dataclass(frozen=True)
@@ -34,25 +45,28 @@ class SceneSpec:
     ----------
     layout : Layout
         The grid, common to the batch.
-    seeds : torch.Tensor
-        Shape (batch,).
+    draws : Draws
+        Random numbers of the scenes, for the questions.
     card_cells, card_colours, card_fonts, card_text_sizes : torch.Tensor
-        Shape (batch, N_CARDS): cell index, colour index, font index, text size index.
-    card_digits : torch.Tensor
-        Shape (batch, N_CARDS, N_DIGITS), most significant first; the first digit is never 0.
+        Shape (batch, N_CARDS): cell index, colour index, font index, text size index. The first N_NUMBER_CARDS cards
+        carry numbers, the others words; where a card lies has nothing to do with its slot.
+    card_glyphs : torch.Tensor
+        Shape (batch, N_CARDS, MAX_GLYPHS): indices into ``GLYPHS``, padded with -1. Numbers do not begin with 0.
     shape_cells, shape_colours, shape_kinds : torch.Tensor
         Shape (batch, MAX_SHAPES); only slots with ``shape_valid`` are drawn.
     repeated_colour : torch.Tensor
-        Shape (batch,): the shape colour that may occur up to MAX_SHAPES times.
+        Shape (batch,): the shape colour that may occur up to MAX_SHAPES - 1 times.
     shape_valid : torch.Tensor
         bool of shape (batch, MAX_SHAPES). Slot 0 is valid and its kind is unlike all others of its scene.
-    cell_sizes : torch.Tensor
-        Shape (batch, cells): object size index.
+    cell_sizes, cell_clutter : torch.Tensor
+        Shape (batch, cells): size index of a shape; kind of clutter in a cell without an object, or -1.
     cell_shift, text_shift : torch.Tensor
         Shape (batch, cells, 2) and (batch, N_CARDS, 2): 32-bit draws for the (y, x) jitter, scaled by the
         room that is left when the object's size is known.
     colour_jitter : torch.Tensor
         Shape (batch, cells, 3): added to the object's RGB.
+    clutter_grey : torch.Tensor
+        Shape (batch, cells, 1): grey level of clutter.
     base, slope_y, slope_x : torch.Tensor
         Shape (batch, 3): background RGB and its change over the whole height and width.
     noise_offset : torch.Tensor
@@ -62,29 +76,41 @@ class SceneSpec:
     """
 
     layout: Layout
-    seeds: torch.Tensor
+    draws: Draws
     card_cells: torch.Tensor
     card_colours: torch.Tensor
     card_fonts: torch.Tensor
     card_text_sizes: torch.Tensor
-    card_digits: torch.Tensor
+    card_glyphs: torch.Tensor
     shape_cells: torch.Tensor
     shape_colours: torch.Tensor
     shape_kinds: torch.Tensor
     shape_valid: torch.Tensor
     repeated_colour: torch.Tensor
     cell_sizes: torch.Tensor
+    cell_clutter: torch.Tensor
     cell_shift: torch.Tensor
     text_shift: torch.Tensor
     colour_jitter: torch.Tensor
+    clutter_grey: torch.Tensor
     base: torch.Tensor
     slope_y: torch.Tensor
     slope_x: torch.Tensor
     noise_offset: torch.Tensor
     noise_level: torch.Tensor
 
+    @property
+    def batch(self) -> int:
+        """Number of scenes."""
+        return self.card_cells.shape[0]
 
-def sample_specs(seeds: torch.Tensor, layout: Layout = DEFAULT_LAYOUT) -> SceneSpec:
+    @property
+    def device(self) -> torch.device:
+        """Device of all tensors."""
+        return self.card_cells.device
+
+
+def sample_specs(seeds: torch.Tensor, layout: Layout = DEFAULT_LAYOUT, picture: int = 0) -> SceneSpec:
     """Sample the scenes of the given seeds on the seeds' device.
 
     Parameters
@@ -93,6 +119,8 @@ def sample_specs(seeds: torch.Tensor, layout: Layout = DEFAULT_LAYOUT) -> SceneS
         int64 of shape (batch,).
     layout : Layout
         Grid to place the objects on; needs at least ``N_CARDS + MAX_SHAPES`` cells.
+    picture : int
+        Which of several unlike pictures of a seed.
 
     Raises
     ------
@@ -101,36 +129,72 @@ def sample_specs(seeds: torch.Tensor, layout: Layout = DEFAULT_LAYOUT) -> SceneS
     """
     if layout.n_cells < N_CARDS + MAX_SHAPES:
         raise ValueError(f"a layout needs at least {N_CARDS + MAX_SHAPES} cells, got {layout.rows}x{layout.cols}")
-    draws, cells = Draws(seeds), layout.n_cells
+    draws, cells = Draws(seeds, picture), layout.n_cells
     places = draws.permutation("cells", cells)
-    digits = draws.integers("digits", 0, 10, N_CARDS, N_DIGITS)
-    digits[:, :, 0] = draws.integers("first digit", 1, 10, N_CARDS)
     repeated = draws.integers("repeated colour", 0, len(COLOURS), 1)
     shape_colours, shape_valid = _sample_shape_colours(draws, repeated)
     level = draws.integers("base", *_BASE_RANGE, 1)
+    clutter = draws.integers("clutter kind", 0, N_CLUTTER, cells)
+    some = draws.integers("clutter", 0, 10, cells) < _CLUTTER_IN_TEN
     return SceneSpec(
         layout=layout,
-        seeds=seeds,
+        draws=draws,
         card_cells=places[:, :N_CARDS],
         card_colours=draws.permutation("card colours", len(COLOURS))[:, :N_CARDS],
         card_fonts=draws.integers("fonts", 0, len(FONTS), N_CARDS),
-        card_text_sizes=draws.integers("text sizes", 0, N_TEXT_SIZES, N_CARDS),
-        card_digits=digits,
+        card_text_sizes=torch.cat(
+            [
+                draws.integers("number sizes", 0, N_TEXT_SIZES, N_NUMBER_CARDS),
+                draws.integers("word sizes", 0, N_WORD_SIZES, N_WORD_CARDS),
+            ],
+            dim=1,
+        ),
+        card_glyphs=_sample_glyphs(draws),
         shape_cells=places[:, N_CARDS : N_CARDS + MAX_SHAPES],
         shape_colours=shape_colours,
         shape_kinds=_sample_shape_kinds(draws),
         shape_valid=shape_valid,
         repeated_colour=repeated[:, 0],
-        cell_sizes=draws.integers("sizes", 0, N_OBJECT_SIZES, cells),
+        cell_sizes=draws.integers("sizes", 0, N_SHAPE_SIZES, cells),
+        cell_clutter=torch.where(some, clutter, NOTHING),
         cell_shift=draws.bits("cell shift", cells, 2),
         text_shift=draws.bits("text shift", N_CARDS, 2),
         colour_jitter=draws.integers("colour jitter", -_COLOUR_JITTER, _COLOUR_JITTER + 1, cells, 3),
+        clutter_grey=draws.integers("clutter grey", 20, 236, cells, 1),
         base=level + draws.integers("tint", -_TINT, _TINT + 1, 3),
         slope_y=draws.integers("slope y", -_SLOPE, _SLOPE + 1, 3),
         slope_x=draws.integers("slope x", -_SLOPE, _SLOPE + 1, 3),
         noise_offset=draws.bits("noise offset", 2),
         noise_level=draws.integers("noise level", 6, 25),
     )
+
+
+def card_numbers(spec: SceneSpec) -> torch.Tensor:
+    """Values of the number cards, int64 of shape (batch, N_NUMBER_CARDS)."""
+    digits = spec.card_glyphs[:, :N_NUMBER_CARDS, :N_DIGITS]
+    value = torch.zeros_like(digits[..., 0])
+    for position in range(N_DIGITS):
+        value = value * 10 + digits[..., position]
+    return value
+
+
+def _sample_glyphs(draws: Draws) -> torch.Tensor:
+    """Text of the cards, (batch, N_CARDS, MAX_GLYPHS); the numbers of a scene differ."""
+    least, count = 10 ** (N_DIGITS - 1), 9 * 10 ** (N_DIGITS - 1)
+    value = draws.integers("number", 0, count, 1)
+    apart = draws.integers("other numbers", 1, count, N_NUMBER_CARDS - 1)
+    values = least + torch.cat([value, (value + apart) % count], dim=1)
+    digits = torch.stack([values // 10**place % 10 for place in reversed(range(N_DIGITS))], dim=-1)
+    digits = torch.nn.functional.pad(digits, (0, MAX_GLYPHS - N_DIGITS), value=NO_PIECE)
+    word = draws.integers("word", 0, len(WORDS), N_WORD_CARDS)
+    return torch.cat([digits, _word_table(str(value.device))[word]], dim=1)
+
+
+@lru_cache(maxsize=8)
+def _word_table(device: str) -> torch.Tensor:
+    """Glyphs of ``WORDS``, (words, MAX_GLYPHS); made once, as no table may come from the host within a CUDA graph."""
+    rows = [[GLYPHS.index(letter) for letter in word] + [NO_PIECE] * (MAX_GLYPHS - len(word)) for word in WORDS]
+    return torch.tensor(rows, device=device)
 
 
 def _sample_shape_kinds(draws: Draws) -> torch.Tensor:
@@ -143,11 +207,12 @@ def _sample_shape_kinds(draws: Draws) -> torch.Tensor:
 def _sample_shape_colours(draws: Draws, repeated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Colours and validity, both (batch, MAX_SHAPES).
 
-    The repeated colour, (batch, 1), is taken by 1..MAX_SHAPES shapes with equal chance, so that counts are balanced;
-    the other shapes take other colours.
+    The repeated colour, (batch, 1), is taken by 1..MAX_SHAPES - 1 shapes, more often by few, so that it is no good
+    guess; the other shapes, at least one, take other colours.
     """
-    times = draws.integers("times", 1, MAX_SHAPES + 1, 1)
-    low = times.clamp(min=MIN_SHAPES)
+    tenth = draws.integers("times", 0, 10, 1)
+    times = 1 + (tenth >= 3).long() + (tenth >= 5) + (tenth >= 7) + (tenth >= 9)
+    low = (times + 1).clamp(min=MIN_SHAPES)
     n_shapes = low + draws.integers("shapes", 0, MAX_SHAPES + 1 - low, 1)
     valid = torch.arange(MAX_SHAPES, device=times.device) < n_shapes
     keys = draws.order_keys("repeated slots", MAX_SHAPES)

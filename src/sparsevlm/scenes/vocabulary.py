@@ -13,14 +13,28 @@ COLOUR_RGB = (
     (60, 205, 225),
     (246, 140, 196),
 )
-DARK_INK = (False, False, False, True, False, True, True, True)  # which card colours carry dark digits
+DARK_INK = (False, False, False, True, False, True, True, True)  # which card colours carry dark text
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross", "diamond", "heart")
 HALVES = ("left", "right", "top", "bottom")
+PICTURES = ("first", "second")
 
-N_CARDS = 3
+DIGITS = "0123456789"
+LETTERS = "ACEHKLNPRSTU"
+GLYPHS = DIGITS + LETTERS
+# Only of LETTERS, which no number can be mistaken for.
+WORDS = (
+    *("CAT", "HAT", "RAT", "CAP", "TAP", "CUP", "PEN", "HEN", "TEN", "NET", "SUN", "RUN", "NUT", "HUT", "CAR", "EAR"),
+    *("TEA", "SEA", "LAKE", "CAKE", "PARK", "NEST", "REST", "SEAT", "HEAT", "SALT", "NECK", "TREE", "PLAN", "RACK"),
+    *("TUNA", "LUCK"),
+)
+
+N_NUMBER_CARDS = 2
+N_WORD_CARDS = 1
+N_CARDS = N_NUMBER_CARDS + N_WORD_CARDS
 N_DIGITS = 3
-MIN_SHAPES = 3
+MAX_GLYPHS = 4
+MIN_SHAPES = 4
 MAX_SHAPES = 6
 
 # Files of matplotlib's own font folder, so that no font has to be installed or shipped.
@@ -33,7 +47,11 @@ FONTS = (
     "DejaVuSans-Oblique.ttf",
 )
 
-TASKS = ("number", "colour", "exist", "count", "half")
+PAIR = "pair"
+SINGLE_TASKS = ("number", "word", "colour", "exist", "count", "half", "compare", "list", "box")
+TASKS = (*SINGLE_TASKS, PAIR)
+
+BOX_UNIT = 14  # pixels: boxes are told in patches, which do not depend on the size of the picture
 
 
 @dataclass(frozen=True)
@@ -69,56 +87,92 @@ class Layout:
 
 
 DEFAULT_LAYOUT = Layout()
+PAIR_LAYOUT = Layout(rows=3, cols=4)
+# Visual tokens: 256, 240, 240, 512, 1024.
+LAYOUTS: dict[str, Layout] = {
+    "square": DEFAULT_LAYOUT,
+    "wide": Layout(rows=3, cols=5),
+    "tall": Layout(rows=5, cols=3),
+    "panorama": Layout(rows=4, cols=8),
+    "huge": Layout(rows=8, cols=8),
+}
 
 
 def _with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-_WORDINGS: dict[str, tuple[str, ...]] = {
-    "number": (
-        "What number is on the {colour} card?",
-        "Which number does the {colour} card show?",
-        "Read the number on the {colour} card.",
+def _texts(wordings: tuple[str, ...], arguments: list[dict[str, str]]) -> tuple[tuple[str, ...], ...]:
+    """Texts of a task by wording and argument."""
+    return tuple(tuple(wording.format(**argument) for argument in arguments) for wording in wordings)
+
+
+_BY_COLOUR = [{"colour": colour} for colour in COLOURS]
+# By task, wording and argument; what an argument stands for is said beside the askers in questions.py.
+_TEXTS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "number": _texts(
+        (
+            "What number is on the {colour} card?",
+            "Which number does the {colour} card show?",
+            "Read the number on the {colour} card.",
+        ),
+        _BY_COLOUR,
     ),
-    "colour": ("What colour is the {shape}?", "Which colour does the {shape} have?"),
-    "exist": ("Is there {a_colour} {shape}?", "Does the picture show {a_colour} {shape}?"),
-    "count": ("How many {colour} shapes are there?", "Count the {colour} shapes."),
-    "half": ("Is the {colour} card in the {first} or the {second} half?",),
+    "word": _texts(("What word is on the {colour} card?", "Read the word on the {colour} card."), _BY_COLOUR),
+    "colour": _texts(
+        ("What colour is the {shape}?", "Which colour does the {shape} have?"), [{"shape": shape} for shape in SHAPES]
+    ),
+    "exist": _texts(
+        ("Is there {thing}?", "Does the picture show {thing}?"),
+        [{"thing": f"{_with_article(colour)} {shape}"} for colour in COLOURS for shape in SHAPES],
+    ),
+    "count": _texts(("How many {colour} shapes are there?", "Count the {colour} shapes."), _BY_COLOUR),
+    "half": _texts(
+        ("Is the {colour} card in the {sides} half?",),
+        [{"colour": colour, "sides": sides} for colour in COLOURS for sides in ("left or right", "top or bottom")],
+    ),
+    "compare": _texts(
+        ("Which card shows the larger number, {one} or {other}?", "Is the number on {one} or on {other} larger?"),
+        [{"one": one, "other": other} for one in COLOURS for other in COLOURS],
+    ),
+    "list": _texts(("Read all cards.", "List all cards."), [{}]),
+    "box": _texts(
+        ("Where is the {thing}?", "Give the box of the {thing}."),
+        [{"thing": thing} for thing in (*(f"{colour} card" for colour in COLOURS), *SHAPES)],
+    ),
+    PAIR: _texts(
+        ("{question}",),
+        [
+            *(
+                {"question": f"What number is on the {colour} card in the {picture} picture?"}
+                for colour in COLOURS
+                for picture in PICTURES
+            ),
+            *({"question": f"Which picture shows the {colour} card?"} for colour in COLOURS),
+        ],
+    ),
 }
 
-
-def _texts_of(task: str) -> list[str]:
-    """All texts of a task: wording slowest, then colour, then shape or direction."""
-    uses_shape, uses_half = task in ("colour", "exist"), task == "half"
-    colours = ("",) if task == "colour" else COLOURS
-    tails = SHAPES if uses_shape else ("across", "along") if uses_half else ("",)
-    return [
-        wording.format(
-            colour=colour,
-            a_colour=_with_article(colour) if colour else "",
-            shape=tail,
-            first=HALVES[0] if tail == "across" else HALVES[2],
-            second=HALVES[1] if tail == "across" else HALVES[3],
-        )
-        for wording in _WORDINGS[task]
-        for colour in colours
-        for tail in tails
-    ]
-
-
-N_WORDINGS = {task: len(_WORDINGS[task]) for task in TASKS}
-
-QUESTION_TEXTS: tuple[str, ...] = tuple(text for task in TASKS for text in _texts_of(task))
-TEXT_OFFSET = {task: sum(len(_texts_of(earlier)) for earlier in TASKS[:i]) for i, task in enumerate(TASKS)}
-
-_FIRST_NUMBER = 10 ** (N_DIGITS - 1)
-_ANSWER_GROUPS: dict[str, tuple[str, ...]] = {
-    "number": tuple(str(number) for number in range(_FIRST_NUMBER, 10**N_DIGITS)),
-    "colour": COLOURS,
-    "exist": ("no", "yes"),
-    "count": tuple(str(count) for count in range(MAX_SHAPES + 1)),
-    "half": HALVES,
+N_WORDINGS = {task: len(_TEXTS[task]) for task in TASKS}
+N_ARGUMENTS = {task: len(_TEXTS[task][0]) for task in TASKS}
+QUESTION_TEXTS: tuple[str, ...] = tuple(text for task in TASKS for texts in _TEXTS[task] for text in texts)
+TEXT_OFFSET = {
+    task: sum(N_WORDINGS[earlier] * N_ARGUMENTS[earlier] for earlier in TASKS[:i]) for i, task in enumerate(TASKS)
 }
-ANSWER_TEXTS: tuple[str, ...] = tuple(text for task in TASKS for text in _ANSWER_GROUPS[task])
-ANSWER_OFFSET = {task: sum(len(_ANSWER_GROUPS[earlier]) for earlier in TASKS[:i]) for i, task in enumerate(TASKS)}
+
+# An answer is a row of pieces; each is one token of the bundled tokenizer.
+SPACE, COMMA = " ", ","
+PIECES: tuple[str, ...] = (
+    *GLYPHS,
+    SPACE,
+    COMMA,
+    *COLOURS,
+    *(SPACE + colour for colour in COLOURS),
+    "no",
+    "yes",
+    *HALVES,
+    *PICTURES,
+)
+PIECE_ID = {piece: i for i, piece in enumerate(PIECES)}
+NO_PIECE = -1
+MAX_PIECES = N_CARDS * (2 + MAX_GLYPHS) + N_CARDS - 1  # a list of all cards

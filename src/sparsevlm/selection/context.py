@@ -12,8 +12,12 @@ from ..config import SCHEDULES, SparseVLMConfig
 
 BEFORE_DECODER = "before_decoder"
 TARGET_LAYERS = "target_layers"
-PLACEMENTS = (BEFORE_DECODER, TARGET_LAYERS)
-NEEDS = ("features", "text_features", "rater_attention", "previous_hidden_states")
+EVERYWHERE = "both"
+PLACEMENTS = (BEFORE_DECODER, TARGET_LAYERS, EVERYWHERE)
+VISION_NEEDS = frozenset({"vision_attention", "vision_keys"})
+# What only a decoder layer has.
+_LATE_NEEDS = frozenset({"rater_attention", "last_attention", "previous_hidden_states"})
+NEEDS = ("features", "text_features", *sorted(VISION_NEEDS), *sorted(_LATE_NEEDS))
 
 
 @dataclass(frozen=True)
@@ -38,9 +42,17 @@ class SelectionContext:
     text_features : Tensor of shape (n_text, hidden_size), optional
         Input embeddings of the text rows that may vote.
     rater_attention : Tensor of shape (n_raters, n_visual), float32, optional
-        Post-softmax attention of the raters, mean over heads.
+        Post-softmax attention of the raters, mean over heads (over those that ``config.heads`` names). ``None`` before
+        the decoder.
+    last_attention : Tensor of shape (n_visual,), float32, optional
+        Post-softmax attention of the last token of the prompt, mean over all heads. ``None`` before the decoder.
+    vision_attention : Tensor of shape (2, n_visual), float32, optional
+        Attention that each token receives in the vision tower: mean over heads and over all queries of its image or
+        frame, summed over its merged patches. Row 0: the middle one of the blocks with full attention, row 1: the last.
+    vision_keys : Tensor of shape (n_visual, head_dim), float32, optional
+        Rotated keys of the vision tower's last block with full attention, mean over heads and merged patches.
     previous_hidden_states : Tensor of shape (n_visual, hidden_size), optional
-        Visual rows of the target layer's input.
+        Visual rows of the target layer's input. ``None`` before the decoder.
     n_clusters : int, optional
         How many of the kept rows have to be clusters of dropped ones; ``None`` leaves it to the selector. Only given
         to selectors that declare ``recycles``.
@@ -55,6 +67,9 @@ class SelectionContext:
     features: Tensor | None = None
     text_features: Tensor | None = None
     rater_attention: Tensor | None = None
+    last_attention: Tensor | None = None
+    vision_attention: Tensor | None = None
+    vision_keys: Tensor | None = None
     previous_hidden_states: Tensor | None = None
     n_clusters: int | None = None
 
@@ -91,8 +106,9 @@ class Selection:
 @runtime_checkable
 class Selector(Protocol):
     """A selection method. Optional attributes and their defaults: ``name`` (the class name), ``placement``
-    (``"target_layers"``), ``needs`` (``()``, out of :data:`NEEDS`), ``default_schedule`` (``"geometric"``),
-    ``recycles`` (``False``)."""
+    (``"target_layers"``, out of :data:`PLACEMENTS`), ``needs`` (``()``, out of :data:`NEEDS`), ``default_schedule``
+    (``"geometric"``), ``recycles`` (``False``), ``draws`` (``False``: whether the choice depends on ``config.seed``),
+    ``overrides`` (``{}``, see :func:`~sparsevlm.selection.overrides.effective_config`)."""
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
         """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""
@@ -131,7 +147,7 @@ class SelectorTraits:
                 f"selector {name!r} needs {', '.join(sorted(unknown))}, which is not provided; "
                 f"provided are {', '.join(NEEDS)}."
             )
-        if placement == BEFORE_DECODER and (late := needs & {"rater_attention", "previous_hidden_states"}):
+        if placement == BEFORE_DECODER and (late := needs & _LATE_NEEDS):
             missing = ", ".join(sorted(late))
             raise ValueError(f"selector {name!r} runs before the decoder, where {missing} do not exist.")
         schedule = getattr(selector, "default_schedule", "geometric")

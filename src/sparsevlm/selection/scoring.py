@@ -1,12 +1,16 @@
-"""Attention of text rows to visual tokens, and the top-k that every score-based selector uses."""
+"""Attention to visual tokens, from text rows and within the vision tower, and the top-k of score-based selectors."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 # Upper bound of the elements of one (heads, rows, keys) float32 block: 64 Mi elements = 256 MiB.
 _MAX_BLOCK_ELEMENTS = 1 << 26
+# Heads that the authors' code (v2.0) takes for visual ones: 14 of the 32 of LLaVA's decoder.
+_VISUAL_HEADS, _OF_HEADS = 14, 32
 
 
 def text_to_visual_attention(
@@ -17,6 +21,7 @@ def text_to_visual_attention(
     scaling: float,
     mask: Tensor | None = None,
     key_mask: Tensor | None = None,
+    n_top_heads: int | None = None,
 ) -> Tensor:
     """Head-mean attention of text rows to visual keys, without any L×L matrix.
 
@@ -40,15 +45,46 @@ def text_to_visual_attention(
         Boolean (True: visible) or additive; replaces causality.
     key_mask : Tensor of shape (kv_len,), bool, optional
         Keys that are alive, joined with causality.
+    n_top_heads : int, optional
+        Average only over this many heads: those with the largest ``Σ_ij P_hij``, ties to the lower one. Costs a second
+        pass over the chunks. ``None``: all heads.
 
     Returns
     -------
     Tensor of shape (n_rows, n_visual), float32
     """
     n_heads, n_rows, _ = query.shape
+    given = (query, key, visual_idx, row_limit, scaling, mask, key_mask)
+    heads: slice | Tensor = slice(None)
+    if n_top_heads is not None:
+        mass = query.new_zeros(n_heads, dtype=torch.float32)
+        for _, block in _visual_blocks(*given):
+            mass += block.sum(dim=(1, 2))
+        heads = top_k(mass, n_top_heads)
+    out = query.new_empty((n_rows, visual_idx.shape[0]), dtype=torch.float32)
+    for rows, block in _visual_blocks(*given):
+        out[rows] = block[heads].mean(dim=0)
+    return out
+
+
+def visual_head_count(n_heads: int) -> int:
+    """Heads of a layer that ``heads="visual"`` averages over: 14 of 32, at least one."""
+    return max(1, round(n_heads * _VISUAL_HEADS / _OF_HEADS))
+
+
+def _visual_blocks(
+    query: Tensor,
+    key: Tensor,
+    visual_idx: Tensor,
+    row_limit: Tensor,
+    scaling: float,
+    mask: Tensor | None,
+    key_mask: Tensor | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Attention per head, (heads, n_chunk_rows, n_visual), of one chunk of rows after the other."""
+    n_heads, n_rows, _ = query.shape
     n_kv_heads, kv_len, _ = key.shape
     groups = n_heads // n_kv_heads
-    out = query.new_empty((n_rows, visual_idx.shape[0]), dtype=torch.float32)
     chunk = max(1, _MAX_BLOCK_ELEMENTS // max(1, n_heads * kv_len))
     key_t = key.float().transpose(-1, -2)
     columns = torch.arange(kv_len, device=key.device)
@@ -66,8 +102,33 @@ def text_to_visual_attention(
                 hidden = hidden | ~key_mask
             logits = logits.masked_fill_(hidden, -torch.inf)
         lse = torch.logsumexp(logits, dim=-1, keepdim=True)
-        out[rows] = torch.exp(logits[..., visual_idx] - lse).mean(dim=0)
-    return out
+        block = torch.exp(logits[..., visual_idx] - lse)
+        del logits  # the next chunk's are as large
+        yield rows, block
+
+
+def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention that each token of an unmasked sequence receives, without the matrix of all pairs.
+
+    ``a_j = mean_h mean_i softmax_j(q_hi · k_hj · scaling)``, row-chunked; the a_j sum to 1.
+
+    Parameters
+    ----------
+    query, key : Tensor of shape (heads, n_tokens, head_dim)
+    scaling : float
+
+    Returns
+    -------
+    Tensor of shape (n_tokens,), float32
+    """
+    n_heads, n_tokens, _ = query.shape
+    total = query.new_zeros(n_tokens, dtype=torch.float32)
+    chunk = max(1, _MAX_BLOCK_ELEMENTS // max(1, n_heads * n_tokens))
+    key_t = key.float().transpose(-1, -2)
+    for start in range(0, n_tokens, chunk):
+        logits = torch.matmul(query[:, start : start + chunk].float() * scaling, key_t)
+        total += torch.softmax(logits, dim=-1).sum(dim=(0, 1))
+    return total / (n_heads * n_tokens)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

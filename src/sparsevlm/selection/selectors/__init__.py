@@ -7,12 +7,34 @@ from typing import Any
 
 from ...config import SparseVLMConfig
 from ..context import Selector
+from .cdpruner import CDPrunerSelector
+from .divprune import DivPruneSelector
+from .fastv import FastVSelector
 from .grid import GridSelector
+from .hiprune import HiPruneSelector
+from .mmtok import MMTokSelector
+from .pyramiddrop import PyramidDropSelector
 from .random import RandomSelector
-from .sparsevlm import SparseVLMSelector
+from .scope import ScopeSelector
+from .sparsevlm import SparseVLMPaperSelector, SparseVLMSelector, SparseVLMv2Selector
+from .tome import ToMeSelector
+from .v2drop import V2DropSelector
+from .visionzip import VisionZipSelector
 
 SELECTORS: dict[str, Callable[[], Any]] = {
     "sparsevlm": SparseVLMSelector,
+    "sparsevlm-paper": SparseVLMPaperSelector,
+    "sparsevlm-v2": SparseVLMv2Selector,
+    "fastv": FastVSelector,
+    "pyramiddrop": PyramidDropSelector,
+    "v2drop": V2DropSelector,
+    "visionzip": VisionZipSelector,
+    "hiprune": HiPruneSelector,
+    "divprune": DivPruneSelector,
+    "cdpruner": CDPrunerSelector,
+    "scope": ScopeSelector,
+    "mmtok": MMTokSelector,
+    "tome": ToMeSelector,
     "random": RandomSelector,
     "grid": GridSelector,
 }

@@ -1,4 +1,4 @@
-"""Even spacing over the visual tokens: coverage without looking."""
+"""Even spacing over the visual tokens: coverage without looking. Runs at target layers."""
 
 from __future__ import annotations
 

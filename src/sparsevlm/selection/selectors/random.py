@@ -1,4 +1,4 @@
-"""Random selection: the baseline that every method has to beat."""
+"""Random selection: the baseline that every method has to beat. Runs at target layers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ class RandomSelector:
     placement = TARGET_LAYERS
     needs: frozenset[str] = frozenset()
     default_schedule = "geometric"
+    draws = True
 
     def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
         """Draw ``n_keep`` rows."""

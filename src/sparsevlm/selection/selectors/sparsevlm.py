@@ -1,6 +1,12 @@
-"""SparseVLM (Zhang et al., ICML 2025): keep what the raters look at, recycle the best of the rest."""
+"""SparseVLM: keep what the raters look at, recycle the best of the rest; and its variants.
+
+Source: Zhang et al., "SparseVLM" (ICML 2025), arXiv 2410.04417, significance of visual tokens and token recycling.
+Runs at target layers. The variants differ in options only, see each class.
+"""
 
 from __future__ import annotations
+
+from typing import Any, ClassVar
 
 import torch
 
@@ -45,3 +51,18 @@ class SparseVLMSelector:
         merge_target[kept], weight[kept] = kept, 1.0
         merge_target[members], weight[members] = target, member_weight
         return Selection(torch.cat([kept, centres]).sort().values, merge_target, weight, centres)
+
+
+class SparseVLMPaperSelector(SparseVLMSelector):
+    """With the raters of the paper: chosen once, ``r_i ≥ mean(r)`` for the embeddings' relevance r."""
+
+    name = "sparsevlm-paper"
+    overrides: ClassVar[dict[str, Any]] = {"raters": "embedding"}
+
+
+class SparseVLMv2Selector(SparseVLMSelector):
+    """As in the second version of the authors' code (SparseVLM+): scores from the heads with the most attention to
+    visual tokens, original positions, nothing recycled."""
+
+    name = "sparsevlm-v2"
+    overrides: ClassVar[dict[str, Any]] = {"heads": "visual", "recycle": False}

@@ -1,0 +1,191 @@
+"""A model that answers batches of samples under any setting."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from .. import api
+from ..inputs import load_model, load_processor
+from ..models import view_of
+from ..report import SampleReport
+from ..runtime.costs import prefill_flops
+from .downsample import shrunk
+from .model_place import locate
+from .settings import DOWNSAMPLE, EvalConfig, Setting
+from .suite import Sample
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What came of one sample.
+
+    Attributes
+    ----------
+    text : str
+    n_visual : int
+        Visual tokens in the prompt.
+    avg_tokens : float
+        Visual tokens averaged over the decoder layers' inputs.
+    tflops : float
+        Estimate for the decoder's prefill, in 10¹² FLOPs; vision tower, head and decoding excluded.
+    ms : float
+        Wall time of ``generate`` (vision tower, prefill and decoding) for the batch, divided by its size.
+    path : str
+        Which implementation pruned; ``"dense"`` where nothing did.
+    """
+
+    text: str
+    n_visual: int
+    avg_tokens: float
+    tflops: float
+    ms: float
+    path: str
+
+
+class Answerer:
+    """A loaded model with its processor.
+
+    Parameters
+    ----------
+    config : EvalConfig
+    max_new_tokens : int
+    """
+
+    def __init__(self, config: EvalConfig, max_new_tokens: int) -> None:
+        place = locate(config)
+        self.model = load_model(place.folder, dtype=place.dtype, device=place.device, attn_implementation=config.attn)
+        self.processor = load_processor(place.folder)
+        self.instruction = config.instruction
+        self.max_new_tokens = max_new_tokens
+        self._view = view_of(self.model)
+        self._flops = lru_cache(maxsize=None)(lambda tokens: prefill_flops(self._view, tokens, 0))
+        self._last_inputs: tuple[Sequence[Sample], Any] | None = None
+        self._state: Any = None
+
+    def refusal(self, setting: Setting) -> str | None:
+        """Why the model cannot run a setting, or ``None``."""
+        if setting.pruning is None:
+            return None
+        try:
+            api.apply_sparsevlm(self.model, config=setting.pruning, processor=self.processor)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            return str(error)
+        api.remove_sparsevlm(self.model)
+        return None
+
+    def answer(self, setting: Setting, samples: Sequence[Sample]) -> list[Answer]:
+        """Answer a batch greedily.
+
+        Pruning stays applied from one call to the next until a setting without it comes: run those first.
+        """
+        inputs = self._inputs(setting, samples)
+        with self._pruning(setting):
+            begin = self._now()
+            output = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
+            ms = (self._now() - begin) * 1e3 / len(samples)
+            report = None if setting.pruning is None else self._state.report
+        new = output[:, inputs["input_ids"].shape[1] :]
+        texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        image_token, lengths = self.model.config.image_token_id, inputs["attention_mask"].sum(dim=1).tolist()
+        n_visual = (inputs["input_ids"] == image_token).sum(dim=1).tolist()
+        reports: Sequence[SampleReport | None] = [None] * len(samples) if report is None else report.samples
+        answers = []
+        for text, visual, length, found in zip(texts, n_visual, lengths, reports, strict=True):
+            layer_tokens = (visual,) * self._view.n_layers if found is None else found.layer_tokens
+            tflops = self._flops(tuple(length - visual + tokens for tokens in layer_tokens)) / 1e12
+            average = sum(layer_tokens) / len(layer_tokens)
+            path = "dense" if report is None else report.path
+            answers.append(Answer(text, visual, average, tflops, ms, path))
+        return answers
+
+    @contextlib.contextmanager
+    def _pruning(self, setting: Setting) -> Iterator[None]:
+        """Apply once, change the options from then on; a setting without pruning gets the untouched model."""
+        if setting.pruning is None:
+            api.remove_sparsevlm(self.model)
+            self._state = None
+            yield
+            return
+        if self._state is None:
+            self._state = api.apply_sparsevlm(self.model, config=setting.pruning, processor=self.processor)
+        options = {field.name: getattr(setting.pruning, field.name) for field in dataclasses.fields(setting.pruning)}
+        with self._state.options(**{**options, "preset": None}):  # a preset is in the other fields by now
+            yield
+
+    def _inputs(self, setting: Setting, samples: Sequence[Sample]) -> Any:
+        """Left-padded inputs on the device; those of the last batch are kept for the next setting."""
+        if setting.selector != DOWNSAMPLE:
+            if self._last_inputs is None or self._last_inputs[0] is not samples:
+                self._last_inputs = samples, self._processed(samples)
+            return self._last_inputs[1]
+        assert setting.keep is not None  # no setting without a budget is made
+        processor = self.processor.image_processor
+        images = (shrunk(processor, sample.images, setting.keep) for sample in samples)
+        return self._processed(
+            [dataclasses.replace(sample, images=few) for sample, few in zip(samples, images, strict=True)]
+        )
+
+    def _processed(self, samples: Sequence[Sample]) -> Any:
+        prompts = [self._prompt(sample) for sample in samples]
+        images = [image for sample in samples for image in sample.images]
+        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
+        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs.to(self.model.device)
+
+    def _prompt(self, sample: Sample) -> str:
+        text = sample.question + (f"\n{self.instruction}" if self.instruction else "")
+        content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": text}]
+        prompt: str = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        return prompt
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
+
+
+def answer_each(
+    answer: Callable[[Sequence[Sample]], list[Answer]], samples: Sequence[Sample]
+) -> list[Answer | Exception]:
+    """Answer a batch; where that raises, find out which samples are to blame and answer the rest without them.
+
+    Raises
+    ------
+    Exception
+        What the batch raised, if there are several samples and each of them raises by itself: then it is not theirs.
+    ValueError
+        If the device has not enough memory for the batch.
+    """
+    try:
+        return list(answer(samples))
+    except torch.OutOfMemoryError as error:
+        raise ValueError(f"out of memory with {len(samples)} samples at once: choose a smaller --batch.") from error
+    except (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError) as error:
+        failures = {i: failure for i, failure in enumerate(_alone(answer, samples)) if failure is not None}
+        if len(samples) > 1 and len(failures) == len(samples):
+            raise error
+        if not failures:
+            raise
+    rest = [sample for i, sample in enumerate(samples) if i not in failures]
+    answers = iter(answer(rest) if rest else ())
+    return [failures[i] if i in failures else next(answers) for i in range(len(samples))]
+
+
+def _alone(answer: Callable[[Sequence[Sample]], list[Answer]], samples: Sequence[Sample]) -> list[Exception | None]:
+    failures: list[Exception | None] = []
+    for sample in samples:
+        try:
+            answer([sample])
+            failures.append(None)
+        except (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError) as error:
+            failures.append(error)
+    return failures

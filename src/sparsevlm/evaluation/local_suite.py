@@ -1,0 +1,142 @@
+"""A dataset of one's own: a JSON lines or parquet file with pictures, questions and answers. Never the network."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+
+from ..inputs import load_image
+from .fingerprint import fingerprint
+from .local_files import PICTURE_COLUMNS, Record, read_records
+from .metrics import check_answers, check_metric
+from .suite import Row, Sample
+
+
+class LocalSuite:
+    """Rows of a file.
+
+    Columns: ``image`` (a path relative to the file, or bytes, or the ``{"bytes", "path"}`` of a ``datasets`` image) or
+    ``images`` (a list of them), ``question``, ``answers`` (a list) or ``answer``; optionally ``id`` (else the line or
+    row number), ``task`` (else the file's name) and ``metric``.
+
+    Parameters
+    ----------
+    file : Path
+    metric : str
+        For rows that name none.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such file or metric, or the file cannot be read.
+    ModuleNotFoundError
+        If a package for the file or for a metric is missing; the message has the pip line.
+    """
+
+    max_new_tokens = 32
+
+    def __init__(self, file: Path, metric: str = "exact") -> None:
+        if not file.is_file():
+            raise FileNotFoundError(f"dataset {file} does not exist.")
+        self.file = file
+        self.name = file.stem
+        self.metric = metric
+        self._by_task: dict[str, list[Row]] = {}
+        seen: dict[tuple[str, str], Record] = {}
+        records = read_records(file)
+        check_metric(metric)
+        if any(_value(record, "metric") == "anls" for record in records):
+            check_metric("anls")
+        for record in records:
+            task = str(_value(record, "task") or file.stem)
+            row_id = _value(record, "id")
+            row_id = str(record.number if row_id is None else row_id)
+            problem = record.problem
+            if (earlier := seen.setdefault((task, row_id), record)) is not record:
+                problem = f"has the id {row_id!r} of {earlier.where}; make ids unique, or leave them out"
+                row_id = f"{row_id} ({record.where})"
+            self._by_task.setdefault(task, []).append(self._row(row_id, task, record, problem))
+        self.tasks = tuple(self._by_task)
+
+    def n_rows(self, task: str, limit: int | None) -> int:
+        """How many rows :meth:`rows` yields."""
+        return len(self._by_task[task][:limit])
+
+    def rows(self, task: str, limit: int | None) -> Iterator[Row]:
+        """Rows of a task in the file's order."""
+        yield from self._by_task[task][:limit]
+
+    def fingerprint(self) -> str:
+        """Hash of the file; pictures beside it are not looked at."""
+        return fingerprint([self.file])
+
+    def _row(self, row_id: str, task: str, record: Record, problem: str | None) -> Row:
+        def load() -> Sample:
+            try:
+                if problem is not None:
+                    raise ValueError(problem)
+                return self._sample(record)
+            except (ValueError, OSError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{record.where} {error}") from error
+
+        return Row(row_id, task, load)
+
+    def _sample(self, record: Record) -> Sample:
+        question = _value(record, "question")
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError("has no question; give a text in the column 'question'")
+        answers = _answers(record)
+        metric = str(_value(record, "metric") or self.metric)
+        check_answers(metric, answers)
+        return Sample(_images(record), question, answers, metric)
+
+
+def _value(record: Record, name: str) -> Any:
+    return record.values.get(name)
+
+
+def _answers(record: Record) -> tuple[str, ...]:
+    given = _value(record, "answers")
+    if given is None:
+        given = _value(record, "answer")
+    listed = given if isinstance(given, list) else [given]
+    if not listed or not all(isinstance(answer, (str, int, float)) and str(answer).strip() for answer in listed):
+        raise ValueError("has no answer; give a text in the column 'answer', or a list of them in 'answers'")
+    return tuple(str(answer) for answer in listed)
+
+
+def _images(record: Record) -> tuple[Image.Image, ...]:
+    columns = record.pictures()
+    found = columns.get("images")
+    if not found:
+        found = columns.get("image")
+    listed = found if isinstance(found, list) else [found]
+    if not listed or any(one is None for one in listed):
+        raise ValueError(
+            f"has no image; give a path or bytes in the column {PICTURE_COLUMNS[0]!r}, or a list of them in "
+            f"{PICTURE_COLUMNS[1]!r}"
+        )
+    return tuple(_image(one, record.folder) for one in listed)
+
+
+def _image(value: Any, folder: Path) -> Image.Image:
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, str):
+        if value.startswith(("http://", "https://")):
+            raise ValueError(f"names the picture {value[:80]}, which is on the network; download it and give its path")
+        try:
+            return load_image(folder / value)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"has an unusable image: {error}") from error
+    if not isinstance(value, bytes):
+        raise ValueError(f"has an image of type {type(value).__name__}; give a path or the bytes of a picture file")
+    try:
+        with Image.open(io.BytesIO(value)) as opened:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"has image bytes that Pillow cannot read: {error}") from error

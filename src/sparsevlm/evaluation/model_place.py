@@ -1,0 +1,49 @@
+"""Where a model is, and where and in which precision it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..bundled import bundled_path
+from ..inputs import checkpoint_folder, pick_device
+from ..inputs.checkpoint import read_json
+from .settings import EvalConfig
+
+BUNDLED = "bundled"
+
+
+@dataclass(frozen=True)
+class ModelPlace:
+    """Resolved, with nothing left to ``"auto"``.
+
+    Attributes
+    ----------
+    name : str
+        Short, for folders and tables.
+    folder : Path
+    device, dtype : str
+    """
+
+    name: str
+    folder: Path
+    device: str
+    dtype: str
+
+
+def locate(config: EvalConfig) -> ModelPlace:
+    """Find the checkpoint of a configuration; ``"bundled"`` is the one of this package.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such checkpoint or device.
+    """
+    folder = bundled_path() if config.model == BUNDLED else checkpoint_folder(config.model)
+    device = pick_device(config.device)
+    dtype = config.dtype
+    if dtype == "auto":
+        # bfloat16, as most checkpoints are stored, is slow on most CPUs.
+        stored = read_json(folder / "config.json")
+        dtype = "float32" if device == "cpu" else str(stored.get("dtype") or stored.get("torch_dtype") or dtype)
+    return ModelPlace(Path(config.model).name, folder, device, dtype)

@@ -1,0 +1,60 @@
+"""What a run was made with: versions, commit, device, weights, data."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+
+from .. import __version__
+from .fingerprint import fingerprint
+from .model_place import ModelPlace
+
+_ROOT = Path(__file__).parents[3]
+
+
+def versions(place: ModelPlace, data: str) -> dict[str, str]:
+    """Everything beside the configuration that figures depend on.
+
+    Parameters
+    ----------
+    place : ModelPlace
+    data : str
+        Fingerprint of the suite.
+    """
+    on_gpu = place.device.startswith("cuda")
+    checkpoint = [file for suffix in ("json", "jinja", "safetensors") for file in place.folder.glob(f"*.{suffix}")]
+    return {
+        "sparsevlm": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name(place.device) if on_gpu else f"CPU {platform.machine()}",
+        "dtype": place.dtype,
+        "weights": fingerprint(checkpoint),
+        "data": data,
+    }
+
+
+def commit() -> str:
+    """Commit of the checkout that this code runs from, with a mark where files differ from it.
+
+    ``SPARSEVLM_COMMIT`` says it where git is not there; ``"unknown"`` where nothing does.
+    """
+    if given := os.environ.get("SPARSEVLM_COMMIT"):
+        return given
+    if not (_ROOT / ".git").exists():
+        return "unknown"
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "src")
+        return git("rev-parse", "--short=10", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,56 @@
+"""From a name on the command line to a suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .demo_suite import FIRST_SEED, DemoSuite
+from .lmms_suite import LmmsSuite
+from .local_suite import LocalSuite
+from .settings import EvalConfig
+from .suite import Suite, chosen_tasks
+
+LMMS_PREFIX = "lmms:"
+
+
+def lmms_suite(config: EvalConfig) -> LmmsSuite | None:
+    """The tasks of lmms-eval that a configuration names, if it does.
+
+    Raises
+    ------
+    ModuleNotFoundError, ValueError
+        If lmms-eval or one of the tasks is not there.
+    """
+    if not config.suite.startswith(LMMS_PREFIX):
+        if config.include_path is not None:
+            raise ValueError(f"--include-path is for --suite {LMMS_PREFIX}TASK only.")
+        return None
+    if config.tasks is not None:
+        raise ValueError(f"the tasks of lmms-eval are named in the suite: --suite {LMMS_PREFIX}TASK[,TASK].")
+    suite = LmmsSuite(tuple(config.suite.removeprefix(LMMS_PREFIX).split(",")), config.include_path)
+    suite.check()
+    return suite
+
+
+def open_suite(config: EvalConfig) -> Suite:
+    """The suite of bundled scenes, or of a file, of a configuration; its tasks checked.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is no such suite, file or task; the message says what there is.
+    """
+    name = config.suite
+    if name == "demo" or name.startswith("demo-"):
+        suite: Suite = DemoSuite(name, FIRST_SEED if config.first_seed is None else config.first_seed)
+    elif config.first_seed is not None:
+        raise ValueError("--first-seed is of the bundled scenes only (--suite demo).")
+    elif Path(name).suffix in (".jsonl", ".parquet"):
+        suite = LocalSuite(Path(name), config.metric)
+    else:
+        raise ValueError(
+            f"there is no suite {name!r}; give demo (or demo-<layout>), a .jsonl or .parquet file, or "
+            f"{LMMS_PREFIX}TASK[,TASK] for tasks of lmms-eval."
+        )
+    chosen_tasks(suite, config.tasks)
+    return suite

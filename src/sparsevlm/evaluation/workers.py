@@ -1,0 +1,129 @@
+"""Several processes on one device, because a small model leaves most of it idle."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import queue
+import signal
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .settings import EvalConfig
+from .sharing import Share, run_share
+from .suites import open_suite
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.5
+
+
+def run_workers(
+    config: EvalConfig,
+    folder: Path,
+    count: int,
+    on_rows: Callable[[int], None],
+    on_refused: Callable[[dict[str, str]], None],
+) -> None:
+    """Share the batches of a run among ``count`` processes, each with a model of its own.
+
+    Every worker stops when one fails, when this process is interrupted, and when it dies.
+
+    Parameters
+    ----------
+    config : EvalConfig
+    folder : Path
+        Of the predictions.
+    count : int
+    on_rows, on_refused : callable
+        As in :func:`~sparsevlm.evaluation.sharing.run_share`.
+
+    Raises
+    ------
+    Exception
+        What the first failing worker raised.
+    RuntimeError
+        If a worker was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    messages: Any = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(config, folder, Share(index, count), messages), daemon=True)
+        for index in range(count)
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        _follow(workers, messages, on_rows, on_refused)
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+        for worker in workers:
+            if worker.pid is not None:
+                worker.join()
+
+
+def _follow(
+    workers: list[Any],
+    messages: Any,
+    on_rows: Callable[[int], None],
+    on_refused: Callable[[dict[str, str]], None],
+) -> None:
+    """Pass on what the workers say, until the last one is done."""
+    running = set(range(len(workers)))
+    while running:
+        try:
+            index, kind, content = messages.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            for index in sorted(running):
+                if workers[index].exitcode is not None and messages.empty():
+                    raise RuntimeError(
+                        f"worker {index} ended with exit code {workers[index].exitcode} (a negative one is the signal "
+                        "that killed it, often for want of memory: try fewer --workers). The same command goes on."
+                    ) from None
+            continue
+        if kind == "rows":
+            on_rows(content)
+        elif kind == "refused" and index == 0:
+            on_refused(content)
+        elif kind == "done":
+            running.discard(index)
+        elif kind == "failed":
+            error, trace = content
+            logger.info("worker %d failed:\n%s", index, trace)
+            raise error
+
+
+def _work(config: EvalConfig, folder: Path, share: Share, messages: Any) -> None:
+    """Body of a worker process."""
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C as well, and ends the workers
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // share.count))
+    parent = multiprocessing.parent_process()
+
+    def tell(kind: str, content: Any) -> None:
+        if parent is not None and not parent.is_alive():
+            raise SystemExit(1)
+        messages.put((share.index, kind, content))
+
+    try:
+        run_share(config, open_suite(config), folder, share, partial(tell, "rows"), partial(tell, "refused"))
+    except Exception as error:
+        tell("failed", (_sendable(error), traceback.format_exc()))
+    else:
+        tell("done", None)
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error itself, or its words where it may not travel between processes."""
+    is_plain = type(error).__module__ == "builtins" and all(isinstance(one, (str, int)) for one in error.args)
+    return error if is_plain else RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,1 @@
+"""Bridges to other projects' plugin systems; each is loaded by its host only."""

@@ -1,0 +1,155 @@
+"""Reads in the vision tower which tokens are attended to, and hands it out to the samples' visual tokens."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..selection.scoring import received_attention
+from .probe import AttentionInputs, AttentionProbe
+from .view import ModelView
+
+
+@dataclass(frozen=True)
+class VisionRows:
+    """What was read of a number of visual tokens, named as in ``SelectionContext``.
+
+    Attributes
+    ----------
+    vision_attention : Tensor of shape (2, n_visual), float32, optional
+    vision_keys : Tensor of shape (n_visual, head_dim), float32, optional
+    """
+
+    vision_attention: Tensor | None = None
+    vision_keys: Tensor | None = None
+
+    @property
+    def n_visual(self) -> int:
+        """Number of tokens."""
+        if self.vision_attention is not None:
+            return self.vision_attention.shape[1]
+        return 0 if self.vision_keys is None else self.vision_keys.shape[0]
+
+    def holds(self, needs: frozenset[str]) -> bool:
+        """Whether all of ``needs`` were read."""
+        return all(getattr(self, need) is not None for need in needs)
+
+    def at(self, index: Tensor) -> VisionRows:
+        """Rows of the given indices, on the device of the index."""
+        attention, keys = self.vision_attention, self.vision_keys
+        return VisionRows(
+            None if attention is None else attention.to(index.device)[:, index],
+            None if keys is None else keys.to(index.device)[index],
+        )
+
+
+class VisionProbe:
+    """Reads blocks with full attention during one run of the vision tower: the middle one and the last.
+
+    Column means are taken as queries and keys come by, image by image (or frame by frame); these are not kept.
+
+    Parameters
+    ----------
+    view : ModelView
+    needs : frozenset of str
+        Out of ``vision_attention`` and ``vision_keys``.
+    order : Tensor of shape (n_visual,), int64, optional
+        Index in reading order of each visual token, in the order in which the tower works; ``None``: the same.
+    """
+
+    def __init__(self, view: ModelView, needs: frozenset[str], order: Tensor | None):
+        blocks = view.vision_attentions
+        self._order = order
+        self._n_patches = view.spatial_merge_size**2
+        self._last = blocks[-1]
+        self._scored = (blocks[len(blocks) // 2], blocks[-1]) if "vision_attention" in needs else ()
+        self._received: dict[Any, list[Tensor]] = {block: [] for block in self._scored}
+        self._keys: list[Tensor] | None = [] if "vision_keys" in needs else None
+        self._probes = [AttentionProbe(block, partial(self._read, block)) for block in {*self._scored, self._last}]
+
+    def disarm(self) -> None:
+        """Leave the tower as it was."""
+        for probe in self._probes:
+            probe.disarm()
+
+    @torch.no_grad()
+    def _read(self, block: Any, inputs: AttentionInputs) -> None:
+        query, key = inputs.query[0], inputs.key[0]
+        if block in self._received:
+            bounds = [0, query.shape[1]] if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+            for start, end in itertools.pairwise(bounds):
+                received = received_attention(query[:, start:end], key[:, start:end], inputs.scaling)
+                self._received[block].append(received)
+        if block is self._last and self._keys is not None:
+            self._keys.append(key.float().mean(dim=0))
+
+    def rows(self) -> VisionRows:
+        """What was read, in reading order; to be called after the run."""
+        order = slice(None) if self._order is None else torch.argsort(self._order)
+        attention = keys = None
+        if self._scored:
+            received = {block: torch.cat(parts) for block, parts in self._received.items()}
+            attention = torch.stack([received[block].view(-1, self._n_patches).sum(dim=1) for block in self._scored])
+            attention = attention[:, order]
+        if self._keys is not None:
+            patches = torch.cat(self._keys)
+            keys = patches.view(-1, self._n_patches, patches.shape[-1]).mean(dim=1)[order]
+        return VisionRows(attention, keys)
+
+
+def hand_out(
+    read: Mapping[str, VisionRows], masks: Mapping[str, Tensor], positions: Sequence[Tensor], needs: frozenset[str]
+) -> list[VisionRows]:
+    """Give every sample the rows of its visual tokens.
+
+    The tower's tokens fill the placeholders of their kind row by row of the batch. They may be those of a batch before
+    it was expanded for beams: then every group of equal rows shares them.
+
+    Parameters
+    ----------
+    read : mapping
+        Per kind (image, video), what was read.
+    masks : mapping
+        Per kind, of shape (batch, q_len), bool: its placeholders.
+    positions : sequence of Tensor of shape (n_visual,), int64
+        Per sample, its visual tokens.
+    needs : frozenset of str
+        What to hand out.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of tokens do not fit.
+    """
+    index: Any = 0
+    n_before = 0
+    for kind, mask in masks.items():
+        counts, n_read = mask.sum(dim=1), read[kind].n_visual
+        copies, rest = divmod(int(counts.sum()), n_read)
+        if rest or not torch.equal(counts[::copies].repeat_interleave(copies), counts):
+            raise ValueError(
+                f"the vision tower encoded {n_read} {kind} tokens, but the prompts hold {counts.tolist()}. Pass the "
+                "pixels along with the prompts that they belong to."
+            )
+        first = counts[::copies].cumsum(dim=0) - counts[::copies]
+        rows = first.repeat_interleave(copies)[:, None] + mask.cumsum(dim=1) - 1 + n_before
+        index = torch.where(mask, rows, index)
+        n_before += n_read
+    parts = [read[kind] for kind in masks]
+    joined = VisionRows(
+        _joined([part.vision_attention for part in parts], dim=1) if "vision_attention" in needs else None,
+        _joined([part.vision_keys for part in parts], dim=0) if "vision_keys" in needs else None,
+    )
+    return [joined.at(index[b, found]) for b, found in enumerate(positions)]
+
+
+def _joined(parts: list[Tensor | None], dim: int) -> Tensor:
+    """Images first, then videos, on one device."""
+    tensors = [part for part in parts if part is not None]
+    return torch.cat([tensor.to(tensors[0].device) for tensor in tensors], dim=dim)

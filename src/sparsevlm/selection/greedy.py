@@ -1,0 +1,193 @@
+"""Greedy subset selection: farthest points, determinantal point process, coverage.
+
+Each step picks ``argmax_i gain_i`` among the tokens that are left, ties to the lower index, and updates the gains by
+what the picked token changes. Memory is bounded: no matrix of all pairs, however many tokens there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .similarity import row_chunks
+
+# Cosines are exact to about 1e-7 in float32: what is nearer to 0 than this is 0, so that identical tokens tie.
+_NOISE = 1e-6
+# Values that the coverage keeps at hand: 64 Mi float32 = 256 MiB, all pairs of 8192 tokens.
+_MAX_HELD_ELEMENTS = 1 << 26
+
+
+def farthest_points(unit: Tensor, n_keep: int) -> Tensor:
+    """Greedy max-min diversity: ``argmax_i min_{j∈S} d_ij`` with ``d_ij = 1 − cos(x_i, x_j)``.
+
+    The first pick has the largest distance to its nearest neighbour. O(n²) products for it, O(n) per further pick.
+
+    Parameters
+    ----------
+    unit : Tensor of shape (n, size)
+        From :func:`~sparsevlm.selection.similarity.unit_rows`.
+    n_keep : int
+        In [1, n).
+
+    Returns
+    -------
+    Tensor of shape (n_keep,), int64
+        Sorted.
+    """
+    n = unit.shape[0]
+    nearest = []
+    for rows in row_chunks(n, n):
+        similarity = unit[rows] @ unit.T
+        similarity.diagonal(offset=rows.start).fill_(-torch.inf)
+        nearest.append(similarity.amax(dim=-1))
+    gain, distance = _distance(torch.cat(nearest)), unit.new_full((n,), torch.inf)
+    picks = _Picks(unit, n_keep)
+    for step in range(n_keep):
+        pick = picks.take(step, gain)
+        gain = distance = torch.minimum(distance, _distance(unit @ unit.index_select(0, pick).squeeze(0)))
+    return picks.sorted()
+
+
+def dpp_map(unit: Tensor, quality: Tensor, n_keep: int) -> Tensor:
+    """Greedy MAP of the determinantal point process with kernel ``L = diag(r) · cos(x_i, x_j) · diag(r)``.
+
+    ``det L_{S+i} / det L_S = r_i² δ_i``, where δ_i is what the picked directions leave of x_i: its squared distance
+    from their span. It is kept up to date by Gram-Schmidt on the picked rows, which is the incremental Cholesky
+    factor of Chen et al. (arXiv 1709.05135, algorithm 1) for a kernel of inner products, in memory O(n_keep · size)
+    instead of O(n_keep · n). Once the picks span every token all determinants are 0; the quality then decides.
+
+    Parameters
+    ----------
+    unit : Tensor of shape (n, size)
+        From :func:`~sparsevlm.selection.similarity.unit_rows`.
+    quality : Tensor of shape (n,), float32
+        r, in [0, 1].
+    n_keep : int
+        In [1, n).
+
+    Returns
+    -------
+    Tensor of shape (n_keep,), int64
+        Sorted.
+    """
+    residual = unit.square().sum(dim=-1)
+    basis = unit.new_zeros((n_keep, unit.shape[1]))
+    picks = _Picks(unit, n_keep)
+    for step in range(n_keep):
+        spanned = residual <= _NOISE
+        pick = picks.take(step, torch.where(spanned, quality - 2.0, quality.square() * residual))
+        direction = unit.index_select(0, pick).squeeze(0)
+        for _ in range(2):  # once leaves rounding errors in the direction of earlier picks
+            direction = direction - (basis[:step] @ direction) @ basis[:step]
+        norm = direction.norm().clamp_min(_NOISE)
+        basis[step] = torch.where(spanned.index_select(0, pick), torch.zeros_like(direction), direction / norm)
+        residual = residual - (unit @ basis[step]).square()
+    return picks.sorted()
+
+
+def cover(
+    covered: Tensor,
+    unit: Tensor,
+    n_keep: int,
+    factor: Tensor | None = None,
+    value: Callable[[Tensor, Tensor | slice], Tensor] | None = None,
+) -> Tensor:
+    """Greedy facility location: ``gain_i = factor_i · Σ_u max(0, v_ui − cur_u)``, ``cur_u = max(0, max_{j∈S} v_uj)``.
+
+    A pick j lowers the gains only through the rows u that it covers better than all before, about n_covered / |S| of
+    them, and only these are looked at: all steps together cost O(n_covered · n · log n_keep). How many they are has
+    to be known on the host, one synchronisation per step, far cheaper than reading all pairs in every step.
+
+    Parameters
+    ----------
+    covered : Tensor of shape (n_covered, size)
+        What is to be covered, from :func:`~sparsevlm.selection.similarity.unit_rows`.
+    unit : Tensor of shape (n, size)
+        The candidates, likewise.
+    n_keep : int
+        In [1, n).
+    factor : Tensor of shape (n,), float32, optional
+        Weight of a candidate's gain, not negative.
+    value : callable, optional
+        ``value(cosine, rows)`` makes v from the cosines of the rows ``rows`` (indices or a slice) of ``covered``, of
+        shape (n_rows, n_candidates). Without it v is the cosine.
+
+    Returns
+    -------
+    Tensor of shape (n_keep,), int64
+        Sorted.
+    """
+    values = _Values(covered, unit, value)
+    everything = torch.arange(covered.shape[0], device=unit.device)
+    current = unit.new_zeros(covered.shape[0])
+    gain = values.sum_between(everything, current, current.new_full(current.shape, torch.inf))
+    nothing = 1e-12 * gain.max()  # rounding of float64 sums must not rank candidates that have nothing to add
+    picks = _Picks(unit, n_keep)
+    for step in range(n_keep):
+        score = torch.where(gain > nothing, gain, 0.0)
+        pick = picks.take(step, score if factor is None else score * factor)
+        reached = values.column(pick)
+        better = (reached > current).nonzero().squeeze(-1)
+        gain -= values.sum_between(better, current[better], reached[better])
+        current = torch.maximum(current, reached)
+    return picks.sorted()
+
+
+class _Values:
+    """The values v_ui, as many rows held as fit in memory, the others computed when they are asked for."""
+
+    def __init__(self, covered: Tensor, unit: Tensor, value: Callable[[Tensor, Tensor | slice], Tensor] | None):
+        self._covered, self._unit, self._value = covered, unit, value
+        n_held = min(covered.shape[0], _MAX_HELD_ELEMENTS // unit.shape[0])
+        self._held = unit.new_empty((n_held, unit.shape[0]))
+        for chunk in row_chunks(n_held, unit.shape[0]):
+            self._held[chunk] = self._compute(chunk, unit)
+
+    def column(self, pick: Tensor) -> Tensor:
+        """v_ui of all rows u for one candidate, given as a tensor of shape (1,)."""
+        later = slice(self._held.shape[0], self._covered.shape[0])
+        computed = self._compute(later, self._unit.index_select(0, pick))
+        return torch.cat([self._held.index_select(1, pick), computed]).squeeze(-1)
+
+    def sum_between(self, rows: Tensor, low: Tensor, high: Tensor) -> Tensor:
+        """``Σ_u max(0, min(v_ui, high_u) − low_u)`` over some rows u, ascending; float64 of shape (n,)."""
+        total = self._unit.new_zeros(self._unit.shape[0], dtype=torch.float64)
+        for chunk in row_chunks(rows.shape[0], self._unit.shape[0]):
+            part = torch.minimum(self._rows(rows[chunk]), high[chunk, None]).double()
+            total += (part - low[chunk, None]).clamp_min_(0).sum(dim=0)
+        return total
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        n_held = self._held.shape[0]
+        if n_held == self._covered.shape[0]:
+            return self._held[rows]
+        return torch.cat([self._held[rows[rows < n_held]], self._compute(rows[rows >= n_held], self._unit)])
+
+    def _compute(self, rows: Tensor | slice, candidates: Tensor) -> Tensor:
+        cosine = self._covered[rows] @ candidates.T
+        return cosine if self._value is None else self._value(cosine, rows)
+
+
+class _Picks:
+    """The tokens picked so far; all on the device, so that a step waits for nothing."""
+
+    def __init__(self, unit: Tensor, n_keep: int):
+        self._order = torch.empty(n_keep, dtype=torch.long, device=unit.device)
+        self._taken = torch.zeros(unit.shape[0], dtype=torch.bool, device=unit.device)
+
+    def take(self, step: int, gain: Tensor) -> Tensor:
+        """Pick the largest gain among those that are left, as a tensor of shape (1,)."""
+        pick = gain.masked_fill(self._taken, -torch.inf).argmax(dim=0, keepdim=True)
+        self._taken.index_fill_(0, pick, True)
+        self._order[step : step + 1] = pick
+        return pick
+
+    def sorted(self) -> Tensor:
+        """The picks in the order of the tokens."""
+        return self._order.sort().values
+
+
+def _distance(cosine: Tensor) -> Tensor:
+    return torch.nn.functional.threshold(1.0 - cosine, _NOISE, 0.0)

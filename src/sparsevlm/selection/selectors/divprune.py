@@ -1,0 +1,27 @@
+"""DivPrune: the subset whose two most similar tokens are as different as possible.
+
+Source: Alvar et al., "DivPrune" (CVPR 2025), arXiv 2503.02175, max-min diversity problem and its greedy algorithm.
+Runs before the decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..context import BEFORE_DECODER, SelectionContext
+from ..greedy import farthest_points
+from ..similarity import unit_rows
+
+
+class DivPruneSelector:
+    """``argmax_i min_{j∈S} d_ij``, ``d_ij = 1 − cos(x_i, x_j)``, from the token farthest from its nearest neighbour."""
+
+    name = "divprune"
+    placement = BEFORE_DECODER
+    needs = frozenset({"features"})
+    default_schedule = "single"
+
+    def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
+        """Choose ``n_keep`` rows that are far from each other."""
+        assert context.features is not None  # declared in needs
+        return farthest_points(unit_rows(context.features), n_keep)

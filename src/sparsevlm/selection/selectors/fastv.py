@@ -1,0 +1,26 @@
+"""FastV: after an early layer, keep what the last token of the prompt attends to.
+
+Source: Chen et al., "An Image is Worth 1/2 Tokens After Layer 2" (ECCV 2024), arXiv 2403.06764, re-ranking and
+filtering module. Runs at target layers: one cut after the first of them (the paper: after layer 2).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..context import TARGET_LAYERS, SelectionContext
+from ..scoring import top_k
+
+
+class FastVSelector:
+    """Score ``s_i = mean_h A_h[last, i]``, the attention of the prompt's last token; the highest stay."""
+
+    name = "fastv"
+    placement = TARGET_LAYERS
+    needs = frozenset({"last_attention"})
+    default_schedule = "single"
+
+    def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
+        """Choose the ``n_keep`` rows with the most attention."""
+        assert context.last_attention is not None  # declared in needs
+        return top_k(context.last_attention.float(), n_keep)

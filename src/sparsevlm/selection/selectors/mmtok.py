@@ -1,0 +1,50 @@
+"""MMTok: visual tokens that cover the text and the picture at once.
+
+Source: Dong et al., "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs" (ICLR 2026),
+arXiv 2508.18264, text-vision and vision-vision coverage and their weighted sum; without the optional agent that
+rewrites the text. Runs before the decoder.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..context import BEFORE_DECODER, SelectionContext
+from ..greedy import cover
+from ..similarity import row_chunks, unit_rows
+
+
+class MMTokSelector:
+    """Greedy facility location on ``Σ_m max_{j∈S} P_mj + α Σ_u max_{j∈S} Q_uj``.
+
+    ``P = softmax_j(cos(t_m, x_j) / τ_t) / n_text`` for the text tokens t_m and ``Q = softmax_j(cos(x_u, x_j) / τ_v) /
+    n_visual`` for the visual tokens, each row a distribution over the visual tokens.
+    """
+
+    name = "mmtok"
+    placement = BEFORE_DECODER
+    needs = frozenset({"features", "text_features"})
+    default_schedule = "single"
+    text_temperature, visual_temperature, alpha = 0.02, 0.2, 0.5  # the authors' settings
+
+    def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
+        """Choose ``n_keep`` rows that cover the text and the other rows."""
+        assert context.features is not None  # declared in needs
+        assert context.text_features is not None
+        unit, text = unit_rows(context.features), unit_rows(context.text_features)
+        covered = torch.cat([text, unit])
+        n_text, n_visual = text.shape[0], unit.shape[0]
+        sharpness = covered.new_full((n_text + n_visual,), 1.0 / self.visual_temperature)
+        sharpness[:n_text] = 1.0 / self.text_temperature
+        # log of the softmax' denominator and of the factor in front, so that v = exp(sharpness · cos − offset)
+        offset = covered.new_full((n_text + n_visual,), math.log(n_visual / self.alpha))
+        offset[:n_text] = math.log(max(1, n_text))
+        for rows in row_chunks(n_text + n_visual, n_visual):
+            offset[rows] += torch.logsumexp(covered[rows] @ unit.T * sharpness[rows, None], dim=-1)
+
+        def value(cosine: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
+            return torch.exp(cosine * sharpness[rows, None] - offset[rows, None])
+
+        return cover(covered, unit, n_keep, value=value)

@@ -1,0 +1,33 @@
+"""SCOPE: salient tokens that together cover all the others.
+
+Source: Deng et al., "SCOPE: Saliency-Coverage Oriented Token Pruning for Efficient Multimodal LLMs" (NeurIPS 2025),
+arXiv 2510.24214, token-coverage gain and SCOPE score. Runs before the decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..context import BEFORE_DECODER, SelectionContext
+from ..greedy import cover
+from ..similarity import finite, unit_rows
+
+
+class ScopeSelector:
+    """Greedy on ``a_i^α · Σ_u max(0, cos(x_u, x_i) − cur_u)``, ``cur_u`` the best cosine of u to a kept token or 0.
+
+    The saliency a is the attention that a token receives in the vision tower's last block.
+    """
+
+    name = "scope"
+    placement = BEFORE_DECODER
+    needs = frozenset({"features", "vision_attention"})
+    default_schedule = "single"
+    alpha = 1.0  # the authors' setting
+
+    def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
+        """Choose ``n_keep`` salient rows that cover the others."""
+        assert context.features is not None  # declared in needs
+        assert context.vision_attention is not None
+        unit, saliency = unit_rows(context.features), finite(context.vision_attention[1])
+        return cover(unit, unit, n_keep, factor=saliency**self.alpha)

@@ -1,0 +1,27 @@
+"""V²Drop: keep the tokens that a layer still changes, without reading any attention.
+
+Source: Chen et al., "Variation-aware Vision Token Dropping for Faster Large Vision-Language Models" (CVPR 2026),
+arXiv 2509.01552, token variation with the L2 distance. Runs at target layers (the paper: three depths).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..context import TARGET_LAYERS, SelectionContext
+from ..scoring import top_k
+
+
+class V2DropSelector:
+    """Score ``s_i = ‖h_i^l − h_i^{l−1}‖₂``, the change by the target layer l; the largest stay."""
+
+    name = "v2drop"
+    placement = TARGET_LAYERS
+    needs = frozenset({"previous_hidden_states"})
+    default_schedule = "geometric"
+
+    def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
+        """Choose the ``n_keep`` rows that changed most."""
+        assert context.previous_hidden_states is not None  # declared in needs
+        change = context.hidden_states.float() - context.previous_hidden_states.float()
+        return top_k(change.norm(dim=-1), n_keep)

@@ -1,0 +1,47 @@
+"""VisionZip: the tokens that gather the vision tower's attention, and a few that stand for the rest.
+
+Source: Yang et al., "VisionZip" (CVPR 2025), arXiv 2412.04467, dominant token selection and contextual token merging.
+For a tower without CLS token the score is the attention that a token receives from all. Runs before the decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..context import BEFORE_DECODER, Selection, SelectionContext
+from ..scoring import top_k
+from ..similarity import nearest_rows, unit_rows
+
+
+class VisionZipSelector:
+    """Dominant tokens have the largest column means of the last block's attention.
+
+    Of the others, in order, every ``⌊n_rest / n_contextual⌋``-th is a contextual target; the rest is merged into the
+    target with the most similar key, ``h'_t = mean of h over t and what joins it``. A mean over all members keeps the
+    scale of an embedding; the authors' code adds the target to the mean of the others.
+    """
+
+    name = "visionzip"
+    placement = BEFORE_DECODER
+    needs = frozenset({"vision_attention", "vision_keys"})
+    default_schedule = "single"
+    contextual, of = 10, 64  # the published 54 + 10, 108 + 20 and 162 + 30 are one ratio
+
+    def select(self, context: SelectionContext, n_keep: int) -> Selection:
+        """Choose ``n_keep`` rows, about 10 of 64 of them contextual."""
+        assert context.vision_attention is not None  # declared in needs
+        assert context.vision_keys is not None
+        n_visual, n_contextual = context.n_visual, n_keep * self.contextual // self.of
+        dominant = top_k(context.vision_attention[1].float(), n_keep - n_contextual)
+        unit = unit_rows(context.vision_keys)
+        if n_contextual == 0:
+            return Selection(dominant)
+        is_rest = torch.ones(n_visual, dtype=torch.bool, device=dominant.device)
+        is_rest[dominant] = False
+        rest = is_rest.nonzero().squeeze(-1)
+        targets = rest[:: rest.shape[0] // n_contextual][:n_contextual]
+        merge_target = torch.arange(n_visual, device=dominant.device)
+        merge_target[rest] = targets[nearest_rows(unit[rest], unit[targets])[1]]
+        merge_target[targets] = targets
+        weight = 1.0 / torch.bincount(merge_target, minlength=n_visual)[merge_target].float()
+        return Selection(torch.cat([dominant, targets]).sort().values, merge_target, weight, targets)

@@ -1,0 +1,81 @@
+"""Cosine similarities of tokens in bounded blocks, and the scaling of scores, for the selectors that compare tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Upper bound of the elements of one block of similarities: 16 Mi float32 = 64 MiB.
+_MAX_BLOCK_ELEMENTS = 1 << 24
+
+
+def finite(values: Tensor) -> Tensor:
+    """Give back ``values`` as float32, without their gradient: a choice has none, and a greedy loop would pile it up.
+
+    Raises
+    ------
+    ValueError
+        If they hold NaN or infinity.
+    """
+    values = values.detach().float()
+    if not bool(torch.isfinite(values).all()):
+        raise ValueError("what the tokens are judged by holds NaN or infinity; check the model's inputs and dtype.")
+    return values
+
+
+def unit_rows(states: Tensor) -> Tensor:
+    """Rows scaled to length 1, whose products are cosines; a zero row stays zero and is similar to nothing.
+
+    Parameters
+    ----------
+    states : Tensor of shape (n, size)
+
+    Returns
+    -------
+    Tensor of shape (n, size), float32
+
+    Raises
+    ------
+    ValueError
+        If a row holds NaN or infinity.
+    """
+    return torch.nn.functional.normalize(finite(states), dim=-1)
+
+
+def min_max(scores: Tensor) -> Tensor:
+    """Scores stretched to [0, 1]: ``(s − min s) / (max s − min s)``; equal scores are all 1.
+
+    Parameters
+    ----------
+    scores : Tensor of shape (n,), float32
+    """
+    low, high = scores.min(), scores.max()
+    # Scores that differ by rounding only are equal: stretched, the rounding would decide.
+    differ = high - low > 1e-6 * torch.maximum(high.abs(), low.abs())
+    return torch.where(differ, (scores - low) / (high - low), torch.ones_like(scores))
+
+
+def nearest_rows(unit: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The most similar target of each row, ties to the lower index.
+
+    Parameters
+    ----------
+    unit : Tensor of shape (n, size)
+        From :func:`unit_rows`.
+    targets : Tensor of shape (n_targets, size)
+        Likewise; ``n_targets`` ≥ 1.
+
+    Returns
+    -------
+    cosine : Tensor of shape (n,), float32
+    idx : Tensor of shape (n,), int64
+        Rows of ``targets``.
+    """
+    found = [(unit[rows] @ targets.T).max(dim=-1) for rows in row_chunks(unit.shape[0], targets.shape[0])]
+    return torch.cat([best.values for best in found]), torch.cat([best.indices for best in found])
+
+
+def row_chunks(n_rows: int, n_columns: int) -> list[slice]:
+    """Slices of the rows of an ``n_rows`` × ``n_columns`` matrix, none of more elements than a block may have."""
+    chunk = max(1, _MAX_BLOCK_ELEMENTS // max(1, n_columns))
+    return [slice(start, min(start + chunk, n_rows)) for start in range(0, n_rows, chunk)]

@@ -1,0 +1,465 @@
+"""What selectors are given of attention equals whole softmax matrices: in the vision tower, and of the last token."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+
+import flash_emulation
+import pytest
+import torch
+import vision_reference
+from oracle import dropped_from, layer_masks, masked_layers, prompt_valid
+
+from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm.runtime import vision
+from sparsevlm.runtime.probe import AttentionProbe
+from sparsevlm.runtime.vision_probe import VisionProbe, VisionRows
+from toys import IMAGE, PROMPTS, VIDEO, make_inputs, tiny_model, use_attention
+
+VISION = ("vision_attention", "vision_keys")
+VISION_ATTENTIONS = ("sdpa", "eager", vision_reference.FLASH)
+# Depth and full-attention blocks such that middle and last are two blocks, and neither is the first or the only one.
+TOWERS = {
+    "qwen2_5_vl": {"depth": 5, "fullatt_block_indexes": [0, 2, 3]},
+    "qwen2_vl": {"depth": 3},
+}
+FAMILIES = tuple(TOWERS)
+OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3]}
+TAKES_ENCODINGS = "mm_encoder_outputs" in inspect.signature(type(tiny_model()).forward).parameters
+
+
+class Spy:
+    """Drops tokens by a fixed draw and remembers every context."""
+
+    def __init__(self, needs, placement="target_layers"):
+        self.needs, self.placement = needs, placement
+        self.seen = []
+
+    def select(self, context, n_keep):
+        self.seen.append(context)
+        generator = torch.Generator().manual_seed(17 * context.layer + context.sample + 40)
+        return torch.randperm(context.n_visual, generator=generator)[:n_keep].sort().values
+
+
+def spied(placement="target_layers", needs=VISION):
+    options = {**OPTIONS, "selector": Spy(needs, placement)}
+    if placement == "before_decoder":
+        del options["target_layers"]
+    return options
+
+
+def build(family, *rows, vision_attention="sdpa", place=None, seed=0):
+    model = tiny_model(family, vision_options=TOWERS[family])
+    vision_reference.sharpen(model)
+    vision_reference.use_vision_attention(model, vision_attention)
+    inputs = make_inputs(*rows, seed=seed)
+    if family == "qwen2_vl":
+        inputs.pop("second_per_grid_ts", None)
+    if place is not None:
+        model = model.to(place.device, place.dtype)
+        inputs = {name: value.to(place.device) for name, value in inputs.items()}
+    return model, inputs
+
+
+def assert_vision_is(context, wanted, tolerance=1e-5):
+    (attention, keys), indices = wanted, context.indices.cpu()
+    assert context.vision_attention.dtype == context.vision_keys.dtype == torch.float32
+    torch.testing.assert_close(
+        context.vision_attention.cpu(), attention[:, indices], rtol=tolerance, atol=tolerance / 100
+    )
+    torch.testing.assert_close(context.vision_keys.cpu(), keys[indices], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("placement", ["target_layers", "before_decoder", "both"])
+@pytest.mark.parametrize("vision_attention", VISION_ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_vision_tower(prompt, family, vision_attention, placement, place):
+    model, inputs = build(family, *PROMPTS[prompt], vision_attention=vision_attention, place=place)
+    if place.device == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = False
+    wanted = vision_reference.references_of_samples(model, inputs)
+    options = spied(placement)
+    apply_sparsevlm(model, **options)
+    contexts = options["selector"].seen
+    for call in (lambda: model.generate(**inputs, max_new_tokens=2), lambda: model(**inputs)):
+        contexts.clear()
+        call()
+        layers = {"target_layers": {1, 3}, "before_decoder": {-1}, "both": {-1, 1, 3}}[placement]
+        with_picture = {b for b, found in enumerate(wanted) if found is not None}
+        assert {(c.layer, c.sample) for c in contexts} == {(layer, b) for layer in layers for b in with_picture}
+        for context in contexts:
+            assert_vision_is(context, wanted[context.sample], 1e-5 if place.dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_read_in_float32(family, dtype):
+    """The tower's own queries and keys are half precise; nothing made of them is."""
+    model, inputs = build(family, *PROMPTS["one image"])
+    model = model.to(dtype)
+    (wanted,) = vision_reference.references_of_samples(model, inputs)
+    options = spied(needs=(*VISION, "last_attention"))
+    apply_sparsevlm(model, **options)
+    model.generate(**inputs, max_new_tokens=1)
+    for context in options["selector"].seen:
+        assert_vision_is(context, wanted)
+        assert context.last_attention.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_reference_bites(family):
+    """Blocks, order and images differ by more than the tolerance."""
+    model, inputs = build(family, *PROMPTS["two images"])
+    ((attention, keys),) = vision_reference.references_of_samples(model, inputs)
+    for one, other in (
+        (attention[0], attention[1]),
+        (attention[1], attention[1].flip(0)),
+        (keys, keys.flip(0)),
+        (attention[1, :16], attention[1, 16:32]),
+    ):
+        assert float((one - other).abs().max() / one.abs().max()) > 0.05
+    assert float(attention.sum()) == pytest.approx(4)  # two blocks, two images
+
+
+def test_order_of_windows_matters_here():
+    model, _ = build("qwen2_5_vl", *PROMPTS["one image"])
+    order = vision_reference.window_order(model, 1, 3, 5)
+    assert order == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
+    found = apply_sparsevlm(model, min_keep=4).view.vision_order(torch.tensor([[1, 6, 10]]))
+    assert found.tolist() == order
+
+
+def test_the_middle_of_one_block_is_that_block():
+    model = tiny_model(vision_options={"depth": 3, "fullatt_block_indexes": [1]})
+    vision_reference.sharpen(model)
+    options = spied()
+    apply_sparsevlm(model, **options)
+    model.generate(**make_inputs(*PROMPTS["one image"]), max_new_tokens=1)
+    first, second = options["selector"].seen[0].vision_attention
+    assert torch.equal(first, second)
+
+
+def test_of_four_blocks_the_third_is_the_middle():
+    """As in Qwen2.5-VL: of 7, 15, 23 and 31 it is 23."""
+    model = tiny_model(vision_options={"depth": 4, "fullatt_block_indexes": [0, 1, 2, 3]})
+    state = apply_sparsevlm(model, **spied())
+    probe = VisionProbe(state.view, frozenset(VISION), None)
+    armed = {block for block in state.view.vision_attentions if block in AttentionProbe._armed}
+    probe.disarm()
+    assert armed == {model.model.visual.blocks[2].attn, model.model.visual.blocks[3].attn}
+
+
+@pytest.mark.parametrize("way", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompt", ["two images", "batch, unequal counts", "image and video"])
+def test_copies_of_a_sample_share_what_was_read(prompt, family, way):
+    model, inputs = build(family, *PROMPTS[prompt])
+    wanted = vision_reference.references_of_samples(model, inputs)
+    options = spied("both")
+    apply_sparsevlm(model, **options)
+    copies = way.get("num_beams", 2)
+    if prompt == "image and video":
+        inputs.pop("second_per_grid_ts", None)
+    model.generate(**inputs, max_new_tokens=2, **way)
+    contexts = options["selector"].seen
+    assert {c.sample // copies for c in contexts} == {b for b, found in enumerate(wanted) if found is not None}
+    assert len({c.sample for c in contexts}) == copies * sum(found is not None for found in wanted)
+    for context in contexts:
+        assert_vision_is(context, wanted[context.sample // copies])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_only_what_is_needed_is_read(family):
+    model, inputs = build(family, *PROMPTS["two images"])
+    both = spied()
+    apply_sparsevlm(model, **both)
+    model.generate(**inputs, max_new_tokens=1)
+    for need, other in (VISION, VISION[::-1]):
+        options = spied(needs={need})
+        apply_sparsevlm(model, **options)
+        model.generate(**inputs, max_new_tokens=1)
+        for got, wanted in zip(options["selector"].seen, both["selector"].seen, strict=True):
+            assert torch.equal(getattr(got, need), getattr(wanted, need))
+            assert getattr(got, other) is None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_without_cache_every_step_is_told_the_same(family):
+    model, inputs = build(family, *PROMPTS["batch, unequal counts"])
+    wanted = vision_reference.references_of_samples(model, inputs)
+    options = spied()
+    state = apply_sparsevlm(model, **options)
+    model.generate(**inputs, max_new_tokens=3, use_cache=False)
+    assert len(options["selector"].seen) == 3 * 2 * 2  # steps, layers, samples with a picture
+    for context in options["selector"].seen:
+        assert_vision_is(context, wanted[context.sample])
+    assert state.report.samples[1].grids == ((1, 3, 4), (1, 4, 4))
+    options["selector"].seen.clear()
+    assert not read_somewhere()
+
+
+def test_prompt_lookup_and_a_second_turn():
+    model, inputs = build("qwen2_5_vl", *PROMPTS["one image"])
+    (first_wanted,) = vision_reference.references_of_samples(model, inputs)
+    options = spied("both")
+    apply_sparsevlm(model, **options)
+    ways = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO], "return_dict_in_generate": True}
+    first = model.generate(**inputs, **ways, prompt_lookup_num_tokens=2)
+    for context in options["selector"].seen:
+        assert_vision_is(context, first_wanted)
+    options["selector"].seen.clear()
+    turn = make_inputs([("text", 2), ("image", 3, 5), ("text", 3)], seed=8)
+    (second_wanted,) = vision_reference.references_of_samples(model, turn)
+    options["selector"].seen.clear()
+    turn["input_ids"] = torch.cat([first.sequences, turn["input_ids"]], dim=1)
+    for name in ("attention_mask", "mm_token_type_ids"):
+        del turn[name]
+    model.generate(**turn, **ways, past_key_values=first.past_key_values)
+    assert len(options["selector"].seen) == 3
+    for context in options["selector"].seen:
+        assert_vision_is(context, second_wanted)
+
+
+def read_somewhere():
+    gc.collect()
+    return [thing for thing in gc.get_objects() if type(thing) in (VisionRows, VisionProbe)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nothing_is_kept_after_the_prefill(family):
+    model, inputs = build(family, *PROMPTS["two images"])
+    options = spied()
+    state = apply_sparsevlm(model, **options)
+    configs = [block.config for block in state.view.vision_attentions]
+    kept = []
+
+    def look(module, args, kwargs):
+        if kwargs["inputs_embeds"].shape[1] == 1:
+            options["selector"].seen.clear()
+            kept.append(read_somewhere())
+
+    handle = model.model.language_model.register_forward_pre_hook(look, with_kwargs=True)
+    model.generate(**inputs, max_new_tokens=3)
+    handle.remove()
+    assert kept == [[], []]
+    assert not AttentionProbe._armed
+    assert all(block.config is config for block, config in zip(state.view.vision_attentions, configs, strict=True))
+
+
+def test_nothing_is_read_for_a_selector_that_does_not_need_it(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the vision tower is probed")
+
+    monkeypatch.setattr(vision, "VisionProbe", refuse)
+    model, inputs = build("qwen2_5_vl", *PROMPTS["one image"])
+    state = apply_sparsevlm(model, **OPTIONS)
+    model.generate(**inputs, max_new_tokens=2)
+    with state.options(selector=Spy(VISION)), pytest.raises(AssertionError, match="is probed"):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("attn", VISION_ATTENTIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompt", ["image and video", "batch, unequal counts"])
+def test_reading_changes_no_bit(prompt, family, attn):
+    model, inputs = build(family, *PROMPTS[prompt], vision_attention=attn)
+    if prompt == "image and video":
+        inputs.pop("second_per_grid_ts", None)
+    ways = {"max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True, "do_sample": False}
+    dense = model.generate(**inputs, **ways)
+    for needs in (VISION, (*VISION, "last_attention")):
+        apply_sparsevlm(model, **{**OPTIONS, "keep": 1.0, "selector": Spy(needs, "both")})
+        kept_all = model.generate(**inputs, **ways)
+        assert all(torch.equal(a, b) for a, b in zip(kept_all.logits, dense.logits, strict=True))
+    drawn = []
+    for needs in ((), (*VISION, "last_attention")):  # pruning, with reading and without
+        apply_sparsevlm(model, **{**OPTIONS, "selector": Spy(needs, "both")})
+        drawn.append(model.generate(**inputs, **ways))
+    assert all(torch.equal(a, b) for a, b in zip(drawn[0].logits, drawn[1].logits, strict=True))
+    assert not torch.equal(drawn[0].logits[0], dense.logits[0])
+    remove_sparsevlm(model)
+    again = model.generate(**inputs, **ways)
+    assert all(torch.equal(a, b) for a, b in zip(again.logits, dense.logits, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_inside_the_tower_leaves_it_as_it_was(family, error):
+    model, inputs = build(family, *PROMPTS["two images"])
+    options = spied()
+    state = apply_sparsevlm(model, **options)
+    wanted = model.generate(**inputs, max_new_tokens=3)
+    contexts = list(options["selector"].seen)
+    blocks = state.view.vision_attentions
+    configs = [block.config for block in blocks]
+
+    def fail(module, args):
+        raise error("a block failed")
+
+    for place in (blocks[-1].qkv, blocks[-1].proj, model.model.visual.merger, model.model.visual.patch_embed):
+        for call in (lambda: model.generate(**inputs, max_new_tokens=3), lambda: model(**inputs)):
+            handle = place.register_forward_pre_hook(fail)
+            with pytest.raises(error, match="a block failed"):
+                call()
+            handle.remove()
+            if error is KeyboardInterrupt:  # torch calls no hook then: the next run or the removal cleans up
+                continue
+            assert not AttentionProbe._armed
+            assert all(a.config is b for a, b in zip(blocks, configs, strict=True))
+    with state.options(selector="random"):
+        model.generate(**inputs, max_new_tokens=1)
+        assert not AttentionProbe._armed
+    options["selector"].seen.clear()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3), wanted)
+    for got, before in zip(options["selector"].seen, contexts, strict=True):
+        assert torch.equal(got.vision_attention, before.vision_attention)
+    handle = blocks[-1].qkv.register_forward_pre_hook(fail)
+    with pytest.raises(error, match="a block failed"):
+        model.generate(**inputs, max_new_tokens=3)
+    handle.remove()
+    remove_sparsevlm(model)
+    assert not AttentionProbe._armed
+    assert all(a.config is b for a, b in zip(blocks, configs, strict=True))
+
+
+def test_no_block_with_full_attention():
+    model = tiny_model(vision_options={"fullatt_block_indexes": []})
+    with pytest.raises(NotImplementedError, match=r"needs vision_keys, which .* has none"):
+        apply_sparsevlm(model, **spied(needs={"vision_keys"}))
+    apply_sparsevlm(model, **spied(needs=()))
+
+
+@pytest.mark.skipif(not TAKES_ENCODINGS, reason="these transformers take no encodings")
+def test_features_given_ready_made_are_refused():
+    model, inputs = build("qwen2_5_vl", *PROMPTS["one image"])
+    state = apply_sparsevlm(model, **OPTIONS)
+    wanted = model.generate(**inputs, max_new_tokens=3)
+    pixels, grid = inputs.pop("pixel_values"), inputs["image_grid_thw"]
+
+    def encoded():
+        with torch.no_grad():
+            return {"mm_encoder_outputs": {"image": model.model.get_image_features(pixels, grid)}}
+
+    foreign = encoded()  # while the selector in force needs nothing of the tower
+    assert torch.equal(model.generate(**inputs, **foreign, max_new_tokens=3), wanted)
+    options = spied()
+    with state.options(selector=options["selector"]):
+        for call in (model.generate, model):
+            with pytest.raises(ValueError, match="needs vision_attention, vision_keys, but these image features were"):
+                call(**inputs, **foreign)
+        with state.options(keep=1.0):  # nothing is asked of the selector
+            model.generate(**inputs, **foreign, max_new_tokens=2)
+        assert not options["selector"].seen
+        ours = encoded()
+        model.generate(**inputs, **ours, max_new_tokens=2)
+        assert len(options["selector"].seen) == 2
+        with pytest.raises(ValueError, match="Pass pixel_values instead"):  # read once, for one prefill
+            model.generate(**inputs, **ours, max_new_tokens=2)
+    assert not AttentionProbe._armed
+    assert torch.equal(model.generate(**inputs, **foreign, max_new_tokens=3), wanted)
+
+
+@pytest.mark.skipif(not TAKES_ENCODINGS, reason="these transformers take no encodings")
+def test_an_encoding_is_known_by_itself_not_by_its_turn():
+    model, inputs = build("qwen2_5_vl", *PROMPTS["one image"])
+    other = make_inputs(*PROMPTS["one image"], seed=5)
+    (wanted,) = vision_reference.references_of_samples(model, inputs)
+    options = spied()
+    apply_sparsevlm(model, **options)
+    with torch.no_grad():
+        ours, later = (model.model.get_image_features(x["pixel_values"], x["image_grid_thw"]) for x in (inputs, other))
+    inputs.pop("pixel_values")
+    model.generate(**inputs, mm_encoder_outputs={"image": ours}, max_new_tokens=2)
+    for context in options["selector"].seen:
+        assert_vision_is(context, wanted)
+    del later
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager", flash_emulation.NAME])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_last_attention(prompt, family, attn, place):
+    flash_emulation.register()
+    model, inputs = build(family, *PROMPTS[prompt], place=place)
+    use_attention(model, attn)
+    options = {**spied("both", ("last_attention",)), "keep": 0.5}
+    state = apply_sparsevlm(model, **options)
+    model.generate(**inputs, max_new_tokens=2)
+    contexts, report = options["selector"].seen, state.report
+    assert any(context.layer == 3 for context in contexts)
+    state.detach()
+    use_attention(model, "eager")
+    dropped = [dropped_from(report, b) for b in range(inputs["input_ids"].shape[0])]
+    masks = layer_masks(len(model.model.language_model.layers), prompt_valid(inputs).cpu(), dropped)
+    model.model.rope_deltas = None
+    with torch.no_grad(), masked_layers(model, masks):
+        attentions = model(**inputs, use_cache=False, output_attentions=True).attentions
+    tolerance = 1e-5 if place.dtype == torch.float32 else 0.1
+    for context in contexts:
+        if context.layer < 0:
+            assert context.last_attention is None
+            continue
+        visual = torch.tensor(report.samples[context.sample].visual_positions)[context.indices.cpu()]
+        wanted = attentions[context.layer][context.sample, :, -1].float().mean(dim=0).cpu()[visual]
+        assert context.last_attention.dtype == torch.float32
+        torch.testing.assert_close(context.last_attention.cpu(), wanted, rtol=tolerance, atol=tolerance / 100)
+
+
+def test_last_token_of_the_prompt_is_no_guess_no_padding_and_may_be_the_templates():
+    model, inputs = build("qwen2_5_vl", [("text", 8), ("image", 4, 6), ("text", 9)])
+    inputs["input_ids"][0, -4:] = inputs["input_ids"][0, 2:6]  # something to look up: a guess from the first step on
+    suffix = tuple(inputs["input_ids"][0, -2:].tolist())
+    options = spied("target_layers", ("last_attention", "rater_attention"))
+    state = apply_sparsevlm(model, **options)
+    seen = []
+    for more in ({}, {"prompt_lookup_num_tokens": 3}):
+        for state._template_suffix in ((), suffix):
+            options["selector"].seen.clear()
+            model.generate(**inputs, max_new_tokens=3, **more)
+            seen.append([context.last_attention for context in options["selector"].seen])
+    for other in seen[1:]:
+        for got, wanted in zip(other, seen[0], strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
+    of_tokens = ("input_ids", "attention_mask", "mm_token_type_ids")
+    right_padded = {
+        name: torch.nn.functional.pad(value, (0, 3)) if name in of_tokens else value for name, value in inputs.items()
+    }
+    options["selector"].seen.clear()
+    with torch.no_grad():
+        model(**right_padded)
+    torch.testing.assert_close(options["selector"].seen[0].last_attention, seen[0][0], rtol=1e-5, atol=1e-7)
+
+
+def test_last_attention_leaves_the_raters_attention_as_it_is():
+    model, inputs = build("qwen2_5_vl", *PROMPTS["batch, unequal counts"])
+    read = []
+    for needs in (("rater_attention",), ("rater_attention", "last_attention")):
+        options = spied(needs=needs)
+        apply_sparsevlm(model, **options)
+        model.generate(**inputs, max_new_tokens=1)
+        read.append([context.rater_attention for context in options["selector"].seen])
+    assert all(torch.equal(a, b) for a, b in zip(*read, strict=True))
+
+
+@pytest.mark.parametrize("prompt", ["one image", "batch, unequal counts"])
+def test_visual_heads_are_those_of_whole_matrices(prompt):
+    """Four heads: the two with the most mass from the rows that vote to the visual tokens."""
+    model, inputs = build("qwen2_5_vl", *PROMPTS[prompt])
+    use_attention(model, "eager")
+    with torch.no_grad():
+        attentions = model(**inputs, output_attentions=True).attentions
+    options = spied(needs=("rater_attention",))
+    state = apply_sparsevlm(model, **options, heads="visual")
+    model.generate(**inputs, max_new_tokens=1)
+    for context in options["selector"].seen:
+        if context.layer != 1:
+            continue
+        sample = state._request.samples[context.sample]
+        whole = attentions[1][context.sample][:, sample.text][:, :, sample.visual]
+        heads = whole.sum(dim=(1, 2)).topk(2).indices
+        wanted = whole[heads].mean(dim=0)
+        raters = wanted.sum(dim=1) >= wanted.sum(dim=1).mean()
+        torch.testing.assert_close(context.rater_attention, wanted[raters], rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(wanted, whole.mean(dim=0), rtol=1e-2)

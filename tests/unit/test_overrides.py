@@ -1,0 +1,58 @@
+"""Options that a selector sets by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from sparsevlm.config import SparseVLMConfig
+from sparsevlm.selection.overrides import OVERRIDABLE, effective_config
+from sparsevlm.selection.selectors import SELECTORS, make_selector
+
+
+class Custom:
+    overrides = {"tau": 0.25}  # noqa: RUF012
+
+    def select(self, context, n_keep):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("sparsevlm", {}),
+        ("sparsevlm-paper", {"raters": "embedding"}),
+        ("sparsevlm-v2", {"heads": "visual", "recycle": False}),
+        ("fastv", {}),
+    ],
+)
+def test_variants(name, wanted):
+    config = SparseVLMConfig(selector=name, keep=0.5, min_keep=3)
+    assert effective_config(config, make_selector(config)) == config.replace(**wanted)
+
+
+def test_the_options_of_a_model_stay_as_they_are():
+    config = SparseVLMConfig(selector="sparsevlm-v2")
+    effective_config(config, make_selector(config))
+    assert (config.heads, config.recycle) == ("all", True)
+
+
+def test_what_the_user_set_is_not_overruled():
+    selector = Custom()
+    assert effective_config(SparseVLMConfig(), selector).tau == 0.25
+    assert effective_config(SparseVLMConfig(tau=0.25), selector).tau == 0.25
+    with pytest.raises(ValueError, match=r"'Custom' sets tau=0.25, but tau=0.75 was asked for"):
+        effective_config(SparseVLMConfig(tau=0.75), selector)
+
+
+def test_the_budget_is_not_a_selectors_business():
+    selector = Custom()
+    selector.overrides = {"keep": 0.5}
+    with pytest.raises(ValueError, match=r"overrides keep; a selector may set raters, heads"):
+        effective_config(SparseVLMConfig(), selector)
+
+
+def test_every_override_is_an_option():
+    for option in OVERRIDABLE:
+        assert hasattr(SparseVLMConfig(), option)
+    for make in SELECTORS.values():
+        effective_config(SparseVLMConfig(), make())
