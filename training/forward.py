@@ -80,7 +80,7 @@ class Decoded:
     logits : torch.Tensor
         float32 of shape (count, tail, vocabulary).
     places : torch.Tensor
-        Visual tokens after ``PLACE_LAYER`` in window order, (n_images, tokens, hidden), a sample's pictures side by
+        Visual tokens after ``PLACE_LAYER`` in raster order, (n_images, tokens, hidden), a sample's pictures side by
         side.
     """
 
@@ -136,7 +136,7 @@ class SceneForward:
         self._text_layer: Callable = torch.compile(text_layer, dynamic=False) if compiled else text_layer
 
     def visual_features(self, patches: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Merged visual tokens in window order.
+        """Merged visual tokens in raster order.
 
         Parameters
         ----------
@@ -161,7 +161,10 @@ class SceneForward:
             hidden = self._vision_block(block, hidden, self._vision_cos, self._vision_sin, spans)
         tokens = visual.merger(hidden)
         sizes = [group.n_images * group.tokens for group in self.groups]
-        return [part.view(g.n_images, g.tokens, -1) for part, g in zip(tokens.split(sizes), self.groups, strict=True)]
+        return [
+            self._to_raster(part.view(group.n_images, group.tokens, -1), group.layouts[0])
+            for part, group in zip(tokens.split(sizes), self.groups, strict=True)
+        ]
 
     def decode(self, features: Sequence[torch.Tensor], tail_ids: Sequence[torch.Tensor]) -> list[Decoded]:
         """Run the decoder.
@@ -204,7 +207,7 @@ class SceneForward:
 
     def _embedded(self, group: Group, features: torch.Tensor, tail_ids: torch.Tensor) -> torch.Tensor:
         embed = self.model.model.language_model.embed_tokens
-        seen = self._to_raster(features, group.layouts[0]).unflatten(0, (group.count, -1))
+        seen = features.unflatten(0, (group.count, -1))
         parts = [embed(self._head_ids).expand(group.count, -1, -1), seen[:, 0]]
         if group.is_pair:
             parts += [embed(self._between_ids).expand(group.count, -1, -1), seen[:, 1]]
@@ -215,7 +218,7 @@ class SceneForward:
         for _ in group.layouts:
             pictures.append(hidden[:, start : start + group.tokens])
             start += group.tokens + self._between_ids.shape[0]
-        return self._to_windows(torch.stack(pictures, dim=1).flatten(0, 1), group.layouts[0])
+        return torch.stack(pictures, dim=1).flatten(0, 1)
 
     def _to_windows(self, tokens: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Raster order to window order, (batch, tokens, width); a permutation of axes, so cheap to reverse."""

@@ -25,7 +25,7 @@ class Material:
     tasks : torch.Tensor
         int64 of shape (samples, n_questions).
     shown, places : torch.Tensor
-        Labels of :func:`token_labels` and :func:`place_labels`, (samples, pictures, cells, tokens per cell, things).
+        Labels of :func:`token_labels` and :func:`place_labels`, (samples, pictures, tokens, things).
     """
 
     pixels: torch.Tensor

@@ -16,9 +16,11 @@ from sparsevlm.scenes import (
     TASKS,
     SceneSpec,
     cell_contents,
+    cell_corners,
     cell_tiles,
     glyph_centres,
     object_boxes,
+    picture_boxes,
 )
 from training.groups import TOKEN
 from training.pixels import MERGE, PATCH
@@ -26,7 +28,7 @@ from training.sequences import IGNORE, Sequences
 
 _EMPTY = CLUTTER + 1
 _MIN_OVERLAP = 8  # pixels of a token's side that an object must cover to count as shown
-_EDGE_SHIFT = 8  # an object's edges lie within its cell, at most this many patches before the token
+_EDGE_SHIFT = 8  # an object's left edge lies at most this many patches before the token
 _EDGE_CLASSES = 18
 _MAX_PATCHES = 64
 _MAX_TOKENS = _MAX_PATCHES // MERGE
@@ -91,35 +93,45 @@ class Readout(nn.Module):
 
 @dataclass(frozen=True)
 class _Shown:
-    """Objects by token: boxes within their cells, and which tokens a cell's object covers."""
+    """What each visual token shows; all of shape (batch, tokens) in raster order.
 
-    kinds: torch.Tensor
-    colours: torch.Tensor
-    boxes: torch.Tensor
-    covered: torch.Tensor  # bool of shape (batch, cells, tokens per cell)
+    Attributes
+    ----------
+    kind, colour : torch.Tensor
+        Of the object that covers the token most; ``_EMPTY`` and anything where none covers it well.
+    edges : torch.Tensor
+        Shape (batch, tokens, 4): left, top, right, bottom of that object in patches.
+    named : torch.Tensor
+        bool: whether the object is a shape or a card.
+    """
 
-    @property
-    def named(self) -> torch.Tensor:
-        """Tokens of shapes and cards."""
-        return self.covered & ((self.kinds >= 0) & (self.kinds != CLUTTER))[..., None]
+    kind: torch.Tensor
+    colour: torch.Tensor
+    edges: torch.Tensor
+    named: torch.Tensor
+
+
+def _tokens(spec: SceneSpec) -> torch.Tensor:
+    """Row and column of each visual token, int64 of shape (tokens, 2)."""
+    rows, cols = spec.layout.height // TOKEN, spec.layout.width // TOKEN
+    index = torch.arange(rows * cols, device=spec.device)
+    return torch.stack([index // cols, index % cols], dim=-1)
 
 
 def _shown(spec: SceneSpec) -> _Shown:
     kinds, colours = cell_contents(spec)
-    boxes = object_boxes(spec, cell_tiles(spec, kinds))
-    start = torch.arange(spec.layout.cell // TOKEN, device=kinds.device) * TOKEN
-    near, far = boxes[..., :2, None], (boxes[..., :2] + boxes[..., 2:])[..., None]
-    along = torch.minimum(far, start + TOKEN) - torch.maximum(near, start) >= _MIN_OVERLAP
-    covered = (along[..., 0, :, None] & along[..., 1, None, :]).flatten(2) & (kinds >= 0)[..., None]
-    return _Shown(kinds, colours, boxes, covered)
-
-
-def _edges(shown: _Shown) -> torch.Tensor:
-    """Left, top, right, bottom of each cell's object in patches from the cell's corner, (batch, cells, 1, 4)."""
-    top, left, height, width = shown.boxes.unbind(-1)
-    return torch.stack([left // PATCH, top // PATCH, -(-(left + width) // PATCH), -(-(top + height) // PATCH)], dim=-1)[
-        :, :, None
-    ]
+    boxes = picture_boxes(spec)
+    along = []  # pixels that a token and an object share, by column and by row
+    for near, size in ((0, spec.layout.width), (1, spec.layout.height)):
+        start = torch.arange(size // TOKEN, device=spec.device) * TOKEN
+        shared = torch.minimum(boxes[..., near + 2, None], start + TOKEN) - torch.maximum(boxes[..., near, None], start)
+        along.append(torch.where(shared >= _MIN_OVERLAP, shared, 0))
+    area = (along[1][..., :, None] * along[0][..., None, :]).flatten(2) * (kinds >= 0)[..., None]
+    most, owner = area.max(dim=1)
+    kind = torch.where(most > 0, kinds.gather(1, owner), _EMPTY)
+    edges = torch.cat([boxes[..., :2] // PATCH, -(-boxes[..., 2:] // PATCH)], dim=-1)
+    edges = edges.gather(1, owner[..., None].expand(-1, -1, 4))
+    return _Shown(kind, colours.gather(1, owner), edges, kind <= CARD)
 
 
 def token_labels(spec: SceneSpec) -> torch.Tensor:
@@ -128,27 +140,25 @@ def token_labels(spec: SceneSpec) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        int64 of shape (batch, cells, tokens per cell, len(TOKEN_SIZES)). Kind is that of the cell's object where its
-        box covers the token well, else "empty"; colour and edges are those of shapes and cards; glyph j is labelled on
-        the token that holds its centre; all else is ``IGNORE``.
+        int64 of shape (batch, tokens, len(TOKEN_SIZES)), in raster order. Kind is that of the object that covers the
+        token most, "empty" where none covers it well; colour and edges are those of shapes and cards; glyph j is
+        labelled on the token that holds its centre; all else is ``IGNORE``.
     """
-    shown = _shown(spec)
-    side = spec.layout.cell // TOKEN
-    kind = torch.where(shown.covered, shown.kinds[..., None], _EMPTY)
-    colour = torch.where(shown.named, shown.colours[..., None], IGNORE)
-    index = torch.arange(side**2, device=kind.device)
-    corner = MERGE * torch.stack([index % side, index // side] * 2, dim=-1)  # of the token, in patches
-    edges = torch.where(shown.named[..., None], _edges(shown) - corner + _EDGE_SHIFT, IGNORE)
+    shown, tokens = _shown(spec), _tokens(spec)
+    colour = torch.where(shown.named, shown.colour, IGNORE)
+    corner = MERGE * tokens[:, [1, 0, 1, 0]]
+    edges = torch.where(shown.named[..., None], shown.edges - corner + _EDGE_SHIFT, IGNORE)
 
-    place = (glyph_centres(spec, shown.boxes) // TOKEN).clamp(0, side - 1)
-    token = spec.card_cells[..., None] * side**2 + place[..., 0] * side + place[..., 1]
-    batch, cells = shown.kinds.shape
+    kinds, _ = cell_contents(spec)
+    centres = glyph_centres(spec, object_boxes(spec, cell_tiles(spec, kinds)))
+    corners = cell_corners(spec).gather(1, spec.card_cells[..., None].expand(-1, -1, 2))
+    row, col = ((centres + corners[:, :, None]) // TOKEN).unbind(-1)
+    batch, n_tokens = shown.kind.shape
     # A place without a glyph writes to an extra token that is cut off.
-    token = torch.where(spec.card_glyphs == NO_PIECE, cells * side**2, token)
-    glyphs = torch.full((batch, cells * side**2 + 1, MAX_GLYPHS), IGNORE, device=kind.device)
+    token = torch.where(spec.card_glyphs == NO_PIECE, n_tokens, row * (spec.layout.width // TOKEN) + col)
+    glyphs = torch.full((batch, n_tokens + 1, MAX_GLYPHS), IGNORE, device=spec.device)
     glyphs.scatter_(1, token, spec.card_glyphs)
-    glyphs = glyphs[:, :-1].view(batch, cells, side**2, MAX_GLYPHS)
-    return torch.cat([kind[..., None], colour[..., None], glyphs, edges], dim=-1)
+    return torch.cat([shown.kind[..., None], colour[..., None], glyphs[:, :-1], edges], dim=-1)
 
 
 def place_labels(spec: SceneSpec) -> torch.Tensor:
@@ -157,19 +167,12 @@ def place_labels(spec: SceneSpec) -> torch.Tensor:
     Returns
     -------
     torch.Tensor
-        int64 of shape (batch, cells, tokens per cell, len(PLACE_SIZES)).
+        int64 of shape (batch, tokens, len(PLACE_SIZES)), in raster order.
     """
     shown = _shown(spec)
-    layout, side = spec.layout, spec.layout.cell // TOKEN
-    cell = torch.arange(layout.n_cells, device=shown.kinds.device)
-    index = torch.arange(side**2, device=cell.device)
-    row = (cell // layout.cols * side)[:, None] + index // side
-    col = (cell % layout.cols * side)[:, None] + index % side
-    places = torch.stack([row, col], dim=-1).expand(shown.kinds.shape[0], -1, -1, -1)
-    corner = side * MERGE * torch.stack([cell % layout.cols, cell // layout.cols] * 2, dim=-1)
-    edges = torch.where(shown.named[..., None], _edges(shown) + corner[:, None], IGNORE)
-    named = torch.stack([shown.kinds, shown.colours], dim=-1)[:, :, None]
-    return torch.cat([places, edges, torch.where(shown.named[..., None], named, IGNORE)], dim=-1)
+    places = _tokens(spec).expand(shown.kind.shape[0], -1, -1)
+    named = torch.cat([shown.edges, shown.kind[..., None], shown.colour[..., None]], dim=-1)
+    return torch.cat([places, torch.where(shown.named[..., None], named, IGNORE)], dim=-1)
 
 
 @dataclass(frozen=True)

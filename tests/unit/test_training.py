@@ -9,20 +9,22 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 from sparsevlm.bundled import __file__ as bundled_file
 from sparsevlm.scenes import (
-    CLUTTER,
+    CARD,
+    DEFAULT_LAYOUT,
     NO_PIECE,
     PIECES,
     QUESTION_TEXTS,
     SINGLE_TASKS,
     TASKS,
+    Layout,
     ask,
-    cell_contents,
     draw_scene,
     holdout_seeds,
     picture_boxes,
     render,
     sample_specs,
 )
+from sparsevlm.scenes.vocabulary import COLOUR_RGB
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -149,9 +151,9 @@ def test_places_are_those_of_the_visual_tokens(tiny, tokenizer):
     raster = torch.arange(rows * cols, dtype=torch.float32)[None, :, None].expand(2, -1, 8)
     start = builder.head_ids.shape[0]
     whole = torch.nn.functional.pad(raster, (0, 0, start, TAIL), value=-1.0)
-    in_windows = fast._visual_rows(groups[0], whole)[..., 0]
-    labels = place_labels(sample_specs(holdout_seeds(0, 2), groups[0].layouts[0])).flatten(1, 2)
-    assert torch.equal(labels[..., 0] * cols + labels[..., 1], in_windows.long())
+    seen = fast._visual_rows(groups[0], whole)[..., 0]
+    labels = place_labels(sample_specs(holdout_seeds(0, 2), groups[0].layouts[0]))
+    assert torch.equal(labels[..., 0] * cols + labels[..., 1], seen.long())
 
 
 def test_evaluation_counts_every_task(tiny, tokenizer):
@@ -241,33 +243,54 @@ def test_score_counts_whole_answers():
     assert float((score + score).loss) == pytest.approx(2 * float(score.loss))
 
 
-def test_token_labels_are_where_the_pixels_are():
-    spec = sample_specs(holdout_seeds(0, 8))
+LOOSE = Layout(rows=4, cols=4, cell=104, margin=(32, 32))
+
+
+@pytest.mark.parametrize("layout", [DEFAULT_LAYOUT, LOOSE], ids=["aligned", "loose"])
+def test_token_labels_are_where_the_pixels_are(layout):
+    spec = sample_specs(holdout_seeds(0, 8), layout)
     labels = token_labels(spec)
-    assert labels.shape == (8, 16, 16, len(TOKEN_SIZES))
+    assert labels.shape == (8, 256, len(TOKEN_SIZES))
     glyphs = labels[..., 2:6]
-    assert ((glyphs[..., :3] != IGNORE).sum((1, 2)) == 3).all(), "each of three places is labelled once per card"
-    assert torch.equal((glyphs[..., 3] != IGNORE).sum((1, 2)), (spec.card_glyphs[..., 3] != NO_PIECE).sum(1))
-    kinds, _ = cell_contents(spec)
-    assert torch.equal((labels[..., 0] != CLUTTER + 1).any(2), kinds >= 0)
-    on_card = labels[..., 0] == 8
+    assert ((glyphs[..., :3] != IGNORE).sum(1) == 3).all(), "each of three places is labelled once per card"
+    assert torch.equal((glyphs[..., 3] != IGNORE).sum(1), (spec.card_glyphs[..., 3] != NO_PIECE).sum(1))
+    on_card = labels[..., 0] == CARD
     assert on_card[glyphs[..., 0] != IGNORE].float().mean() > 0.9, "glyphs lie on cards"
-    loss, accuracy = Readout(8, TOKEN_SIZES)(torch.zeros(8 * 256, 8), labels.flatten(0, 2))
+    loss, accuracy = Readout(8, TOKEN_SIZES)(torch.zeros(8 * 256, 8), labels.flatten(0, 1))
     assert torch.isfinite(loss)
     assert accuracy.shape == (len(TOKEN_SIZES),)
 
+    pixels, seen = render(spec).float(), []
+    for row, token in (labels[..., 0] < CARD).nonzero().tolist():
+        y, x = token // 16 * 28, token % 16 * 28
+        patch = pixels[row, :, y : y + 28, x : x + 28].flatten(1)
+        colour = torch.tensor(COLOUR_RGB[int(labels[row, token, 1])])
+        seen.append(float((patch - colour[:, None]).abs().sum(0).amin()) < 100)
+    assert sum(seen) > 0.85 * len(seen), "most tokens of a shape show its colour; the others lie in a box's corner"
 
-def test_edges_agree_with_the_boxes():
-    spec = sample_specs(holdout_seeds(0, 4))
+
+@pytest.mark.parametrize("layout", [DEFAULT_LAYOUT, LOOSE], ids=["aligned", "loose"])
+def test_edges_agree_with_the_boxes(layout):
+    spec = sample_specs(holdout_seeds(0, 4), layout)
     near, places = token_labels(spec)[..., 6:], place_labels(spec)
     boxes = picture_boxes(spec)
     assert places.shape[-1] == len(PLACE_SIZES)
-    for row, cell, token in (places[..., 2] != IGNORE).nonzero().tolist():
-        left, top, right, bottom = boxes[row, cell].tolist()
-        assert places[row, cell, token, 2:6].tolist() == [left // 14, top // 14, -(-right // 14), -(-bottom // 14)]
-        y, x = places[row, cell, token, :2].tolist()
-        corner = torch.tensor([2 * x, 2 * y, 2 * x, 2 * y])
-        assert torch.equal(near[row, cell, token] - 8, places[row, cell, token, 2:6] - corner)
+    for row, token in (places[..., 2] != IGNORE).nonzero().tolist():
+        y, x = places[row, token, :2].tolist()
+        assert token == 16 * y + x
+        edges = places[row, token, 2:6]
+        mine = [
+            box
+            for box in boxes[row].tolist()
+            if [box[0] // 14, box[1] // 14, -(-box[2] // 14), -(-box[3] // 14)] == edges.tolist()
+        ]
+        assert mine
+        assert any(
+            box[0] < 28 * x + 28 and box[2] > 28 * x and box[1] < 28 * y + 28 and box[3] > 28 * y for box in mine
+        )
+        assert torch.equal(near[row, token] - 8, edges - torch.tensor([2 * x, 2 * y, 2 * x, 2 * y]))
+    assert int(near[near != IGNORE].min()) >= 0
+    assert int(near.max()) < TOKEN_SIZES[-1]
 
 
 def test_schedules():

@@ -1,7 +1,17 @@
 """Generated scenes with questions: the same code draws for training, evaluation and demos."""
 
 from .questions import QuestionBatch, ask, ask_pair
-from .render import CARD, CLUTTER, cell_contents, cell_tiles, glyph_centres, object_boxes, picture_boxes, render
+from .render import (
+    CARD,
+    CLUTTER,
+    cell_contents,
+    cell_corners,
+    cell_tiles,
+    glyph_centres,
+    object_boxes,
+    picture_boxes,
+    render,
+)
 from .scene import Box, Example, Question, Scene, draw_example, draw_scene
 from .seeds import HOLDOUT_SEEDS, TRAINING_SEEDS, holdout_seeds, training_seeds
 from .specification import SceneSpec, sample_specs
@@ -54,6 +64,7 @@ __all__ = [
     "ask",
     "ask_pair",
     "cell_contents",
+    "cell_corners",
     "cell_tiles",
     "draw_example",
     "draw_scene",

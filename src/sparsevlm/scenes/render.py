@@ -25,14 +25,33 @@ def render(spec: SceneSpec) -> torch.Tensor:
     text = _text_pixels(spec, atlas, boxes)
     is_clutter = (kinds == CLUTTER)[..., None]
     paint = torch.where(is_clutter, spec.clutter_grey, atlas.colours[colours]) + spec.colour_jitter
-    grid = (layout.rows, layout.cols)
-
-    canvas = _background(spec).unflatten(3, (layout.cols, layout.cell)).unflatten(2, (layout.rows, layout.cell))
+    inside, at, cell = _grid_pixels(spec)
+    canvas = _background(spec)
     for mask, colour in ((cover, paint), (text, atlas.ink[colours].expand_as(paint))):
-        alpha = mask.unflatten(1, grid).permute(0, 1, 3, 2, 4)[:, None]
-        target = colour.clamp(0, 255).to(torch.int16).unflatten(1, grid).permute(0, 3, 1, 2)[:, :, :, None, :, None]
-        canvas = canvas + (((target - canvas) * alpha) >> 7)
-    return (canvas.flatten(4, 5).flatten(2, 3) + _noise(spec, atlas)).clamp(0, 255).to(torch.uint8)
+        alpha = (mask.flatten(1).gather(1, at) * inside).view(-1, 1, layout.height, layout.width)
+        target = colour.clamp(0, 255).to(torch.int16).transpose(1, 2).gather(2, cell[:, None].expand(-1, 3, -1))
+        canvas = canvas + (((target.view_as(canvas) - canvas) * alpha) >> 7)
+    return (canvas + _noise(spec, atlas)).clamp(0, 255).to(torch.uint8)
+
+
+def _grid_pixels(spec: SceneSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where each pixel of the picture lies in the grid.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Each of shape (batch, height * width): bool, whether it lies in the grid; int64, its index into the pixels of
+        all cells one after the other; int64, its cell.
+    """
+    layout = spec.layout
+    y = torch.arange(layout.height, device=spec.device) - spec.grid_shift[:, :1]
+    x = torch.arange(layout.width, device=spec.device) - spec.grid_shift[:, 1:]
+    inside_y, inside_x = (y >= 0) & (y < layout.rows * layout.cell), (x >= 0) & (x < layout.cols * layout.cell)
+    y, x = y.clamp(0, layout.rows * layout.cell - 1), x.clamp(0, layout.cols * layout.cell - 1)
+    cell = (y // layout.cell * layout.cols)[:, :, None] + (x // layout.cell)[:, None, :]
+    pixel = (y % layout.cell * layout.cell)[:, :, None] + (x % layout.cell)[:, None, :]
+    inside = inside_y[:, :, None] & inside_x[:, None, :]
+    return inside.flatten(1), (cell * layout.cell**2 + pixel).flatten(1), cell.flatten(1)
 
 
 def _atlas(spec: SceneSpec) -> Atlas:
@@ -90,11 +109,16 @@ def object_boxes(spec: SceneSpec, tiles: torch.Tensor) -> torch.Tensor:
 def picture_boxes(spec: SceneSpec) -> torch.Tensor:
     """Object boxes in the picture, int64 of shape (batch, cells, 4): left, top, right, bottom in pixels."""
     kinds, _ = cell_contents(spec)
-    top, left, height, width = object_boxes(spec, cell_tiles(spec, kinds)).unbind(-1)
+    boxes = object_boxes(spec, cell_tiles(spec, kinds))
+    top, left = (boxes[..., :2] + cell_corners(spec)).unbind(-1)
+    return torch.stack([left, top, left + boxes[..., 3], top + boxes[..., 2]], dim=-1)
+
+
+def cell_corners(spec: SceneSpec) -> torch.Tensor:
+    """Upper left corner of each cell in the picture, int64 of shape (batch, cells, 2): y and x in pixels."""
     cell = torch.arange(spec.layout.n_cells, device=spec.device)
-    top = top + cell // spec.layout.cols * spec.layout.cell
-    left = left + cell % spec.layout.cols * spec.layout.cell
-    return torch.stack([left, top, left + width, top + height], dim=-1)
+    corner = torch.stack([cell // spec.layout.cols, cell % spec.layout.cols], dim=-1) * spec.layout.cell
+    return corner + spec.grid_shift[:, None]
 
 
 def _jitter(bits: torch.Tensor, room: torch.Tensor) -> torch.Tensor:

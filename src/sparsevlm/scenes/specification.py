@@ -60,6 +60,8 @@ class SceneSpec:
         bool of shape (batch, MAX_SHAPES). Slot 0 is valid and its kind is unlike all others of its scene.
     cell_sizes, cell_clutter : torch.Tensor
         Shape (batch, cells): size index of a shape; kind of clutter in a cell without an object, or -1.
+    grid_shift : torch.Tensor
+        Shape (batch, 2): where the grid's upper left corner lies in the picture, (y, x) in pixels.
     cell_shift, text_shift : torch.Tensor
         Shape (batch, cells, 2) and (batch, N_CARDS, 2): 32-bit draws for the (y, x) jitter, scaled by the
         room that is left when the object's size is known.
@@ -89,6 +91,7 @@ class SceneSpec:
     repeated_colour: torch.Tensor
     cell_sizes: torch.Tensor
     cell_clutter: torch.Tensor
+    grid_shift: torch.Tensor
     cell_shift: torch.Tensor
     text_shift: torch.Tensor
     colour_jitter: torch.Tensor
@@ -157,6 +160,9 @@ def sample_specs(seeds: torch.Tensor, layout: Layout = DEFAULT_LAYOUT, picture: 
         repeated_colour=repeated[:, 0],
         cell_sizes=draws.integers("sizes", 0, N_SHAPE_SIZES, cells),
         cell_clutter=torch.where(some, clutter, NOTHING),
+        grid_shift=torch.stack(
+            [draws.integers(f"grid shift {axis}", 0, room + 1) for axis, room in enumerate(layout.margin)], dim=1
+        ),
         cell_shift=draws.bits("cell shift", cells, 2),
         text_shift=draws.bits("text shift", N_CARDS, 2),
         colour_jitter=draws.integers("colour jitter", -_COLOUR_JITTER, _COLOUR_JITTER + 1, cells, 3),

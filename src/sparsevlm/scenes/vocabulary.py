@@ -64,11 +64,15 @@ class Layout:
         Cells in each direction; every object stays inside its cell.
     cell : int
         Cell side in pixels.
+    margin : tuple of int
+        Pixels that a picture is higher and wider than its grid. The grid lies anywhere within it, so that objects do
+        not line up with what a vision tower cuts a picture into.
     """
 
     rows: int = 4
     cols: int = 4
     cell: int = 112
+    margin: tuple[int, int] = (0, 0)
 
     @property
     def n_cells(self) -> int:
@@ -78,12 +82,12 @@ class Layout:
     @property
     def height(self) -> int:
         """Image height in pixels."""
-        return self.rows * self.cell
+        return self.rows * self.cell + self.margin[0]
 
     @property
     def width(self) -> int:
         """Image width in pixels."""
-        return self.cols * self.cell
+        return self.cols * self.cell + self.margin[1]
 
 
 DEFAULT_LAYOUT = Layout()
