@@ -12,6 +12,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 TEXT_HIDDEN = 256
 _EMBEDDING_STD = 0.5  # about the size of the visual tokens at the start
+_LAYERS = "model.language_model.layers."
 _END, _PAD = TOKEN_IDS["<|im_end|>"], TOKEN_IDS["<|endoftext|>"]
 
 
@@ -82,10 +83,10 @@ def build_model(layers: int, mlp: int, rope_theta: float = 1e4) -> Qwen2_5_VLFor
 
 
 def grow(model: Qwen2_5_VLForConditionalGeneration, layers: int) -> Qwen2_5_VLForConditionalGeneration:
-    """Append decoder layers that change nothing yet.
+    """Add decoder layers that change nothing yet, evenly among the old ones.
 
-    A deep model trained from scratch stalls; a shallow one trains. The new layers sit on top, so the early layers go
-    on finding what was asked for, and their output projections are zero, so the function is exactly the same.
+    The output projections of the new layers are zero, so the function is exactly the same. A shallow model learns
+    faster; spread over the depth, what it does with a picture does not all end up in the first layers.
 
     Parameters
     ----------
@@ -104,12 +105,18 @@ def grow(model: Qwen2_5_VLForConditionalGeneration, layers: int) -> Qwen2_5_VLFo
     if layers < depth:
         raise ValueError(f"cannot grow {depth} decoder layers to {layers}")
     grown = build_model(layers, text.intermediate_size, text.rope_parameters["rope_theta"])
-    missing = grown.load_state_dict(model.state_dict(), strict=False)
+    old, new = model.model.language_model.layers, grown.model.language_model.layers
+    state = {name: weight for name, weight in model.state_dict().items() if not name.startswith(_LAYERS)}
+    missing = grown.load_state_dict(state, strict=False)
     assert not missing.unexpected_keys
+    kept = {index * layers // depth: layer for index, layer in enumerate(old)}
     with torch.no_grad():
-        for layer in grown.model.language_model.layers[depth:]:
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
+        for index, layer in enumerate(new):
+            if index in kept:
+                layer.load_state_dict(kept[index].state_dict())
+            else:
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
     return cast_weights(grown, model.dtype)
 
 
