@@ -10,7 +10,7 @@ TASK_SHARES = {
     "exist": 6,
     "count": 4,
     "half": 2,
-    "compare": 3,
+    "compare": 4,
     "list": 2,
     "box": 5,
 }

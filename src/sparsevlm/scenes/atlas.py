@@ -15,7 +15,7 @@ from .vocabulary import COLOUR_RGB, DARK_INK, FONTS, GLYPHS, MAX_GLYPHS, N_DIGIT
 
 FULL = 128  # a mask value of 128 is opaque: (255 * 128) still fits into int16
 SHAPE_SIDES = (36, 54, 74)
-TEXT_SIZES = (20, 24, 30, 38)  # digits of 15, 18, 22 and 28 pixels
+TEXT_SIZES = (20, 24, 28, 34)  # digits of 15, 18, 21 and 25 pixels
 GLYPH_HEIGHT = 44
 NOISE_SIDE = 512
 

@@ -90,15 +90,18 @@ class Layout:
         return self.cols * self.cell + self.margin[1]
 
 
-DEFAULT_LAYOUT = Layout()
-PAIR_LAYOUT = Layout(rows=3, cols=4)
+# Cells are a little smaller than a window of Qwen2.5-VL's vision tower (112 pixels), and the grid lies anywhere in its
+# picture: a model must not find an object by where its window begins.
+_CELL = 104
+DEFAULT_LAYOUT = Layout(rows=4, cols=4, cell=_CELL, margin=(32, 32))
+PAIR_LAYOUT = Layout(rows=3, cols=4, cell=_CELL, margin=(24, 32))
 # Visual tokens: 256, 240, 240, 512, 1024.
 LAYOUTS: dict[str, Layout] = {
     "square": DEFAULT_LAYOUT,
-    "wide": Layout(rows=3, cols=5),
-    "tall": Layout(rows=5, cols=3),
-    "panorama": Layout(rows=4, cols=8),
-    "huge": Layout(rows=8, cols=8),
+    "wide": Layout(rows=3, cols=5, cell=_CELL, margin=(24, 40)),
+    "tall": Layout(rows=5, cols=3, cell=_CELL, margin=(40, 24)),
+    "panorama": Layout(rows=4, cols=8, cell=_CELL, margin=(32, 64)),
+    "huge": Layout(rows=8, cols=8, cell=_CELL, margin=(64, 64)),
 }
 
 
