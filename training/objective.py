@@ -146,7 +146,7 @@ def token_labels(spec: SceneSpec) -> torch.Tensor:
     """
     shown, tokens = _shown(spec), _tokens(spec)
     colour = torch.where(shown.named, shown.colour, IGNORE)
-    corner = MERGE * tokens[:, [1, 0, 1, 0]]
+    corner = MERGE * tokens.flip(-1).repeat(1, 2)  # left, top, left, top: indices in a list could not be captured
     edges = torch.where(shown.named[..., None], shown.edges - corner + _EDGE_SHIFT, IGNORE)
 
     kinds, _ = cell_contents(spec)
