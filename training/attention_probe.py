@@ -11,10 +11,10 @@ import torch
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from sparsevlm.bundled import bundled_path
-from sparsevlm.scenes import SINGLE_TASKS, TASKS, holdout_seeds, render
+from sparsevlm.scenes import SINGLE_TASKS, TASKS, SceneSpec, holdout_seeds, picture_boxes, render
 from training.evaluate import FIRST_SEED
-from training.groups import draw_group, parse_mix
-from training.pixels import MERGE, PATCH, Patchifier, full_patches
+from training.groups import TOKEN, draw_group, parse_mix
+from training.pixels import PATCH, Patchifier, full_patches
 from training.sequences import IGNORE, SequenceBuilder
 
 _TOP = 64
@@ -27,9 +27,9 @@ def answer_attention(folder: str, task: str, scenes: int) -> dict[int, dict[str,
     Returns
     -------
     dict
-        By layer: ``visual``, the last row's mass on all visual tokens; ``answer``, the share of that on the cells that
-        the question is about; ``area``, those cells' share of the visual tokens; ``recall``, the share of their tokens
-        among the 64 with the most attention of all rows. Scenes without such cells do not count.
+        By layer: ``visual``, the last row's mass on all visual tokens; ``answer``, the share of that on the tokens of
+        the objects that the question is about; ``area``, their share of the visual tokens; ``recall``, how many of
+        them are among the 64 with the most attention of all rows. Scenes without such objects do not count.
     """
     device = torch.device("cpu")
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder, dtype="float32", attn_implementation="eager")
@@ -39,7 +39,7 @@ def answer_attention(folder: str, task: str, scenes: int) -> dict[int, dict[str,
     for seed in range(FIRST_SEED, FIRST_SEED + scenes):
         batch = draw_group(group, holdout_seeds(seed, 1), torch.tensor([TASKS.index(task)]), 1)
         sequences = builder(batch.questions, tail)
-        asked = _raster(batch.questions.cells[0, 0])
+        asked = _tokens_of(batch.specs[0], batch.questions.cells[0, 0])
         if not bool(asked.any()):
             continue
         # Up to the row that predicts the first token of the answer; a long answer may not fit, its question does.
@@ -69,10 +69,14 @@ def answer_attention(folder: str, task: str, scenes: int) -> dict[int, dict[str,
     }
 
 
-def _raster(cells: torch.Tensor) -> torch.Tensor:
-    """Cells (16,) of a square layout as visual tokens in raster order, (256,)."""
-    side = 112 // (PATCH * MERGE)
-    return cells.view(4, 1, 4, 1).expand(-1, side, -1, side).flatten()
+def _tokens_of(spec: SceneSpec, cells: torch.Tensor) -> torch.Tensor:
+    """Visual tokens in raster order, bool of shape (tokens,), that touch the object of one of the cells."""
+    left, top, right, bottom = picture_boxes(spec)[0][cells].unbind(-1)
+    token = torch.arange(spec.layout.height // TOKEN * (spec.layout.width // TOKEN))
+    y, x = token // (spec.layout.width // TOKEN) * TOKEN, token % (spec.layout.width // TOKEN) * TOKEN
+    down = (y < bottom[:, None]) & (y + TOKEN > top[:, None])
+    across = (x < right[:, None]) & (x + TOKEN > left[:, None])
+    return (down & across).any(dim=0)
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ class TrainSettings:
     init: str = ""
     seconds: float = 450.0
     steps: int = 0
-    mix: str = "square:32,wide:5,tall:5,panorama:3,huge:2,pair:6"
+    mix: str = "square:24,small:6,wide:5,tall:5,panorama:3,large:3,huge:2,pair:6"
     draw_ahead: int = 1
     questions: int = 8
     tail: int = 176

@@ -95,12 +95,14 @@ class Layout:
 _CELL = 104
 DEFAULT_LAYOUT = Layout(rows=4, cols=4, cell=_CELL, margin=(32, 32))
 PAIR_LAYOUT = Layout(rows=3, cols=4, cell=_CELL, margin=(24, 32))
-# Visual tokens: 256, 240, 240, 512, 1024.
+# Visual tokens: 256, 144, 240, 240, 512, 576, 1024.
 LAYOUTS: dict[str, Layout] = {
     "square": DEFAULT_LAYOUT,
+    "small": Layout(rows=3, cols=3, cell=_CELL, margin=(24, 24)),
     "wide": Layout(rows=3, cols=5, cell=_CELL, margin=(24, 40)),
     "tall": Layout(rows=5, cols=3, cell=_CELL, margin=(40, 24)),
     "panorama": Layout(rows=4, cols=8, cell=_CELL, margin=(32, 64)),
+    "large": Layout(rows=6, cols=6, cell=_CELL, margin=(48, 48)),
     "huge": Layout(rows=8, cols=8, cell=_CELL, margin=(64, 64)),
 }
 
