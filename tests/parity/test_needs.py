@@ -120,7 +120,35 @@ def test_the_reference_bites(family):
         (attention[1, :16], attention[1, 16:32]),
     ):
         assert float((one - other).abs().max() / one.abs().max()) > 0.05
-    assert float(attention.sum()) == pytest.approx(4)  # two blocks, two images
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_received_attention_is_one_on_average_in_every_image_and_frame(family):
+    model, inputs = build(family, [("image", 6, 6), ("image", 2, 2), ("video", 2, 3, 4), ("text", 4)])
+    options = spied("before_decoder")
+    apply_sparsevlm(model, **options)
+    model.generate(**inputs, max_new_tokens=1)
+    for part in options["selector"].seen[0].vision_attention.split([36, 4, 12, 12], dim=1):
+        torch.testing.assert_close(part.mean(dim=1), torch.ones(2))
+
+
+@pytest.mark.parametrize("selector", ["visionzip", "hiprune", "scope"])
+@pytest.mark.parametrize(
+    ("row", "n_large", "n_small"),
+    [
+        ([("image", 20, 20), ("image", 6, 6), ("text", 4)], 400, 36),
+        ([("image", 16, 16), ("video", 4, 6, 6), ("text", 4)], 256, 144),
+    ],
+    ids=["two images", "image and video"],
+)
+def test_a_large_image_is_not_starved_by_a_small_one(selector, row, n_large, n_small):
+    model, inputs = tiny_model(), make_inputs(row)
+    state = apply_sparsevlm(model, selector=selector, keep=0.2, min_keep=1)
+    model.generate(**inputs, max_new_tokens=1)
+    stage = state.report.samples[0].stages[0]
+    kept = [*stage.kept, *stage.recycled]
+    rate = len(kept) / (n_large + n_small)
+    assert sum(index < n_large for index in kept) / n_large > 0.5 * rate
 
 
 def test_order_of_windows_matters_here():

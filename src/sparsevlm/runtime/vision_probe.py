@@ -52,7 +52,7 @@ class VisionRows:
 class VisionProbe:
     """Reads blocks with full attention during one run of the vision tower: the middle one and the last.
 
-    Column means are taken as queries and keys come by, image by image (or frame by frame); these are not kept.
+    Column sums are taken as queries and keys come by, image by image (or frame by frame); these are not kept.
 
     Parameters
     ----------
@@ -95,7 +95,7 @@ class VisionProbe:
         attention = keys = None
         if self._scored:
             received = {block: torch.cat(parts) for block, parts in self._received.items()}
-            attention = torch.stack([received[block].view(-1, self._n_patches).sum(dim=1) for block in self._scored])
+            attention = torch.stack([received[block].view(-1, self._n_patches).mean(dim=1) for block in self._scored])
             attention = attention[:, order]
         if self._keys is not None:
             patches = torch.cat(self._keys)
