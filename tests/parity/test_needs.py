@@ -169,14 +169,23 @@ def test_the_middle_of_one_block_is_that_block():
     assert torch.equal(first, second)
 
 
-def test_of_four_blocks_the_third_is_the_middle():
-    """As in Qwen2.5-VL: of 7, 15, 23 and 31 it is 23."""
-    model = tiny_model(vision_options={"depth": 4, "fullatt_block_indexes": [0, 1, 2, 3]})
+@pytest.mark.parametrize(
+    ("depth", "full", "middle"),
+    [
+        (32, [7, 15, 23, 31], 15),  # as in Qwen2.5-VL
+        (6, [2, 5], 2),
+        (4, [0, 1, 2, 3], 2),
+        (3, [0, 1, 2], 1),
+        (5, [0, 4], 4),
+    ],
+)
+def test_the_middle_block_is_the_nearest_to_half_the_depth(depth, full, middle):
+    model = tiny_model(vision_options={"depth": depth, "fullatt_block_indexes": full})
     state = apply_sparsevlm(model, **spied())
     probe = VisionProbe(state.view, frozenset(VISION), None)
     armed = {block for block in state.view.vision_attentions if block in AttentionProbe._armed}
     probe.disarm()
-    assert armed == {model.model.visual.blocks[2].attn, model.model.visual.blocks[3].attn}
+    assert armed == {model.model.visual.blocks[middle].attn, model.model.visual.blocks[full[-1]].attn}
 
 
 @pytest.mark.parametrize("way", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True}], ids=str)

@@ -88,9 +88,8 @@ def reference(model, pixels, grid):
     tower = model.model.visual
     blocks = list(tower.blocks)
     windowed = model.config.model_type == "qwen2_5_vl"
-    if windowed:
-        blocks = [blocks[i] for i in model.config.vision_config.fullatt_block_indexes]
-    middle, last = blocks[len(blocks) // 2].attn, blocks[-1].attn
+    full = model.config.vision_config.fullatt_block_indexes if windowed else range(len(blocks))
+    middle, last = blocks[min(full, key=lambda i: abs(i - len(blocks) / 2))].attn, blocks[full[-1]].attn
     dtype = next(tower.parameters()).dtype
     with torch.no_grad(), inputs_of([middle, last]) as seen:
         tower(pixels.to(dtype), torch.tensor([grid], device=pixels.device))

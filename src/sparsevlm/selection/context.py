@@ -49,7 +49,8 @@ class SelectionContext:
     vision_attention : Tensor of shape (2, n_visual), float32, optional
         Attention that each token receives in the vision tower, relative to an even share: summed over all queries of
         its image or frame, mean over heads and over its merged patches. It is 1 on average in every image and frame,
-        so that small and large ones compare. Row 0: the middle one of the blocks with full attention, row 1: the last.
+        so that small and large ones compare. Row 0: of the blocks with full attention, the one nearest to the middle of
+        the tower, row 1: the last.
     vision_keys : Tensor of shape (n_visual, head_dim), float32, optional
         Rotated keys of the vision tower's last block with full attention, mean over heads and merged patches.
     previous_hidden_states : Tensor of shape (n_visual, hidden_size), optional
