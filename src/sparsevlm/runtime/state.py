@@ -26,6 +26,7 @@ from .pruner import before_layer
 from .recorder import make_report
 from .refusals import check_call, check_mode, check_packing, check_prefill
 from .request import Request
+from .threads import ThreadGuard
 from .view import ModelView
 from .vision import VisionWatch, bound_arguments
 
@@ -55,7 +56,8 @@ class SparseVLMState:
         self._request: Request | None = None
         self._report: tuple[Any, Report] | None = None
         self._logits_to_keep = 0
-        self._vision = VisionWatch(view, self._needs)
+        self._threads = ThreadGuard(view)
+        self._vision = VisionWatch(view, self._needs, self._threads)
         self._begin: Mark | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -166,12 +168,14 @@ class SparseVLMState:
         return False
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._threads.claim()
         inputs = bound_arguments(module, args, kwargs)
         check_call(inputs)
         keep = inputs.get("logits_to_keep")
         self._logits_to_keep = keep if isinstance(keep, int) else 0
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._threads.claim()
         inputs = bound_arguments(module, args, kwargs)
         logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
         cache = inputs.get("past_key_values")
@@ -230,6 +234,7 @@ class SparseVLMState:
                 prompt.warn_once(self._warned, "budget", sample.plan.clamped + " (said once; see the reports).")
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._threads.claim()
         forward = self._forward
         request = forward.request if forward is not None else None
         if forward is None or request is None:
@@ -245,6 +250,8 @@ class SparseVLMState:
             request.features = kwargs["inputs_embeds"]
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._threads.is_mine:  # torch calls this for a refused thread as well
+            return
         forward, request = self._forward, self._request
         if forward is not None and request is not None and output is not None:
             device = next(iter(self.view.layers[-1].parameters())).device
