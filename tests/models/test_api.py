@@ -17,7 +17,8 @@ from transformers import (
 from sparsevlm import Selection, SparseVLMConfig, apply_sparsevlm, remove_sparsevlm, reset_n_vis
 from sparsevlm.report import Report
 from sparsevlm.selection.context import NEEDS
-from toys import PROMPTS, make_inputs, tiny_model
+from sparsevlm.template import Template
+from toys import PAD, PROMPTS, make_inputs, tiny_model
 
 ONE = PROMPTS["one image"]
 
@@ -265,7 +266,7 @@ def test_every_need_is_provided():
     first = seen[1]
     assert torch.equal(first.features, hidden[0][0, visual])
     assert torch.equal(first.previous_hidden_states, hidden[1][0, visual])
-    assert torch.equal(first.text_features, hidden[0][0, -7:])
+    assert torch.equal(first.text_features, hidden[0][0, [0, 1, 2, *range(-7, 0)]])
     assert first.last_attention.shape == (24,)
     assert first.vision_attention.shape == (2, 24)
     assert first.vision_keys.shape == (24, 16)
@@ -483,12 +484,53 @@ def test_which_text_voted():
     inputs = make_inputs([("text", 4), ("image", 4, 6), ("text", 8)])
     suffix = tuple(inputs["input_ids"][0, -3:].tolist())
     state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1])
-    state._template_suffix = suffix
+    state._template = Template(suffix=suffix)
     model.generate(**inputs, max_new_tokens=1)
     end = inputs["input_ids"].shape[1]
     raters = state.report.samples[0].stages[0].raters
     assert raters
     assert set(raters) <= set(range(end - 8, end - 3))
+
+
+def test_text_features_are_of_all_the_text():
+    """Before, between and after the images, in a batch with padding; without special tokens and the template's."""
+    model = tiny_model()
+    rows = [("text", 4), ("image", 4, 6), ("text", 5), ("image", 2, 3), ("text", 6)], [("image", 4, 6), ("text", 3)]
+    inputs = make_inputs(*rows)
+    first, second = (ids[ids != PAD].tolist() for ids in inputs["input_ids"])
+    seen = {}
+
+    def answer(context, n_keep):
+        seen[context.sample] = context.text_features
+        return torch.arange(n_keep)
+
+    selector = Answering(answer)
+    selector.needs = {"text_features"}
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4, selector=selector, target_layers=[1])
+    embedding = model.get_input_embeddings()
+    after = [*first[30:35], *first[43:]]
+    for template, words in (
+        (Template(), [first[:4] + after, second[26:]]),
+        (Template(prefix=tuple(first[:3]), suffix=tuple(first[-2:])), [first[3:4] + after[:-2], second[26:]]),
+        (Template(prefix=tuple(second[-3:]), suffix=tuple(second[-3:])), [first[:4] + after, second[-1:]]),
+    ):
+        state._template = template
+        model.generate(**inputs, max_new_tokens=1)
+        for b in range(2):
+            assert torch.equal(seen[b], embedding(torch.tensor(words[b])))
+
+
+@pytest.mark.parametrize("selector", ["cdpruner", "mmtok"])
+def test_a_question_before_the_image_counts(selector):
+    model = tiny_model()
+    inputs = make_inputs([("text", 9), ("image", 6, 6), ("text", 2)])
+    state = apply_sparsevlm(model, selector=selector, keep=0.6, min_keep=1)
+    kept = set()
+    for seed in range(3):
+        inputs["input_ids"][0, :9] = torch.randint(1, 80, (9,), generator=torch.Generator().manual_seed(seed))
+        model.generate(**inputs, max_new_tokens=1)
+        kept.add(state.report.samples[0].stages[0].kept)
+    assert len(kept) > 1
 
 
 def test_without_text_after_the_image_the_last_token_votes():

@@ -15,6 +15,7 @@ from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from sparsevlm.runtime import vision
 from sparsevlm.runtime.probe import AttentionProbe
 from sparsevlm.runtime.vision_probe import VisionProbe, VisionRows
+from sparsevlm.template import Template
 from toys import IMAGE, PROMPTS, VIDEO, make_inputs, tiny_model, use_attention
 
 VISION = ("vision_attention", "vision_keys")
@@ -452,7 +453,7 @@ def test_last_token_of_the_prompt_is_no_guess_no_padding_and_may_be_the_template
     state = apply_sparsevlm(model, **options)
     seen = []
     for more in ({}, {"prompt_lookup_num_tokens": 3}):
-        for state._template_suffix in ((), suffix):
+        for state._template in (Template(), Template(suffix=suffix)):
             options["selector"].seen.clear()
             model.generate(**inputs, max_new_tokens=3, **more)
             seen.append([context.last_attention for context in options["selector"].seen])
@@ -494,7 +495,7 @@ def test_visual_heads_are_those_of_whole_matrices(prompt):
         if context.layer != 1:
             continue
         sample = state._request.samples[context.sample]
-        whole = attentions[1][context.sample][:, sample.text][:, :, sample.visual]
+        whole = attentions[1][context.sample][:, sample.voters][:, :, sample.visual]
         heads = whole.sum(dim=(1, 2)).topk(2).indices
         wanted = whole[heads].mean(dim=0)
         raters = wanted.sum(dim=1) >= wanted.sum(dim=1).mean()

@@ -148,7 +148,7 @@ def _decide(
     if sample.plan is not None:
         n_keep = sample.plan.counts[request.target_layers.index(target)]
     decision = decide(context, request.selector, request.traits, n_keep)
-    raters = None if rater_mask is None else sample.text[rater_mask]
+    raters = None if rater_mask is None else sample.voters[rater_mask]
     record = StageRecord(target, n_in, decision.rank, decision.skipped_because, raters)
     record.kept = sample.alive
     if decision.selection is not None:

@@ -17,6 +17,7 @@ from ..report import Report
 from ..selection.context import VISION_NEEDS, Selector, SelectorTraits
 from ..selection.overrides import effective_config
 from ..selection.selectors import make_selector
+from ..template import Template
 from . import prompt
 from .cache import check_cache
 from .clock import Mark
@@ -45,10 +46,10 @@ class SparseVLMState:
         Options in force outside :meth:`options`.
     """
 
-    def __init__(self, view: ModelView, config: SparseVLMConfig, template_suffix: tuple[int, ...] = ()):
+    def __init__(self, view: ModelView, config: SparseVLMConfig, template: Template | None = None):
         self.view = view
         self.config = config
-        self._template_suffix = template_suffix
+        self._template = template or Template()
         self._resolve(config)
         self._overrides: list[SparseVLMConfig] = []
         self._warned: set[str] = set()
@@ -194,7 +195,7 @@ class SparseVLMState:
         # Assisted decoding appends guesses to the prompt and asks for their logits and the one before them.
         n_drafted = logits_to_keep - 1 if logits_to_keep > 1 and _in_assisted_decoding() else 0
         inputs = {**inputs, **self._vision.grids(inputs)}
-        request.samples = prompt.make_samples(self.view, inputs, mask, self._template_suffix, n_drafted)
+        request.samples = prompt.make_samples(self.view, inputs, mask, self._template, n_drafted)
         prompt.plan_samples(self.view, request, inputs.get("input_ids"))
         self._warn(request)
         request.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in request.samples]

@@ -40,7 +40,9 @@ class SelectionContext:
     features : Tensor of shape (n_visual, hidden_size), optional
         Visual rows of the decoder's input embeddings.
     text_features : Tensor of shape (n_text, hidden_size), optional
-        Input embeddings of the text rows that may vote.
+        Input embeddings of all text of the sample, before, between and after its images; special tokens and what the
+        chat template puts around a prompt are left out. (Raters come after the last image: earlier text cannot attend
+        to it. An embedding can be compared wherever it stands.)
     rater_attention : Tensor of shape (n_raters, n_visual), float32, optional
         Post-softmax attention of the raters, mean over heads (over those that ``config.heads`` names). ``None`` before
         the decoder.
