@@ -15,6 +15,7 @@ from .cache import DEAD, SlotTable, adopt
 from .clock import Mark
 from .forward import Forward
 from .masks import pruned_mask
+from .precision import no_autocast
 from .reading import context_of, raters_of, read_target_layer
 from .request import Request, Sample, StageRecord, stack_rows
 from .view import ModelView
@@ -35,7 +36,8 @@ def before_layer(
     if request is not None:
         request.to(hidden_states.device)
     if request is not None and layer_idx - 1 in request.target_layers:
-        hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
+        with no_autocast(hidden_states.device):
+            hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
     rows = None if request is None else request.rows
     kwargs = _gathered_kwargs(view, forward, layer_idx, rows, hidden_states, kwargs)
     if request is not None:
