@@ -225,6 +225,26 @@ def test_bad_selectors_are_named_and_the_model_stays_usable(case):
     assert torch.equal(model.generate(**inputs, max_new_tokens=3), dense)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "attention of the raters holds NaN"),
+        ({"raters": "embedding"}, "attention of the raters holds NaN"),
+        ({"selector": "sparsevlm-paper"}, "attention of the raters holds NaN"),
+        ({"selector": "grid", "keep": 0.6}, "states hold NaN"),
+        ({"selector": "random", "keep": 0.6}, "states hold NaN"),
+    ],
+    ids=str,
+)
+def test_nan_inside_the_model_is_told(options, message):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    apply_sparsevlm(model, min_keep=3, **options)
+    with pytest.raises(ValueError, match=f"{message} or infinity; check the model's inputs and dtype"):
+        model.generate(**make_inputs(*ONE), max_new_tokens=1)
+
+
 def test_selector_that_returns_no_indices():
     model, inputs = tiny_model(), make_inputs(*ONE)
     apply_sparsevlm(model, keep=0.6, min_keep=4, selector=Answering(lambda c, n: [1, 2]), target_layers=[1])

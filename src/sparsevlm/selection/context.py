@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from ..config import SCHEDULES, SparseVLMConfig
@@ -158,58 +157,3 @@ class SelectorTraits:
         if schedule not in SCHEDULES:
             raise ValueError(f"selector {name!r}: default_schedule must be one of {SCHEDULES}, got {schedule!r}.")
         return cls(str(name), placement, needs, schedule, bool(getattr(selector, "recycles", False)))
-
-
-def checked_selection(result: Any, n_visual: int, n_keep: int, name: str, device: torch.device) -> Selection:
-    """Check what a selector returned and complete the shorthand.
-
-    Raises
-    ------
-    TypeError
-        If it is neither a :class:`Selection` nor an index tensor.
-    ValueError
-        If indices are duplicated, unsorted, out of range or of the wrong number, or merges are ill-formed.
-    """
-    selection = result if isinstance(result, Selection) else Selection(keep_idx=result)
-    keep_idx = selection.keep_idx
-    if not isinstance(keep_idx, Tensor) or keep_idx.dtype.is_floating_point or keep_idx.dtype == torch.bool:
-        raise TypeError(f"selector {name!r} must return a Selection or a tensor of whole indices, got {result!r}.")
-    keep_idx = keep_idx.to(device=device, dtype=torch.long)
-    if keep_idx.ndim != 1 or keep_idx.shape[0] != n_keep:
-        got = tuple(keep_idx.shape)
-        raise ValueError(f"selector {name!r} returned indices of shape {got}, expected ({n_keep},).")
-    if n_keep and (int(keep_idx.min()) < 0 or int(keep_idx.max()) >= n_visual):
-        raise ValueError(f"selector {name!r} returned indices outside 0..{n_visual - 1}.")
-    if not bool((keep_idx[1:] > keep_idx[:-1]).all()):
-        ordered = torch.unique(keep_idx)
-        what = "duplicate" if ordered.shape[0] < n_keep else "unsorted"
-        raise ValueError(f"selector {name!r} returned {what} indices; they must be sorted and distinct.")
-    merge_target, weight = _checked_merge(selection, keep_idx, n_visual, name)
-    recycled = selection.recycled_idx
-    if recycled is not None:
-        recycled = recycled.to(device=device, dtype=torch.long)
-        if not bool(torch.isin(recycled, keep_idx).all()):
-            raise ValueError(f"selector {name!r}: recycled_idx is not a part of keep_idx.")
-    return Selection(keep_idx, merge_target, weight, recycled)
-
-
-def _checked_merge(
-    selection: Selection, keep_idx: Tensor, n_visual: int, name: str
-) -> tuple[Tensor | None, Tensor | None]:
-    if (selection.merge_target is None) != (selection.weight is None):
-        raise ValueError(f"selector {name!r}: merge_target and weight go together.")
-    if selection.merge_target is None or selection.weight is None:
-        return None, None
-    target = selection.merge_target.to(device=keep_idx.device, dtype=torch.long)
-    weight = selection.weight.to(device=keep_idx.device, dtype=torch.float32)
-    if target.shape != (n_visual,) or weight.shape != (n_visual,):
-        raise ValueError(
-            f"selector {name!r}: merge_target and weight must have shape ({n_visual},), "
-            f"got {tuple(target.shape)} and {tuple(weight.shape)}."
-        )
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"selector {name!r} returned NaN or infinite weights.")
-    used = target[target >= 0]
-    if not bool(torch.isin(used, keep_idx).all()) or not bool((target[keep_idx] == keep_idx).all()):
-        raise ValueError(f"selector {name!r}: merge_target must be -1 or a kept row, and a kept row's own index.")
-    return target, weight
