@@ -46,7 +46,9 @@ class SparseVLMConfig:
         tokens included. An ``int`` is a number of tokens, a ``float`` in (0, 1] a fraction; a sequence gives one
         budget per sample of the batch. ``None``: the rank of the rater attention decides.
     selector : str or object
-        Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``.
+        Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``. A selector
+        may set options by itself: it wins over an option that has its default value (also where that was written
+        down), and contradicts any other, which raises.
     raters : {"attention", "embedding"}
         How text raters are chosen: by visual attention at the target layer, or once by embedding similarity (paper).
     heads : {"all", "visual"}
@@ -110,10 +112,7 @@ class SparseVLMConfig:
         self._check_keep()
         self._check_schedule()
         self._check_rank_tolerance()
-        if not isinstance(self.selector, str) and not callable(getattr(self.selector, "select", None)):
-            raise TypeError(
-                f"selector must be a name or an object with select(context, n_keep), got {self.selector!r}."
-            )
+        self._check_selector()
 
     def replace(self, **changes: Any) -> SparseVLMConfig:
         """Return a copy with some options changed.
@@ -199,6 +198,15 @@ class SparseVLMConfig:
         if any(later > earlier for earlier, later in itertools.pairwise(counts)):
             raise ValueError(f"schedule grows from one target layer to the next: {counts}.")
         object.__setattr__(self, "schedule", counts)
+
+    def _check_selector(self) -> None:
+        if isinstance(self.selector, type):
+            name = self.selector.__name__
+            raise TypeError(f"selector must be an object, not the class {name} itself: pass selector={name}().")
+        if not isinstance(self.selector, str) and not callable(getattr(self.selector, "select", None)):
+            raise TypeError(
+                f"selector must be a name or an object with select(context, n_keep), got {self.selector!r}."
+            )
 
     def _check_rank_tolerance(self) -> None:
         if isinstance(self.rank_tolerance, str):

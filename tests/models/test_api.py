@@ -17,6 +17,7 @@ from transformers import (
 from sparsevlm import Selection, SparseVLMConfig, apply_sparsevlm, remove_sparsevlm, reset_n_vis
 from sparsevlm.report import Report
 from sparsevlm.selection.context import NEEDS
+from sparsevlm.selection.selectors.grid import GridSelector
 from sparsevlm.template import Template
 from toys import PAD, PROMPTS, make_inputs, tiny_model
 
@@ -124,6 +125,7 @@ BAD_OPTIONS = {
     "schedule and keep": ({"schedule": [5], "keep": 0.9}, ValueError, "itself a budget"),
     "unknown selector": ({"selector": "fastw"}, ValueError, "there are .*grid, .*random, .*sparsevlm"),
     "no selector": ({"selector": 3}, TypeError, r"select\(context, n_keep\)"),
+    "a class": ({"selector": GridSelector}, TypeError, r"not the class .* itself: pass selector=GridSelector\(\)"),
     "unknown raters": ({"raters": "all"}, ValueError, "'attention', 'embedding'"),
     "unknown heads": ({"heads": "some"}, ValueError, "'all', 'visual'"),
     "unknown merge": ({"merge": "max"}, ValueError, "'mean', 'sum'"),
@@ -266,6 +268,35 @@ def test_selector_with_unknown_needs():
     selector.placement = "everywhere"
     with pytest.raises(ValueError, match=r"placement must be one of \('before_decoder', 'target_layers', 'both'\)"):
         apply_sparsevlm(tiny_model(), selector=selector, keep=0.5)
+
+
+@pytest.mark.parametrize("needs", [None, 3, "features", [3, "features"]], ids=str)
+def test_needs_are_a_collection_of_names(needs):
+    selector = Answering(lambda c, n: torch.arange(n))
+    selector.needs = needs
+    with pytest.raises(TypeError, match=r"'Answering': needs must be a collection of names, got"):
+        apply_sparsevlm(tiny_model(), selector=selector)
+
+
+def test_what_a_selector_writes_into_its_context_changes_nothing():
+    def tidy(context, n_keep):
+        return torch.arange(n_keep)
+
+    def messy(context, n_keep):
+        for value in vars(context).values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+        return torch.arange(n_keep)
+
+    told = []
+    for answer in (tidy, messy):
+        selector = Answering(answer)
+        selector.needs = NEEDS
+        model, inputs = tiny_model(), make_inputs(*ONE)
+        state = apply_sparsevlm(model, keep=0.6, min_keep=4, selector=selector, target_layers=[1, 3])
+        sequence = model.generate(**inputs, max_new_tokens=4)
+        told.append((sequence.tolist(), [stage.kept for stage in state.report.samples[0].stages]))
+    assert told[0] == told[1]
 
 
 def test_every_need_is_provided():

@@ -99,7 +99,7 @@ def context_of(
         coordinates=positions.expand(3, -1)
         if coordinates is None
         else coordinates[:, b].to(hidden.device)[:, positions],
-        indices=sample.alive,
+        indices=sample.alive.clone(),  # a selector may write into what it is given
         features=features[positions] if features is not None and "features" in needs else None,
         text_features=features[sample.text] if features is not None and "text_features" in needs else None,
         rater_attention=None if rater_mask is None else forward.text_attention[b][rater_mask],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -142,8 +143,9 @@ class SelectorTraits:
         if placement not in PLACEMENTS:
             raise ValueError(f"selector {name!r}: placement must be one of {PLACEMENTS}, got {placement!r}.")
         declared = getattr(selector, "needs", ())
-        if isinstance(declared, str):
-            raise TypeError(f"selector {name!r}: needs must be a collection of names, got the string {declared!r}.")
+        is_collection = isinstance(declared, Collection) and not isinstance(declared, str)
+        if not is_collection or not all(isinstance(need, str) for need in declared):
+            raise TypeError(f"selector {name!r}: needs must be a collection of names, got {declared!r}.")
         needs = frozenset(declared)
         if unknown := needs - set(NEEDS):
             raise ValueError(
