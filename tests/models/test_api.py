@@ -125,6 +125,8 @@ BAD_OPTIONS = {
     "schedule and keep": ({"schedule": [5], "keep": 0.9}, ValueError, "itself a budget"),
     "unknown selector": ({"selector": "fastw"}, ValueError, "there are .*grid, .*random, .*sparsevlm"),
     "no selector": ({"selector": 3}, TypeError, r"select\(context, n_keep\)"),
+    "negative seed": ({"seed": -1}, ValueError, "seed must be at least 0"),
+    "huge seed": ({"seed": 2**63}, ValueError, "seed must be at most 9223372036854775807, got 9223372036854775808"),
     "a class": ({"selector": GridSelector}, TypeError, r"not the class .* itself: pass selector=GridSelector\(\)"),
     "unknown raters": ({"raters": "all"}, ValueError, "'attention', 'embedding'"),
     "unknown heads": ({"heads": "some"}, ValueError, "'all', 'visual'"),
