@@ -138,13 +138,14 @@ def make_samples(
         If a prompt ends in a visual token: the row that predicts the next token must not be dropped.
     """
     q_len = mask.shape[1]
-    valid = torch.ones(mask.shape, dtype=torch.bool)
+    valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
     attention_mask = inputs.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         valid = attention_mask[:, -q_len:].bool().cpu()
     input_ids = inputs.get("input_ids")
     ids = None if input_ids is None else input_ids.cpu()
-    special = torch.tensor(sorted(view.special_token_ids | {view.image_token_id, view.video_token_id}))
+    special_ids = sorted(view.special_token_ids | {view.image_token_id, view.video_token_id})
+    special = torch.tensor(special_ids, device="cpu")
     on_cpu = mask.cpu() & valid
     grids = visual_grids(view, inputs, ids)
     samples = []
@@ -169,7 +170,7 @@ def make_samples(
             text=text if text.numel() else last,
             voters=voters if voters.numel() else last,
             last=last,
-            alive=torch.arange(visual.shape[0]),
+            alive=torch.arange(visual.shape[0], device="cpu"),
             tail=_tail_length(visual, other, q_len),
             grids=tuple(grids[b]) if grids else (),
         )
