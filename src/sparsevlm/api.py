@@ -12,7 +12,7 @@ from .collision import check_collision
 from .config import SparseVLMConfig
 from .models import view_of
 from .runtime.state import STATE_ATTRIBUTE, SparseVLMState
-from .template import special_and_suffix
+from .template import template_of
 
 
 def apply_sparsevlm(
@@ -53,7 +53,8 @@ def apply_sparsevlm(
     config : SparseVLMConfig, optional
         All options at once, instead of single ones.
     processor : optional
-        The model's processor or tokenizer: its special tokens and the chat template's closing tokens do not vote.
+        The model's processor or tokenizer: its special tokens and what the chat template puts around a prompt are
+        not taken for the user's text.
     **options
         The other fields of :class:`SparseVLMConfig`: ``raters``, ``heads``, ``recycle``, ``merge``, ``schedule``,
         ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``.
@@ -88,8 +89,8 @@ def apply_sparsevlm(
     elif given := [f.name for f in fields(single) if getattr(single, f.name) != getattr(SparseVLMConfig(), f.name)]:
         raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
     view = view_of(model)
-    special, suffix = special_and_suffix(processor)
-    state = SparseVLMState(view.with_special_tokens(special), config, suffix)
+    template = template_of(processor)
+    state = SparseVLMState(view.with_special_tokens(template.special), config, template)
     before = _state_of(model)
     if before is not None and before.view.model is not model:
         raise ValueError(

@@ -13,6 +13,7 @@ RATER_MODES = ("attention", "embedding")
 HEADS = ("all", "visual")
 MERGES = ("mean", "sum")
 SCHEDULES = ("geometric", "single")
+MAX_SEED = 2**63 - 1
 
 # Tokens that leave each target layer, recycled ones included, per 576 visual tokens (the authors' code, v1.5 lists:
 # kept 300/200/110, 303/110/36 and 66/30/17, plus the clusters that its recycling adds).
@@ -46,7 +47,9 @@ class SparseVLMConfig:
         tokens included. An ``int`` is a number of tokens, a ``float`` in (0, 1] a fraction; a sequence gives one
         budget per sample of the batch. ``None``: the rank of the rater attention decides.
     selector : str or object
-        Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``.
+        Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``. A selector
+        may set options by itself: it wins over an option that has its default value (also where that was written
+        down), and contradicts any other, which raises.
     raters : {"attention", "embedding"}
         How text raters are chosen: by visual attention at the target layer, or once by embedding similarity (paper).
     heads : {"all", "visual"}
@@ -67,7 +70,7 @@ class SparseVLMConfig:
     strict : bool
         Raise, instead of warn and clamp, where a budget cannot hold for one sample.
     seed : int
-        Seed of selectors that draw at random.
+        Seed of selectors that draw at random, below 2**63.
     preset : {"paper-192", "paper-128", "paper-64"}, optional
         The paper's settings: sets ``target_layers``, ``tau``, ``theta``, ``merge``, ``schedule`` and a ``min_keep`` of
         1, so that its published averages come out.
@@ -97,7 +100,7 @@ class SparseVLMConfig:
         if self.n_vis is not None:
             _check_int("n_vis", self.n_vis, 0)
         _check_int("min_keep", self.min_keep, 1)
-        _check_int("seed", self.seed, 0)
+        _check_int("seed", self.seed, 0, MAX_SEED)
         for name in ("tau", "theta", "rank_lambda"):
             _check_unit_interval(name, getattr(self, name))
         _check_choice("raters", self.raters, RATER_MODES)
@@ -110,10 +113,7 @@ class SparseVLMConfig:
         self._check_keep()
         self._check_schedule()
         self._check_rank_tolerance()
-        if not isinstance(self.selector, str) and not callable(getattr(self.selector, "select", None)):
-            raise TypeError(
-                f"selector must be a name or an object with select(context, n_keep), got {self.selector!r}."
-            )
+        self._check_selector()
 
     def replace(self, **changes: Any) -> SparseVLMConfig:
         """Return a copy with some options changed.
@@ -200,6 +200,15 @@ class SparseVLMConfig:
             raise ValueError(f"schedule grows from one target layer to the next: {counts}.")
         object.__setattr__(self, "schedule", counts)
 
+    def _check_selector(self) -> None:
+        if isinstance(self.selector, type):
+            name = self.selector.__name__
+            raise TypeError(f"selector must be an object, not the class {name} itself: pass selector={name}().")
+        if not isinstance(self.selector, str) and not callable(getattr(self.selector, "select", None)):
+            raise TypeError(
+                f"selector must be a name or an object with select(context, n_keep), got {self.selector!r}."
+            )
+
     def _check_rank_tolerance(self) -> None:
         if isinstance(self.rank_tolerance, str):
             _check_choice("rank_tolerance", self.rank_tolerance, ("machine",))
@@ -207,11 +216,13 @@ class SparseVLMConfig:
             raise ValueError(f"rank_tolerance must be in (0, 1) or 'machine', got {self.rank_tolerance!r}.")
 
 
-def _check_int(name: str, value: Any, least: int) -> None:
+def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+    if most is not None and int(value) > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}.")
 
 
 def _check_unit_interval(name: str, value: Any) -> None:

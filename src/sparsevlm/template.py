@@ -1,33 +1,53 @@
-"""What a processor knows of its chat template: special tokens, and the tokens that close a prompt."""
+"""What a processor knows of its chat template: special tokens, and the tokens that open and close a prompt."""
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
-_SENTINELS = ("x1", "y2")  # no common ending
+_SENTINELS = ("x1", "y2")  # no common beginning, no common ending
 
 
-def special_and_suffix(processor: Any) -> tuple[frozenset[int], tuple[int, ...]]:
-    """Special token ids of a processor or tokenizer, and the ids with which its template closes a user's prompt.
+@dataclass(frozen=True)
+class Template:
+    """Token ids that are no words of the user's.
 
-    The closing tokens are what two prompts of different text have in common at their end. Without a template (or
-    without a processor) there are none.
+    Attributes
+    ----------
+    special : frozenset of int
+        Special tokens, wherever they stand.
+    prefix, suffix : tuple of int
+        With which the chat template opens and closes a user's prompt.
+    """
+
+    special: frozenset[int] = frozenset()
+    prefix: tuple[int, ...] = ()
+    suffix: tuple[int, ...] = ()
+
+
+def template_of(processor: Any) -> Template:
+    """Look at a processor or tokenizer.
+
+    The opening and closing tokens are what two prompts of different text have in common at their ends. Without a
+    template (or without a processor) there are none.
     """
     if processor is None:
-        return frozenset(), ()
+        return Template()
     tokenizer = getattr(processor, "tokenizer", processor)
     if not hasattr(tokenizer, "all_special_ids"):
         raise TypeError(f"processor must be a processor or tokenizer, got {type(processor).__name__}.")
     special = frozenset(tokenizer.all_special_ids)
     if not getattr(processor, "chat_template", None):
-        return special, ()
+        return Template(special)
     prompts = []
     for text in _SENTINELS:
         messages = [{"role": "user", "content": [{"type": "text", "text": text}]}]
         rendered = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompts.append(tokenizer(rendered, add_special_tokens=False)["input_ids"])
-    common = 0
-    shortest = min(map(len, prompts))
-    while common < shortest and prompts[0][-1 - common] == prompts[1][-1 - common]:
-        common += 1
-    return special, tuple(prompts[0][len(prompts[0]) - common :])
+    return Template(special, _common_start(*prompts), _common_start(*(ids[::-1] for ids in prompts))[::-1])
+
+
+def _common_start(one: list[int], other: list[int]) -> tuple[int, ...]:
+    equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return tuple(token_id for token_id, _ in equal)

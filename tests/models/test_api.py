@@ -17,7 +17,9 @@ from transformers import (
 from sparsevlm import Selection, SparseVLMConfig, apply_sparsevlm, remove_sparsevlm, reset_n_vis
 from sparsevlm.report import Report
 from sparsevlm.selection.context import NEEDS
-from toys import PROMPTS, make_inputs, tiny_model
+from sparsevlm.selection.selectors.grid import GridSelector
+from sparsevlm.template import Template
+from toys import PAD, PROMPTS, make_inputs, tiny_model
 
 ONE = PROMPTS["one image"]
 
@@ -123,6 +125,9 @@ BAD_OPTIONS = {
     "schedule and keep": ({"schedule": [5], "keep": 0.9}, ValueError, "itself a budget"),
     "unknown selector": ({"selector": "fastw"}, ValueError, "there are .*grid, .*random, .*sparsevlm"),
     "no selector": ({"selector": 3}, TypeError, r"select\(context, n_keep\)"),
+    "negative seed": ({"seed": -1}, ValueError, "seed must be at least 0"),
+    "huge seed": ({"seed": 2**63}, ValueError, "seed must be at most 9223372036854775807, got 9223372036854775808"),
+    "a class": ({"selector": GridSelector}, TypeError, r"not the class .* itself: pass selector=GridSelector\(\)"),
     "unknown raters": ({"raters": "all"}, ValueError, "'attention', 'embedding'"),
     "unknown heads": ({"heads": "some"}, ValueError, "'all', 'visual'"),
     "unknown merge": ({"merge": "max"}, ValueError, "'mean', 'sum'"),
@@ -224,6 +229,26 @@ def test_bad_selectors_are_named_and_the_model_stays_usable(case):
     assert torch.equal(model.generate(**inputs, max_new_tokens=3), dense)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "attention of the raters holds NaN"),
+        ({"raters": "embedding"}, "attention of the raters holds NaN"),
+        ({"selector": "sparsevlm-paper"}, "attention of the raters holds NaN"),
+        ({"selector": "grid", "keep": 0.6}, "states hold NaN"),
+        ({"selector": "random", "keep": 0.6}, "states hold NaN"),
+    ],
+    ids=str,
+)
+def test_nan_inside_the_model_is_told(options, message):
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.language_model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
+    apply_sparsevlm(model, min_keep=3, **options)
+    with pytest.raises(ValueError, match=f"{message} or infinity; check the model's inputs and dtype"):
+        model.generate(**make_inputs(*ONE), max_new_tokens=1)
+
+
 def test_selector_that_returns_no_indices():
     model, inputs = tiny_model(), make_inputs(*ONE)
     apply_sparsevlm(model, keep=0.6, min_keep=4, selector=Answering(lambda c, n: [1, 2]), target_layers=[1])
@@ -247,6 +272,35 @@ def test_selector_with_unknown_needs():
         apply_sparsevlm(tiny_model(), selector=selector, keep=0.5)
 
 
+@pytest.mark.parametrize("needs", [None, 3, "features", [3, "features"]], ids=str)
+def test_needs_are_a_collection_of_names(needs):
+    selector = Answering(lambda c, n: torch.arange(n))
+    selector.needs = needs
+    with pytest.raises(TypeError, match=r"'Answering': needs must be a collection of names, got"):
+        apply_sparsevlm(tiny_model(), selector=selector)
+
+
+def test_what_a_selector_writes_into_its_context_changes_nothing():
+    def tidy(context, n_keep):
+        return torch.arange(n_keep)
+
+    def messy(context, n_keep):
+        for value in vars(context).values():
+            if isinstance(value, torch.Tensor):
+                value.zero_()
+        return torch.arange(n_keep)
+
+    told = []
+    for answer in (tidy, messy):
+        selector = Answering(answer)
+        selector.needs = NEEDS
+        model, inputs = tiny_model(), make_inputs(*ONE)
+        state = apply_sparsevlm(model, keep=0.6, min_keep=4, selector=selector, target_layers=[1, 3])
+        sequence = model.generate(**inputs, max_new_tokens=4)
+        told.append((sequence.tolist(), [stage.kept for stage in state.report.samples[0].stages]))
+    assert told[0] == told[1]
+
+
 def test_every_need_is_provided():
     seen = {}
 
@@ -265,7 +319,7 @@ def test_every_need_is_provided():
     first = seen[1]
     assert torch.equal(first.features, hidden[0][0, visual])
     assert torch.equal(first.previous_hidden_states, hidden[1][0, visual])
-    assert torch.equal(first.text_features, hidden[0][0, -7:])
+    assert torch.equal(first.text_features, hidden[0][0, [0, 1, 2, *range(-7, 0)]])
     assert first.last_attention.shape == (24,)
     assert first.vision_attention.shape == (2, 24)
     assert first.vision_keys.shape == (24, 16)
@@ -483,12 +537,53 @@ def test_which_text_voted():
     inputs = make_inputs([("text", 4), ("image", 4, 6), ("text", 8)])
     suffix = tuple(inputs["input_ids"][0, -3:].tolist())
     state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1])
-    state._template_suffix = suffix
+    state._template = Template(suffix=suffix)
     model.generate(**inputs, max_new_tokens=1)
     end = inputs["input_ids"].shape[1]
     raters = state.report.samples[0].stages[0].raters
     assert raters
     assert set(raters) <= set(range(end - 8, end - 3))
+
+
+def test_text_features_are_of_all_the_text():
+    """Before, between and after the images, in a batch with padding; without special tokens and the template's."""
+    model = tiny_model()
+    rows = [("text", 4), ("image", 4, 6), ("text", 5), ("image", 2, 3), ("text", 6)], [("image", 4, 6), ("text", 3)]
+    inputs = make_inputs(*rows)
+    first, second = (ids[ids != PAD].tolist() for ids in inputs["input_ids"])
+    seen = {}
+
+    def answer(context, n_keep):
+        seen[context.sample] = context.text_features
+        return torch.arange(n_keep)
+
+    selector = Answering(answer)
+    selector.needs = {"text_features"}
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4, selector=selector, target_layers=[1])
+    embedding = model.get_input_embeddings()
+    after = [*first[30:35], *first[43:]]
+    for template, words in (
+        (Template(), [first[:4] + after, second[26:]]),
+        (Template(prefix=tuple(first[:3]), suffix=tuple(first[-2:])), [first[3:4] + after[:-2], second[26:]]),
+        (Template(prefix=tuple(second[-3:]), suffix=tuple(second[-3:])), [first[:4] + after, second[-1:]]),
+    ):
+        state._template = template
+        model.generate(**inputs, max_new_tokens=1)
+        for b in range(2):
+            assert torch.equal(seen[b], embedding(torch.tensor(words[b])))
+
+
+@pytest.mark.parametrize("selector", ["cdpruner", "mmtok"])
+def test_a_question_before_the_image_counts(selector):
+    model = tiny_model()
+    inputs = make_inputs([("text", 9), ("image", 6, 6), ("text", 2)])
+    state = apply_sparsevlm(model, selector=selector, keep=0.6, min_keep=1)
+    kept = set()
+    for seed in range(3):
+        inputs["input_ids"][0, :9] = torch.randint(1, 80, (9,), generator=torch.Generator().manual_seed(seed))
+        model.generate(**inputs, max_new_tokens=1)
+        kept.add(state.report.samples[0].stages[0].kept)
+    assert len(kept) > 1
 
 
 def test_without_text_after_the_image_the_last_token_votes():

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm.selection.selectors import SELECTORS
 from toys import PROMPTS, make_inputs, tiny_model, use_attention
 
 SIXTEEN = {"max_new_tokens": 17, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -142,3 +143,14 @@ def test_eager_is_what_sdpa_is():
         apply_sparsevlm(model, keep=0.6, min_keep=4)
         outputs.append(model.generate(**inputs, **SIXTEEN).logits[-1])
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
+def test_the_default_device_does_not_matter(selector):
+    """A tensor that is made where torch puts new ones would fail here. (The tower of Qwen2.5-VL itself makes some.)"""
+    model = tiny_model("qwen2_vl")
+    inputs = make_inputs(*PROMPTS["batch, unequal counts"])
+    apply_sparsevlm(model, keep=0.7, min_keep=3, selector=selector)
+    wanted = model.generate(**inputs, max_new_tokens=3)
+    with torch.device("meta"):
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3), wanted)

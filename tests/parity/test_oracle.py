@@ -179,6 +179,30 @@ def test_static_cache(prompt, variant, attn, build, place):
     check(model, inputs, output, state, attn, place)
 
 
+@pytest.mark.parametrize("variant", ["random", "rank adaptive", "before the decoder", "before and inside"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"], indirect=True)
+def test_static_cache_of_rows_without_padding_that_keep_unequal_numbers(variant, attn, build, place):
+    """SDPA is given no mask for the prompt then, but needs one as soon as the rows differ."""
+    model, inputs = build("qwen2_5_vl", [("image", 4, 4), ("text", 4)], [("image", 2, 4), ("text", 12)])
+    assert bool(inputs["attention_mask"].all())
+    state = apply_sparsevlm(model, **VARIANTS[variant])
+    dynamic = model.generate(**inputs, **GREEDY)
+    output = model.generate(**inputs, **GREEDY, cache_implementation="static")
+    assert len({sample.final_tokens for sample in state.report.samples}) == 2
+    assert torch.equal(output.sequences, dynamic.sequences)
+    check(model, inputs, output, state, attn, place)
+
+
+def test_static_cache_under_the_default_options():
+    model = tiny_model()
+    inputs = make_inputs([("image", 6, 6), ("text", 6)], [("image", 6, 6), ("text", 6)])
+    state = apply_sparsevlm(model, min_keep=3)
+    dynamic = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
+    assert len({sample.final_tokens for sample in state.report.samples}) == 2  # by the rank
+    static = model.generate(**inputs, max_new_tokens=NEW_TOKENS, cache_implementation="static")
+    assert torch.equal(static, dynamic)
+
+
 @pytest.mark.parametrize("variant", ["random", "before the decoder"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, left padding"])
 def test_without_cache(prompt, variant, attn, build, place):

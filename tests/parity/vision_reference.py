@@ -74,11 +74,11 @@ def window_order(model, t, h, w):
 
 
 def frame_by_frame(q, k, n_frames):
-    """Column means over heads and queries of each frame's own softmax matrix."""
+    """Column sums of each frame's own softmax matrix, mean over heads."""
     received = []
     for query, key in zip(q.chunk(n_frames), k.chunk(n_frames), strict=True):
         logits = torch.einsum("ihd,jhd->hij", query, key) / query.shape[-1] ** 0.5
-        received.append(logits.softmax(-1).mean(dim=(0, 1)))
+        received.append(logits.softmax(-1).mean(dim=0).sum(dim=0))
     return torch.cat(received)
 
 
@@ -88,9 +88,8 @@ def reference(model, pixels, grid):
     tower = model.model.visual
     blocks = list(tower.blocks)
     windowed = model.config.model_type == "qwen2_5_vl"
-    if windowed:
-        blocks = [blocks[i] for i in model.config.vision_config.fullatt_block_indexes]
-    middle, last = blocks[len(blocks) // 2].attn, blocks[-1].attn
+    full = model.config.vision_config.fullatt_block_indexes if windowed else range(len(blocks))
+    middle, last = blocks[min(full, key=lambda i: abs(i - len(blocks) / 2))].attn, blocks[full[-1]].attn
     dtype = next(tower.parameters()).dtype
     with torch.no_grad(), inputs_of([middle, last]) as seen:
         tower(pixels.to(dtype), torch.tensor([grid], device=pixels.device))
@@ -104,7 +103,7 @@ def reference(model, pixels, grid):
         q, k = rotated(q, cos, sin).float().cpu(), rotated(k, cos, sin).float().cpu()
         received = frame_by_frame(q, k, t)
         for place, index in enumerate(order):
-            attention[row, index] = received[4 * place : 4 * place + 4].sum()
+            attention[row, index] = received[4 * place : 4 * place + 4].mean()
             if row == 1:
                 keys[index] = k[4 * place : 4 * place + 4].mean(dim=(0, 1))
     return attention, keys

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from sparsevlm.config import SparseVLMConfig
-from sparsevlm.selection.context import SelectionContext, checked_selection
+from sparsevlm.selection.check import checked_selection
+from sparsevlm.selection.context import SelectionContext
 from sparsevlm.selection.selectors import SELECTORS
 
 
@@ -56,4 +57,4 @@ def make_context(n, seed=0, dim=8, n_text=3, kind="random", dtype=torch.float32,
 def run(name, context, n_keep):
     """The checked selection of a registered selector."""
     result = SELECTORS[name]().select(context, n_keep)
-    return checked_selection(result, context.n_visual, n_keep, name, context.hidden_states.device)
+    return checked_selection(result, context.hidden_states, n_keep, name)

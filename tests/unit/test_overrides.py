@@ -44,6 +44,20 @@ def test_what_the_user_set_is_not_overruled():
         effective_config(SparseVLMConfig(tau=0.75), selector)
 
 
+def test_a_default_that_the_user_wrote_down_is_overruled():
+    config = SparseVLMConfig(selector="sparsevlm-v2", recycle=True, heads="all")
+    effective = effective_config(config, make_selector(config))
+    assert (effective.recycle, effective.heads) == (False, "visual")
+
+
+@pytest.mark.parametrize("overrides", [["tau"], "tau", None, {3: 4}])
+def test_overrides_are_a_mapping(overrides):
+    selector = Custom()
+    selector.overrides = overrides
+    with pytest.raises(TypeError, match="'Custom': overrides must map names of options to values, got"):
+        effective_config(SparseVLMConfig(), selector)
+
+
 def test_the_budget_is_not_a_selectors_business():
     selector = Custom()
     selector.overrides = {"keep": 0.5}

@@ -85,6 +85,15 @@ def test_machine_tolerance_is_the_numerical_rank(case):
     assert sketch_rank(matrix, "machine") == int(torch.linalg.matrix_rank(matrix.double(), rtol=cutoff))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tolerance", [0.02, "machine"])
+def test_nan_is_refused(value, tolerance):
+    matrix = torch.rand(5, 9)
+    matrix[2, 3] = value
+    with pytest.raises(ValueError, match="holds NaN or infinity"):
+        sketch_rank(matrix, tolerance)
+
+
 def test_deterministic():
     assert len({sketch_rank(CASES["wide"], 0.05) for _ in range(5)}) == 1
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from selector_contexts import grid_coordinates, make_context, run
 
+from sparsevlm.config import SparseVLMConfig
 from sparsevlm.selection.context import BEFORE_DECODER, NEEDS, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 
@@ -210,6 +213,18 @@ def test_tome_leaves_its_inputs_alone():
     before = context.features.clone()
     run("tome", context, 3)
     assert torch.equal(context.features, before)
+
+
+def test_random_draws_by_seed_row_and_layer():
+    seeds = [0, 1, 4294, 4295, 2**32, 2**32 + 1, 2**44, 2**50, 2**51, 2**62, 2**63 - 1, np.int64(2**62 + 1)]
+    drawn = set()
+    for seed, sample, layer in itertools.product(seeds, (0, 1), (-1, 2)):
+        config = SparseVLMConfig(min_keep=1, seed=seed)
+        context = make_context(200, config=config, sample=sample, layer=layer)
+        first = run("random", context, 100).keep_idx
+        assert torch.equal(run("random", context, 100).keep_idx, first)
+        drawn.add(tuple(first.tolist()))
+    assert len(drawn) == len(seeds) * 4
 
 
 def test_grid_by_hand():

@@ -42,7 +42,8 @@ def view(model: Any) -> ModelView:
         )
     layers: Any = text_model.layers
     tower = base_model.visual
-    full = getattr(tower, "fullatt_block_indexes", None)  # Qwen2-VL has none: every block has full attention
+    named = getattr(tower, "fullatt_block_indexes", None)  # Qwen2-VL has none: every block has full attention
+    full = tuple(i for i in range(len(tower.blocks)) if named is None or i in named)
     return ModelView(
         model=model,
         base_model=base_model,
@@ -50,8 +51,10 @@ def view(model: Any) -> ModelView:
         layers=layers,
         attentions=tuple(layer.self_attn for layer in layers),
         vision_tower=tower,
-        vision_attentions=tuple(block.attn for i, block in enumerate(tower.blocks) if full is None or i in full),
-        vision_order=None if full is None else partial(_window_order, tower),
+        vision_attentions=tuple(tower.blocks[i].attn for i in full),
+        vision_block_indices=full,
+        n_vision_blocks=len(tower.blocks),
+        vision_order=None if named is None else partial(_window_order, tower),
         image_token_id=model.config.image_token_id,
         video_token_id=model.config.video_token_id,
         special_token_ids=_special_token_ids(model),

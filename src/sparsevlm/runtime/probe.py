@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
+from .precision import no_autocast
+
 # Modules of a vision tower call their attention otherwise where its name tells of flash attention: so does ours then.
 _PROBE_NAME, _FLASH_PROBE_NAME = "sparsevlm_probe", "sparsevlm_probe_flash"
 
@@ -82,7 +84,8 @@ def _probed_attention(
     probe = AttentionProbe._armed[module]
     probe.give_config_back()
     scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
-    probe.reader(AttentionInputs(query, key, attention_mask, scaling, kwargs.get("cu_seq_lens_q")))
+    with no_autocast(query.device):
+        probe.reader(AttentionInputs(query, key, attention_mask, scaling, kwargs.get("cu_seq_lens_q")))
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
     return attention(module, query, key, value, attention_mask, **kwargs)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..config import SparseVLMConfig
 from ..selection.budget import least_keep, plan_budget, plan_schedule
 from ..selection.context import BEFORE_DECODER, EVERYWHERE, TARGET_LAYERS, VISION_NEEDS, SelectorTraits
+from ..template import Template
 from .request import Request, Sample
 from .view import ModelView
 
@@ -111,13 +112,13 @@ def make_samples(
     view: ModelView,
     inputs: Mapping[str, Any],
     mask: Tensor,
-    template_suffix: tuple[int, ...],
+    template: Template,
     n_drafted: int,
 ) -> list[Sample]:
     """Describe every sample of the batch.
 
-    Text that may vote: tokens after the sample's last visual token, without special tokens and without the template's
-    closing tokens. If none is left, the last token of the prompt votes.
+    Text of a sample: its tokens without visual and special ones and without the template's. Of these, the ones after
+    the last visual token may vote. Where none is left, the last token of the prompt takes the place.
 
     Parameters
     ----------
@@ -126,8 +127,8 @@ def make_samples(
         Keyword arguments of the base model.
     mask : Tensor of shape (batch, q_len), bool
         Visual tokens.
-    template_suffix : tuple of int
-        Token ids with which the chat template closes a prompt.
+    template : Template
+        Token ids that the chat template puts around a prompt.
     n_drafted : int
         Tokens at the end that are guesses of assisted decoding, not prompt; they never vote.
 
@@ -137,13 +138,14 @@ def make_samples(
         If a prompt ends in a visual token: the row that predicts the next token must not be dropped.
     """
     q_len = mask.shape[1]
-    valid = torch.ones(mask.shape, dtype=torch.bool)
+    valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
     attention_mask = inputs.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         valid = attention_mask[:, -q_len:].bool().cpu()
     input_ids = inputs.get("input_ids")
     ids = None if input_ids is None else input_ids.cpu()
-    special = torch.tensor(sorted(view.special_token_ids | {view.image_token_id, view.video_token_id}))
+    special_ids = sorted(view.special_token_ids | {view.image_token_id, view.video_token_id})
+    special = torch.tensor(special_ids, device="cpu")
     on_cpu = mask.cpu() & valid
     grids = visual_grids(view, inputs, ids)
     samples = []
@@ -151,10 +153,11 @@ def make_samples(
         visual = on_cpu[b].nonzero().squeeze(-1)
         other = (valid[b] & ~on_cpu[b]).nonzero().squeeze(-1)
         prompt_end = q_len - n_drafted
-        text = other[(other > (int(visual[-1]) if visual.numel() else -1)) & (other < prompt_end)]
+        text = other[other < prompt_end]
         if ids is not None:
-            text = _without_template(text, ids[b], template_suffix)
+            text = _without_template(text, ids[b], template)
             text = text[~torch.isin(ids[b][text], special)]
+        voters = text[text > (int(visual[-1]) if visual.numel() else -1)]
         last = valid[b, :prompt_end].nonzero().squeeze(-1)[-1:]
         if visual.numel() and int(visual[-1]) == int(last):
             raise ValueError(
@@ -165,8 +168,9 @@ def make_samples(
             visual=visual,
             other=other,
             text=text if text.numel() else last,
+            voters=voters if voters.numel() else last,
             last=last,
-            alive=torch.arange(visual.shape[0]),
+            alive=torch.arange(visual.shape[0], device="cpu"),
             tail=_tail_length(visual, other, q_len),
             grids=tuple(grids[b]) if grids else (),
         )
@@ -184,11 +188,13 @@ def _tail_length(visual: Tensor, other: Tensor, q_len: int) -> int:
     return int(tail.numel() - (gaps[-1] + 1 if gaps.numel() else 0))
 
 
-def _without_template(text: Tensor, ids: Tensor, suffix: tuple[int, ...]) -> Tensor:
-    n = len(suffix)
-    if n and text.numel() >= n and ids[text[-n:]].tolist() == list(suffix):
-        return text[:-n]
-    return text
+def _without_template(text: Tensor, ids: Tensor, template: Template) -> Tensor:
+    """Leave out what the template puts around a prompt, each end where it is all there."""
+    found = tuple(ids[text].tolist())
+    start = len(template.prefix) if found[: len(template.prefix)] == template.prefix else 0
+    n_suffix = len(template.suffix)
+    end = len(found) - n_suffix if n_suffix and found[-n_suffix:] == template.suffix else len(found)
+    return text[start:end]
 
 
 def plan_samples(view: ModelView, request: Request, input_ids: Tensor | None) -> None:

@@ -15,6 +15,7 @@ from .cache import DEAD, SlotTable, adopt
 from .clock import Mark
 from .forward import Forward
 from .masks import pruned_mask
+from .precision import no_autocast
 from .reading import context_of, raters_of, read_target_layer
 from .request import Request, Sample, StageRecord, stack_rows
 from .view import ModelView
@@ -35,7 +36,8 @@ def before_layer(
     if request is not None:
         request.to(hidden_states.device)
     if request is not None and layer_idx - 1 in request.target_layers:
-        hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
+        with no_autocast(hidden_states.device):
+            hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
     rows = None if request is None else request.rows
     kwargs = _gathered_kwargs(view, forward, layer_idx, rows, hidden_states, kwargs)
     if request is not None:
@@ -66,9 +68,7 @@ def _gathered_kwargs(
             table = _placed_table(forward, forward.cache, layer_idx, rows, past_len, q_len)
     key = ("mask", id(table), id(mask))
     if key not in forward.memo:
-        # A static layer shows its whole buffer; flash attention cuts it to the width of its 2D mask.
-        static = forward.cache is not None and hasattr(forward.cache.layers[layer_idx], "max_cache_len")
-        width = mask.shape[-1] if isinstance(mask, Tensor) and mask.ndim == 4 and static else None
+        width = None if flash else _buffer_width(forward, layer_idx, mask, table)  # flash attention cuts the buffer
         if table is None:
             assert rows is not None
             slots, has_dead = rows, forward.rows_dead
@@ -79,6 +79,17 @@ def _gathered_kwargs(
             mask, rows, slots, past_len, q_len, has_dead=has_dead or width is not None, flash=flash
         )
     return {**kwargs, "attention_mask": forward.memo[key]}
+
+
+def _buffer_width(forward: Forward, layer_idx: int, mask: Any, table: SlotTable | None) -> int | None:
+    """Number of keys that a static layer shows, which is its whole buffer, where the new mask has to span them."""
+    layer: Any = None if forward.cache is None else forward.cache.layers[layer_idx]
+    if not hasattr(layer, "max_cache_len"):
+        return None
+    if isinstance(mask, Tensor):
+        return mask.shape[-1] if mask.ndim == 4 else None
+    # Without a mask, queries and keys are aligned at their first: that needs no width, unless dead slots come first.
+    return layer.max_cache_len if table is not None and table.has_dead else None
 
 
 def _rotary(forward: Forward, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -139,7 +150,7 @@ def _decide(
     if sample.plan is not None:
         n_keep = sample.plan.counts[request.target_layers.index(target)]
     decision = decide(context, request.selector, request.traits, n_keep)
-    raters = None if rater_mask is None else sample.text[rater_mask]
+    raters = None if rater_mask is None else sample.voters[rater_mask]
     record = StageRecord(target, n_in, decision.rank, decision.skipped_because, raters)
     record.kept = sample.alive
     if decision.selection is not None:

@@ -38,7 +38,7 @@ def read_target_layer(view: ModelView, forward: Forward, request: Request, layer
         samples = list(enumerate(request.samples))
         if text:
             forward.text_attention = [
-                _rows_attention(request, b, sample.text, offset, inputs, n_top_heads) for b, sample in samples
+                _rows_attention(request, b, sample.voters, offset, inputs, n_top_heads) for b, sample in samples
             ]
         if last:  # apart from the text rows, which are the same numbers with it and without
             forward.last_attention = [_rows_attention(request, b, sample.last, offset, inputs) for b, sample in samples]
@@ -64,11 +64,11 @@ def _rows_attention(
 
 
 def raters_of(forward: Forward, request: Request, b: int) -> Tensor | None:
-    """Which of a sample's text rows vote at the target layer that has just run; ``None`` where none was read.
+    """Which of a sample's voters are raters at the target layer that has just run; ``None`` where none was read.
 
     Returns
     -------
-    Tensor of shape (n_text,), bool, or None
+    Tensor of shape (n_voters,), bool, or None
     """
     if not forward.text_attention:
         return None
@@ -79,7 +79,7 @@ def raters_of(forward: Forward, request: Request, b: int) -> Tensor | None:
     if sample.embedding_raters is None:
         assert request.features is not None
         features = request.features[b].to(attention.device)
-        sample.embedding_raters = embedding_raters(features[sample.visual], features[sample.text])
+        sample.embedding_raters = embedding_raters(features[sample.visual], features[sample.voters])
     return sample.embedding_raters.to(attention.device)
 
 
@@ -99,7 +99,7 @@ def context_of(
         coordinates=positions.expand(3, -1)
         if coordinates is None
         else coordinates[:, b].to(hidden.device)[:, positions],
-        indices=sample.alive,
+        indices=sample.alive.clone(),  # a selector may write into what it is given
         features=features[positions] if features is not None and "features" in needs else None,
         text_features=features[sample.text] if features is not None and "text_features" in needs else None,
         rater_attention=None if rater_mask is None else forward.text_attention[b][rater_mask],

@@ -17,6 +17,7 @@ from ..report import Report
 from ..selection.context import VISION_NEEDS, Selector, SelectorTraits
 from ..selection.overrides import effective_config
 from ..selection.selectors import make_selector
+from ..template import Template
 from . import prompt
 from .cache import check_cache
 from .clock import Mark
@@ -26,6 +27,7 @@ from .pruner import before_layer
 from .recorder import make_report
 from .refusals import check_call, check_mode, check_packing, check_prefill
 from .request import Request
+from .threads import ThreadGuard
 from .view import ModelView
 from .vision import VisionWatch, bound_arguments
 
@@ -44,10 +46,10 @@ class SparseVLMState:
         Options in force outside :meth:`options`.
     """
 
-    def __init__(self, view: ModelView, config: SparseVLMConfig, template_suffix: tuple[int, ...] = ()):
+    def __init__(self, view: ModelView, config: SparseVLMConfig, template: Template | None = None):
         self.view = view
         self.config = config
-        self._template_suffix = template_suffix
+        self._template = template or Template()
         self._resolve(config)
         self._overrides: list[SparseVLMConfig] = []
         self._warned: set[str] = set()
@@ -55,7 +57,8 @@ class SparseVLMState:
         self._request: Request | None = None
         self._report: tuple[Any, Report] | None = None
         self._logits_to_keep = 0
-        self._vision = VisionWatch(view, self._needs)
+        self._threads = ThreadGuard(view)
+        self._vision = VisionWatch(view, self._needs, self._threads)
         self._begin: Mark | None = None
         self._handles: list[RemovableHandle] = []
 
@@ -166,12 +169,14 @@ class SparseVLMState:
         return False
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._threads.claim()
         inputs = bound_arguments(module, args, kwargs)
         check_call(inputs)
         keep = inputs.get("logits_to_keep")
         self._logits_to_keep = keep if isinstance(keep, int) else 0
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._threads.claim()
         inputs = bound_arguments(module, args, kwargs)
         logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
         cache = inputs.get("past_key_values")
@@ -190,7 +195,7 @@ class SparseVLMState:
         # Assisted decoding appends guesses to the prompt and asks for their logits and the one before them.
         n_drafted = logits_to_keep - 1 if logits_to_keep > 1 and _in_assisted_decoding() else 0
         inputs = {**inputs, **self._vision.grids(inputs)}
-        request.samples = prompt.make_samples(self.view, inputs, mask, self._template_suffix, n_drafted)
+        request.samples = prompt.make_samples(self.view, inputs, mask, self._template, n_drafted)
         prompt.plan_samples(self.view, request, inputs.get("input_ids"))
         self._warn(request)
         request.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in request.samples]
@@ -230,6 +235,7 @@ class SparseVLMState:
                 prompt.warn_once(self._warned, "budget", sample.plan.clamped + " (said once; see the reports).")
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._threads.claim()
         forward = self._forward
         request = forward.request if forward is not None else None
         if forward is None or request is None:
@@ -245,6 +251,8 @@ class SparseVLMState:
             request.features = kwargs["inputs_embeds"]
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._threads.is_mine:  # torch calls this for a refused thread as well
+            return
         forward, request = self._forward, self._request
         if forward is not None and request is not None and output is not None:
             device = next(iter(self.view.layers[-1].parameters())).device

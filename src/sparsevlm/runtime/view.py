@@ -30,6 +30,10 @@ class ModelView:
     vision_attentions : tuple of nn.Module
         Attention modules of the tower's blocks in which all patches of an image (or frame) see each other, in order;
         each looks its function up as those of ``attentions`` do.
+    vision_block_indices : tuple of int
+        The block of the tower that each of ``vision_attentions`` belongs to.
+    n_vision_blocks : int
+        Number of blocks of the tower.
     vision_order : callable, optional
         From patch grids (t, h, w) to the index, in reading order, of each visual token in the order in which the tower
         works; ``None``: it works in reading order.
@@ -47,6 +51,8 @@ class ModelView:
     attentions: tuple[Any, ...]
     vision_tower: nn.Module
     vision_attentions: tuple[Any, ...]
+    vision_block_indices: tuple[int, ...]
+    n_vision_blocks: int
     vision_order: Callable[[Tensor], Tensor] | None
     image_token_id: int
     video_token_id: int

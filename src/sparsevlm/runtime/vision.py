@@ -13,6 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..selection.context import VISION_NEEDS, SelectorTraits
 from .clock import Clock, Mark
 from .prompt import PIXELS
+from .threads import ThreadGuard
 from .view import ModelView
 from .vision_probe import VisionProbe, VisionRows, hand_out
 
@@ -38,11 +39,13 @@ class VisionWatch:
     view : ModelView
     needs : callable
         Tells what the selector in force needs.
+    threads : ThreadGuard
     """
 
-    def __init__(self, view: ModelView, needs: Callable[[], frozenset[str]]) -> None:
+    def __init__(self, view: ModelView, needs: Callable[[], frozenset[str]], threads: ThreadGuard) -> None:
         self._view = view
         self._needs = needs
+        self._threads = threads
         self._running: tuple[VisionCall, VisionProbe | None] | None = None
         self._runs = WeakTensorKeyDictionary()
         self._expected: list[str] = []
@@ -50,6 +53,7 @@ class VisionWatch:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
+        self._threads.claim()
         self._stop_reading()
         grid_thw = bound_arguments(module, args, kwargs).get("grid_thw")
         if grid_thw is None:  # the tower itself refuses this
@@ -63,6 +67,8 @@ class VisionWatch:
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, to be called after an exception as well."""
+        if not self._threads.is_mine:  # torch calls this for a refused thread as well
+            return
         running = self._running
         self._stop_reading()
         if running is None or output is None:

@@ -50,9 +50,10 @@ class VisionRows:
 
 
 class VisionProbe:
-    """Reads blocks with full attention during one run of the vision tower: the middle one and the last.
+    """Reads blocks with full attention during one run of the vision tower: the one nearest to the middle of the tower
+    (of two as near, the earlier) and the last.
 
-    Column means are taken as queries and keys come by, image by image (or frame by frame); these are not kept.
+    Column sums are taken as queries and keys come by, image by image (or frame by frame); these are not kept.
 
     Parameters
     ----------
@@ -68,7 +69,9 @@ class VisionProbe:
         self._order = order
         self._n_patches = view.spatial_merge_size**2
         self._last = blocks[-1]
-        self._scored = (blocks[len(blocks) // 2], blocks[-1]) if "vision_attention" in needs else ()
+        from_middle = [abs(2 * index - view.n_vision_blocks) for index in view.vision_block_indices]
+        middle = blocks[from_middle.index(min(from_middle))]
+        self._scored = (middle, blocks[-1]) if "vision_attention" in needs else ()
         self._received: dict[Any, list[Tensor]] = {block: [] for block in self._scored}
         self._keys: list[Tensor] | None = [] if "vision_keys" in needs else None
         self._probes = [AttentionProbe(block, partial(self._read, block)) for block in {*self._scored, self._last}]
@@ -95,7 +98,7 @@ class VisionProbe:
         attention = keys = None
         if self._scored:
             received = {block: torch.cat(parts) for block, parts in self._received.items()}
-            attention = torch.stack([received[block].view(-1, self._n_patches).sum(dim=1) for block in self._scored])
+            attention = torch.stack([received[block].view(-1, self._n_patches).mean(dim=1) for block in self._scored])
             attention = attention[:, order]
         if self._keys is not None:
             patches = torch.cat(self._keys)

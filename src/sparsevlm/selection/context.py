@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from ..config import SCHEDULES, SparseVLMConfig
@@ -40,15 +40,19 @@ class SelectionContext:
     features : Tensor of shape (n_visual, hidden_size), optional
         Visual rows of the decoder's input embeddings.
     text_features : Tensor of shape (n_text, hidden_size), optional
-        Input embeddings of the text rows that may vote.
+        Input embeddings of all text of the sample, before, between and after its images; special tokens and what the
+        chat template puts around a prompt are left out. (Raters come after the last image: earlier text cannot attend
+        to it. An embedding can be compared wherever it stands.)
     rater_attention : Tensor of shape (n_raters, n_visual), float32, optional
         Post-softmax attention of the raters, mean over heads (over those that ``config.heads`` names). ``None`` before
         the decoder.
     last_attention : Tensor of shape (n_visual,), float32, optional
         Post-softmax attention of the last token of the prompt, mean over all heads. ``None`` before the decoder.
     vision_attention : Tensor of shape (2, n_visual), float32, optional
-        Attention that each token receives in the vision tower: mean over heads and over all queries of its image or
-        frame, summed over its merged patches. Row 0: the middle one of the blocks with full attention, row 1: the last.
+        Attention that each token receives in the vision tower, relative to an even share: summed over all queries of
+        its image or frame, mean over heads and over its merged patches. It is 1 on average in every image and frame,
+        so that small and large ones compare. Row 0: of the blocks with full attention, the one nearest to the middle of
+        the tower, row 1: the last.
     vision_keys : Tensor of shape (n_visual, head_dim), float32, optional
         Rotated keys of the vision tower's last block with full attention, mean over heads and merged patches.
     previous_hidden_states : Tensor of shape (n_visual, hidden_size), optional
@@ -139,8 +143,9 @@ class SelectorTraits:
         if placement not in PLACEMENTS:
             raise ValueError(f"selector {name!r}: placement must be one of {PLACEMENTS}, got {placement!r}.")
         declared = getattr(selector, "needs", ())
-        if isinstance(declared, str):
-            raise TypeError(f"selector {name!r}: needs must be a collection of names, got the string {declared!r}.")
+        is_collection = isinstance(declared, Collection) and not isinstance(declared, str)
+        if not is_collection or not all(isinstance(need, str) for need in declared):
+            raise TypeError(f"selector {name!r}: needs must be a collection of names, got {declared!r}.")
         needs = frozenset(declared)
         if unknown := needs - set(NEEDS):
             raise ValueError(
@@ -154,58 +159,3 @@ class SelectorTraits:
         if schedule not in SCHEDULES:
             raise ValueError(f"selector {name!r}: default_schedule must be one of {SCHEDULES}, got {schedule!r}.")
         return cls(str(name), placement, needs, schedule, bool(getattr(selector, "recycles", False)))
-
-
-def checked_selection(result: Any, n_visual: int, n_keep: int, name: str, device: torch.device) -> Selection:
-    """Check what a selector returned and complete the shorthand.
-
-    Raises
-    ------
-    TypeError
-        If it is neither a :class:`Selection` nor an index tensor.
-    ValueError
-        If indices are duplicated, unsorted, out of range or of the wrong number, or merges are ill-formed.
-    """
-    selection = result if isinstance(result, Selection) else Selection(keep_idx=result)
-    keep_idx = selection.keep_idx
-    if not isinstance(keep_idx, Tensor) or keep_idx.dtype.is_floating_point or keep_idx.dtype == torch.bool:
-        raise TypeError(f"selector {name!r} must return a Selection or a tensor of whole indices, got {result!r}.")
-    keep_idx = keep_idx.to(device=device, dtype=torch.long)
-    if keep_idx.ndim != 1 or keep_idx.shape[0] != n_keep:
-        got = tuple(keep_idx.shape)
-        raise ValueError(f"selector {name!r} returned indices of shape {got}, expected ({n_keep},).")
-    if n_keep and (int(keep_idx.min()) < 0 or int(keep_idx.max()) >= n_visual):
-        raise ValueError(f"selector {name!r} returned indices outside 0..{n_visual - 1}.")
-    if not bool((keep_idx[1:] > keep_idx[:-1]).all()):
-        ordered = torch.unique(keep_idx)
-        what = "duplicate" if ordered.shape[0] < n_keep else "unsorted"
-        raise ValueError(f"selector {name!r} returned {what} indices; they must be sorted and distinct.")
-    merge_target, weight = _checked_merge(selection, keep_idx, n_visual, name)
-    recycled = selection.recycled_idx
-    if recycled is not None:
-        recycled = recycled.to(device=device, dtype=torch.long)
-        if not bool(torch.isin(recycled, keep_idx).all()):
-            raise ValueError(f"selector {name!r}: recycled_idx is not a part of keep_idx.")
-    return Selection(keep_idx, merge_target, weight, recycled)
-
-
-def _checked_merge(
-    selection: Selection, keep_idx: Tensor, n_visual: int, name: str
-) -> tuple[Tensor | None, Tensor | None]:
-    if (selection.merge_target is None) != (selection.weight is None):
-        raise ValueError(f"selector {name!r}: merge_target and weight go together.")
-    if selection.merge_target is None or selection.weight is None:
-        return None, None
-    target = selection.merge_target.to(device=keep_idx.device, dtype=torch.long)
-    weight = selection.weight.to(device=keep_idx.device, dtype=torch.float32)
-    if target.shape != (n_visual,) or weight.shape != (n_visual,):
-        raise ValueError(
-            f"selector {name!r}: merge_target and weight must have shape ({n_visual},), "
-            f"got {tuple(target.shape)} and {tuple(weight.shape)}."
-        )
-    if not bool(torch.isfinite(weight).all()):
-        raise ValueError(f"selector {name!r} returned NaN or infinite weights.")
-    used = target[target >= 0]
-    if not bool(torch.isin(used, keep_idx).all()) or not bool((target[keep_idx] == keep_idx).all()):
-        raise ValueError(f"selector {name!r}: merge_target must be -1 or a kept row, and a kept row's own index.")
-    return target, weight

@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 
 from .budget import rank_adaptive_count
-from .context import Selection, SelectionContext, Selector, SelectorTraits, checked_selection
+from .check import checked_selection
+from .context import Selection, SelectionContext, Selector, SelectorTraits
 from .rank import sketch_rank
 
 
@@ -35,7 +36,7 @@ def decide(context: SelectionContext, selector: Selector, traits: SelectorTraits
     Raises
     ------
     ValueError, TypeError
-        If the selector's answer is ill-formed.
+        If the selector's answer is ill-formed, or the attention or the states hold NaN.
     """
     config, n_visual = context.config, context.n_visual
     if n_visual <= config.min_keep:
@@ -58,4 +59,4 @@ def decide(context: SelectionContext, selector: Selector, traits: SelectorTraits
     elif n_keep >= n_visual:
         return Decision(None, None, "the budget keeps every visual token here")
     result = selector.select(context, n_keep)
-    return Decision(checked_selection(result, n_visual, n_keep, traits.name, context.hidden_states.device), rank)
+    return Decision(checked_selection(result, context.hidden_states, n_keep, traits.name), rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import SparseVLMConfig
@@ -14,7 +15,9 @@ OVERRIDABLE = ("raters", "heads", "recycle", "merge", "tau", "theta")
 def effective_config(config: SparseVLMConfig, selector: Any) -> SparseVLMConfig:
     """The options in force under a selector: ``config`` with what ``selector.overrides`` sets.
 
-    The stored options of a model stay as they are, so that the next selector starts from what the user chose.
+    The stored options of a model stay as they are, so that the next selector starts from what the user chose. An option
+    that has its default value counts as not chosen, even where the user wrote it down: ``selector="sparsevlm-v2"`` does
+    not recycle with ``recycle=True`` either.
 
     Parameters
     ----------
@@ -24,13 +27,17 @@ def effective_config(config: SparseVLMConfig, selector: Any) -> SparseVLMConfig:
 
     Raises
     ------
+    TypeError
+        If ``overrides`` is no mapping of names.
     ValueError
         If an override is none of :data:`OVERRIDABLE`, or contradicts an option that differs from its default.
     """
-    overrides: dict[str, Any] = dict(getattr(selector, "overrides", None) or {})
+    overrides = getattr(selector, "overrides", {})
+    name = getattr(selector, "name", None) or type(selector).__name__
+    if not isinstance(overrides, Mapping) or not all(isinstance(option, str) for option in overrides):
+        raise TypeError(f"selector {name!r}: overrides must map names of options to values, got {overrides!r}.")
     if not overrides:
         return config
-    name = getattr(selector, "name", None) or type(selector).__name__
     if unknown := sorted(set(overrides) - set(OVERRIDABLE)):
         raise ValueError(
             f"selector {name!r} overrides {', '.join(unknown)}; a selector may set {', '.join(OVERRIDABLE)}."

@@ -35,6 +35,11 @@ def sketch_rank(matrix: Tensor, tolerance: float | str) -> int:
     int
         0 for a zero or empty matrix.
 
+    Raises
+    ------
+    ValueError
+        If the matrix holds NaN or infinity.
+
     Source: the paper (sparsification level adaptation) takes rank(P); the energy threshold is ours, as a softmax
     matrix is nearly always of full numerical rank.
     """
@@ -42,6 +47,8 @@ def sketch_rank(matrix: Tensor, tolerance: float | str) -> int:
         return 0
     gram = _gram(matrix)
     energy = float(gram.diagonal().sum())
+    if not math.isfinite(energy):
+        raise ValueError("the attention of the raters holds NaN or infinity; check the model's inputs and dtype.")
     if energy <= 0.0:
         return 0
     if tolerance == "machine":

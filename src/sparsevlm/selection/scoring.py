@@ -110,7 +110,8 @@ def _visual_blocks(
 def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Attention that each token of an unmasked sequence receives, without the matrix of all pairs.
 
-    ``a_j = mean_h mean_i softmax_j(q_hi · k_hj · scaling)``, row-chunked; the a_j sum to 1.
+    ``a_j = mean_h Σ_i softmax_j(q_hi · k_hj · scaling)``, row-chunked; 1 on average. Sums and not means over the
+    queries, which would share out the same amount in every sequence: a token of a long one would hardly count.
 
     Parameters
     ----------
@@ -128,7 +129,7 @@ def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     for start in range(0, n_tokens, chunk):
         logits = torch.matmul(query[:, start : start + chunk].float() * scaling, key_t)
         total += torch.softmax(logits, dim=-1).sum(dim=(0, 1))
-    return total / (n_heads * n_tokens)
+    return total / n_heads
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

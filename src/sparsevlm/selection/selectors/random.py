@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import random
+
 import torch
 
 from ..context import TARGET_LAYERS, SelectionContext
 
 
 class RandomSelector:
-    """A uniform draw without replacement; the same seed, sample and layer give the same tokens."""
+    """A uniform draw without replacement; the same seed, row of the batch and layer give the same tokens.
+
+    So a sample draws other tokens in another row: copies for beams or returned sequences differ from each other.
+    """
 
     name = "random"
     placement = TARGET_LAYERS
@@ -18,8 +23,9 @@ class RandomSelector:
 
     def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
         """Draw ``n_keep`` rows."""
-        generator = torch.Generator().manual_seed(
-            context.config.seed * 1_000_003 + context.sample * 1009 + context.layer + 1
-        )
-        order = torch.randperm(context.n_visual, generator=generator)
+        seed = int(context.config.seed) * 1_000_003 + context.sample * 1009 + context.layer + 1
+        if seed >= 2**32:  # torch's generator looks at 32 bits only
+            seed = random.Random(seed).getrandbits(32)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        order = torch.randperm(context.n_visual, generator=generator, device="cpu")
         return order[:n_keep].sort().values.to(context.hidden_states.device)
