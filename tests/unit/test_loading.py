@@ -177,7 +177,13 @@ def test_broken_torchvision_is_hidden(tmp_path, monkeypatch, caplog, error):
 
 
 @pytest.mark.parametrize(
-    "first", ["", "from transformers.utils import is_torchvision_available as seen; assert seen()\n"]
+    "first",
+    [
+        "",
+        "from transformers.utils import is_torchvision_available as seen; assert seen()\n",
+        "from sparsevlm import apply_sparsevlm\n",
+        "import sparsevlm.evaluation\n",
+    ],
 )
 def test_a_whole_process_with_a_broken_torchvision(tmp_path, folder, first):
     """transformers alone dies there: its vision models import any torchvision that is installed."""
@@ -190,7 +196,8 @@ def test_a_whole_process_with_a_broken_torchvision(tmp_path, folder, first):
         f"{first}import sys; from sparsevlm.inputs import load_model, load_processor\n"
         "print(type(load_processor(sys.argv[1])).__name__, type(load_model(sys.argv[1])).__name__)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment, check=False
     )
