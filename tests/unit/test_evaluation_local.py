@@ -144,9 +144,20 @@ def test_a_bad_row_is_named_and_the_others_stand(desk, bad, message):
 def test_bad_bytes_in_parquet_are_named(desk):
     rows = [{"image": b"no picture", **ANSWER}, {"image": encoded(picture()), **ANSWER}]
     first, second = all_rows(LocalSuite(write_parquet(desk, rows)))
-    with pytest.raises(ValueError, match=r"row 0 of data.parquet has image bytes that Pillow cannot read"):
+    with pytest.raises(
+        ValueError, match=r"row 0 of data.parquet has an unusable image: what its bytes hold is not an image"
+    ):
         first.load()
     assert second.load().images[0].size == (60, 40)
+
+
+def test_deep_greys_are_scaled_and_floats_refused(desk):
+    deep, floats = Image.new("I;16", (60, 40), 128 * 257), Image.new("F", (60, 40), 0.5)
+    rows = [{"image": encoded(deep), **ANSWER}, {"image": encoded(floats, "TIFF"), **ANSWER}]
+    first, second = all_rows(LocalSuite(write_parquet(desk, rows)))
+    assert first.load().images[0].getpixel((0, 0)) == (128, 128, 128)
+    with pytest.raises(ValueError, match=r"row 1 of data\.parquet .* mode F, .*save the picture with 8"):
+        second.load()
 
 
 def test_an_id_twice_is_named(desk):
