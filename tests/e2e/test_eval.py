@@ -142,6 +142,18 @@ def test_a_finished_run_is_not_repeated(done, desk):
     assert len(list(csv.DictReader((desk / "accuracy.csv").open()))) == 6
 
 
+def test_a_budget_and_a_seed_in_two_spellings_run_once(desk, tmp_path):
+    settings = ["--selectors", "random", "--keep", "0.6,0.60", "--seeds", "0,00", "--max-new-tokens", "2"]
+    result = call(desk, "--out", tmp_path, settings=settings)
+    assert result.exit_code == 0, result.stderr
+    (folder,) = tmp_path.iterdir()
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [(row["selector"], row["keep"], row["seed"]) for row in rows] == [
+        ("dense", "1.0", ""),
+        ("random", "0.6", "0"),
+    ]
+
+
 def test_strict_ends_with_a_code_of_its_own(done, desk):
     assert call(desk, "--out", desk / "done", "--strict").exit_code == 3
 
