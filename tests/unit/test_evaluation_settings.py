@@ -131,7 +131,7 @@ def test_scenes_of_another_layout(layout):
     ("name", "options", "message"),
     [
         ("scenes", {}, "there is no suite 'scenes'; give demo"),
-        ("demo-round", {}, "there is no suite 'demo-round'; of bundled scenes there are demo, demo-wide"),
+        ("demo-round", {}, "there is no suite 'demo-round'; of bundled scenes there are demo, demo-"),
         ("demo", {"first_seed": 1_000_000}, "may have been trained on"),
         ("demo", {"tasks": ("number", "poem")}, "suite demo has no task 'poem'; it has number, word"),
         ("missing.jsonl", {}, "missing.jsonl does not exist"),
