@@ -49,9 +49,8 @@ def call(desk, *arguments, suite="data.jsonl", settings=SETTINGS, batch=2):
 
 def run_of(desk, **options):
     common = {"selectors": ("random", "downsample"), "keeps": (0.6,), "batch": 2, "max_new_tokens": 3, "device": "cpu"}
-    config = EvalConfig(
-        str(desk / "data.jsonl"), str(desk / "model"), **{**common, "options": {"min_keep": 8}, **options}
-    )
+    common |= {"suite": str(desk / "data.jsonl"), "model": str(desk / "model"), "options": {"min_keep": 8}}
+    config = EvalConfig(**{**common, **options})
     return lambda out: EvaluationRun(config, out)
 
 
@@ -239,6 +238,17 @@ def test_a_mended_row_is_tried_again(desk, tmp_path):
     second = EvaluationRun(mended, tmp_path / "out").execute()
     assert set(second.failed) == {("data", "4")}
     assert {one.n for one in second.results} == {5}
+
+
+def test_half_of_a_character_costs_its_row_only(desk, tmp_path):
+    good = {"image": str(desk / "0.png"), "question": "What?", "answer": "red"}
+    rows = [good, {**good, "answer": "\ud800"}, {**good, "id": "\ud800"}, {**good, "image": "\ud800.png"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_of(desk, suite=str(tmp_path / "data.jsonl"))
+    for _ in range(2):
+        done = run(tmp_path / "out").execute()
+        assert set(done.failed) == {("data", "2"), ("data", r"\ud800"), ("data", "4")}
+        assert {one.n for one in done.results} == {1}
 
 
 def test_only_the_row_at_fault_is_without_an_answer(desk):

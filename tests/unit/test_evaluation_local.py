@@ -125,6 +125,9 @@ BAD = [
     ({"image": "pictures/a.png", "question": "What?", "answer": ""}, "has no answer"),
     ({"image": "pictures/a.png", **ANSWER, "metric": "bleu"}, "there is no metric 'bleu'"),
     ({"image": "pictures/a.png", **ANSWER, "metric": "vqa"}, "at least 4 annotators"),
+    ({"image": "pictures/a.png", **ANSWER, "id": "7\ud800"}, r"in the column 'id', 7\ud800; write the whole character"),
+    ({"image": "pictures/a.png", "question": "What\ud83d?", "answer": "red"}, "in the column 'question'"),
+    ({"image": "pictures/a.png", "question": "What?", "answers": ["red", "\ude00"]}, "in the column 'answers'"),
     ('{"image": "pictures/a.png",', "is not JSON"),
     ("[1, 2]", "is no JSON object"),
 ]
@@ -139,6 +142,14 @@ def test_a_bad_row_is_named_and_the_others_stand(desk, bad, message):
         second.load()
     assert message in str(caught.value)
     assert first.load().answers == third.load().answers == ("red",)
+
+
+def test_half_of_a_character_in_a_task_is_named(desk):
+    good = {"image": "pictures/a.png", **ANSWER}
+    suite = LocalSuite(write_jsonl(desk, [good, {**good, "task": "colours\udfff"}]))
+    assert suite.tasks == ("data", r"colours\udfff")
+    with pytest.raises(ValueError, match=r"line 2 of data\.jsonl has half of a character .* in the column 'task'"):
+        all_rows(suite)[1].load()
 
 
 def test_bad_bytes_in_parquet_are_named(desk):

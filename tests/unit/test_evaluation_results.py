@@ -132,6 +132,12 @@ def test_a_csv_file_of_another_kind_is_refused(tmp_path):
     assert read_rows(file) == []
 
 
+def test_a_command_that_is_no_utf_8_can_be_stored(tmp_path, results):
+    file = tmp_path / "accuracy.csv"
+    write_rows(file, csv_rows(results[0], {**ORIGIN, "command": "sparsevlm eval --suite \udce9.jsonl"}))
+    assert read_rows(file)[0]["command"] == r"sparsevlm eval --suite \udce9.jsonl"
+
+
 def test_the_table_says_it_all(results):
     text = markdown("demo on m", results[0], failures(results[1]), ["A note."])
     assert "| dense | 1.0 |  | 100.0 of 256 | 0.3333 |" in text

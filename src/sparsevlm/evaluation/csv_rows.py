@@ -35,7 +35,8 @@ def write_rows(file: Path, rows: Sequence[dict[str, str]]) -> None:
     """Write a CSV file, in one step as far as others can see."""
     file.parent.mkdir(parents=True, exist_ok=True)
     aside = file.with_suffix(".tmp")
-    with aside.open("w", newline="", encoding="utf-8") as out:
+    # Escaped: what the user typed, which is one of the columns, may be no UTF-8.
+    with aside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as out:
         writer = csv.DictWriter(out, fieldnames=COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

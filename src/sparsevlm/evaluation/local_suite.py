@@ -12,6 +12,7 @@ from ..inputs import decode_image, load_image
 from .fingerprint import fingerprint
 from .local_files import PICTURE_COLUMNS, Record, read_records
 from .metrics import check_answers, check_metric
+from .predictions import storable
 from .suite import Row, Sample
 
 
@@ -42,7 +43,7 @@ class LocalSuite:
         if not file.is_file():
             raise FileNotFoundError(f"dataset {file} does not exist.")
         self.file = file
-        self.name = file.stem
+        self.name = storable(file.stem)
         self.metric = metric
         self._by_task: dict[str, list[Row]] = {}
         seen: dict[tuple[str, str], Record] = {}
@@ -51,9 +52,9 @@ class LocalSuite:
         if any(_value(record, "metric") == "anls" for record in records):
             check_metric("anls")
         for record in records:
-            task = str(_value(record, "task") or file.stem)
+            task = storable(str(_value(record, "task") or file.stem))
             row_id = _value(record, "id")
-            row_id = str(record.number if row_id is None else row_id)
+            row_id = storable(str(record.number if row_id is None else row_id))
             problem = record.problem
             if (earlier := seen.setdefault((task, row_id), record)) is not record:
                 problem = f"has the id {row_id!r} of {earlier.where}; make ids unique, or leave them out"
@@ -85,9 +86,12 @@ class LocalSuite:
         return Row(row_id, task, load)
 
     def _sample(self, record: Record) -> Sample:
+        for name in ("id", "task"):
+            _check_storable(name, str(_value(record, name)))
         question = _value(record, "question")
         if not isinstance(question, str) or not question.strip():
             raise ValueError("has no question; give a text in the column 'question'")
+        _check_storable("question", question)
         answers = _answers(record)
         metric = str(_value(record, "metric") or self.metric)
         check_answers(metric, answers)
@@ -105,7 +109,17 @@ def _answers(record: Record) -> tuple[str, ...]:
     listed = given if isinstance(given, list) else [given]
     if not listed or not all(isinstance(answer, (str, int, float)) and str(answer).strip() for answer in listed):
         raise ValueError("has no answer; give a text in the column 'answer', or a list of them in 'answers'")
+    for answer in listed:
+        _check_storable("answers", str(answer))
     return tuple(str(answer) for answer in listed)
+
+
+def _check_storable(column: str, text: str) -> None:
+    if text != storable(text):
+        raise ValueError(
+            f"has half of a character (a lone surrogate) in the column {column!r}, {storable(text)[:80]}; write the "
+            "whole character"
+        )
 
 
 def _images(record: Record) -> tuple[Image.Image, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .answering import Answer, Answerer, answer_each
 from .metrics import score
-from .predictions import Prediction, PredictionStore, Stored
+from .predictions import Prediction, PredictionStore, Stored, storable
 from .settings import ALL, EvalConfig, Setting, make_settings
 from .suite import Row, Sample, Suite, chosen_tasks
 
@@ -146,7 +146,8 @@ def _warm_up(answerer: Answerer, settings: Sequence[Setting], samples: list[Samp
 def _prediction(row: Row, setting: Setting, sample: Sample | None, outcome: Answer | Exception) -> Prediction:
     head = {"id": row.id, "task": row.task, "setting": setting.name}
     if isinstance(outcome, Exception):
-        return {**head, "error": " ".join(str(outcome).split()) or type(outcome).__name__}
+        said = " ".join(str(outcome).split()) or type(outcome).__name__
+        return {**head, "error": storable(said)}  # it may quote the path of a picture
     assert sample is not None  # what has an answer was loaded
     figures = asdict(outcome)
     figures.update((name, round(figures[name], places)) for name, places in _ROUNDING.items())
