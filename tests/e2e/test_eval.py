@@ -220,8 +220,8 @@ def test_two_workers_say_what_one_says(desk, tmp_path):
 
 
 def test_the_failure_of_a_worker_is_told(desk, tmp_path):
-    run = run_of(desk, target_layers=(2, 99))(tmp_path)
-    with pytest.raises(ValueError, match=r"random-keep0.6-seed0 cannot run: target_layers \[99\] are out of range"):
+    run = run_of(desk, instruction="<|image_pad|>")(tmp_path)
+    with pytest.raises(ValueError, match=r"image_pad"):
         run.execute(workers=2)
 
 
@@ -271,6 +271,8 @@ def test_only_the_row_at_fault_is_without_an_answer(desk):
         (["--selectors", "best"], "there is no selector 'best'"),
         (["--tasks", "poem"], "has no task 'poem'; it has data"),
         (["--keep", "0.01"], "cannot run: keep=0.01 cannot hold on target layers"),
+        (["--target-layers", "2,99"], "sparsevlm-keep0.6 cannot run: target_layers [99] are out of range"),
+        (["--selectors", "downsample", "--keep", "adaptive"], "downsample needs a budget that is a size"),
         (["--keep", "much"], "got 'much'"),
         (["--seeds", "one"], "--seeds must be whole numbers"),
         (["--selectors", ","], "--selectors is empty"),
@@ -290,6 +292,7 @@ def test_bad_options_end_in_one_line(desk, tmp_path, monkeypatch, arguments, mes
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
 def test_a_folder_of_another_run_is_refused_and_can_be_started_anew(desk, tmp_path):
@@ -360,6 +363,13 @@ def test_tasks_of_lmms_eval(desk, tmp_path, monkeypatch):
     unknown = call(desk, *place, suite="lmms:tin", settings=settings)
     assert unknown.exit_code == 2
     assert "lmms-eval has no task 'tin'; near are" in unknown.stderr
+    bad = call(desk, *place, suite="lmms:tiny", settings=["--selectors", "random", "--keep", "0.6,0.01"])
+    assert bad.exit_code == 2
+    assert "random-keep0.01-seed0 cannot run: keep=0.01 cannot hold" in bad.stderr
+    alone = call(desk, *place, suite="lmms:tiny", settings=["--selectors", "downsample", "--keep", "0.6"])
+    assert alone.exit_code == 2
+    assert "nothing is left to compare with dense: lmms-eval loads the pictures itself" in alone.stderr
+    assert not (tmp_path / "out").exists(), "nothing was begun"
     result = call(desk, *place, suite="lmms:tiny", settings=settings)
     assert result.exit_code == 0, result.stderr
     assert "left out: downsample-keep0.6: lmms-eval loads the pictures itself" in result.stderr

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .csv_rows import append_rows, csv_rows, read_rows, write_rows
+from .feasible import feasible_settings
 from .lmms_scores import lmms_results
 from .lmms_suite import LmmsSuite, lmms_refusals, run_lmms
 from .model_place import locate
@@ -71,19 +72,22 @@ class EvaluationRun:
     ----------
     folder : Path
     n_total : int
-        Rows (for lmms-eval: tasks) times settings, done ones included.
+        Rows (for lmms-eval: tasks) times settings that the model can run, done ones included.
 
     Raises
     ------
     FileNotFoundError, ValueError, TypeError
-        For suites, tasks, models, selectors and options that do not exist or do not fit.
+        For suites, tasks, models, selectors and options that do not exist or do not fit, and for budgets that the
+        model cannot hold.
     """
 
     def __init__(self, config: EvalConfig, out: Path) -> None:
         self.config = config
-        self._settings = make_settings(config)
+        settings = make_settings(config)  # first, as it takes no time and finds what is misspelt
         self._suite = lmms_suite(config) or open_suite(config)
         self._place = locate(config)
+        refused = lmms_refusals(settings) if isinstance(self._suite, LmmsSuite) else {}
+        self._settings, self._refused = feasible_settings(config, self._place.folder, refused)
         self._run_folder = RunFolder(out, config, f"{self._suite.name}-{self._place.name}")
         self.folder = self._run_folder.path
         if isinstance(self._suite, LmmsSuite):
@@ -120,7 +124,7 @@ class EvaluationRun:
         Raises
         ------
         ValueError
-            If the folder or the CSV file is of another kind, or the model cannot run a setting that was asked for.
+            If the folder or the CSV file is of another kind.
         """
         if collect is not None:
             read_rows(collect)
@@ -144,25 +148,21 @@ class EvaluationRun:
     def _measure(self, workers: int, on_rows: Callable[[int], None]) -> Evaluation:
         assert not isinstance(self._suite, LmmsSuite)
         folder = self._run_folder.predictions
-        refused: dict[str, str] = {}
         if workers > 1:
-            run_workers(self.config, folder, workers, on_rows, refused.update)
+            run_workers(self.config, folder, workers, self._settings, on_rows)
         else:
-            run_share(self.config, self._suite, folder, Share(), on_rows, refused.update)
+            run_share(self.config, self._suite, folder, Share(), self._settings, on_rows)
         stored = PredictionStore(folder).read()
-        settings = [setting for setting in self._settings if setting.name not in refused]
-        results = make_results(settings, chosen_tasks(self._suite, self.config.tasks), stored)
-        return Evaluation(self.folder, results, failures(stored), refused)
+        results = make_results(self._settings, chosen_tasks(self._suite, self.config.tasks), stored)
+        return Evaluation(self.folder, results, failures(stored), self._refused)
 
     def _measure_lmms(self, workers: int, on_rows: Callable[[int], None]) -> Evaluation:
         assert isinstance(self._suite, LmmsSuite)
         if workers > 1:
             raise ValueError("--workers is not for tasks of lmms-eval; it has its own way: see docs/reproduce.md.")
         folder = self._run_folder.predictions
-        refused = lmms_refusals(self._settings)
-        settings = [setting for setting in self._settings if setting.name not in refused]
-        run_lmms(self.config, self._suite, self._place, settings, folder, on_rows)
-        return Evaluation(self.folder, lmms_results(settings, folder), {}, refused)
+        run_lmms(self.config, self._suite, self._place, self._settings, folder, on_rows)
+        return Evaluation(self.folder, lmms_results(self._settings, folder), {}, self._refused)
 
 
 def _origin(config: EvalConfig, found_versions: dict[str, str]) -> dict[str, Any]:
