@@ -153,6 +153,18 @@ def test_a_budget_and_a_seed_in_two_spellings_run_once(desk, tmp_path):
     ]
 
 
+def test_rows_that_cannot_be_appended_cost_nothing_else(desk, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("sparsevlm.evaluation.run.append_rows", fail)
+    few = ["--selectors", "grid", "--keep", "0.6", "--max-new-tokens", "2"]
+    result = call(desk, "--out", tmp_path / "out", "--append-to", tmp_path / "accuracy.csv", settings=few)
+    assert (result.exit_code, "disk full" in result.stderr) == (2, True)
+    (folder,) = (tmp_path / "out").iterdir()
+    assert {"metrics.csv", "table.md", "plot.png", "plot.svg"} <= {file.name for file in folder.iterdir()}
+
+
 def test_strict_ends_with_a_code_of_its_own(done, desk):
     assert call(desk, "--out", desk / "done", "--strict").exit_code == 3
 
@@ -282,6 +294,7 @@ def test_only_the_row_at_fault_is_without_an_answer(desk):
         (["--model", "missing"], "is neither a folder nor a hub id"),
         (["--first-seed", "5"], "of the bundled scenes only"),
         (["--append-to", "data.jsonl"], "has other columns"),
+        (["--append-to", "data.jsonl/a.csv"], "rows cannot be added to data.jsonl/a.csv"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )

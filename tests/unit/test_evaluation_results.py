@@ -1,12 +1,13 @@
 """From predictions to tables."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
 
 from sparsevlm.evaluation import DENSE, Setting
-from sparsevlm.evaluation.csv_rows import COLUMNS, append_rows, csv_rows, read_rows, write_rows
+from sparsevlm.evaluation.csv_rows import COLUMNS, append_rows, check_target, csv_rows, read_rows, write_rows
 from sparsevlm.evaluation.plot import plot
 from sparsevlm.evaluation.results import AVERAGE, failures, left_out, make_results
 from sparsevlm.evaluation.table import markdown
@@ -119,7 +120,37 @@ def test_rows_of_the_same_run_are_replaced(tmp_path, results):
     append_rows(file, csv_rows(results[0], {**ORIGIN, "run": "two"}))
     append_rows(file, written[:2])
     assert [row["run"] for row in read_rows(file)] == ["two"] * len(written) + ["one"] * 2
-    assert [path.name for path in file.parent.iterdir()] == ["accuracy.csv"]
+    assert {path.name for path in file.parent.iterdir()} <= {"accuracy.csv", ".accuracy.csv.lock"}
+
+
+def _append(file, run):
+    append_rows(file, [dict.fromkeys(COLUMNS, "") | {"run": run}])
+
+
+def test_runs_that_append_at_once_lose_no_rows(tmp_path):
+    file, names = tmp_path / "accuracy.csv", [f"run {number}" for number in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: _append(file, name), names))
+    assert sorted(row["run"] for row in read_rows(file)) == sorted(names)
+
+
+def test_an_empty_csv_file_holds_no_rows(tmp_path, results):
+    file = tmp_path / "accuracy.csv"
+    file.touch()
+    check_target(file)
+    append_rows(file, csv_rows(results[0], ORIGIN))
+    assert len(read_rows(file)) == len(results[0])
+
+
+def test_a_csv_file_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    for place in (tmp_path / "file" / "accuracy.csv", tmp_path / "folder"):
+        with pytest.raises(ValueError, match=r"rows cannot be added to .*; name another file"):
+            check_target(place)
+    with pytest.raises(ValueError, match="is no CSV file"):
+        check_target(tmp_path / "binary.csv")
 
 
 def test_a_csv_file_of_another_kind_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .csv_rows import append_rows, csv_rows, read_rows, write_rows
+from .csv_rows import append_rows, check_target, csv_rows, write_rows
 from .feasible import feasible_settings
 from .lmms_scores import lmms_results
 from .lmms_suite import LmmsSuite, lmms_refusals, run_lmms
@@ -124,10 +124,10 @@ class EvaluationRun:
         Raises
         ------
         ValueError
-            If the folder or the CSV file is of another kind.
+            If the folder or the CSV file is of another kind, or cannot be written.
         """
         if collect is not None:
-            read_rows(collect)
+            check_target(collect)
         found_versions = versions(self._place, self._suite.fingerprint())
         folder, config = self._run_folder, self.config
         with folder.locked():
@@ -181,11 +181,11 @@ def _write(evaluation: Evaluation, origin: dict[str, Any], collect: Path | None)
     folder, workers = evaluation.folder, origin["workers"]
     rows = csv_rows(evaluation.results, origin)
     write_rows(folder / "metrics.csv", rows)
-    if collect is not None:
-        append_rows(collect, rows)
     title = f"{origin['suite']} on {origin['model']}"
     notes = [*NOTES, *([_SHARED_DEVICE.format(workers=workers)] if workers > 1 else [])]
     notes += left_out(evaluation.refused)
     notes.append(", ".join(f"{name} {origin[name]}" for name in ("device", "dtype", "torch", "transformers", "commit")))
     (folder / "table.md").write_text(markdown(title, evaluation.results, evaluation.failed, notes), encoding="utf-8")
     plot(evaluation.results, title, [folder / "plot.png", folder / "plot.svg"])
+    if collect is not None:  # last: a file that cannot be written by now costs nothing of the run's own
+        append_rows(collect, rows)
