@@ -187,6 +187,18 @@ def test_a_table_of_many_failures_stays_short(results):
     assert "and 30 more" in text
 
 
+def test_names_of_tasks_are_taken_as_they_are(tmp_path):
+    """Neither a formula of matplotlib's nor more columns of a table."""
+    names = ["price in $", r"$\frac$", "this|that\nand more"]
+    found = {name: rows(**{task: [1, 0] for task in names}) for name in (DENSE, OURS.name)}
+    results = make_results([Setting(DENSE), OURS], names, found)
+    plot(results, "$x_ on $y^", [tmp_path / "plot.png"])
+    text = markdown("demo on\nm", results, {(names[2], "1"): "bad"}, [])
+    assert text.startswith("# demo on m\n")
+    assert r"| price in $ | $\frac$ | this\|that and more |" in text
+    assert "\n- this|that and more, 1: bad\n" in text
+
+
 def test_the_plot_shows_every_task(tmp_path, results):
     files = [tmp_path / "plot.png", tmp_path / "plot.svg"]
     plot(results[0], "demo on m", files)
