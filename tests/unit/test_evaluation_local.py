@@ -188,6 +188,12 @@ def test_an_id_twice_is_named(desk):
         ("empty.jsonl", "\n", "holds no rows"),
         ("data.csv", "image,question", "must end in .jsonl or .parquet"),
         ("text.parquet", "no parquet", "is not a parquet file"),
+        (
+            "average.jsonl",
+            "{}",
+            "line 1 of average.jsonl is of the task 'average', as the mean over all tasks is called",
+        ),
+        ("data.jsonl", '{}\n{"task": "average"}', "line 2 of data.jsonl is of the task 'average'"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, content, message):

@@ -13,6 +13,7 @@ from .fingerprint import fingerprint
 from .local_files import PICTURE_COLUMNS, Record, read_records
 from .metrics import check_answers, check_metric
 from .predictions import storable
+from .results import AVERAGE
 from .suite import Row, Sample
 
 
@@ -32,7 +33,7 @@ class LocalSuite:
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no such file or metric, or the file cannot be read.
+        If there is no such file or metric, the file cannot be read, or a task has the name of the average.
     ModuleNotFoundError
         If a package for the file or for a metric is missing; the message has the pip line.
     """
@@ -53,6 +54,11 @@ class LocalSuite:
             check_metric("anls")
         for record in records:
             task = storable(str(_value(record, "task") or file.stem))
+            if task == AVERAGE:
+                raise ValueError(
+                    f"{record.where} is of the task {AVERAGE!r}, as the mean over all tasks is called; give it another "
+                    "name (without a column 'task', it is the file's)."
+                )
             row_id = _value(record, "id")
             row_id = storable(str(record.number if row_id is None else row_id))
             problem = record.problem
