@@ -30,6 +30,7 @@ def desk(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
     (tmp_path / "broken.png").write_bytes(encoded(noise)[:400])
     (tmp_path / "text.png").write_text("no picture")
+    picture(size=(603, 3)).save(tmp_path / "strip.png")
     return tmp_path
 
 
@@ -116,6 +117,11 @@ BAD = [
     ({"image": "text.png", **ANSWER}, "is not an image that Pillow can read"),
     ({"image": "broken.png", **ANSWER}, "is a damaged image"),
     ({"image": "https://example.org/a.png", **ANSWER}, "is on the network; download it"),
+    (
+        {"image": "strip.png", **ANSWER},
+        "has an image of 603x3 pixels, and the model takes sides of up to 200 to 1",
+    ),
+    ({"image": "pictures/a.png", "question": "<|image_pad|>?", "answer": "red"}, "has <|image_pad|> in its question"),
     ({"image": 5, **ANSWER}, "has an image of type int; give a path or the bytes"),
     ({"image": "pictures/a.png", "answer": "red"}, "has no question; give a text in the column 'question'"),
     ({"image": "pictures/a.png", "question": " ", "answer": "red"}, "has no question"),
@@ -169,6 +175,12 @@ def test_deep_greys_are_scaled_and_floats_refused(desk):
     assert first.load().images[0].getpixel((0, 0)) == (128, 128, 128)
     with pytest.raises(ValueError, match=r"row 1 of data\.parquet .* mode F, .*save the picture with 8"):
         second.load()
+
+
+def test_a_strip_that_the_model_takes(desk):
+    picture(size=(600, 3)).save(desk / "longest.png")
+    (row,) = all_rows(LocalSuite(write_jsonl(desk, [{"image": "longest.png", **ANSWER}])))
+    assert row.load().images[0].size == (600, 3)
 
 
 def test_an_id_twice_is_named(desk):

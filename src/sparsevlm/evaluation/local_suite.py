@@ -9,12 +9,15 @@ from typing import Any
 from PIL import Image
 
 from ..inputs import decode_image, load_image
+from ..inputs.processor import IMAGE_TOKEN, VIDEO_TOKEN
 from .fingerprint import fingerprint
 from .local_files import PICTURE_COLUMNS, Record, read_records
 from .metrics import check_answers, check_metric
 from .predictions import storable
 from .results import AVERAGE
 from .suite import Row, Sample
+
+_MAX_ASPECT = 200  # of transformers' image processor
 
 
 class LocalSuite:
@@ -98,6 +101,8 @@ class LocalSuite:
         if not isinstance(question, str) or not question.strip():
             raise ValueError("has no question; give a text in the column 'question'")
         _check_storable("question", question)
+        if found := [token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token in question]:
+            raise ValueError(f"has {found[0]} in its question, where a picture would be put; take it out")
         answers = _answers(record)
         metric = str(_value(record, "metric") or self.metric)
         check_answers(metric, answers)
@@ -152,6 +157,12 @@ def _image(value: Any, folder: Path) -> Image.Image:
     elif not isinstance(value, bytes):
         raise ValueError(f"has an image of type {type(value).__name__}; give a path or the bytes of a picture file")
     try:
-        return decode_image(value) if isinstance(value, bytes) else load_image(value)
+        image = decode_image(value) if isinstance(value, bytes) else load_image(value)
     except (OSError, ValueError) as error:
         raise ValueError(f"has an unusable image: {error}") from error
+    if max(image.size) > _MAX_ASPECT * min(image.size):
+        raise ValueError(
+            f"has an image of {image.width}x{image.height} pixels, and the model takes sides of up to {_MAX_ASPECT} to "
+            "1; crop it"
+        )
+    return image
