@@ -129,6 +129,8 @@ BAD = [
     ({"image": "pictures/a.png", "question": "What?", "answers": []}, "has no answer"),
     ({"image": "pictures/a.png", "question": "What?", "answers": ["a", None]}, "has no answer"),
     ({"image": "pictures/a.png", "question": "What?", "answer": ""}, "has no answer"),
+    ({"image": "pictures/a.png", "question": "What?", "answer": True}, "is true or false, not a text; write what"),
+    ({"image": "pictures/a.png", "question": "What?", "answers": ["yes", False]}, "is true or false, not a text"),
     ({"image": "pictures/a.png", **ANSWER, "metric": "bleu"}, "there is no metric 'bleu'"),
     ({"image": "pictures/a.png", **ANSWER, "metric": "vqa"}, "at least 4 annotators"),
     ({"image": "pictures/a.png", **ANSWER, "id": "7\ud800"}, r"in the column 'id', 7\ud800; write the whole character"),
@@ -181,6 +183,11 @@ def test_a_strip_that_the_model_takes(desk):
     picture(size=(600, 3)).save(desk / "longest.png")
     (row,) = all_rows(LocalSuite(write_jsonl(desk, [{"image": "longest.png", **ANSWER}])))
     assert row.load().images[0].size == (600, 3)
+
+
+def test_an_empty_list_of_answers_gives_way_to_the_answer(desk):
+    (row,) = all_rows(LocalSuite(write_jsonl(desk, [{"image": "pictures/a.png", **ANSWER, "answers": []}])))
+    assert row.load().answers == ("red",)
 
 
 def test_an_id_twice_is_named(desk):

@@ -115,9 +115,11 @@ def _value(record: Record, name: str) -> Any:
 
 def _answers(record: Record) -> tuple[str, ...]:
     given = _value(record, "answers")
-    if given is None:
+    if given is None or given == []:
         given = _value(record, "answer")
     listed = given if isinstance(given, list) else [given]
+    if any(isinstance(answer, bool) for answer in listed):
+        raise ValueError("has an answer that is true or false, not a text; write what the model is to say, such as yes")
     if not listed or not all(isinstance(answer, (str, int, float)) and str(answer).strip() for answer in listed):
         raise ValueError("has no answer; give a text in the column 'answer', or a list of them in 'answers'")
     for answer in listed:
