@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -17,7 +19,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from sparsevlm.cli import app
-from sparsevlm.evaluation import EvalConfig, EvaluationRun
+from sparsevlm.evaluation import EvalConfig, EvaluationRun, workers
 from sparsevlm.evaluation.answering import Answerer, answer_each
 from sparsevlm.evaluation.predictions import PredictionStore
 from sparsevlm.evaluation.suite import Sample
@@ -235,6 +237,18 @@ def test_the_failure_of_a_worker_is_told(desk, tmp_path):
     run = run_of(desk, instruction="<|image_pad|>")(tmp_path)
     with pytest.raises(ValueError, match=r"image_pad"):
         run.execute(workers=2)
+
+
+def test_the_end_of_a_killed_worker_is_told(desk, tmp_path, monkeypatch):
+    def killed(*_):
+        follow([SimpleNamespace(exitcode=-9)], queue.Queue(), print)
+
+    follow = workers._follow
+    monkeypatch.setattr(workers, "_follow", killed)
+    monkeypatch.setattr(workers, "_work", print)
+    result = call(desk, "--out", tmp_path, "--workers", 2)
+    assert result.exit_code == 2
+    assert "\nerror: worker 0 ended with exit code -9" in result.stderr
 
 
 def test_a_mended_row_is_tried_again(desk, tmp_path):

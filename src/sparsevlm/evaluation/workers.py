@@ -47,7 +47,7 @@ def run_workers(
     ------
     Exception
         What the first failing worker raised.
-    RuntimeError
+    ChildProcessError
         If a worker was killed.
     """
     context = multiprocessing.get_context("spawn")
@@ -78,7 +78,7 @@ def _follow(workers: list[Any], messages: Any, on_rows: Callable[[int], None]) -
         except queue.Empty:
             for index in sorted(running):
                 if workers[index].exitcode is not None and messages.empty():
-                    raise RuntimeError(
+                    raise ChildProcessError(
                         f"worker {index} ended with exit code {workers[index].exitcode} (a negative one is the signal "
                         "that killed it, often for want of memory: try fewer --workers). The same command goes on."
                     ) from None
