@@ -96,7 +96,7 @@ def _plain(text: str) -> str:
 
 
 def _box(text: str) -> _Box | None:
-    numbers = [int(digits) for digits in re.findall(r"\d+", text)]
+    numbers = [int(digits) for digits in re.findall(r"(?<!\d)-\d+|\d+", text)]  # in "10-20" no minus, but a dash
     return (numbers[0], numbers[1], numbers[2], numbers[3]) if len(numbers) == 4 else None
 
 
