@@ -9,7 +9,7 @@ from PIL import Image
 from sparsevlm.evaluation import DENSE, Setting
 from sparsevlm.evaluation.csv_rows import COLUMNS, append_rows, check_target, csv_rows, read_rows, write_rows
 from sparsevlm.evaluation.plot import plot
-from sparsevlm.evaluation.results import AVERAGE, failures, left_out, make_results
+from sparsevlm.evaluation.results import AVERAGE, failures, left_out, make_results, not_averaged
 from sparsevlm.evaluation.table import markdown
 
 
@@ -64,6 +64,22 @@ def test_every_task_counts_the_same_in_the_average():
     assert one.latency_ms == 10, "the median"
     assert average.avg_tokens == pytest.approx(105)
     assert average.ci_low < 70 < average.ci_high
+
+
+def test_a_setting_without_one_task_has_no_average():
+    """It would be the mean of other tasks than that of the settings beside it."""
+    other = Setting("other", 0.5)
+    found = {DENSE: rows(a=[1, 1], b=[1, 0], c=[None]), OURS.name: rows(a=[1, 0], b=[None, None], c=[None])}
+    found[other.name] = rows(a=[1, 0], b=[1, 0], c=[None])
+    results = make_results([Setting(DENSE), OURS, other], ["a", "b", "c"], found)
+    dense, ours, whole = (one for one in results if one.task == AVERAGE)
+    assert (ours.n, ours.n_failed) == (2, 3)
+    figures = (ours.score, ours.dense_score, ours.retained, ours.ci_low, ours.avg_tokens, ours.latency_ms)
+    assert all(map(math.isnan, figures))
+    assert (dense.score, whole.retained) == (0.75, 75), "c is in no average, as dense has no answer either"
+    assert not_averaged(results) == ["no average: ours at keep 0.5 has no score on a single row of b"]
+    assert not_averaged([one for one in results if one.selector != "ours"]) == []
+    assert "| ours | 0.5 |  | – of – | – |" in markdown("x", results, {}, [])
 
 
 def test_the_order_in_which_rows_were_stored_does_not_matter():

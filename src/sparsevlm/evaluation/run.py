@@ -17,7 +17,7 @@ from .model_place import locate
 from .plot import plot
 from .predictions import PredictionStore
 from .provenance import versions
-from .results import Result, failures, left_out, make_results
+from .results import Result, failures, left_out, make_results, not_averaged
 from .run_folder import RunFolder
 from .settings import EvalConfig, make_settings
 from .sharing import Share, run_share
@@ -183,7 +183,7 @@ def _write(evaluation: Evaluation, origin: dict[str, Any], collect: Path | None)
     write_rows(folder / "metrics.csv", rows)
     title = f"{origin['suite']} on {origin['model']}"
     notes = [*NOTES, *([_SHARED_DEVICE.format(workers=workers)] if workers > 1 else [])]
-    notes += left_out(evaluation.refused)
+    notes += [*left_out(evaluation.refused), *not_averaged(evaluation.results)]
     notes.append(", ".join(f"{name} {origin[name]}" for name in ("device", "dtype", "torch", "transformers", "commit")))
     (folder / "table.md").write_text(markdown(title, evaluation.results, evaluation.failed, notes), encoding="utf-8")
     plot(evaluation.results, title, [folder / "plot.png", folder / "plot.svg"])
