@@ -80,7 +80,7 @@ class LocalSuite:
         yield from self._by_task[task][:limit]
 
     def fingerprint(self) -> str:
-        """Hash of the file; pictures beside it are not looked at."""
+        """Hash of the file; pictures beside it are not looked at, so that one can be mended without a new run."""
         return fingerprint([self.file])
 
     def _row(self, row_id: str, task: str, record: Record, problem: str | None) -> Row:

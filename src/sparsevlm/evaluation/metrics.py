@@ -21,7 +21,8 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Normalised Levenshtein similarity to the nearest answer, 0 below one half, by the package ``anls-star``.
 
-    Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019, equation 1.
+    Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019, equation 1. A similarity of exactly
+    one half counts, as in that package; the equation, read to the letter, has 0 for it.
     """
     from anls_star import anls_score
 
