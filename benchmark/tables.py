@@ -17,6 +17,7 @@ RESULTS = Path(__file__).parent / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "selectors.md", ROOT / "docs" / "ablation.md")
 _BLOCK = re.compile(r"(<!-- accuracy: (?P<filter>.*?) -->\n).*?(<!-- end of accuracy -->\n)", re.DOTALL)
 _AVERAGE = "average"
+_UNKNOWN = "–"
 
 StoredRow = dict[str, str]
 
@@ -56,29 +57,34 @@ def accuracy_table(rows: list[StoredRow]) -> str:
         settings.setdefault(key, {})[row["task"]] = row
     for (selector, layers, keep, _, options), by_task in settings.items():
         is_dense = selector == "dense"
-        average = by_task[_AVERAGE]
-        cells = [_dense_score(by_task[task]) if is_dense else _retained(by_task[task]) for task in tasks]
-        overall = _dense_score(average) if is_dense else f"**{_retained(average)}** {_interval(average)}"
+        # A run of one task has no average of its own.
+        average = by_task.get(_AVERAGE) or (by_task.get(tasks[0], {}) if len(tasks) == 1 else {})
+        cells = [_share(by_task.get(task, {}), is_dense) for task in tasks]
+        overall = _share(average, is_dense) if is_dense else f"**{_share(average, is_dense)}** {_interval(average)}"
         where = "–" if is_dense or selector == "downsample" else layers.replace(" ", ", ")
         lines.append(
             f"| {selector}{f' ({options})' if options else ''} | {where} | {'–' if is_dense else keep} | "
-            f"{float(average['avg_tokens']):.0f} of {float(average['n_visual']):.0f} | {overall} | "
+            f"{_number(average, 'avg_tokens', 0)} of {_number(average, 'n_visual', 0)} | {overall.strip()} | "
             + " | ".join(cells)
             + " |"
         )
     return "\n".join([*lines, "", _origin(rows)]) + "\n"
 
 
-def _dense_score(row: StoredRow) -> str:
-    return f"{100 * float(row['dense_score']):.1f} %"
-
-
-def _retained(row: StoredRow) -> str:
-    return f"{float(row['retained']):.1f}"
+def _share(row: StoredRow, is_dense: bool) -> str:
+    """The score of dense in percent, or what is retained of it."""
+    if not is_dense:
+        return _number(row, "retained", 1)
+    return f"{100 * float(row['dense_score']):.1f} %" if row.get("dense_score") else _UNKNOWN
 
 
 def _interval(row: StoredRow) -> str:
-    return f"[{float(row['ci_low']):.1f}, {float(row['ci_high']):.1f}]" if row["ci_low"] else ""
+    return f"[{_number(row, 'ci_low', 1)}, {_number(row, 'ci_high', 1)}]" if row.get("ci_low") else ""
+
+
+def _number(row: StoredRow, name: str, places: int) -> str:
+    """A figure of a row; not every row has each."""
+    return f"{float(row[name]):.{places}f}" if row.get(name) else _UNKNOWN
 
 
 def _origin(rows: list[StoredRow]) -> str:

@@ -22,7 +22,7 @@ _HOME = {
     "SparseVLMConfig": "config",
     "Report": "report",
     "ReportTotal": "report",
-    "SparseVLMState": "runtime.state",
+    "SparseVLMState": "api",
     "Selection": "selection.context",
     "SelectionContext": "selection.context",
 }

@@ -10,9 +10,14 @@ from torch import nn
 
 from .collision import check_collision
 from .config import SparseVLMConfig
-from .models import view_of
-from .runtime.state import STATE_ATTRIBUTE, SparseVLMState
+from .inputs import torchvision_works
 from .template import template_of
+
+# The imports below are the first of transformers' modelling modules, which die of a torchvision that is broken.
+torchvision_works()
+
+from .models import view_of  # noqa: E402
+from .runtime.state import STATE_ATTRIBUTE, SparseVLMState  # noqa: E402
 
 
 def apply_sparsevlm(

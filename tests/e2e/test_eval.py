@@ -4,12 +4,14 @@ import csv
 import io
 import json
 import os
+import queue
 import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -17,7 +19,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from sparsevlm.cli import app
-from sparsevlm.evaluation import EvalConfig, EvaluationRun
+from sparsevlm.evaluation import EvalConfig, EvaluationRun, workers
 from sparsevlm.evaluation.answering import Answerer, answer_each
 from sparsevlm.evaluation.predictions import PredictionStore
 from sparsevlm.evaluation.suite import Sample
@@ -49,9 +51,8 @@ def call(desk, *arguments, suite="data.jsonl", settings=SETTINGS, batch=2):
 
 def run_of(desk, **options):
     common = {"selectors": ("random", "downsample"), "keeps": (0.6,), "batch": 2, "max_new_tokens": 3, "device": "cpu"}
-    config = EvalConfig(
-        str(desk / "data.jsonl"), str(desk / "model"), **{**common, "options": {"min_keep": 8}, **options}
-    )
+    common |= {"suite": str(desk / "data.jsonl"), "model": str(desk / "model"), "options": {"min_keep": 8}}
+    config = EvalConfig(**{**common, **options})
     return lambda out: EvaluationRun(config, out)
 
 
@@ -142,6 +143,30 @@ def test_a_finished_run_is_not_repeated(done, desk):
     assert len(list(csv.DictReader((desk / "accuracy.csv").open()))) == 6
 
 
+def test_a_budget_and_a_seed_in_two_spellings_run_once(desk, tmp_path):
+    settings = ["--selectors", "random", "--keep", "0.6,0.60", "--seeds", "0,00", "--max-new-tokens", "2"]
+    result = call(desk, "--out", tmp_path, settings=settings)
+    assert result.exit_code == 0, result.stderr
+    (folder,) = tmp_path.iterdir()
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [(row["selector"], row["keep"], row["seed"]) for row in rows] == [
+        ("dense", "1.0", ""),
+        ("random", "0.6", "0"),
+    ]
+
+
+def test_rows_that_cannot_be_appended_cost_nothing_else(desk, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("sparsevlm.evaluation.run.append_rows", fail)
+    few = ["--selectors", "grid", "--keep", "0.6", "--max-new-tokens", "2"]
+    result = call(desk, "--out", tmp_path / "out", "--append-to", tmp_path / "accuracy.csv", settings=few)
+    assert (result.exit_code, "disk full" in result.stderr) == (2, True)
+    (folder,) = (tmp_path / "out").iterdir()
+    assert {"metrics.csv", "table.md", "plot.png", "plot.svg"} <= {file.name for file in folder.iterdir()}
+
+
 def test_strict_ends_with_a_code_of_its_own(done, desk):
     assert call(desk, "--out", desk / "done", "--strict").exit_code == 3
 
@@ -209,9 +234,21 @@ def test_two_workers_say_what_one_says(desk, tmp_path):
 
 
 def test_the_failure_of_a_worker_is_told(desk, tmp_path):
-    run = run_of(desk, target_layers=(2, 99))(tmp_path)
-    with pytest.raises(ValueError, match=r"random-keep0.6-seed0 cannot run: target_layers \[99\] are out of range"):
+    run = run_of(desk, instruction="<|image_pad|>")(tmp_path)
+    with pytest.raises(ValueError, match=r"image_pad"):
         run.execute(workers=2)
+
+
+def test_the_end_of_a_killed_worker_is_told(desk, tmp_path, monkeypatch):
+    def killed(*_):
+        follow([SimpleNamespace(exitcode=-9)], queue.Queue(), print)
+
+    follow = workers._follow
+    monkeypatch.setattr(workers, "_follow", killed)
+    monkeypatch.setattr(workers, "_work", print)
+    result = call(desk, "--out", tmp_path, "--workers", 2)
+    assert result.exit_code == 2
+    assert "\nerror: worker 0 ended with exit code -9" in result.stderr
 
 
 def test_a_mended_row_is_tried_again(desk, tmp_path):
@@ -227,6 +264,17 @@ def test_a_mended_row_is_tried_again(desk, tmp_path):
     second = EvaluationRun(mended, tmp_path / "out").execute()
     assert set(second.failed) == {("data", "4")}
     assert {one.n for one in second.results} == {5}
+
+
+def test_half_of_a_character_costs_its_row_only(desk, tmp_path):
+    good = {"image": str(desk / "0.png"), "question": "What?", "answer": "red"}
+    rows = [good, {**good, "answer": "\ud800"}, {**good, "id": "\ud800"}, {**good, "image": "\ud800.png"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = run_of(desk, suite=str(tmp_path / "data.jsonl"))
+    for _ in range(2):
+        done = run(tmp_path / "out").execute()
+        assert set(done.failed) == {("data", "2"), ("data", r"\ud800"), ("data", "4")}
+        assert {one.n for one in done.results} == {1}
 
 
 def test_only_the_row_at_fault_is_without_an_answer(desk):
@@ -249,6 +297,8 @@ def test_only_the_row_at_fault_is_without_an_answer(desk):
         (["--selectors", "best"], "there is no selector 'best'"),
         (["--tasks", "poem"], "has no task 'poem'; it has data"),
         (["--keep", "0.01"], "cannot run: keep=0.01 cannot hold on target layers"),
+        (["--target-layers", "2,99"], "sparsevlm-keep0.6 cannot run: target_layers [99] are out of range"),
+        (["--selectors", "downsample", "--keep", "adaptive"], "downsample needs a budget that is a size"),
         (["--keep", "much"], "got 'much'"),
         (["--seeds", "one"], "--seeds must be whole numbers"),
         (["--selectors", ","], "--selectors is empty"),
@@ -258,6 +308,7 @@ def test_only_the_row_at_fault_is_without_an_answer(desk):
         (["--model", "missing"], "is neither a folder nor a hub id"),
         (["--first-seed", "5"], "of the bundled scenes only"),
         (["--append-to", "data.jsonl"], "has other columns"),
+        (["--append-to", "data.jsonl/a.csv"], "rows cannot be added to data.jsonl/a.csv"),
     ],
     ids=lambda value: "" if isinstance(value, str) else " ".join(value),
 )
@@ -268,6 +319,7 @@ def test_bad_options_end_in_one_line(desk, tmp_path, monkeypatch, arguments, mes
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in result.output
+    assert not list(tmp_path.iterdir()), "nothing was begun"
 
 
 def test_a_folder_of_another_run_is_refused_and_can_be_started_anew(desk, tmp_path):
@@ -338,6 +390,13 @@ def test_tasks_of_lmms_eval(desk, tmp_path, monkeypatch):
     unknown = call(desk, *place, suite="lmms:tin", settings=settings)
     assert unknown.exit_code == 2
     assert "lmms-eval has no task 'tin'; near are" in unknown.stderr
+    bad = call(desk, *place, suite="lmms:tiny", settings=["--selectors", "random", "--keep", "0.6,0.01"])
+    assert bad.exit_code == 2
+    assert "random-keep0.01-seed0 cannot run: keep=0.01 cannot hold" in bad.stderr
+    alone = call(desk, *place, suite="lmms:tiny", settings=["--selectors", "downsample", "--keep", "0.6"])
+    assert alone.exit_code == 2
+    assert "nothing is left to compare with dense: lmms-eval loads the pictures itself" in alone.stderr
+    assert not (tmp_path / "out").exists(), "nothing was begun"
     result = call(desk, *place, suite="lmms:tiny", settings=settings)
     assert result.exit_code == 0, result.stderr
     assert "left out: downsample-keep0.6: lmms-eval loads the pictures itself" in result.stderr

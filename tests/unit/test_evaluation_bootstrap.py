@@ -35,6 +35,13 @@ def test_without_a_dense_score_there_is_no_ratio():
     assert one.value == 100
 
 
+def test_a_single_row_has_no_interval():
+    for tasks in ({"a": pair([1], [1])}, {"a": pair([1], [1]), "b": pair([1, 0], [1, 1])}):
+        found = retained(tasks)
+        assert found.value == 100 * (1 + 0.5 * (len(tasks) == 2)) / len(tasks)
+        assert np.isnan([found.low, found.high]).all()
+
+
 def test_the_same_scores_give_the_same_interval():
     scores = pair([1, 0, 1, 1, 0, 1], [1, 1, 1, 1, 0, 1])
     assert retained({"a": scores}) == retained({"a": scores})

@@ -10,7 +10,7 @@ from sparsevlm.evaluation import DENSE, EvalConfig, Setting, make_settings
 from sparsevlm.evaluation.lmms_scores import lmms_results, read_lmms
 from sparsevlm.evaluation.lmms_suite import lmms_refusals, model_arguments
 from sparsevlm.evaluation.model_place import ModelPlace
-from sparsevlm.evaluation.results import AVERAGE
+from sparsevlm.evaluation.results import AVERAGE, not_averaged
 from sparsevlm.evaluation.suites import lmms_suite
 from sparsevlm.report import Cost, ReportTotal
 
@@ -90,6 +90,17 @@ def test_several_metrics_are_several_rows():
     figures, predictions = read_lmms(result, {}, OURS)
     assert list(figures) == ["vqa:exact_match", "vqa:wer", "pope"]
     assert [one.get("score") for one in predictions if one["task"] == "vqa:wer"] == [None, None]
+
+
+def test_a_number_that_lmms_eval_does_not_have_leaves_no_average(tmp_path):
+    store(tmp_path, Setting(DENSE), found([1, 1], 0.8), counted(100, 0.0))
+    store(tmp_path, OURS, found([1, 0], math.nan), counted(50, 4e12))
+    results = lmms_results([Setting(DENSE), OURS], tmp_path)
+    vqa, pope, average = results[3:]
+    assert (vqa.retained, pope.n, average.task) == (50, 0, AVERAGE)
+    assert math.isnan(pope.retained)
+    assert math.isnan(average.retained)
+    assert not_averaged(results) == ["no average: ours at keep 0.5 has no score on a single row of pope"]
 
 
 def test_the_plugin_gets_what_the_command_line_says(tmp_path):

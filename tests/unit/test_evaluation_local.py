@@ -30,6 +30,7 @@ def desk(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8))
     (tmp_path / "broken.png").write_bytes(encoded(noise)[:400])
     (tmp_path / "text.png").write_text("no picture")
+    picture(size=(603, 3)).save(tmp_path / "strip.png")
     return tmp_path
 
 
@@ -116,6 +117,11 @@ BAD = [
     ({"image": "text.png", **ANSWER}, "is not an image that Pillow can read"),
     ({"image": "broken.png", **ANSWER}, "is a damaged image"),
     ({"image": "https://example.org/a.png", **ANSWER}, "is on the network; download it"),
+    (
+        {"image": "strip.png", **ANSWER},
+        "has an image of 603x3 pixels, and the model takes sides of up to 200 to 1",
+    ),
+    ({"image": "pictures/a.png", "question": "<|image_pad|>?", "answer": "red"}, "has <|image_pad|> in its question"),
     ({"image": 5, **ANSWER}, "has an image of type int; give a path or the bytes"),
     ({"image": "pictures/a.png", "answer": "red"}, "has no question; give a text in the column 'question'"),
     ({"image": "pictures/a.png", "question": " ", "answer": "red"}, "has no question"),
@@ -123,8 +129,13 @@ BAD = [
     ({"image": "pictures/a.png", "question": "What?", "answers": []}, "has no answer"),
     ({"image": "pictures/a.png", "question": "What?", "answers": ["a", None]}, "has no answer"),
     ({"image": "pictures/a.png", "question": "What?", "answer": ""}, "has no answer"),
+    ({"image": "pictures/a.png", "question": "What?", "answer": True}, "is true or false, not a text; write what"),
+    ({"image": "pictures/a.png", "question": "What?", "answers": ["yes", False]}, "is true or false, not a text"),
     ({"image": "pictures/a.png", **ANSWER, "metric": "bleu"}, "there is no metric 'bleu'"),
     ({"image": "pictures/a.png", **ANSWER, "metric": "vqa"}, "at least 4 annotators"),
+    ({"image": "pictures/a.png", **ANSWER, "id": "7\ud800"}, r"in the column 'id', 7\ud800; write the whole character"),
+    ({"image": "pictures/a.png", "question": "What\ud83d?", "answer": "red"}, "in the column 'question'"),
+    ({"image": "pictures/a.png", "question": "What?", "answers": ["red", "\ude00"]}, "in the column 'answers'"),
     ('{"image": "pictures/a.png",', "is not JSON"),
     ("[1, 2]", "is no JSON object"),
 ]
@@ -141,12 +152,42 @@ def test_a_bad_row_is_named_and_the_others_stand(desk, bad, message):
     assert first.load().answers == third.load().answers == ("red",)
 
 
+def test_half_of_a_character_in_a_task_is_named(desk):
+    good = {"image": "pictures/a.png", **ANSWER}
+    suite = LocalSuite(write_jsonl(desk, [good, {**good, "task": "colours\udfff"}]))
+    assert suite.tasks == ("data", r"colours\udfff")
+    with pytest.raises(ValueError, match=r"line 2 of data\.jsonl has half of a character .* in the column 'task'"):
+        all_rows(suite)[1].load()
+
+
 def test_bad_bytes_in_parquet_are_named(desk):
     rows = [{"image": b"no picture", **ANSWER}, {"image": encoded(picture()), **ANSWER}]
     first, second = all_rows(LocalSuite(write_parquet(desk, rows)))
-    with pytest.raises(ValueError, match=r"row 0 of data.parquet has image bytes that Pillow cannot read"):
+    with pytest.raises(
+        ValueError, match=r"row 0 of data.parquet has an unusable image: what its bytes hold is not an image"
+    ):
         first.load()
     assert second.load().images[0].size == (60, 40)
+
+
+def test_deep_greys_are_scaled_and_floats_refused(desk):
+    deep, floats = Image.new("I;16", (60, 40), 128 * 257), Image.new("F", (60, 40), 0.5)
+    rows = [{"image": encoded(deep), **ANSWER}, {"image": encoded(floats, "TIFF"), **ANSWER}]
+    first, second = all_rows(LocalSuite(write_parquet(desk, rows)))
+    assert first.load().images[0].getpixel((0, 0)) == (128, 128, 128)
+    with pytest.raises(ValueError, match=r"row 1 of data\.parquet .* mode F, .*save the picture with 8"):
+        second.load()
+
+
+def test_a_strip_that_the_model_takes(desk):
+    picture(size=(600, 3)).save(desk / "longest.png")
+    (row,) = all_rows(LocalSuite(write_jsonl(desk, [{"image": "longest.png", **ANSWER}])))
+    assert row.load().images[0].size == (600, 3)
+
+
+def test_an_empty_list_of_answers_gives_way_to_the_answer(desk):
+    (row,) = all_rows(LocalSuite(write_jsonl(desk, [{"image": "pictures/a.png", **ANSWER, "answers": []}])))
+    assert row.load().answers == ("red",)
 
 
 def test_an_id_twice_is_named(desk):
@@ -166,6 +207,12 @@ def test_an_id_twice_is_named(desk):
         ("empty.jsonl", "\n", "holds no rows"),
         ("data.csv", "image,question", "must end in .jsonl or .parquet"),
         ("text.parquet", "no parquet", "is not a parquet file"),
+        (
+            "average.jsonl",
+            "{}",
+            "line 1 of average.jsonl is of the task 'average', as the mean over all tasks is called",
+        ),
+        ("data.jsonl", '{}\n{"task": "average"}', "line 2 of data.jsonl is of the task 'average'"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, content, message):

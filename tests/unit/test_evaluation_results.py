@@ -1,14 +1,15 @@
 """From predictions to tables."""
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from PIL import Image
 
 from sparsevlm.evaluation import DENSE, Setting
-from sparsevlm.evaluation.csv_rows import COLUMNS, append_rows, csv_rows, read_rows, write_rows
+from sparsevlm.evaluation.csv_rows import COLUMNS, append_rows, check_target, csv_rows, read_rows, write_rows
 from sparsevlm.evaluation.plot import plot
-from sparsevlm.evaluation.results import AVERAGE, failures, left_out, make_results
+from sparsevlm.evaluation.results import AVERAGE, failures, left_out, make_results, not_averaged
 from sparsevlm.evaluation.table import markdown
 
 
@@ -65,6 +66,22 @@ def test_every_task_counts_the_same_in_the_average():
     assert average.ci_low < 70 < average.ci_high
 
 
+def test_a_setting_without_one_task_has_no_average():
+    """It would be the mean of other tasks than that of the settings beside it."""
+    other = Setting("other", 0.5)
+    found = {DENSE: rows(a=[1, 1], b=[1, 0], c=[None]), OURS.name: rows(a=[1, 0], b=[None, None], c=[None])}
+    found[other.name] = rows(a=[1, 0], b=[1, 0], c=[None])
+    results = make_results([Setting(DENSE), OURS, other], ["a", "b", "c"], found)
+    dense, ours, whole = (one for one in results if one.task == AVERAGE)
+    assert (ours.n, ours.n_failed) == (2, 3)
+    figures = (ours.score, ours.dense_score, ours.retained, ours.ci_low, ours.avg_tokens, ours.latency_ms)
+    assert all(map(math.isnan, figures))
+    assert (dense.score, whole.retained) == (0.75, 75), "c is in no average, as dense has no answer either"
+    assert not_averaged(results) == ["no average: ours at keep 0.5 has no score on a single row of b"]
+    assert not_averaged([one for one in results if one.selector != "ours"]) == []
+    assert "| ours | 0.5 |  | – of – | – |" in markdown("x", results, {}, [])
+
+
 def test_the_order_in_which_rows_were_stored_does_not_matter():
     found = {DENSE: rows(a=[1, 1, 0, 1] * 5), OURS.name: rows(a=[1, 0, 0, 1, 1] * 4)}
     turned = {name: dict(reversed(some.items())) for name, some in found.items()}
@@ -119,7 +136,37 @@ def test_rows_of_the_same_run_are_replaced(tmp_path, results):
     append_rows(file, csv_rows(results[0], {**ORIGIN, "run": "two"}))
     append_rows(file, written[:2])
     assert [row["run"] for row in read_rows(file)] == ["two"] * len(written) + ["one"] * 2
-    assert [path.name for path in file.parent.iterdir()] == ["accuracy.csv"]
+    assert {path.name for path in file.parent.iterdir()} <= {"accuracy.csv", ".accuracy.csv.lock"}
+
+
+def _append(file, run):
+    append_rows(file, [dict.fromkeys(COLUMNS, "") | {"run": run}])
+
+
+def test_runs_that_append_at_once_lose_no_rows(tmp_path):
+    file, names = tmp_path / "accuracy.csv", [f"run {number}" for number in range(24)]
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda name: _append(file, name), names))
+    assert sorted(row["run"] for row in read_rows(file)) == sorted(names)
+
+
+def test_an_empty_csv_file_holds_no_rows(tmp_path, results):
+    file = tmp_path / "accuracy.csv"
+    file.touch()
+    check_target(file)
+    append_rows(file, csv_rows(results[0], ORIGIN))
+    assert len(read_rows(file)) == len(results[0])
+
+
+def test_a_csv_file_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00")
+    for place in (tmp_path / "file" / "accuracy.csv", tmp_path / "folder"):
+        with pytest.raises(ValueError, match=r"rows cannot be added to .*; name another file"):
+            check_target(place)
+    with pytest.raises(ValueError, match="is no CSV file"):
+        check_target(tmp_path / "binary.csv")
 
 
 def test_a_csv_file_of_another_kind_is_refused(tmp_path):
@@ -130,6 +177,12 @@ def test_a_csv_file_of_another_kind_is_refused(tmp_path):
     assert file.read_text() == "a,b\n1,2\n"
     write_rows(file, [])
     assert read_rows(file) == []
+
+
+def test_a_command_that_is_no_utf_8_can_be_stored(tmp_path, results):
+    file = tmp_path / "accuracy.csv"
+    write_rows(file, csv_rows(results[0], {**ORIGIN, "command": "sparsevlm eval --suite \udce9.jsonl"}))
+    assert read_rows(file)[0]["command"] == r"sparsevlm eval --suite \udce9.jsonl"
 
 
 def test_the_table_says_it_all(results):
@@ -148,6 +201,18 @@ def test_a_table_of_many_failures_stays_short(results):
     assert "- a, 19: bad" in text
     assert "- a, 20: bad" not in text
     assert "and 30 more" in text
+
+
+def test_names_of_tasks_are_taken_as_they_are(tmp_path):
+    """Neither a formula of matplotlib's nor more columns of a table."""
+    names = ["price in $", r"$\frac$", "this|that\nand more"]
+    found = {name: rows(**{task: [1, 0] for task in names}) for name in (DENSE, OURS.name)}
+    results = make_results([Setting(DENSE), OURS], names, found)
+    plot(results, "$x_ on $y^", [tmp_path / "plot.png"])
+    text = markdown("demo on\nm", results, {(names[2], "1"): "bad"}, [])
+    assert text.startswith("# demo on m\n")
+    assert r"| price in $ | $\frac$ | this\|that and more |" in text
+    assert "\n- this|that and more, 1: bad\n" in text
 
 
 def test_the_plot_shows_every_task(tmp_path, results):

@@ -41,6 +41,23 @@ def test_all_is_everything_there_is():
     assert found == {*SELECTORS, DENSE, DOWNSAMPLE}
 
 
+def test_all_takes_in_what_is_named_beside_it():
+    assert config(selectors=(ALL, "sparsevlm")) == config(selectors=(ALL,))
+
+
+def test_what_is_said_twice_runs_once():
+    twice = {"selectors": ("random", "random"), "keeps": (0.5, 0.50, 1, 1.0, None, None), "seeds": (0, 0)}
+    assert names(**twice) == [
+        "dense",
+        "random-keep0.5-seed0",
+        "random-keep1-seed0",
+        "random-keep1.0-seed0",
+        "random-keepadaptive-seed0",
+    ]
+    once = {"selectors": ("random",), "keeps": (0.5, 1, 1.0, None), "seeds": (0,)}
+    assert config(**twice).digest() == config(**once).digest()
+
+
 def test_options_reach_the_pruning():
     options = {"tau": 0.3, "recycle": False, "schedule": "single"}
     found = make_settings(config(selectors=("sparsevlm", "random"), seeds=(5,), target_layers=(2, 4), options=options))
@@ -114,7 +131,7 @@ def test_scenes_of_another_layout(layout):
     ("name", "options", "message"),
     [
         ("scenes", {}, "there is no suite 'scenes'; give demo"),
-        ("demo-round", {}, "there is no suite 'demo-round'; of bundled scenes there are demo, demo-wide"),
+        ("demo-round", {}, "there is no suite 'demo-round'; of bundled scenes there are demo, demo-"),
         ("demo", {"first_seed": 1_000_000}, "may have been trained on"),
         ("demo", {"tasks": ("number", "poem")}, "suite demo has no task 'poem'; it has number, word"),
         ("missing.jsonl", {}, "missing.jsonl does not exist"),

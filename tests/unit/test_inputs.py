@@ -95,6 +95,15 @@ def test_same_inputs_as_transformers(tmp_path, media, family, rates):
         assert torch.equal(got[name], torch.as_tensor(value)), name
 
 
+def test_deep_greys_are_scaled(processor):
+    ramp = np.arange(56 * 56).reshape(56, 56) % 256
+    deep, shallow = Image.fromarray((ramp * 257).astype(np.uint16)), Image.fromarray(ramp.astype(np.uint8))
+    text = "<|image_pad|><|video_pad|>"
+    got, wanted = (processor(text=text, images=[one], videos=[one, one]) for one in (deep, shallow))
+    for name in ("pixel_values", "pixel_values_videos"):
+        assert torch.equal(got[name], wanted[name])
+
+
 def test_batch_is_padded_on_the_left_whatever_the_tokenizer_says(processor, media):
     images, videos = media
     processor.tokenizer.padding_side = "right"

@@ -13,7 +13,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sparsevlm.inputs import ImageTextProcessor, load_frames, load_image, load_model, load_processor, torchvision_works
+from sparsevlm.inputs import (
+    ImageTextProcessor,
+    as_rgb,
+    decode_image,
+    load_frames,
+    load_image,
+    load_model,
+    load_processor,
+    torchvision_works,
+)
 from tiny_checkpoint import save_tiny_checkpoint
 
 BROKEN_TORCHVISION = 'raise RuntimeError("operator torchvision::nms does not exist")\n'
@@ -59,6 +68,39 @@ def test_pictures_that_are_none(tmp_path):
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match="damaged"):
         load_image(tmp_path / "half.png")
+
+
+def grey(kind, factor=257):
+    """A ramp of 256 grey levels, in a number of numpy's kind, and as 8-bit RGB."""
+    ramp = np.arange(256).reshape(16, 16)
+    return Image.fromarray((ramp * factor).astype(kind)), Image.fromarray(ramp.astype(np.uint8)).convert("RGB")
+
+
+@pytest.mark.parametrize(
+    ("kind", "factor", "suffix"),
+    [("<u2", 257, ".png"), ("<u2", 257, ".tif"), (">u2", 257, ".tif"), ("<i4", 257, ".tif"), ("<i4", 1, ".tif")],
+)
+def test_deep_greys_are_scaled(tmp_path, kind, factor, suffix):
+    deep, expected = grey(kind, factor)
+    file = tmp_path / f"deep{suffix}"
+    deep.save(file)
+    for image in (load_image(file), decode_image(file.read_bytes()), as_rgb(deep)):
+        assert (image.mode, image.tobytes()) == ("RGB", expected.tobytes())
+
+
+@pytest.mark.parametrize(("kind", "factor", "mode"), [("f4", 1 / 255, "F"), ("i4", 70000, "I"), ("i4", -1, "I")])
+def test_pixels_without_a_known_white_are_refused(tmp_path, kind, factor, mode):
+    file = tmp_path / "deep.tif"
+    grey(kind, factor)[0].save(file)
+    with pytest.raises(ValueError, match=rf"deep\.tif: pixels of mode {mode}, .*save the picture with 8 or 16 bits"):
+        load_image(file)
+
+
+def test_a_picture_of_too_many_pixels_is_refused(tmp_path, monkeypatch):
+    Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(ValueError, match=r"bomb\.png has too many pixels .*; save it smaller"):
+        load_image(tmp_path / "bomb.png")
 
 
 def test_frames_come_in_the_order_of_their_numbers(tmp_path):
@@ -177,7 +219,13 @@ def test_broken_torchvision_is_hidden(tmp_path, monkeypatch, caplog, error):
 
 
 @pytest.mark.parametrize(
-    "first", ["", "from transformers.utils import is_torchvision_available as seen; assert seen()\n"]
+    "first",
+    [
+        "",
+        "from transformers.utils import is_torchvision_available as seen; assert seen()\n",
+        "from sparsevlm import apply_sparsevlm\n",
+        "import sparsevlm.evaluation\n",
+    ],
 )
 def test_a_whole_process_with_a_broken_torchvision(tmp_path, folder, first):
     """transformers alone dies there: its vision models import any torchvision that is installed."""
@@ -190,7 +238,8 @@ def test_a_whole_process_with_a_broken_torchvision(tmp_path, folder, first):
         f"{first}import sys; from sparsevlm.inputs import load_model, load_processor\n"
         "print(type(load_processor(sys.argv[1])).__name__, type(load_model(sys.argv[1])).__name__)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": paths}
     done = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment, check=False
     )

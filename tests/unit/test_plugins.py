@@ -203,6 +203,13 @@ def test_messages_of_every_kind(tmp_path):
     assert [(len(clip.frames), clip.n_total, clip.fps) for clip in found.clips] == [(3, 3, 2.0), (1, 1, 2.0)]
 
 
+def test_deep_greys_are_scaled():
+    deep = Image.new("I;16", (4, 4), 128 * 257)
+    content = [{"type": "image", "url": deep}, {"type": "video", "url": [deep]}]
+    found = read_conversation([{"role": "user", "content": content}], 8)
+    assert [image.getpixel((0, 0)) for image in (*found.images, *found.clips[0].frames)] == [(128, 128, 128)] * 2
+
+
 @pytest.mark.parametrize(
     ("part", "error", "words"),
     [

@@ -51,6 +51,22 @@ def test_a_table_has_a_line_per_setting(tables):
         tables.accuracy_table([])
 
 
+def test_a_run_of_one_task_is_its_own_average(tables):
+    lines = tables.accuracy_table([row("number", "dense"), row("number")]).splitlines()
+    assert lines[2] == "| dense | – | – | 128 of 256 | 99.5 % | 99.5 % |"
+    assert lines[3] == "| random | 0, 4 | 0.5 | 128 of 256 | **91.3** [90.0, 92.5] | 91.3 |"
+
+
+def test_what_a_row_does_not_have_is_a_dash(tables):
+    none = dict.fromkeys(("retained", "ci_low", "ci_high", "dense_score", "avg_tokens", "n_visual"), "")
+    rows = [row("a", "dense"), row("b", "dense"), row("average", "dense", **none)]
+    rows += [row("a"), row("b", **none), row("average", ci_low="", ci_high=""), row("a", "grid")]
+    lines = tables.accuracy_table(rows).splitlines()
+    assert lines[2] == "| dense | – | – | – of – | – | 99.5 % | 99.5 % |"
+    assert lines[3] == "| random | 0, 4 | 0.5 | 128 of 256 | **91.3** | 91.3 | – |"
+    assert lines[4] == "| grid | 0, 4 | 0.5 | – of – | **–** | 91.3 | – |"
+
+
 def test_filters_choose_rows(tables):
     rows = [row("number"), row("number", keep="0.25"), row("number", target_layers="default")]
     assert tables.chosen(rows, "keep=0.5,0.25 target_layers=0+4") == rows[:2]

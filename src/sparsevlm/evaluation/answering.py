@@ -69,17 +69,6 @@ class Answerer:
         self._last_inputs: tuple[Sequence[Sample], Any] | None = None
         self._state: Any = None
 
-    def refusal(self, setting: Setting) -> str | None:
-        """Why the model cannot run a setting, or ``None``."""
-        if setting.pruning is None:
-            return None
-        try:
-            api.apply_sparsevlm(self.model, config=setting.pruning, processor=self.processor)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            return str(error)
-        api.remove_sparsevlm(self.model)
-        return None
-
     def answer(self, setting: Setting, samples: Sequence[Sample]) -> list[Answer]:
         """Answer a batch greedily.
 

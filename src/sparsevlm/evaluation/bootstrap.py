@@ -21,7 +21,10 @@ _SEED = 20_260_101
 
 @dataclass(frozen=True)
 class Retained:
-    """Percent of the dense score, with a confidence interval; ``nan`` where the dense score is zero.
+    """Percent of the dense score, with a confidence interval.
+
+    ``nan`` where the dense score is zero; the interval also where a task has a single row, of which every draw is the
+    same.
 
     Attributes
     ----------
@@ -59,10 +62,13 @@ def retained(pairs: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]
         sums = counts @ np.stack([pruned, dense], axis=1).astype(np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws.append(np.where(sums[:, 1] > 0, 100 * sums[:, 0] / sums[:, 1], np.nan))
+    value = float(np.mean(values))
+    if any(dense.size < 2 for _, dense in counted.values()):
+        return Retained(value, np.nan, np.nan)
     averages = np.mean(draws, axis=0)
     tail = 100 * (1 - LEVEL) / 2
     low, high = np.nanpercentile(averages, [tail, 100 - tail])
-    return Retained(float(np.mean(values)), float(low), float(high))
+    return Retained(value, float(low), float(high))
 
 
 @lru_cache(maxsize=32)

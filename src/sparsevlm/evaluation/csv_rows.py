@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
+import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from .results import Result
 
@@ -34,34 +38,65 @@ def csv_rows(results: Sequence[Result], origin: dict[str, Any]) -> list[dict[str
 def write_rows(file: Path, rows: Sequence[dict[str, str]]) -> None:
     """Write a CSV file, in one step as far as others can see."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_suffix(".tmp")
-    with aside.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, fieldnames=COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
-    aside.replace(file)
+    aside = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")  # no other process writes to the same
+    try:
+        # Escaped: what the user typed, which is one of the columns, may be no UTF-8.
+        with aside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as out:
+            writer = csv.DictWriter(out, fieldnames=COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        aside.replace(file)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def append_rows(file: Path, rows: Sequence[dict[str, str]]) -> None:
-    """Add rows to a CSV file; rows that the same run left there before are replaced."""
+    """Add rows to a CSV file; rows that the same run left there before are replaced.
+
+    Several runs may do so at once: a lock beside the file lets one after the other.
+    """
     runs = {row["run"] for row in rows}
-    write_rows(file, [*(row for row in read_rows(file) if row["run"] not in runs), *rows])
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(file.with_name(f".{file.name}.lock")):
+        write_rows(file, [*(row for row in read_rows(file) if row["run"] not in runs), *rows])
 
 
-def read_rows(file: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file of this kind; none where there is no file.
+def check_target(file: Path) -> None:
+    """Refuse a file that rows cannot be added to, before there are any.
 
     Raises
     ------
     ValueError
-        If the file has other columns.
+        If it has other columns, or cannot be written; the message has the remedy.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+        read_rows(file)
+    except OSError as error:
+        raise ValueError(f"rows cannot be added to {file} ({error}); name another file.") from error
+
+
+def read_rows(file: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file of this kind; none where there is no file, or an empty one.
+
+    Raises
+    ------
+    ValueError
+        If the file has other columns, or is no text.
     """
     if not file.exists():
         return []
     with file.open(newline="", encoding="utf-8") as lines:
         reader = csv.DictReader(lines)
-        rows = list(reader)
-    if tuple(reader.fieldnames or ()) != COLUMNS:
+        try:
+            columns, rows = reader.fieldnames, list(reader)
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{file} is no CSV file ({error}); name another file, or move it away.") from error
+    if columns is None:
+        return []
+    if tuple(columns) != COLUMNS:
         raise ValueError(f"{file} has other columns than this version writes; name another file, or move it away.")
     return rows
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..report import ReportTotal
 from .bootstrap import Retained, retained
 from .predictions import Prediction
-from .results import AVERAGE, Result
+from .results import AVERAGE, Result, without_figures
 from .settings import DENSE, Setting, keep_text
 
 # A metric is a mean of its rows' scores up to a factor; other metrics get no interval.
@@ -73,6 +73,7 @@ def lmms_results(settings: Sequence[Setting], folder: Path) -> list[Result]:
         found, pairs, rows = figures[setting.name], {}, []
         for row, dense in figures[DENSE].items():
             if row not in found:  # lmms-eval had no number for it
+                rows.append(_result(setting, row, {"score": math.nan, "n": 0}, dense["score"], None))
                 continue
             pair = (scores[setting.name].get(row, {}), scores[DENSE].get(row, {}))
             pruned, whole = (np.array([one[place] for place in pair[1] if place in pair[0]]) for one in pair)
@@ -84,7 +85,8 @@ def lmms_results(settings: Sequence[Setting], folder: Path) -> list[Result]:
         results += rows
         if len(rows) > 1:
             complete = len(pairs) == len(rows) and setting.selector != DENSE
-            results.append(_average(rows, retained(pairs) if complete else None))
+            average = _average(rows, retained(pairs) if complete else None)
+            results.append(average if all(one.n for one in rows) else without_figures(average))
     return results
 
 

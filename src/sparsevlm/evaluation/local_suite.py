@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ..inputs import load_image
+from ..inputs import decode_image, load_image
+from ..inputs.processor import IMAGE_TOKEN, VIDEO_TOKEN
 from .fingerprint import fingerprint
 from .local_files import PICTURE_COLUMNS, Record, read_records
 from .metrics import check_answers, check_metric
+from .predictions import storable
+from .results import AVERAGE
 from .suite import Row, Sample
+
+_MAX_ASPECT = 200  # of transformers' image processor
 
 
 class LocalSuite:
@@ -32,7 +36,7 @@ class LocalSuite:
     Raises
     ------
     FileNotFoundError, ValueError
-        If there is no such file or metric, or the file cannot be read.
+        If there is no such file or metric, the file cannot be read, or a task has the name of the average.
     ModuleNotFoundError
         If a package for the file or for a metric is missing; the message has the pip line.
     """
@@ -43,7 +47,7 @@ class LocalSuite:
         if not file.is_file():
             raise FileNotFoundError(f"dataset {file} does not exist.")
         self.file = file
-        self.name = file.stem
+        self.name = storable(file.stem)
         self.metric = metric
         self._by_task: dict[str, list[Row]] = {}
         seen: dict[tuple[str, str], Record] = {}
@@ -52,9 +56,14 @@ class LocalSuite:
         if any(_value(record, "metric") == "anls" for record in records):
             check_metric("anls")
         for record in records:
-            task = str(_value(record, "task") or file.stem)
+            task = storable(str(_value(record, "task") or file.stem))
+            if task == AVERAGE:
+                raise ValueError(
+                    f"{record.where} is of the task {AVERAGE!r}, as the mean over all tasks is called; give it another "
+                    "name (without a column 'task', it is the file's)."
+                )
             row_id = _value(record, "id")
-            row_id = str(record.number if row_id is None else row_id)
+            row_id = storable(str(record.number if row_id is None else row_id))
             problem = record.problem
             if (earlier := seen.setdefault((task, row_id), record)) is not record:
                 problem = f"has the id {row_id!r} of {earlier.where}; make ids unique, or leave them out"
@@ -71,7 +80,7 @@ class LocalSuite:
         yield from self._by_task[task][:limit]
 
     def fingerprint(self) -> str:
-        """Hash of the file; pictures beside it are not looked at."""
+        """Hash of the file; pictures beside it are not looked at, so that one can be mended without a new run."""
         return fingerprint([self.file])
 
     def _row(self, row_id: str, task: str, record: Record, problem: str | None) -> Row:
@@ -80,15 +89,20 @@ class LocalSuite:
                 if problem is not None:
                     raise ValueError(problem)
                 return self._sample(record)
-            except (ValueError, OSError, Image.DecompressionBombError) as error:
+            except (ValueError, OSError) as error:
                 raise ValueError(f"{record.where} {error}") from error
 
         return Row(row_id, task, load)
 
     def _sample(self, record: Record) -> Sample:
+        for name in ("id", "task"):
+            _check_storable(name, str(_value(record, name)))
         question = _value(record, "question")
         if not isinstance(question, str) or not question.strip():
             raise ValueError("has no question; give a text in the column 'question'")
+        _check_storable("question", question)
+        if found := [token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token in question]:
+            raise ValueError(f"has {found[0]} in its question, where a picture would be put; take it out")
         answers = _answers(record)
         metric = str(_value(record, "metric") or self.metric)
         check_answers(metric, answers)
@@ -101,12 +115,24 @@ def _value(record: Record, name: str) -> Any:
 
 def _answers(record: Record) -> tuple[str, ...]:
     given = _value(record, "answers")
-    if given is None:
+    if given is None or given == []:
         given = _value(record, "answer")
     listed = given if isinstance(given, list) else [given]
+    if any(isinstance(answer, bool) for answer in listed):
+        raise ValueError("has an answer that is true or false, not a text; write what the model is to say, such as yes")
     if not listed or not all(isinstance(answer, (str, int, float)) and str(answer).strip() for answer in listed):
         raise ValueError("has no answer; give a text in the column 'answer', or a list of them in 'answers'")
+    for answer in listed:
+        _check_storable("answers", str(answer))
     return tuple(str(answer) for answer in listed)
+
+
+def _check_storable(column: str, text: str) -> None:
+    if text != storable(text):
+        raise ValueError(
+            f"has half of a character (a lone surrogate) in the column {column!r}, {storable(text)[:80]}; write the "
+            "whole character"
+        )
 
 
 def _images(record: Record) -> tuple[Image.Image, ...]:
@@ -129,14 +155,16 @@ def _image(value: Any, folder: Path) -> Image.Image:
     if isinstance(value, str):
         if value.startswith(("http://", "https://")):
             raise ValueError(f"names the picture {value[:80]}, which is on the network; download it and give its path")
-        try:
-            return load_image(folder / value)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"has an unusable image: {error}") from error
-    if not isinstance(value, bytes):
+        value = folder / value
+    elif not isinstance(value, bytes):
         raise ValueError(f"has an image of type {type(value).__name__}; give a path or the bytes of a picture file")
     try:
-        with Image.open(io.BytesIO(value)) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"has image bytes that Pillow cannot read: {error}") from error
+        image = decode_image(value) if isinstance(value, bytes) else load_image(value)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"has an unusable image: {error}") from error
+    if max(image.size) > _MAX_ASPECT * min(image.size):
+        raise ValueError(
+            f"has an image of {image.width}x{image.height} pixels, and the model takes sides of up to {_MAX_ASPECT} to "
+            "1; crop it"
+        )
+    return image

@@ -21,7 +21,8 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Normalised Levenshtein similarity to the nearest answer, 0 below one half, by the package ``anls-star``.
 
-    Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019, equation 1.
+    Source: Biten et al., "Scene Text Visual Question Answering", ICCV 2019, equation 1. A similarity of exactly
+    one half counts, as in that package; the equation, read to the letter, has 0 for it.
     """
     from anls_star import anls_score
 
@@ -96,7 +97,7 @@ def _plain(text: str) -> str:
 
 
 def _box(text: str) -> _Box | None:
-    numbers = [int(digits) for digits in re.findall(r"\d+", text)]
+    numbers = [int(digits) for digits in re.findall(r"(?<!\d)-\d+|\d+", text)]  # in "10-20" no minus, but a dash
     return (numbers[0], numbers[1], numbers[2], numbers[3]) if len(numbers) == 4 else None
 
 

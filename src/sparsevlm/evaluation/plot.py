@@ -39,7 +39,8 @@ def plot(results: Sequence[Result], title: str, files: Sequence[Path]) -> None:
     for panel in panels[len(tasks) :]:
         panel.set_axis_off()
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.suptitle(title, fontsize=11)
+    # Names are the user's own: a "$" in one begins no formula.
+    figure.suptitle(title, fontsize=11, parse_math=False)
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), fontsize=8)
     # Without these, an SVG of the same figures differs from one run to the next.
@@ -71,7 +72,7 @@ def _draw_task(panel: Axes, results: Sequence[Result], task: str) -> None:
             capsize=2,
         )
     panel.axhline(100, color="black", linewidth=0.8, linestyle=":")
-    panel.set_title(task, fontsize=9)
+    panel.set_title(task, fontsize=9, parse_math=False)
     panel.set_xlabel("visual tokens, averaged over the layers", fontsize=8)
     panel.set_ylabel("retained % of dense", fontsize=8)
     panel.tick_params(labelsize=7)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,13 +87,16 @@ def make_results(settings: Sequence[Setting], tasks: Sequence[str], stored: Stor
         Of :meth:`~sparsevlm.evaluation.predictions.PredictionStore.read`.
     """
     dense = stored.get(DENSE, {})
+    answered = {task for (task, _), one in dense.items() if "score" in one}
     results = []
     for column in _columns(settings):
         found = [stored.get(name, {}) for name in column.settings]
         pairs = {task: _Pairs(task, dense, found) for task in tasks}
         results += [_result(column, task, pairs[task], _retained(column, {task: pairs[task]})) for task in tasks]
         if len(tasks) > 1:
-            results.append(_average(column, results[-len(tasks) :], _retained(column, pairs)))
+            average = _average(column, results[-len(tasks) :], _retained(column, pairs))
+            is_whole = all(pairs[task].predictions for task in tasks if task in answered)
+            results.append(average if is_whole else without_figures(average))
     return results
 
 
@@ -105,6 +109,27 @@ def failures(stored: Stored) -> dict[_Place, str]:
                 said = found.setdefault(place, [])
                 said += [text for text in [prediction["error"]] if text not in said]
     return {place: "; ".join(said) for place, said in found.items()}
+
+
+def without_figures(result: Result) -> Result:
+    """An average that would cover fewer tasks than that of dense: nothing of it can be compared."""
+    nothing: dict[str, Any] = {name: math.nan for name, value in vars(result).items() if isinstance(value, float)}
+    return replace(result, **nothing)
+
+
+def not_averaged(results: Sequence[Result]) -> list[str]:
+    """One sentence for each setting whose average :func:`without_figures` took away."""
+    answered = {one.task for one in results if one.selector == DENSE and one.n}
+    lost: dict[tuple[str, str, str], list[str]] = {}
+    for one in results:
+        if one.n == 0 and one.task in answered:
+            lost.setdefault((one.selector, one.keep, one.seed), []).append(one.task)
+    return [
+        f"no average: {selector} at keep {keep}{f', seed {seed}' if seed else ''} has no score on a single row of "
+        f"{', '.join(lost[selector, keep, seed])}"
+        for selector, keep, seed in lost
+        if any(one.task == AVERAGE for one in results)
+    ]
 
 
 def left_out(refused: Mapping[str, str]) -> list[str]:

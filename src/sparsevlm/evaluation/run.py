@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .csv_rows import append_rows, csv_rows, read_rows, write_rows
+from .csv_rows import append_rows, check_target, csv_rows, write_rows
+from .feasible import feasible_settings
 from .lmms_scores import lmms_results
 from .lmms_suite import LmmsSuite, lmms_refusals, run_lmms
 from .model_place import locate
 from .plot import plot
 from .predictions import PredictionStore
 from .provenance import versions
-from .results import Result, failures, left_out, make_results
+from .results import Result, failures, left_out, make_results, not_averaged
 from .run_folder import RunFolder
 from .settings import EvalConfig, make_settings
 from .sharing import Share, run_share
@@ -71,19 +72,22 @@ class EvaluationRun:
     ----------
     folder : Path
     n_total : int
-        Rows (for lmms-eval: tasks) times settings, done ones included.
+        Rows (for lmms-eval: tasks) times settings that the model can run, done ones included.
 
     Raises
     ------
     FileNotFoundError, ValueError, TypeError
-        For suites, tasks, models, selectors and options that do not exist or do not fit.
+        For suites, tasks, models, selectors and options that do not exist or do not fit, and for budgets that the
+        model cannot hold.
     """
 
     def __init__(self, config: EvalConfig, out: Path) -> None:
         self.config = config
-        self._settings = make_settings(config)
+        settings = make_settings(config)  # first, as it takes no time and finds what is misspelt
         self._suite = lmms_suite(config) or open_suite(config)
         self._place = locate(config)
+        refused = lmms_refusals(settings) if isinstance(self._suite, LmmsSuite) else {}
+        self._settings, self._refused = feasible_settings(config, self._place.folder, refused)
         self._run_folder = RunFolder(out, config, f"{self._suite.name}-{self._place.name}")
         self.folder = self._run_folder.path
         if isinstance(self._suite, LmmsSuite):
@@ -120,10 +124,10 @@ class EvaluationRun:
         Raises
         ------
         ValueError
-            If the folder or the CSV file is of another kind, or the model cannot run a setting that was asked for.
+            If the folder or the CSV file is of another kind, or cannot be written.
         """
         if collect is not None:
-            read_rows(collect)
+            check_target(collect)
         found_versions = versions(self._place, self._suite.fingerprint())
         folder, config = self._run_folder, self.config
         with folder.locked():
@@ -144,25 +148,21 @@ class EvaluationRun:
     def _measure(self, workers: int, on_rows: Callable[[int], None]) -> Evaluation:
         assert not isinstance(self._suite, LmmsSuite)
         folder = self._run_folder.predictions
-        refused: dict[str, str] = {}
         if workers > 1:
-            run_workers(self.config, folder, workers, on_rows, refused.update)
+            run_workers(self.config, folder, workers, self._settings, on_rows)
         else:
-            run_share(self.config, self._suite, folder, Share(), on_rows, refused.update)
+            run_share(self.config, self._suite, folder, Share(), self._settings, on_rows)
         stored = PredictionStore(folder).read()
-        settings = [setting for setting in self._settings if setting.name not in refused]
-        results = make_results(settings, chosen_tasks(self._suite, self.config.tasks), stored)
-        return Evaluation(self.folder, results, failures(stored), refused)
+        results = make_results(self._settings, chosen_tasks(self._suite, self.config.tasks), stored)
+        return Evaluation(self.folder, results, failures(stored), self._refused)
 
     def _measure_lmms(self, workers: int, on_rows: Callable[[int], None]) -> Evaluation:
         assert isinstance(self._suite, LmmsSuite)
         if workers > 1:
             raise ValueError("--workers is not for tasks of lmms-eval; it has its own way: see docs/reproduce.md.")
         folder = self._run_folder.predictions
-        refused = lmms_refusals(self._settings)
-        settings = [setting for setting in self._settings if setting.name not in refused]
-        run_lmms(self.config, self._suite, self._place, settings, folder, on_rows)
-        return Evaluation(self.folder, lmms_results(settings, folder), {}, refused)
+        run_lmms(self.config, self._suite, self._place, self._settings, folder, on_rows)
+        return Evaluation(self.folder, lmms_results(self._settings, folder), {}, self._refused)
 
 
 def _origin(config: EvalConfig, found_versions: dict[str, str]) -> dict[str, Any]:
@@ -181,11 +181,11 @@ def _write(evaluation: Evaluation, origin: dict[str, Any], collect: Path | None)
     folder, workers = evaluation.folder, origin["workers"]
     rows = csv_rows(evaluation.results, origin)
     write_rows(folder / "metrics.csv", rows)
-    if collect is not None:
-        append_rows(collect, rows)
     title = f"{origin['suite']} on {origin['model']}"
     notes = [*NOTES, *([_SHARED_DEVICE.format(workers=workers)] if workers > 1 else [])]
-    notes += left_out(evaluation.refused)
+    notes += [*left_out(evaluation.refused), *not_averaged(evaluation.results)]
     notes.append(", ".join(f"{name} {origin[name]}" for name in ("device", "dtype", "torch", "transformers", "commit")))
     (folder / "table.md").write_text(markdown(title, evaluation.results, evaluation.failed, notes), encoding="utf-8")
     plot(evaluation.results, title, [folder / "plot.png", folder / "plot.svg"])
+    if collect is not None:  # last: a file that cannot be written by now costs nothing of the run's own
+        append_rows(collect, rows)

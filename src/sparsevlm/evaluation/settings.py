@@ -29,7 +29,7 @@ class EvalConfig:
     suite, model : str
         As named on the command line.
     selectors : tuple of str
-        Selectors and ``"downsample"``; ``("all",)`` for everything there is.
+        Selectors and ``"downsample"``; ``"all"`` for everything there is.
     keeps : tuple of int, float or None
         Budgets; ``None`` is adaptive.
     seeds : tuple of int
@@ -74,6 +74,14 @@ class EvalConfig:
     target_layers: tuple[int, ...] | None = None
     include_path: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Say everything once: two settings of one name would share a file of predictions."""
+        selectors = (ALL,) if ALL in self.selectors else tuple(dict.fromkeys(self.selectors))
+        object.__setattr__(self, "selectors", selectors)
+        # By their texts: the token 1 and the fraction 1.0 are equal numbers, and different budgets.
+        object.__setattr__(self, "keeps", tuple({keep_text(keep): keep for keep in self.keeps}.values()))
+        object.__setattr__(self, "seeds", tuple(dict.fromkeys(self.seeds)))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -155,7 +163,7 @@ def _selectors(names: tuple[str, ...]) -> list[str]:
             f"there is no selector {', '.join(map(repr, unknown))}; there are {', '.join(sorted(known))}, and "
             f"{ALL!r} for all of them."
         )
-    return list(dict.fromkeys(name for name in names if name != DENSE))
+    return [name for name in names if name != DENSE]
 
 
 def _draws(selector: str) -> bool:

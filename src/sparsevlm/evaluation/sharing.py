@@ -11,8 +11,8 @@ from typing import Any
 
 from .answering import Answer, Answerer, answer_each
 from .metrics import score
-from .predictions import Prediction, PredictionStore, Stored
-from .settings import ALL, EvalConfig, Setting, make_settings
+from .predictions import Prediction, PredictionStore, Stored, storable
+from .settings import EvalConfig, Setting
 from .suite import Row, Sample, Suite, chosen_tasks
 
 _WARM_UP = 2  # samples
@@ -40,31 +40,13 @@ def batches(suite: Suite, config: EvalConfig, share: Share) -> Iterator[tuple[in
             number += 1
 
 
-def feasible_settings(answerer: Answerer, config: EvalConfig) -> tuple[list[Setting], dict[str, str]]:
-    """The settings that the model can run, and why not, by name, for the others.
-
-    Raises
-    ------
-    ValueError
-        If a selector that was asked for by name cannot run, or no setting with pruning can.
-    """
-    settings = make_settings(config)
-    refused = {setting.name: answerer.refusal(setting) for setting in settings}
-    reasons = {name: reason for name, reason in refused.items() if reason is not None}
-    left = [setting for setting in settings if setting.name not in reasons]
-    if reasons and (config.selectors != (ALL,) or all(setting.pruning is None for setting in left)):
-        name, reason = next(iter(reasons.items()))
-        raise ValueError(f"{name} cannot run: {reason}")
-    return left, reasons
-
-
 def run_share(
     config: EvalConfig,
     suite: Suite,
     folder: Path,
     share: Share,
+    settings: Sequence[Setting],
     on_rows: Callable[[int], None],
-    on_refused: Callable[[dict[str, str]], None],
 ) -> None:
     """Answer what is missing of a worker's batches and store it, batch by batch.
 
@@ -75,16 +57,13 @@ def run_share(
     folder : Path
         Of the predictions.
     share : Share
+    settings : sequence of Setting
     on_rows : callable
         Called with the number of rows of one setting that have been dealt with.
-    on_refused : callable
-        Called once with the settings that the model cannot run, and why.
     """
     store = PredictionStore(folder, share.index)
     stored = store.read()
     answerer = Answerer(config, config.max_new_tokens or suite.max_new_tokens)
-    settings, refused = feasible_settings(answerer, config)
-    on_refused(refused)
     is_warm = False
     for number, batch in batches(suite, config, share):
         missing = {setting.name: _missing(batch, stored.get(setting.name, {})) for setting in settings}
@@ -146,7 +125,8 @@ def _warm_up(answerer: Answerer, settings: Sequence[Setting], samples: list[Samp
 def _prediction(row: Row, setting: Setting, sample: Sample | None, outcome: Answer | Exception) -> Prediction:
     head = {"id": row.id, "task": row.task, "setting": setting.name}
     if isinstance(outcome, Exception):
-        return {**head, "error": " ".join(str(outcome).split()) or type(outcome).__name__}
+        said = " ".join(str(outcome).split()) or type(outcome).__name__
+        return {**head, "error": storable(said)}  # it may quote the path of a picture
     assert sample is not None  # what has an answer was loaded
     figures = asdict(outcome)
     figures.update((name, round(figures[name], places)) for name, places in _ROUNDING.items())

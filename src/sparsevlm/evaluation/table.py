@@ -35,7 +35,7 @@ def markdown(title: str, results: Sequence[Result], failed: Mapping[tuple[str, s
     notes : sequence of str
         Sentences below the tables.
     """
-    lines = [f"# {title}", "", *_rows(_SUMMARY, [_summary(one) for one in summary_results(results)])]
+    lines = [f"# {_one_line(title)}", "", *_rows(_SUMMARY, [_summary(one) for one in summary_results(results)])]
     tasks = list(dict.fromkeys(one.task for one in results if one.task != AVERAGE))
     if len(tasks) > 1:
         lines += ["", "Retained % of the dense score by task (in the line of dense: its score):", ""]
@@ -48,7 +48,7 @@ def markdown(title: str, results: Sequence[Result], failed: Mapping[tuple[str, s
     lines += ["", *(f"- {note}" for note in notes)]
     if failed:
         lines += ["", f"{len(failed)} rows are without a score in some setting and left out of its comparison:", ""]
-        lines += [f"- {task}, {row}: {text}" for (task, row), text in list(failed.items())[:_MAX_NAMED]]
+        lines += [f"- {_one_line(f'{task}, {row}: {text}')}" for (task, row), text in list(failed.items())[:_MAX_NAMED]]
         lines += [f"- and {len(failed) - _MAX_NAMED} more; see predictions/"] if len(failed) > _MAX_NAMED else []
     return "\n".join(lines) + "\n"
 
@@ -98,7 +98,15 @@ def _fixed(value: float, places: int) -> str:
 
 def _rows(heads: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     return [
-        "| " + " | ".join(heads) + " |",
+        "| " + " | ".join(map(_cell, heads)) + " |",
         "|" + "---|" * len(heads),
-        *("| " + " | ".join(row) + " |" for row in cells),
+        *("| " + " | ".join(map(_cell, row)) + " |" for row in cells),
     ]
+
+
+def _cell(text: str) -> str:
+    return _one_line(text).replace("|", r"\|")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -8,12 +8,12 @@ import os
 import queue
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .settings import EvalConfig
+from .settings import EvalConfig, Setting
 from .sharing import Share, run_share
 from .suites import open_suite
 
@@ -26,8 +26,8 @@ def run_workers(
     config: EvalConfig,
     folder: Path,
     count: int,
+    settings: Sequence[Setting],
     on_rows: Callable[[int], None],
-    on_refused: Callable[[dict[str, str]], None],
 ) -> None:
     """Share the batches of a run among ``count`` processes, each with a model of its own.
 
@@ -39,26 +39,27 @@ def run_workers(
     folder : Path
         Of the predictions.
     count : int
-    on_rows, on_refused : callable
+    settings : sequence of Setting
+    on_rows : callable
         As in :func:`~sparsevlm.evaluation.sharing.run_share`.
 
     Raises
     ------
     Exception
         What the first failing worker raised.
-    RuntimeError
+    ChildProcessError
         If a worker was killed.
     """
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     workers = [
-        context.Process(target=_work, args=(config, folder, Share(index, count), messages), daemon=True)
+        context.Process(target=_work, args=(config, folder, Share(index, count), settings, messages), daemon=True)
         for index in range(count)
     ]
     try:
         for worker in workers:
             worker.start()
-        _follow(workers, messages, on_rows, on_refused)
+        _follow(workers, messages, on_rows)
     finally:
         for worker in workers:
             if worker.is_alive():
@@ -68,12 +69,7 @@ def run_workers(
                 worker.join()
 
 
-def _follow(
-    workers: list[Any],
-    messages: Any,
-    on_rows: Callable[[int], None],
-    on_refused: Callable[[dict[str, str]], None],
-) -> None:
+def _follow(workers: list[Any], messages: Any, on_rows: Callable[[int], None]) -> None:
     """Pass on what the workers say, until the last one is done."""
     running = set(range(len(workers)))
     while running:
@@ -82,15 +78,13 @@ def _follow(
         except queue.Empty:
             for index in sorted(running):
                 if workers[index].exitcode is not None and messages.empty():
-                    raise RuntimeError(
+                    raise ChildProcessError(
                         f"worker {index} ended with exit code {workers[index].exitcode} (a negative one is the signal "
                         "that killed it, often for want of memory: try fewer --workers). The same command goes on."
                     ) from None
             continue
         if kind == "rows":
             on_rows(content)
-        elif kind == "refused" and index == 0:
-            on_refused(content)
         elif kind == "done":
             running.discard(index)
         elif kind == "failed":
@@ -99,7 +93,7 @@ def _follow(
             raise error
 
 
-def _work(config: EvalConfig, folder: Path, share: Share, messages: Any) -> None:
+def _work(config: EvalConfig, folder: Path, share: Share, settings: Sequence[Setting], messages: Any) -> None:
     """Body of a worker process."""
     import torch
     from transformers.utils import logging as transformers_logging
@@ -116,7 +110,7 @@ def _work(config: EvalConfig, folder: Path, share: Share, messages: Any) -> None
         messages.put((share.index, kind, content))
 
     try:
-        run_share(config, open_suite(config), folder, share, partial(tell, "rows"), partial(tell, "refused"))
+        run_share(config, open_suite(config), folder, share, settings, partial(tell, "rows"))
     except Exception as error:
         tell("failed", (_sendable(error), traceback.format_exc()))
     else:

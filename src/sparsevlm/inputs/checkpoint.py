@@ -109,10 +109,7 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     folder = checkpoint_folder(path_or_id, local_files_only=local_files_only)
-    if (model_type := read_model_type(folder)) not in SUPPORTED_MODEL_TYPES:
-        raise NotImplementedError(
-            f"{path_or_id} holds a model of type {model_type!r}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
+    _check_model_type(folder)
     target = pick_device(device)
     torchvision_works()
     from safetensors import SafetensorError
@@ -136,6 +133,24 @@ def load_model(
     return model.to(target).eval()
 
 
+def load_skeleton(folder: Path) -> Any:
+    """Make the model of a checkpoint folder without its weights, to learn in no time what it can be asked to do.
+
+    Raises
+    ------
+    NotImplementedError
+        If its model type is not supported.
+    """
+    _check_model_type(folder)
+    torchvision_works()
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)
+
+
 def pick_device(device: str) -> str:
     """Return the torch device of an option; ``"auto"`` is CUDA where there is a GPU.
 
@@ -157,6 +172,13 @@ def pick_device(device: str) -> str:
             "device cuda was asked for, but torch finds no GPU; use --device cpu or a CUDA build of torch."
         )
     return device
+
+
+def _check_model_type(folder: Path) -> None:
+    if (model_type := read_model_type(folder)) not in SUPPORTED_MODEL_TYPES:
+        raise NotImplementedError(
+            f"{folder} holds a model of type {model_type!r}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}."
+        )
 
 
 def _from_hub(hub_id: str, weights: bool, local_files_only: bool) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from .media import load_frames, load_image
+from .media import eight_bits, load_frames, load_image
 
 
 def conversation_images(conversations: Sequence[Any]) -> list[Any]:
@@ -34,20 +34,20 @@ def conversation_videos(conversations: Sequence[Any]) -> list[Any]:
 
 
 def flat_images(images: Any) -> list[Image.Image]:
-    """Images from one of them, or a (nested) list of them."""
+    """Images from one of them, or a (nested) list of them; PIL images with 8 bits per channel."""
     if images is None:
         return []
     if not isinstance(images, (list, tuple)):
-        return [images]
+        return [eight_bits(images) if isinstance(images, Image.Image) else images]
     return [image for item in images for image in flat_images(item)]
 
 
 def flat_videos(videos: Any) -> list[list[Image.Image]]:
-    """Lists of frames from one of them, or a (nested) list of them."""
+    """Lists of frames from one of them, or a (nested) list of them; PIL images with 8 bits per channel."""
     if not videos:
         return []
     if not isinstance(videos[0], (list, tuple)):
-        return [list(videos)]
+        return [flat_images(videos)]
     return [frames for item in videos for frames in flat_videos(item)]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
+_WHITE_8, _WHITE_16 = 255, 65535
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -18,19 +21,61 @@ def load_image(path: str | Path) -> Image.Image:
     FileNotFoundError
         If there is no such file.
     ValueError
-        If the file is no picture, or a damaged one.
+        If the file is no picture, a damaged one, or one that is refused by :func:`as_rgb`.
     """
     path = Path(path)
     if not path.is_file():
         what = "is a folder, not a picture" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"image {path} {what}.")
-    try:
-        with Image.open(path) as opened:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not an image that Pillow can read.") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path} is a damaged image: {error}.") from error
+    return _decoded(path, str(path))
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """Read one picture from the bytes of its file, as :func:`load_image` does.
+
+    Raises
+    ------
+    ValueError
+        As :func:`load_image`.
+    """
+    return _decoded(io.BytesIO(content), "what its bytes hold")
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode with 8 bits for each of red, green and blue.
+
+    Raises
+    ------
+    ValueError
+        As :func:`eight_bits`.
+    """
+    return eight_bits(image).convert("RGB")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """A picture with at most 8 bits per channel: grey values of 16 bits are scaled, any other picture is left as it is.
+
+    Pillow's own conversion cuts every value above 255 off, which leaves a white page. Mode ``I`` is 32 bits wide, but
+    holds values of 8 or 16 bits.
+
+    Raises
+    ------
+    ValueError
+        If the mode does not say which value is white; the message has the remedy.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    least, most = values.min(), values.max()
+    if image.mode == "F" or least < 0 or most > _WHITE_16:
+        raise ValueError(
+            f"pixels of mode {image.mode}, here from {least} to {most}, do not say which value is white; save the "
+            "picture with 8 or 16 bits per channel."
+        )
+    if image.mode != "I" or most > _WHITE_8:
+        step = _WHITE_16 // _WHITE_8
+        values = (values.astype(np.int32) + step // 2) // step
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def load_frames(folder: str | Path) -> list[Image.Image]:
@@ -62,6 +107,20 @@ def check_same_size(frames: list[Image.Image]) -> None:
     if len(sizes := {frame.size for frame in frames}) > 1:
         found = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
         raise ValueError(f"the frames of a video must be of one size, got {found}.")
+
+
+def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
+    try:
+        with Image.open(source) as opened:
+            return as_rgb(ImageOps.exif_transpose(opened))
+    except UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image that Pillow can read.") from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} has too many pixels to be read safely ({error}); save it smaller.") from error
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{name} is a damaged image: {error}.") from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..inputs import load_frames, load_image
+from ..inputs import as_rgb, load_frames, load_image
 
 # Frames per second that a folder or list of frames is taken to have: that of Qwen's own sampling.
 FRAMES_PER_SECOND = 2.0
@@ -134,7 +134,7 @@ def bound_pixels(processor: Any, least: int | None, most: int | None) -> None:
 
 def _image(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return as_rgb(source)
     if isinstance(source, (str, Path)):
         return load_image(_local(source))
     raise TypeError(f"an image must be a PIL image or the path of a file, got {type(source).__name__}.")
@@ -145,7 +145,7 @@ def _clip(part: Mapping[str, Any], max_num_frames: int) -> Clip:
     if isinstance(source, dict) or part.get("start_time") is not None or part.get("end_time") is not None:
         raise NotImplementedError("videos with a start and an end are not supported: cut the clip out beforehand.")
     if isinstance(source, (list, tuple)) and source and all(isinstance(frame, Image.Image) for frame in source):
-        return _numbered([frame.convert("RGB") for frame in source])
+        return _numbered([as_rgb(frame) for frame in source])
     if not isinstance(source, (str, Path)):
         raise TypeError(f"a video must be a local file, a folder or a list of PIL images, got {type(source).__name__}.")
     path = _local(source)
