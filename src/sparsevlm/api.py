@@ -29,7 +29,7 @@ def apply_sparsevlm(
     theta: float = 0.5,
     *,
     keep: int | float | Sequence[int | float] | None = None,
-    selector: Any = "sparsevlm",
+    selector: Any = None,
     config: SparseVLMConfig | None = None,
     processor: Any = None,
     **options: Any,
@@ -53,8 +53,9 @@ def apply_sparsevlm(
     keep : int, float or sequence of them, optional
         Visual tokens averaged over all decoder layers, as tokens or as a fraction. ``None``: the rank of the
         attention decides.
-    selector : str or object
-        A built-in method by name, or an object with ``select(context, n_keep)``.
+    selector : str or object, optional
+        A built-in method by name, or an object with ``select(context, n_keep)``. ``None``: ``"span"``
+        (``"sparsevlm"`` under a preset of the paper's settings).
     config : SparseVLMConfig, optional
         All options at once, instead of single ones.
     processor : optional

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-RATER_MODES = ("attention", "embedding")
+RATER_MODES = ("attention", "embedding", "all")
 HEADS = ("all", "visual")
 MERGES = ("mean", "sum")
 SCHEDULES = ("geometric", "single")
 MAX_SEED = 2**63 - 1
+# Chosen by measurements: docs/ablation.md.
+DEFAULT_SELECTOR = "span"
+_PAPER_SELECTOR = "sparsevlm"
 
 # Tokens that leave each target layer, recycled ones included, per 576 visual tokens (the authors' code, v1.5 lists:
 # kept 300/200/110, 303/110/36 and 66/30/17, plus the clusters that its recycling adds).
@@ -46,12 +49,14 @@ class SparseVLMConfig:
         Budget: visual tokens of a sample averaged over all decoder layers, counted at each layer's input, recycled
         tokens included. An ``int`` is a number of tokens, a ``float`` in (0, 1] a fraction; a sequence gives one
         budget per sample of the batch. ``None``: the rank of the rater attention decides.
-    selector : str or object
-        Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``. A selector
+    selector : str or object, optional
+        Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``. ``None``
+        becomes ``"span"``, or ``"sparsevlm"`` under a preset of the paper's settings. A selector
         may set options by itself: it wins over an option that has its default value (also where that was written
         down), and contradicts any other, which raises.
-    raters : {"attention", "embedding"}
-        How text raters are chosen: by visual attention at the target layer, or once by embedding similarity (paper).
+    raters : {"attention", "embedding", "all"}
+        How text raters are chosen: by visual attention at the target layer, or once by embedding similarity (paper);
+        or every text token that may vote is one.
     heads : {"all", "visual"}
         Over which heads the text's attention is averaged: all, or the 14 of 32 with the most attention from text to
         visual tokens, chosen at each target layer (the authors' code, v2.0).
@@ -82,7 +87,7 @@ class SparseVLMConfig:
     tau: float = 0.5
     theta: float = 0.5
     keep: Any = None
-    selector: Any = "sparsevlm"
+    selector: Any = None
     raters: str = "attention"
     heads: str = "all"
     recycle: bool = True
@@ -97,6 +102,8 @@ class SparseVLMConfig:
     def __post_init__(self) -> None:
         if self.preset is not None:
             self._apply_preset(self.preset)
+        if self.selector is None:
+            object.__setattr__(self, "selector", DEFAULT_SELECTOR if self.preset is None else _PAPER_SELECTOR)
         if self.n_vis is not None:
             _check_int("n_vis", self.n_vis, 0)
         _check_int("min_keep", self.min_keep, 1)
@@ -133,6 +140,8 @@ class SparseVLMConfig:
             return dataclasses.replace(self, **changes)
         budget = ("keep", "schedule", "target_layers", "tau", "theta", "merge", "min_keep")
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in budget}
+        if self.selector == DEFAULT_SELECTOR:
+            defaults["selector"] = None
         return dataclasses.replace(self, **{**defaults, **changes})
 
     def _apply_preset(self, preset: str) -> None:

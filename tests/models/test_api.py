@@ -88,7 +88,7 @@ def test_options_override_and_end():
         model.generate(**inputs, max_new_tokens=2, num_beams=2)  # one budget per sample, repeated for its beams
         assert [sample.average_in == 24 for sample in state.report.samples] == [False, False, True, True]
     model.generate(**inputs, max_new_tokens=2)
-    assert state.report.selector == "sparsevlm"
+    assert state.report.selector == "span"
     with pytest.raises(TypeError, match="unknown option kep"), state.options(kep=0.5):
         pass
     with pytest.raises(ValueError, match="3 budgets for a batch of 2"), state.options(keep=[0.5, 0.5, 0.5]):
@@ -128,7 +128,7 @@ BAD_OPTIONS = {
     "negative seed": ({"seed": -1}, ValueError, "seed must be at least 0"),
     "huge seed": ({"seed": 2**63}, ValueError, "seed must be at most 9223372036854775807, got 9223372036854775808"),
     "a class": ({"selector": GridSelector}, TypeError, r"not the class .* itself: pass selector=GridSelector\(\)"),
-    "unknown raters": ({"raters": "all"}, ValueError, "'attention', 'embedding'"),
+    "unknown raters": ({"raters": "some"}, ValueError, "'attention', 'embedding'"),
     "unknown heads": ({"heads": "some"}, ValueError, "'all', 'visual'"),
     "unknown merge": ({"merge": "max"}, ValueError, "'mean', 'sum'"),
     "unknown option": ({"kep": 0.5}, TypeError, "unknown option kep"),
@@ -536,7 +536,7 @@ def test_which_text_voted():
     model = tiny_model()
     inputs = make_inputs([("text", 4), ("image", 4, 6), ("text", 8)])
     suffix = tuple(inputs["input_ids"][0, -3:].tolist())
-    state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1])
+    state = apply_sparsevlm(model, selector="sparsevlm", keep=0.6, min_keep=4, target_layers=[1])
     state._template = Template(suffix=suffix)
     model.generate(**inputs, max_new_tokens=1)
     end = inputs["input_ids"].shape[1]
@@ -588,18 +588,38 @@ def test_a_question_before_the_image_counts(selector):
 
 def test_without_text_after_the_image_the_last_token_votes():
     model, inputs = tiny_model(), make_inputs([("text", 4), ("image", 4, 6)])
-    state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1])
+    state = apply_sparsevlm(model, selector="sparsevlm", keep=0.6, min_keep=4, target_layers=[1])
     model.generate(**inputs, max_new_tokens=1)
     assert state.report.samples[0].stages[0].raters == (inputs["input_ids"].shape[1] - 1,)
 
 
 def test_embedding_raters_are_chosen_once():
     model, inputs = tiny_model(), make_inputs(*ONE)
-    state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1, 3], raters="embedding")
+    options = {"keep": 0.6, "min_keep": 4, "target_layers": [1, 3], "selector": "sparsevlm"}
+    state = apply_sparsevlm(model, raters="embedding", **options)
     model.generate(**inputs, max_new_tokens=1)
     first, second = state.report.samples[0].stages
     assert first.raters == second.raters
     assert 0 < len(first.raters) <= 7
+
+
+def test_options_without_effect_are_warned_about_once(caplog):
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1], tau=0.25)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            model.generate(**inputs, max_new_tokens=1)
+    (message,) = [record.message for record in caplog.records if "no effect" in record.message]
+    assert message.startswith("tau: no effect under selector='span'")
+
+
+def test_all_that_may_vote_are_raters_on_request():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    options = {"keep": 0.6, "min_keep": 4, "target_layers": [1], "selector": "sparsevlm"}
+    state = apply_sparsevlm(model, raters="all", **options)
+    model.generate(**inputs, max_new_tokens=1)
+    end = inputs["input_ids"].shape[1]
+    assert state.report.samples[0].stages[0].raters == tuple(range(end - 7, end))
 
 
 def test_inputs_embeds_with_pixels():

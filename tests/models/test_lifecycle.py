@@ -187,7 +187,7 @@ def test_a_report_read_early_is_made_anew_at_the_end():
 
 def test_recycling_that_puts_everything_back_is_said_so():
     model, inputs = tiny_model(), make_inputs(*ONE)
-    state = apply_sparsevlm(model, min_keep=3, tau=1.0, theta=1.0)
+    state = apply_sparsevlm(model, selector="sparsevlm", min_keep=3, tau=1.0, theta=1.0)
     model.generate(**inputs, max_new_tokens=1)
     assert "puts back all that would be dropped" in state.report.samples[0].stages[0].skipped_because
 

@@ -28,6 +28,15 @@ def test_a_preset_replaces_what_was_there_and_is_replaced():
     assert (again.keep, again.schedule, again.target_layers) == (0.7, None, (2, 6, 15))
 
 
+def test_the_selector_that_nobody_named():
+    assert SparseVLMConfig().selector == "span"
+    assert SparseVLMConfig(keep=0.5).replace(selector=None).selector == "span"
+    assert SparseVLMConfig(preset="paper-64").selector == "sparsevlm"
+    assert SparseVLMConfig().replace(preset="paper-64").selector == "sparsevlm"
+    assert SparseVLMConfig(preset="paper-64", selector="span").selector == "span"
+    assert SparseVLMConfig(selector="fastv").replace(preset="paper-64").selector == "fastv"
+
+
 def test_numbers_of_numpy_are_numbers():
     config = SparseVLMConfig(keep=np.float32(0.5), n_vis=np.int64(256), target_layers=range(2, 10, 4))
     assert (config.keep, config.target_layers) == (0.5, (2, 6))

@@ -72,6 +72,24 @@ def test_dpp_beyond_the_rank_goes_by_quality():
     assert dpp_map(unit, quality, 5).tolist() == [0, 1, 2, 5, 6]
 
 
+def test_dpp_in_rounds_starts_anew_beyond_the_rank():
+    """Then the longest is first again, and what it explains is not."""
+    rows = torch.tensor([[3.0, 0.0], [2.0, 0.0], [0.0, 2.5], [0.0, 2.0], [1.0, 0.0]])
+    for n_keep, wanted in enumerate([[0], [0, 2], [0, 1, 2], [0, 1, 2, 3]], start=1):
+        assert dpp_map(rows, torch.ones(5), n_keep, rounds=True).tolist() == wanted
+    assert dpp_map(rows, torch.ones(5), 3).tolist() == [0, 1, 2]  # by quality, ties to the lower index
+
+
+def test_dpp_knows_what_is_spanned_whatever_the_scale():
+    rows = torch.tensor([[3.0, 0.0, 1.0], [2.0, 0.0, 1.0], [0.0, 2.5, 1.0]])
+    for scale in (1e-4, 1.0, 1e4):
+        for seed in range(5):
+            mixing = torch.randn(12, 3, generator=torch.Generator().manual_seed(seed))
+            picks = dpp_map(mixing @ rows * scale, torch.ones(12), 6, rounds=True)
+            one = dpp_map(mixing @ rows, torch.ones(12), 6, rounds=True)
+            assert picks.tolist() == one.tolist()
+
+
 def test_dpp_stays_exact_over_many_steps():
     """Picks from 60 dimensions: the residual of what they span must not drift."""
     unit = random_unit(80, 60, 0)
@@ -117,6 +135,7 @@ def test_the_steps_wait_for_no_value():
     with FakeTensorMode():
         unit, quality = torch.empty(20, 8), torch.empty(20)
         assert farthest_points(unit, 9).shape == dpp_map(unit, quality, 9).shape == (9,)
+        assert dpp_map(unit, quality, 9, rounds=True).shape == (9,)
 
 
 @pytest.mark.parametrize("n_keep", [1, 5, 11])

@@ -1,11 +1,12 @@
-"""Options that a selector sets by itself."""
+"""Options that a selector sets by itself, and those that it leaves without effect."""
 
 from __future__ import annotations
 
 import pytest
 
 from sparsevlm.config import SparseVLMConfig
-from sparsevlm.selection.overrides import OVERRIDABLE, effective_config
+from sparsevlm.selection.context import SelectorTraits
+from sparsevlm.selection.overrides import OVERRIDABLE, effective_config, idle_options
 from sparsevlm.selection.selectors import SELECTORS, make_selector
 
 
@@ -70,3 +71,22 @@ def test_every_override_is_an_option():
         assert hasattr(SparseVLMConfig(), option)
     for make in SELECTORS.values():
         effective_config(SparseVLMConfig(), make())
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"keep": 0.5}, []),
+        ({"keep": 0.5, "raters": "embedding", "heads": "visual", "tau": 0.1}, ["raters", "heads", "tau"]),
+        ({"raters": "embedding", "rank_lambda": 0.1, "theta": 0.2}, ["theta"]),
+        ({"schedule": "single", "rank_lambda": 0.1}, []),
+        ({"schedule": [9, 4], "rank_tolerance": 0.1}, ["rank_tolerance"]),
+        ({"keep": 0.5, "selector": "sparsevlm", "raters": "all", "tau": 0.1, "theta": 0.2}, []),
+        ({"keep": 0.5, "selector": "fastv", "raters": "all"}, ["raters"]),
+        ({"preset": "paper-64", "selector": "fastv"}, []),
+        ({"keep": 0.5, "selector": Custom(), "raters": "all", "theta": 0.2}, []),
+    ],
+)
+def test_options_without_effect(options, idle):
+    config = SparseVLMConfig(**options)
+    assert idle_options(config, SelectorTraits.of(make_selector(config))) == idle

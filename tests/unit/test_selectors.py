@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import linalg
 from selector_contexts import grid_coordinates, make_context, run
 
 from sparsevlm.config import SparseVLMConfig
@@ -41,6 +42,53 @@ def test_divprune_by_hand():
     """Nearest neighbours at 0.015, 0.015, 0.826 and 1.342: token 3 is first. Then 1 (1.985 from it), then 2."""
     context = make_context(4, features=directions(0.0, 10.0, 90.0, 200.0))
     assert [run("divprune", context, k).keep_idx.tolist() for k in (1, 2, 3)] == [[3], [1, 3], [1, 2, 3]]
+
+
+CROSS = torch.tensor([[4.0, 0.0], [0.0, 1.0], [-4.0, 0.0], [0.0, -1.0]]) + torch.tensor([7.0, -5.0])
+
+
+def test_span_by_hand():
+    """From their mean 0 and 2 lie farthest, 0 is first; then 1 and 3 tie, as 0 explains 2. Both span the plane: anew,
+    with 2 (16) before 3 (1)."""
+    context = make_context(4, hidden_states=CROSS)
+    assert [run("span", context, k).keep_idx.tolist() for k in (1, 2, 3)] == [[0], [0, 1], [0, 1, 2]]
+
+
+def test_span_is_qr_with_column_pivoting():
+    states = make_context(20, seed=4, dim=32).hidden_states
+    pivots = linalg.qr((states - states.mean(dim=0)).double().numpy().T, mode="r", pivoting=True)[1]
+    for n_keep in range(1, 20):
+        found = run("span", make_context(20, hidden_states=states), n_keep).keep_idx
+        assert found.tolist() == sorted(pivots[:n_keep].tolist())
+
+
+def test_span_takes_equal_states_in_their_order():
+    context = make_context(12, dim=64, hidden_states=torch.full((12, 64), 0.1) * torch.linspace(0.1, 9.0, 64))
+    assert run("span", context, 5).keep_idx.tolist() == list(range(5))
+
+
+def test_span_joint_by_hand():
+    """Attention breaks the tie of 0 and 2. Kept: 2 and 1; of the rest 5 points where 2 does, 4 to the other side."""
+    states = torch.cat([CROSS, torch.tensor([[9.0, -5.0], [5.0, -5.0]])])
+    attention = torch.tensor([0.1, 0.1, 0.2, 0.1, 0.1, 0.1])
+    context = make_context(6, hidden_states=states, last_attention=attention)
+    selection = run("span-joint", context, 2)
+    assert selection.keep_idx.tolist() == [1, 2]
+    assert selection.merge_target.tolist() == [-1, 1, 2, -1, -1, 2]
+    assert selection.weight.tolist() == [0, 1, 0.5, 0, 0, 0.5]
+    context = make_context(
+        6, hidden_states=states, last_attention=attention, config=SparseVLMConfig(min_keep=1, merge="sum")
+    )
+    assert run("span-joint", context, 2).weight.tolist() == [0, 1, 1, 0, 0, 1]
+    context = make_context(
+        6, hidden_states=states, last_attention=attention, config=SparseVLMConfig(min_keep=1, recycle=False)
+    )
+    assert run("span-joint", context, 2).merge_target is None
+    # r² is (0.2 / 25.6)^0.2 = 0.38 for 0 and 2, so that 16 · 0.38 of 0 is less than 16 of 1 once that leads.
+    attention = torch.tensor([0.2, 25.6, 0.2, 0.2, 0.2, 0.2])
+    context = make_context(4, hidden_states=CROSS * torch.tensor([1.0, 3.0]), last_attention=attention[:4])
+    assert run("span-joint", context, 1).keep_idx.tolist() == [1]
+    assert run("span", context, 1).keep_idx.tolist() == [0]
 
 
 def test_cdpruner_by_hand():

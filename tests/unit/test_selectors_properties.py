@@ -12,12 +12,13 @@ from selector_contexts import grid_coordinates, make_context, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsevlm.selection import greedy, similarity
+from sparsevlm.selection.check import checked_selection
 from sparsevlm.selection.context import SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 
 KINDS = ("random", "pairs", "identical", "zeros")
 BY_SCORE = ("fastv", "pyramiddrop", "v2drop")
-GREEDY = ("divprune", "cdpruner", "scope", "mmtok")
+GREEDY = ("span", "divprune", "cdpruner", "scope", "mmtok")
 VISUAL_ROWS = ("hidden_states", "features", "previous_hidden_states", "vision_keys", "last_attention", "indices")
 
 
@@ -72,6 +73,15 @@ def test_the_order_of_the_tokens_does_not_matter(name, seed):
         moved[field] = getattr(context, field)[:, order]
     shuffled = run(name, dataclasses.replace(context, **moved), 9)
     assert order[shuffled.keep_idx].sort().values.tolist() == run(name, context, 9).keep_idx.tolist()
+
+
+@pytest.mark.parametrize("name", [name for name, make in SELECTORS.items() if hasattr(make(), "select_batch")])
+def test_a_batch_is_answered_like_its_samples(name):
+    kinds = ("random", "pairs", "identical", "random")
+    contexts = [make_context(30, seed, 40, n_text=seed + 1, kind=kind) for seed, kind in enumerate(kinds)]
+    results = SELECTORS[name]().select_batch(contexts, 9)
+    for context, result in zip(contexts, results, strict=True):
+        assert same(checked_selection(result, context.hidden_states, 9, name), run(name, context, 9))
 
 
 @pytest.mark.parametrize("name", [*BY_SCORE, *GREEDY])

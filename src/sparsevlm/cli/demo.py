@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MAX_NEW_TOKENS = 24  # a list of all cards is the longest answer
 # The bundled model has read the picture by layer 2, where the library's default begins: there, pruning costs nothing.
-TARGET_LAYERS = "0,4,8,12"
+TARGET_LAYERS = "2,6,10,14,18"
 # In the order in which they show best what pruning does.
 TASK_ORDER = ("number", "list", "count", "exist", "box", "compare", "colour", "word", "half")
 ABOUT_COLUMNS = (
@@ -65,7 +65,7 @@ def demo(
     *,
     seed: Annotated[int, typer.Option("--seed", help="Which scene; below 1000000 none was trained on.")] = 8,
     keep: Annotated[str, typer.Option("--keep", help=KEEP_HELP)] = "0.5",
-    selector: Selector = "sparsevlm",
+    selector: Selector = "span",
     target_layers: Annotated[
         str,
         typer.Option("--target-layers", help="Layers after which tokens are dropped."),

@@ -35,7 +35,7 @@ def run(
     min_keep: Annotated[int, typer.Option("--min-keep", help="Never fewer visual tokens than this.")] = 32,
     tau: Annotated[float, typer.Option("--tau", help="Share of the dropped tokens that is recycled.")] = 0.5,
     theta: Annotated[float, typer.Option("--theta", help="Clusters per recycled token.")] = 0.5,
-    selector: Selector = "sparsevlm",
+    selector: Selector = "span",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, float16 or bfloat16.")] = "auto",
     device: Device = "auto",

@@ -17,7 +17,7 @@ from .forward import Forward
 from .masks import pruned_mask
 from .precision import no_autocast
 from .reading import context_of, raters_of, read_target_layer
-from .request import Request, Sample, StageRecord, stack_rows
+from .request import Request, StageRecord, stack_rows
 from .view import ModelView
 
 
@@ -127,9 +127,16 @@ def _placed_table(forward: Forward, cache: Cache, layer_idx: int, rows: Tensor, 
 def _prune(forward: Forward, request: Request, target: int, hidden_states: Tensor) -> Tensor:
     """Decide for every sample what goes on, and gather it."""
     begin = Mark.now(hidden_states.device)
-    selections: list[Selection | None] = []
-    for b, sample in enumerate(request.samples):
-        selections.append(_decide(forward, request, b, sample, target, hidden_states))
+    selections: list[Selection | None] = [None] * len(request.samples)
+    with_visual = [b for b, sample in enumerate(request.samples) if sample.alive.shape[0]]
+    # One by one where the selector takes no more, so that what it is given exists for one sample at a time.
+    together = hasattr(request.selector, "select_batch")
+    for group in [with_visual] if together else [[b] for b in with_visual]:
+        for b, selection in zip(group, _decide(forward, request, group, target, hidden_states), strict=True):
+            selections[b] = selection
+    for sample in request.samples:
+        if not sample.alive.shape[0]:
+            sample.stages.append(StageRecord(target, 0, None, "no image or video in this sample"))
     forward.forget_layer()
     if any(selection is not None for selection in selections):
         hidden_states = _gather(forward, request, selections, hidden_states)
@@ -138,27 +145,28 @@ def _prune(forward: Forward, request: Request, target: int, hidden_states: Tenso
 
 
 def _decide(
-    forward: Forward, request: Request, b: int, sample: Sample, target: int, hidden: Tensor
-) -> Selection | None:
-    n_in = sample.alive.shape[0]
-    if n_in == 0:
-        sample.stages.append(StageRecord(target, 0, None, "no image or video in this sample"))
-        return None
-    rater_mask = raters_of(forward, request, b)
-    context = context_of(forward, request, b, target, hidden, rater_mask)
-    n_keep = None
-    if sample.plan is not None:
-        n_keep = sample.plan.counts[request.target_layers.index(target)]
-    decision = decide(context, request.selector, request.traits, n_keep)
-    raters = None if rater_mask is None else sample.voters[rater_mask]
-    record = StageRecord(target, n_in, decision.rank, decision.skipped_because, raters)
-    record.kept = sample.alive
-    if decision.selection is not None:
-        record.kept = sample.alive[decision.selection.keep_idx]
-        if decision.selection.recycled_idx is not None:
-            record.recycled = sample.alive[decision.selection.recycled_idx]
-    sample.stages.append(record)
-    return decision.selection
+    forward: Forward, request: Request, group: list[int], target: int, hidden: Tensor
+) -> list[Selection | None]:
+    """Selections of a group of samples, whose stages are recorded."""
+    rater_masks = [raters_of(forward, request, b) for b in group]
+    contexts = [
+        context_of(forward, request, b, target, hidden, mask) for b, mask in zip(group, rater_masks, strict=True)
+    ]
+    place = request.target_layers.index(target)
+    plans = [request.samples[b].plan for b in group]
+    n_keeps = [None if plan is None else plan.counts[place] for plan in plans]
+    decisions = decide(contexts, request.selector, request.traits, n_keeps)
+    for b, rater_mask, context, decision in zip(group, rater_masks, contexts, decisions, strict=True):
+        sample, selection = request.samples[b], decision.selection
+        raters = None if rater_mask is None else sample.voters[rater_mask]
+        record = StageRecord(target, context.n_visual, decision.rank, decision.skipped_because, raters)
+        record.kept = sample.alive
+        if selection is not None:
+            record.kept = sample.alive[selection.keep_idx]
+            if selection.recycled_idx is not None:
+                record.recycled = sample.alive[selection.recycled_idx]
+        sample.stages.append(record)
+    return [decision.selection for decision in decisions]
 
 
 def _gather(forward: Forward, request: Request, selections: list[Selection | None], hidden_states: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ def raters_of(forward: Forward, request: Request, b: int) -> Tensor | None:
     if not forward.text_attention:
         return None
     attention = forward.text_attention[b]
+    if request.config.raters == "all":
+        return attention.new_ones(attention.shape[0], dtype=torch.bool)
     if request.config.raters == "attention":
         return attention_raters(attention)
     sample = request.samples[b]

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from ..config import SparseVLMConfig
 from ..report import Report
 from ..selection.context import VISION_NEEDS, Selector, SelectorTraits
-from ..selection.overrides import effective_config
+from ..selection.overrides import effective_config, idle_options
 from ..selection.selectors import make_selector
 from ..template import Template
 from . import prompt
@@ -225,6 +225,12 @@ class SparseVLMState:
         return self._request
 
     def _warn(self, request: Request) -> None:
+        if idle := idle_options(self._active(), request.traits):
+            message = (
+                f"{', '.join(idle)}: no effect under selector={request.traits.name!r} and this budget; "
+                "docs/selectors.md says which options a selector reads."
+            )
+            prompt.warn_once(self._warned, " ".join(["idle", *idle]), message)
         counts = sorted({sample.visual.shape[0] for sample in request.samples if sample.visual.shape[0]})
         n_vis = request.config.n_vis
         if n_vis is not None and counts != [n_vis]:

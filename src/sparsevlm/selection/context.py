@@ -112,7 +112,8 @@ class Selector(Protocol):
     """A selection method. Optional attributes and their defaults: ``name`` (the class name), ``placement``
     (``"target_layers"``, out of :data:`PLACEMENTS`), ``needs`` (``()``, out of :data:`NEEDS`), ``default_schedule``
     (``"geometric"``), ``recycles`` (``False``), ``draws`` (``False``: whether the choice depends on ``config.seed``),
-    ``overrides`` (``{}``, see :func:`~sparsevlm.selection.overrides.effective_config`)."""
+    ``overrides`` (``{}``, see :func:`~sparsevlm.selection.overrides.effective_config`). An optional method
+    ``select_batch(contexts, n_keep)`` answers several samples with as many rows each at once, in their order."""
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
         """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""

@@ -50,40 +50,51 @@ def farthest_points(unit: Tensor, n_keep: int) -> Tensor:
     return picks.sorted()
 
 
-def dpp_map(unit: Tensor, quality: Tensor, n_keep: int) -> Tensor:
-    """Greedy MAP of the determinantal point process with kernel ``L = diag(r) · cos(x_i, x_j) · diag(r)``.
+def dpp_map(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
+    """Greedy MAP of the determinantal point process with kernel ``L = diag(r) · X Xᵀ · diag(r)``.
 
     ``det L_{S+i} / det L_S = r_i² δ_i``, where δ_i is what the picked directions leave of x_i: its squared distance
     from their span. It is kept up to date by Gram-Schmidt on the picked rows, which is the incremental Cholesky
     factor of Chen et al. (arXiv 1709.05135, algorithm 1) for a kernel of inner products, in memory O(n_keep · size)
-    instead of O(n_keep · n). Once the picks span every token all determinants are 0; the quality then decides.
+    instead of O(n_keep · n). With r = 1 these are the pivots of a QR decomposition of Xᵀ with column pivoting (Businger
+    and Golub 1965). Once the picks span every token all determinants are 0; the quality then decides.
 
     Parameters
     ----------
-    unit : Tensor of shape (n, size)
-        From :func:`~sparsevlm.selection.similarity.unit_rows`.
-    quality : Tensor of shape (n,), float32
+    rows : Tensor of shape (..., n, size), float32
+        X. From :func:`~sparsevlm.selection.similarity.unit_rows`, ``X Xᵀ`` holds the cosines.
+    quality : Tensor of shape (..., n), float32
         r, in [0, 1].
     n_keep : int
         In [1, n).
+    rounds : bool
+        Once the picks span every token, go on as if none had been picked.
 
     Returns
     -------
-    Tensor of shape (n_keep,), int64
+    Tensor of shape (..., n_keep), int64
         Sorted.
     """
-    residual = unit.square().sum(dim=-1)
-    basis = unit.new_zeros((n_keep, unit.shape[1]))
-    picks = _Picks(unit, n_keep)
+    length = rows.square().sum(dim=-1)
+    residual = length
+    batch, size = rows.shape[:-2], rows.shape[-1]
+    basis, in_round = rows.new_zeros((*batch, n_keep, size)), rows.new_ones((*batch, 1, n_keep))
+    picks = _Picks(rows, n_keep)
     for step in range(n_keep):
-        spanned = residual <= _NOISE
+        spanned = residual <= _NOISE * length
+        if rounds:
+            over = (spanned | picks.taken).all(dim=-1, keepdim=True)
+            residual = torch.where(over, length, residual)
+            in_round[..., :step].masked_fill_(over.unsqueeze(-1), 0.0)
+            spanned = residual <= _NOISE * length
         pick = picks.take(step, torch.where(spanned, quality - 2.0, quality.square() * residual))
-        direction = unit.index_select(0, pick).squeeze(0)
+        direction = rows.gather(-2, pick.unsqueeze(-1).expand(*batch, 1, size))
+        earlier = basis[..., :step, :]
         for _ in range(2):  # once leaves rounding errors in the direction of earlier picks
-            direction = direction - (basis[:step] @ direction) @ basis[:step]
-        norm = direction.norm().clamp_min(_NOISE)
-        basis[step] = torch.where(spanned.index_select(0, pick), torch.zeros_like(direction), direction / norm)
-        residual = residual - (unit @ basis[step]).square()
+            direction = direction - (direction @ earlier.mT * in_round[..., :step]) @ earlier
+        direction /= direction.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        basis[..., step : step + 1, :] = direction.masked_fill(spanned.gather(-1, pick).unsqueeze(-1), 0.0)
+        residual = residual - (rows @ basis[..., step, :, None]).squeeze(-1).square()
     return picks.sorted()
 
 
@@ -171,22 +182,24 @@ class _Values:
 
 
 class _Picks:
-    """The tokens picked so far; all on the device, so that a step waits for nothing."""
+    """The tokens picked so far, out of rows of shape (..., n, size); all on the device, so that a step waits for
+    nothing."""
 
-    def __init__(self, unit: Tensor, n_keep: int):
-        self._order = torch.empty(n_keep, dtype=torch.long, device=unit.device)
-        self._taken = torch.zeros(unit.shape[0], dtype=torch.bool, device=unit.device)
+    def __init__(self, rows: Tensor, n_keep: int):
+        batch, n = rows.shape[:-2], rows.shape[-2]
+        self._order = torch.empty((*batch, n_keep), dtype=torch.long, device=rows.device)
+        self.taken = torch.zeros((*batch, n), dtype=torch.bool, device=rows.device)
 
     def take(self, step: int, gain: Tensor) -> Tensor:
-        """Pick the largest gain among those that are left, as a tensor of shape (1,)."""
-        pick = gain.masked_fill(self._taken, -torch.inf).argmax(dim=0, keepdim=True)
-        self._taken.index_fill_(0, pick, True)
-        self._order[step : step + 1] = pick
+        """Pick the largest gain, of shape (..., n), among those that are left, as a tensor of shape (..., 1)."""
+        pick = gain.masked_fill(self.taken, -torch.inf).argmax(dim=-1, keepdim=True)
+        self.taken.scatter_(-1, pick, True)
+        self._order[..., step : step + 1] = pick
         return pick
 
     def sorted(self) -> Tensor:
         """The picks in the order of the tokens."""
-        return self._order.sort().values
+        return self._order.sort(dim=-1).values
 
 
 def _distance(cosine: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Options that a selector sets by itself: how variants of one method become names of their own."""
+"""Options under a selector: those that it sets by itself, and those that it leaves without effect."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import SparseVLMConfig
+from .context import SelectorTraits
 
 # What a method decides for itself; how many tokens are kept, and where, stays the user's.
 OVERRIDABLE = ("raters", "heads", "recycle", "merge", "tau", "theta")
@@ -51,3 +52,31 @@ def effective_config(config: SparseVLMConfig, selector: Any) -> SparseVLMConfig:
                 "unset, or choose another selector."
             )
     return config.replace(**overrides)
+
+
+def idle_options(config: SparseVLMConfig, traits: SelectorTraits) -> list[str]:
+    """Options that were changed from their defaults and change nothing under a selector.
+
+    Parameters
+    ----------
+    config : SparseVLMConfig
+        As the user chose it. Of a selector that is given as an object nobody knows which options it reads.
+    traits : SelectorTraits
+        Of the selector in force.
+
+    Returns
+    -------
+    list of str
+    """
+    adaptive = config.keep is None and (config.schedule is None or isinstance(config.schedule, str))
+    idle: list[str] = []
+    if not adaptive:
+        idle += ["rank_lambda", "rank_tolerance"]
+        if "rater_attention" not in traits.needs:
+            idle += ["raters", "heads"]
+    if not traits.recycles and config.preset is None:
+        idle += ["tau", "theta"]
+    if not isinstance(config.selector, str):
+        return []
+    defaults = {f.name: f.default for f in dataclasses.fields(config)}
+    return [name for name in idle if getattr(config, name) != defaults[name]]

@@ -16,12 +16,15 @@ from .mmtok import MMTokSelector
 from .pyramiddrop import PyramidDropSelector
 from .random import RandomSelector
 from .scope import ScopeSelector
+from .span import SpanJointSelector, SpanSelector
 from .sparsevlm import SparseVLMPaperSelector, SparseVLMSelector, SparseVLMv2Selector
 from .tome import ToMeSelector
 from .v2drop import V2DropSelector
 from .visionzip import VisionZipSelector
 
 SELECTORS: dict[str, Callable[[], Any]] = {
+    "span": SpanSelector,
+    "span-joint": SpanJointSelector,
     "sparsevlm": SparseVLMSelector,
     "sparsevlm-paper": SparseVLMPaperSelector,
     "sparsevlm-v2": SparseVLMv2Selector,

@@ -8,7 +8,10 @@ Runs before the decoder.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from ..context import BEFORE_DECODER, SelectionContext
 from ..greedy import dpp_map
@@ -26,10 +29,17 @@ class CDPrunerSelector:
     needs = frozenset({"features", "text_features"})
     default_schedule = "single"
 
-    def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
+    def select(self, context: SelectionContext, n_keep: int) -> Tensor:
         """Choose ``n_keep`` rows that are relevant and unlike each other."""
-        assert context.features is not None  # declared in needs
-        assert context.text_features is not None
-        unit, text = unit_rows(context.features), unit_rows(context.text_features)
-        relevance = unit @ text.sum(dim=0) / max(1, text.shape[0])
-        return dpp_map(unit, min_max(relevance), n_keep)
+        return self.select_batch([context], n_keep)[0]
+
+    def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int) -> Sequence[Tensor]:
+        """The same for several samples with as many tokens each, in as many steps as for one."""
+        units, qualities = [], []
+        for context in contexts:
+            assert context.features is not None  # declared in needs
+            assert context.text_features is not None
+            unit, text = unit_rows(context.features), unit_rows(context.text_features)
+            units.append(unit)
+            qualities.append(min_max(unit @ text.sum(dim=0) / max(1, text.shape[0])))
+        return dpp_map(torch.stack(units), torch.stack(qualities), n_keep).unbind()

@@ -1,0 +1,100 @@
+"""Span: the tokens that the others are combinations of; and its variant for budgets of a few tokens.
+
+Our own. Greedy volume: each pick is the token of which the picks so far explain the least, the pivots of a QR
+decomposition with column pivoting (Businger and Golub 1965) of the tokens at the target layer, centred. Importance and
+coverage in one: a token counts by how far it lies from what is common to all, and only by what no pick has said yet.
+``docs/ablation.md`` tells what was tried around it. Runs at target layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..context import TARGET_LAYERS, Selection, SelectionContext
+from ..greedy import dpp_map
+from ..similarity import finite, nearest_rows, unit_rows
+
+
+class SpanSelector:
+    """Greedy ``argmax_i ‖x_i − P_S x_i‖²`` with ``x_i = h_i − mean h`` and P_S the projection on the span of the picks.
+
+    Where the picks span everything (more picks than dimensions, or copies of tokens), the search starts anew among
+    the tokens that are left.
+    """
+
+    name = "span"
+    placement = TARGET_LAYERS
+    needs: frozenset[str] = frozenset()
+    default_schedule = "geometric"
+
+    def select(self, context: SelectionContext, n_keep: int) -> Tensor:
+        """Choose ``n_keep`` rows that span the others."""
+        return self.select_batch([context], n_keep)[0]
+
+    def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int) -> Sequence[Tensor]:
+        """The same for several samples with as many tokens each, in as many steps as for one."""
+        states = _centred(contexts)
+        return dpp_map(states, states.new_ones(states.shape[:-1]), n_keep, rounds=True).unbind()
+
+
+class SpanJointSelector:
+    """Span, weighed by attention, and with the dropped tokens merged into the kept: ``argmax_i r_i² ‖x_i − P_S x_i‖²``.
+
+    ``r_i = (a_i / max a)^α``, a the attention of the prompt's last token. With ``recycle``, every dropped token joins
+    the kept one that is nearest by the cosine of the centred states, if that is at least ``nearest``.
+    """
+
+    name = "span-joint"
+    placement = TARGET_LAYERS
+    needs = frozenset({"last_attention"})
+    default_schedule = "geometric"
+    alpha = 0.1
+    nearest = 0.5
+
+    def select(self, context: SelectionContext, n_keep: int) -> Selection:
+        """Choose ``n_keep`` rows and merge others into them."""
+        return self.select_batch([context], n_keep)[0]
+
+    def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int) -> Sequence[Selection]:
+        """The same for several samples with as many tokens each, the choice in as many steps as for one."""
+        states = _centred(contexts)
+        attention = finite(torch.stack([_last_attention(context) for context in contexts]))
+        quality = (attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)) ** self.alpha
+        kept = dpp_map(states, quality, n_keep, rounds=True)
+        return [self._merged(*one) for one in zip(contexts, states, kept, strict=True)]
+
+    def _merged(self, context: SelectionContext, states: Tensor, kept: Tensor) -> Selection:
+        if not context.config.recycle:
+            return Selection(kept)
+        unit = unit_rows(states)
+        cosine, nearest = nearest_rows(unit, unit[kept])
+        merge_target = torch.where(cosine >= self.nearest, kept[nearest], -1)
+        merge_target[kept] = kept
+        joined = merge_target >= 0
+        weight = joined.float()
+        if context.config.merge == "mean":
+            sizes = torch.zeros_like(weight).index_add_(0, merge_target.clamp_min(0), weight)
+            weight = weight / sizes[merge_target.clamp_min(0)].clamp_min(1.0)
+        return Selection(kept, merge_target, weight)
+
+
+def _last_attention(context: SelectionContext) -> Tensor:
+    assert context.last_attention is not None  # declared in needs
+    return context.last_attention
+
+
+def _centred(contexts: Sequence[SelectionContext]) -> Tensor:
+    """States minus their mean, scaled so that the mean length is 1; what is left of equal states by rounding is 0.
+
+    Returns
+    -------
+    Tensor of shape (n_contexts, n_visual, hidden_size), float32
+    """
+    states = finite(torch.stack([context.hidden_states for context in contexts]))
+    rounding = 1e-6 * states.norm(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
+    states = states - states.mean(dim=-2, keepdim=True)
+    length = states.norm(dim=-1, keepdim=True)
+    return torch.where(length > rounding, states / length.mean(dim=-2, keepdim=True).clamp_min(1e-30), 0.0)
