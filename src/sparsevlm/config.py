@@ -94,7 +94,7 @@ class SparseVLMConfig:
     merge: str = "mean"
     schedule: Any = None
     rank_lambda: float = 0.5
-    rank_tolerance: float | str = 0.02
+    rank_tolerance: float | str = 0.1
     strict: bool = False
     seed: int = 0
     preset: str | None = None

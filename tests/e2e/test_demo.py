@@ -107,8 +107,8 @@ def test_the_bundled_model_answers(tmp_path, monkeypatch):
     assert result.exit_code == 0, result.stderr
     asked = json.loads(result.stdout)["questions"]
     assert sum(one["dense"]["text"] == one["right"] for one in asked) >= 8
-    assert all(one["average_in"] == pytest.approx(128, abs=1) for one in asked)
-    assert all(one["pruned"]["text"] for one in asked)
+    assert all(one["average_in"] == pytest.approx(64, abs=1) for one in asked)
+    assert sum(one["pruned"]["text"] == one["right"] for one in asked) >= 8
 
 
 @needs_weights

@@ -14,7 +14,6 @@ from sparsevlm.selection import decide
 from sparsevlm.selection.rank import sketch_rank
 
 SEEDS = range(500_000, 500_006)
-DEMO_LAYERS = (0, 4, 8, 12)
 
 
 @pytest.fixture(scope="module")
@@ -70,25 +69,23 @@ def test_adaptive_counts_vary_with_picture_and_question(adaptive_runs):
 
 
 def test_pruned_answers_are_right_where_dense_ones_are(parts):
-    """At the demo's budget; the stored rows of 1000 scenes are in benchmark/results."""
+    """A quarter of the tokens, by default; benchmark/results has rows of more scenes and tasks."""
     model, processor = parts
-    right = dict.fromkeys(("dense", "sparsevlm", "random"), 0)
+    right = {None: 0, "dense": 0, "random": 0}
     seeds = range(900_000, 900_025)
     for seed in seeds:
         scene = draw_scene(seed)
         question = scene.question("number")
         inputs = inputs_of(processor, scene, question.text)
         for name in right:
-            options = {"keep": 0.5, "target_layers": DEMO_LAYERS, "selector": name}
-            if name == "dense":
-                options = {"keep": 1.0}
+            options = {"keep": 1.0} if name == "dense" else {"keep": 0.25, "selector": name}
             with apply_sparsevlm(model, **options):
                 output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
             text = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
             right[name] += text.strip() == question.answer
     assert right["dense"] >= 0.95 * len(seeds)
-    assert right["sparsevlm"] >= 0.9 * len(seeds)
-    assert right["random"] < right["sparsevlm"]
+    assert right[None] >= 0.95 * len(seeds)
+    assert right["random"] < 0.8 * right[None]
 
 
 def test_dense_logits_are_bit_equal_with_hooks_attached(parts):

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from .asking import Answer
 
 MAX_NEW_TOKENS = 24  # a list of all cards is the longest answer
-# The bundled model has read the picture by layer 2, where the library's default begins: there, pruning costs nothing.
-TARGET_LAYERS = "2,6,10,14,18"
 # In the order in which they show best what pruning does.
 TASK_ORDER = ("number", "list", "count", "exist", "box", "compare", "colour", "word", "half")
 ABOUT_COLUMNS = (
@@ -64,12 +62,12 @@ class Exchange:
 def demo(
     *,
     seed: Annotated[int, typer.Option("--seed", help="Which scene; below 1000000 none was trained on.")] = 8,
-    keep: Annotated[str, typer.Option("--keep", help=KEEP_HELP)] = "0.5",
+    keep: Annotated[str, typer.Option("--keep", help=KEEP_HELP)] = "0.25",
     selector: Selector = "span",
     target_layers: Annotated[
-        str,
-        typer.Option("--target-layers", help="Layers after which tokens are dropped."),
-    ] = TARGET_LAYERS,
+        str | None,
+        typer.Option("--target-layers", help="Layers after which tokens are dropped.", show_default="every 4th from 2"),
+    ] = None,
     questions: Annotated[int, typer.Option("--questions", help="How many to ask.", min=1, max=len(TASK_ORDER))] = 3,
     out: Annotated[Path, typer.Option("--out", help="Folder for scene, overlay and reports.")] = Path("sparsevlm-demo"),
     device: Device = "auto",
@@ -99,7 +97,7 @@ def demo(
         "seed": seed,
         "keep": config.keep,
         "selector": selector,
-        "target_layers": target_layers,
+        "target_layers": ",".join(str(stage.layer) for stage in exchanges[0].report.samples[0].stages),
         "device": target,
     }
     if as_json:
