@@ -14,9 +14,6 @@ HEADS = ("all", "visual")
 MERGES = ("mean", "sum")
 SCHEDULES = ("geometric", "single")
 MAX_SEED = 2**63 - 1
-# Chosen by measurements: docs/ablation.md.
-DEFAULT_SELECTOR = "span"
-_PAPER_SELECTOR = "sparsevlm"
 
 # Tokens that leave each target layer, recycled ones included, per 576 visual tokens (the authors' code, v1.5 lists:
 # kept 300/200/110, 303/110/36 and 66/30/17, plus the clusters that its recycling adds).
@@ -51,7 +48,7 @@ class SparseVLMConfig:
         budget per sample of the batch. ``None``: the rank of the rater attention decides.
     selector : str or object, optional
         Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``. ``None``
-        becomes ``"span"``, or ``"sparsevlm"`` under a preset of the paper's settings. A selector
+        is ``"span"``, but a preset puts the paper's method, ``"sparsevlm"``, in its place. A selector
         may set options by itself: it wins over an option that has its default value (also where that was written
         down), and contradicts any other, which raises.
     raters : {"attention", "embedding", "all"}
@@ -78,7 +75,7 @@ class SparseVLMConfig:
         Seed of selectors that draw at random, below 2**63.
     preset : {"paper-192", "paper-128", "paper-64"}, optional
         The paper's settings: sets ``target_layers``, ``tau``, ``theta``, ``merge``, ``schedule`` and a ``min_keep`` of
-        1, so that its published averages come out.
+        1, so that its published averages come out, and ``selector="sparsevlm"`` unless another was named.
     """
 
     n_vis: int | None = None
@@ -102,8 +99,6 @@ class SparseVLMConfig:
     def __post_init__(self) -> None:
         if self.preset is not None:
             self._apply_preset(self.preset)
-        if self.selector is None:
-            object.__setattr__(self, "selector", DEFAULT_SELECTOR if self.preset is None else _PAPER_SELECTOR)
         if self.n_vis is not None:
             _check_int("n_vis", self.n_vis, 0)
         _check_int("min_keep", self.min_keep, 1)
@@ -140,8 +135,6 @@ class SparseVLMConfig:
             return dataclasses.replace(self, **changes)
         budget = ("keep", "schedule", "target_layers", "tau", "theta", "merge", "min_keep")
         defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name in budget}
-        if self.selector == DEFAULT_SELECTOR:
-            defaults["selector"] = None
         return dataclasses.replace(self, **{**defaults, **changes})
 
     def _apply_preset(self, preset: str) -> None:
@@ -157,6 +150,8 @@ class SparseVLMConfig:
             "min_keep": 1,
         }
         defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        if self.selector is None:
+            object.__setattr__(self, "selector", "sparsevlm")
         for name, value in values.items():
             if getattr(self, name) == defaults[name]:
                 object.__setattr__(self, name, value)
@@ -213,7 +208,9 @@ class SparseVLMConfig:
         if isinstance(self.selector, type):
             name = self.selector.__name__
             raise TypeError(f"selector must be an object, not the class {name} itself: pass selector={name}().")
-        if not isinstance(self.selector, str) and not callable(getattr(self.selector, "select", None)):
+        if self.selector is None or isinstance(self.selector, str):
+            return
+        if not callable(getattr(self.selector, "select", None)):
             raise TypeError(
                 f"selector must be a name or an object with select(context, n_keep), got {self.selector!r}."
             )

@@ -99,6 +99,8 @@ def test_config_object_or_options_not_both():
     model = tiny_model()
     config = SparseVLMConfig(keep=0.6, min_keep=4)
     assert apply_sparsevlm(model, config=config).config == config
+    with pytest.raises(ValueError, match=r"got selector"):
+        apply_sparsevlm(model, config=config, selector="span")
     with pytest.raises(ValueError, match=r"not both \(got keep\)"):
         apply_sparsevlm(model, keep=0.5, config=config)
 
@@ -603,14 +605,22 @@ def test_embedding_raters_are_chosen_once():
     assert 0 < len(first.raters) <= 7
 
 
+TOLD = (("tau", "span"), ("theta", "fastv"))
+
+
 def test_options_without_effect_are_warned_about_once(caplog):
     model, inputs = tiny_model(), make_inputs(*ONE)
-    apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1], tau=0.25)
+    options = {"keep": 0.6, "min_keep": 4, "target_layers": [1]}
     with caplog.at_level(logging.WARNING):
+        state = apply_sparsevlm(model, **options, tau=0.25)
         for _ in range(2):
-            model.generate(**inputs, max_new_tokens=1)
-    (message,) = [record.message for record in caplog.records if "no effect" in record.message]
-    assert message.startswith("tau: no effect under selector='span'")
+            with state.options(selector="fastv"):  # tau was not given here
+                model.generate(**inputs, max_new_tokens=1)
+            with state.options(selector="fastv", theta=0.25):
+                model.generate(**inputs, max_new_tokens=1)
+        apply_sparsevlm(tiny_model(n_layers=18), preset="paper-64", selector="fastv")
+    told = [record.message for record in caplog.records if "no effect" in record.message]
+    assert told == [f"{option}: no effect under selector={name!r} and this budget." for option, name in TOLD]
 
 
 def test_all_that_may_vote_are_raters_on_request():

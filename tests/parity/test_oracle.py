@@ -193,10 +193,10 @@ def test_static_cache_of_rows_without_padding_that_keep_unequal_numbers(variant,
     check(model, inputs, output, state, attn, place)
 
 
-def test_static_cache_under_the_default_options():
+def test_static_cache_where_the_rank_decides():
     model = tiny_model()
     inputs = make_inputs([("image", 6, 6), ("text", 6)], [("image", 6, 6), ("text", 6)])
-    state = apply_sparsevlm(model, min_keep=3)
+    state = apply_sparsevlm(model, min_keep=3, rank_tolerance=0.02)
     dynamic = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
     assert len({sample.final_tokens for sample in state.report.samples}) == 2  # by the rank
     static = model.generate(**inputs, max_new_tokens=NEW_TOKENS, cache_implementation="static")

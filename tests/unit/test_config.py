@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sparsevlm import SparseVLMConfig
+from sparsevlm.selection.selectors import make_selector
 
 
 def test_a_preset_is_a_whole_budget():
@@ -29,11 +30,11 @@ def test_a_preset_replaces_what_was_there_and_is_replaced():
 
 
 def test_the_selector_that_nobody_named():
-    assert SparseVLMConfig().selector == "span"
-    assert SparseVLMConfig(keep=0.5).replace(selector=None).selector == "span"
+    assert make_selector(SparseVLMConfig()).name == "span"
     assert SparseVLMConfig(preset="paper-64").selector == "sparsevlm"
     assert SparseVLMConfig().replace(preset="paper-64").selector == "sparsevlm"
     assert SparseVLMConfig(preset="paper-64", selector="span").selector == "span"
+    assert SparseVLMConfig(selector="span").replace(preset="paper-64").selector == "span"
     assert SparseVLMConfig(selector="fastv").replace(preset="paper-64").selector == "fastv"
 
 

@@ -65,6 +65,31 @@ def test_the_rank_decides_for_each_sample():
     assert all(one.rank is not None and one.selection.keep_idx.shape[0] >= 10 for one in found)
 
 
+def test_a_subclass_that_selects_anew_is_asked_for_that():
+    class Last(Batched):
+        def select(self, context, n_keep):
+            return torch.arange(context.n_visual - n_keep, context.n_visual)
+
+    class Off(Batched):
+        select_batch = None
+
+    for selector, wanted in ((Last(), 15), (Off(), 0)):
+        first, second = decisions(selector, [20, 20], [5, 5])
+        assert not selector.calls
+        assert first.selection.keep_idx.tolist() == list(range(wanted, wanted + 5))
+        assert second.selection.keep_idx.shape == (5,)
+
+
+@pytest.mark.parametrize("answer", [None, 3])
+def test_an_answer_that_is_none(answer):
+    class Wrong(Batched):
+        def select_batch(self, contexts, n_keep):
+            return answer
+
+    with pytest.raises(TypeError, match=r"'Wrong': select_batch must return one result per sample, got"):
+        decisions(Wrong(), [20, 20], [5, 5])
+
+
 def test_an_answer_is_missing():
     class Short(Batched):
         def select_batch(self, contexts, n_keep):

@@ -77,16 +77,20 @@ def test_every_override_is_an_option():
     ("options", "idle"),
     [
         ({"keep": 0.5}, []),
+        ({"keep": 0.5, "recycle": False, "merge": "sum", "seed": 3}, ["recycle", "merge", "seed"]),
+        ({"keep": 0.5, "recycle": False, "tau": 0.1, "selector": "span-joint"}, ["tau"]),
+        ({"keep": 0.5, "seed": 3, "schedule": "single", "selector": "random"}, []),
         ({"keep": 0.5, "raters": "embedding", "heads": "visual", "tau": 0.1}, ["raters", "heads", "tau"]),
         ({"raters": "embedding", "rank_lambda": 0.1, "theta": 0.2}, ["theta"]),
-        ({"schedule": "single", "rank_lambda": 0.1}, []),
-        ({"schedule": [9, 4], "rank_tolerance": 0.1}, ["rank_tolerance"]),
+        ({"schedule": "single", "rank_lambda": 0.1}, ["schedule"]),
+        ({"schedule": [9, 4], "rank_tolerance": 0.2}, ["rank_tolerance"]),
         ({"keep": 0.5, "selector": "sparsevlm", "raters": "all", "tau": 0.1, "theta": 0.2}, []),
         ({"keep": 0.5, "selector": "fastv", "raters": "all"}, ["raters"]),
-        ({"preset": "paper-64", "selector": "fastv"}, []),
         ({"keep": 0.5, "selector": Custom(), "raters": "all", "theta": 0.2}, []),
     ],
 )
 def test_options_without_effect(options, idle):
     config = SparseVLMConfig(**options)
-    assert idle_options(config, SelectorTraits.of(make_selector(config))) == idle
+    traits = SelectorTraits.of(make_selector(config))
+    assert idle_options(config, traits, options) == idle
+    assert idle_options(config, traits, []) == []

@@ -91,6 +91,13 @@ def test_span_joint_by_hand():
     assert run("span", context, 1).keep_idx.tolist() == [0]
 
 
+@pytest.mark.parametrize("attention", [torch.zeros(40), torch.eye(40)[5]])
+def test_span_joint_without_attention_is_span(attention):
+    context = make_context(40, dim=64, last_attention=attention)
+    wanted = set(run("span", context, 8).keep_idx.tolist())
+    assert len(wanted & set(run("span-joint", context, 8).keep_idx.tolist())) >= 7
+
+
 def test_cdpruner_by_hand():
     """Cosines to the text 0.6, 0.96, 0.8, so r = 0, 1, 0.56: token 1 is first. Then token 0 is left 0² · (1 − 0.8²)
     and token 2 0.56² · (1 − 0.6²)."""

@@ -126,6 +126,15 @@ def test_a_choice_has_no_gradient(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rounds", [False, True])
+def test_a_batch_on_the_device_is_searched_like_its_samples(rounds):
+    rows = torch.randn(5, 300, 200, generator=torch.Generator().manual_seed(0))
+    quality = torch.rand(5, 300, generator=torch.Generator().manual_seed(1))
+    wanted = greedy.dpp_map(rows, quality, 90, rounds)
+    assert torch.equal(greedy.dpp_map(rows.cuda(), quality.cuda(), 90, rounds).cpu(), wanted)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", sorted(SELECTORS))
 def test_everything_stays_on_the_device(name):
     context = make_context(300, dim=64)

@@ -63,7 +63,7 @@ def demo(
     *,
     seed: Annotated[int, typer.Option("--seed", help="Which scene; below 1000000 none was trained on.")] = 8,
     keep: Annotated[str, typer.Option("--keep", help=KEEP_HELP)] = "0.25",
-    selector: Selector = "span",
+    selector: Selector = None,
     target_layers: Annotated[
         str | None,
         typer.Option("--target-layers", help="Layers after which tokens are dropped.", show_default="every 4th from 2"),
@@ -96,7 +96,7 @@ def demo(
     settings = {
         "seed": seed,
         "keep": config.keep,
-        "selector": selector,
+        "selector": exchanges[0].report.selector,
         "target_layers": ",".join(str(stage.layer) for stage in exchanges[0].report.samples[0].stages),
         "device": target,
     }

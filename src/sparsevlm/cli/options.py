@@ -9,7 +9,10 @@ import typer
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what goes on.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-Selector = Annotated[str, typer.Option("--selector", help="Built-in method, such as span, sparsevlm or random.")]
+Selector = Annotated[
+    str | None,
+    typer.Option("--selector", help="Built-in method, such as span, sparsevlm or random.", show_default="span"),
+]
 KEEP_HELP = (
     "Visual tokens averaged over the decoder layers: a fraction with a point (0.25), a number of tokens (64), or "
     "'adaptive', where the rank of the attention decides."

@@ -28,14 +28,16 @@ def run(
     video: Annotated[Path | None, typer.Option("--video", help="Folder with one picture per frame.")] = None,
     fps: Annotated[float, typer.Option("--fps", help="Frames per second of that folder.", min=0.01)] = 2.0,
     keep: Annotated[str | None, typer.Option("--keep", help=KEEP_HELP, show_default="adaptive")] = None,
-    preset: Annotated[str | None, typer.Option("--preset", help="paper-192, paper-128 or paper-64.")] = None,
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="paper-192, paper-128 or paper-64; with the paper's selector.")
+    ] = None,
     target_layers: Annotated[
         str | None, typer.Option("--target-layers", help="Such as 2,6,10.", show_default="every 4th from 2")
     ] = None,
     min_keep: Annotated[int, typer.Option("--min-keep", help="Never fewer visual tokens than this.")] = 32,
     tau: Annotated[float, typer.Option("--tau", help="Share of the dropped tokens that is recycled.")] = 0.5,
     theta: Annotated[float, typer.Option("--theta", help="Clusters per recycled token.")] = 0.5,
-    selector: Selector = "span",
+    selector: Selector = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, float16 or bfloat16.")] = "auto",
     device: Device = "auto",

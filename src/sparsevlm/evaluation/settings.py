@@ -168,7 +168,7 @@ def _selectors(names: tuple[str, ...]) -> list[str]:
 
 def _draws(selector: str) -> bool:
     """Whether a selector's choice depends on the seed."""
-    return bool(getattr(SELECTORS[selector], "draws", False))
+    return SelectorTraits.of(SELECTORS[selector]()).draws
 
 
 def _pruning(config: EvalConfig, selector: str, keep: Keep, seed: int | None) -> SparseVLMConfig:

@@ -130,9 +130,8 @@ def _prune(forward: Forward, request: Request, target: int, hidden_states: Tenso
     selections: list[Selection | None] = [None] * len(request.samples)
     with_visual = [b for b, sample in enumerate(request.samples) if sample.alive.shape[0]]
     # One by one where the selector takes no more, so that what it is given exists for one sample at a time.
-    together = hasattr(request.selector, "select_batch")
-    for group in [with_visual] if together else [[b] for b in with_visual]:
-        for b, selection in zip(group, _decide(forward, request, group, target, hidden_states), strict=True):
+    for some in [with_visual] if request.traits.batched else [[b] for b in with_visual]:
+        for b, selection in zip(some, _decide(forward, request, some, target, hidden_states), strict=True):
             selections[b] = selection
     for sample in request.samples:
         if not sample.alive.shape[0]:
@@ -145,18 +144,18 @@ def _prune(forward: Forward, request: Request, target: int, hidden_states: Tenso
 
 
 def _decide(
-    forward: Forward, request: Request, group: list[int], target: int, hidden: Tensor
+    forward: Forward, request: Request, samples: list[int], target: int, hidden: Tensor
 ) -> list[Selection | None]:
-    """Selections of a group of samples, whose stages are recorded."""
-    rater_masks = [raters_of(forward, request, b) for b in group]
+    """Selections of some samples, given by their rows of the batch; their stages are recorded."""
+    rater_masks = [raters_of(forward, request, b) for b in samples]
     contexts = [
-        context_of(forward, request, b, target, hidden, mask) for b, mask in zip(group, rater_masks, strict=True)
+        context_of(forward, request, b, target, hidden, mask) for b, mask in zip(samples, rater_masks, strict=True)
     ]
     place = request.target_layers.index(target)
-    plans = [request.samples[b].plan for b in group]
+    plans = [request.samples[b].plan for b in samples]
     n_keeps = [None if plan is None else plan.counts[place] for plan in plans]
     decisions = decide(contexts, request.selector, request.traits, n_keeps)
-    for b, rater_mask, context, decision in zip(group, rater_masks, contexts, decisions, strict=True):
+    for b, rater_mask, context, decision in zip(samples, rater_masks, contexts, decisions, strict=True):
         sample, selection = request.samples[b], decision.selection
         raters = None if rater_mask is None else sample.voters[rater_mask]
         record = StageRecord(target, context.n_visual, decision.rank, decision.skipped_because, raters)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -50,9 +51,9 @@ class SparseVLMState:
         self.view = view
         self.config = config
         self._template = template or Template()
-        self._resolve(config)
         self._overrides: list[SparseVLMConfig] = []
         self._warned: set[str] = set()
+        self._check(config, [] if config.preset else [f.name for f in dataclasses.fields(config)])
         self._forward: Forward | None = None
         self._request: Request | None = None
         self._report: tuple[Any, Report] | None = None
@@ -102,7 +103,7 @@ class SparseVLMState:
                 "Use the state that the last apply_sparsevlm returned."
             )
         config = self._active().replace(**changes)
-        self._resolve(config)
+        self._check(config, changes)
         self._overrides.append(config)
         try:
             yield self
@@ -163,6 +164,13 @@ class SparseVLMState:
         layers = prompt.resolved_target_layers(self.view, config, traits)
         prompt.check_budget(self.view, config, layers)
         return config, selector, traits, layers
+
+    def _check(self, config: SparseVLMConfig, given: Collection[str]) -> None:
+        """Raise where options do not fit the model; warn of those ``given`` that change nothing."""
+        traits = self._resolve(config)[2]
+        if idle := idle_options(config, traits, given):
+            message = f"{', '.join(idle)}: no effect under selector={traits.name!r} and this budget."
+            prompt.warn_once(self._warned, message, message)
 
     def _refuse_compilation(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
         check_prefill(generation_config)
@@ -225,12 +233,6 @@ class SparseVLMState:
         return self._request
 
     def _warn(self, request: Request) -> None:
-        if idle := idle_options(self._active(), request.traits):
-            message = (
-                f"{', '.join(idle)}: no effect under selector={request.traits.name!r} and this budget; "
-                "docs/selectors.md says which options a selector reads."
-            )
-            prompt.warn_once(self._warned, " ".join(["idle", *idle]), message)
         counts = sorted({sample.visual.shape[0] for sample in request.samples if sample.visual.shape[0]})
         n_vis = request.config.n_vis
         if n_vis is not None and counts != [n_vis]:

@@ -17,6 +17,7 @@ PLACEMENTS = (BEFORE_DECODER, TARGET_LAYERS, EVERYWHERE)
 VISION_NEEDS = frozenset({"vision_attention", "vision_keys"})
 # What only a decoder layer has.
 _LATE_NEEDS = frozenset({"rater_attention", "last_attention", "previous_hidden_states"})
+_OF_RECYCLING = frozenset({"recycle", "merge", "tau", "theta"})
 NEEDS = ("features", "text_features", *sorted(VISION_NEEDS), *sorted(_LATE_NEEDS))
 
 
@@ -112,8 +113,10 @@ class Selector(Protocol):
     """A selection method. Optional attributes and their defaults: ``name`` (the class name), ``placement``
     (``"target_layers"``, out of :data:`PLACEMENTS`), ``needs`` (``()``, out of :data:`NEEDS`), ``default_schedule``
     (``"geometric"``), ``recycles`` (``False``), ``draws`` (``False``: whether the choice depends on ``config.seed``),
-    ``overrides`` (``{}``, see :func:`~sparsevlm.selection.overrides.effective_config`). An optional method
-    ``select_batch(contexts, n_keep)`` answers several samples with as many rows each at once, in their order."""
+    ``reads`` (``()``: other options that it reads), ``overrides`` (``{}``, see
+    :func:`~sparsevlm.selection.overrides.effective_config`). An optional method ``select_batch(contexts, n_keep)``
+    answers one or several samples with as many rows each, in their order, and is then called in place of ``select``,
+    unless a subclass of its class has defined ``select`` anew."""
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
         """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""
@@ -129,6 +132,9 @@ class SelectorTraits:
     needs: frozenset[str]
     default_schedule: str
     recycles: bool
+    draws: bool
+    reads: frozenset[str]
+    batched: bool
 
     @classmethod
     def of(cls, selector: Any) -> SelectorTraits:
@@ -159,4 +165,16 @@ class SelectorTraits:
         schedule = getattr(selector, "default_schedule", "geometric")
         if schedule not in SCHEDULES:
             raise ValueError(f"selector {name!r}: default_schedule must be one of {SCHEDULES}, got {schedule!r}.")
-        return cls(str(name), placement, needs, schedule, bool(getattr(selector, "recycles", False)))
+        recycles, draws = bool(getattr(selector, "recycles", False)), bool(getattr(selector, "draws", False))
+        reads = frozenset(getattr(selector, "reads", ())) | (_OF_RECYCLING if recycles else frozenset())
+        return cls(str(name), placement, needs, schedule, recycles, draws, reads, _answers_batches(type(selector)))
+
+
+def _answers_batches(selector: type) -> bool:
+    """Whether ``select_batch`` is a method, and none that a subclass left behind when it defined ``select`` anew."""
+    for cls in selector.__mro__:
+        if "select_batch" in vars(cls):
+            return callable(vars(cls)["select_batch"])
+        if "select" in vars(cls):
+            return False
+    return False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from .check import checked_selection
 from .context import Selection, SelectionContext, Selector, SelectorTraits
 from .rank import sketch_rank
 
-# Elements of the states that a selector is given at once: 64 Mi float32 = 256 MiB.
-_MAX_BATCH_ELEMENTS = 1 << 26
+# Elements of the states that a selector is given at once: 32 Mi float32 = 128 MiB.
+_MAX_BATCH_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Decision:
 
 
 @dataclass(frozen=True)
-class _Count:
-    """What the budget policy says of one sample; ``context`` tells the selector the number of clusters."""
+class _Task:
+    """What the selector is asked for one sample."""
 
     context: SelectionContext
     n_keep: int
@@ -40,8 +40,7 @@ def decide(
 ) -> list[Decision]:
     """Run the budget policy and the selector.
 
-    Samples of which equally many tokens are left, and are to go on, come to the selector together if it has
-    ``select_batch``.
+    Samples of which equally many tokens are left, and are to go on, come to a selector with ``select_batch`` together.
 
     Parameters
     ----------
@@ -62,23 +61,24 @@ def decide(
     ValueError, TypeError
         If the selector's answer is ill-formed, or the attention or the states hold NaN.
     """
-    counts = [_count(context, traits, n_keep) for context, n_keep in zip(contexts, n_keeps, strict=True)]
-    decisions = {i: count for i, count in enumerate(counts) if isinstance(count, Decision)}
-    for group in _groups({i: count for i, count in enumerate(counts) if isinstance(count, _Count)}, selector):
-        for i, result in zip(group, _select(selector, list(group.values()), traits.name), strict=True):
-            selection = checked_selection(result, contexts[i].hidden_states, group[i].n_keep, traits.name)
-            decisions[i] = Decision(selection, group[i].rank)
+    policy = [_apply_budget(context, traits, n_keep) for context, n_keep in zip(contexts, n_keeps, strict=True)]
+    decisions = {i: one for i, one in enumerate(policy) if isinstance(one, Decision)}
+    tasks = {i: one for i, one in enumerate(policy) if isinstance(one, _Task)}
+    for group in _alike(tasks) if traits.batched else [[i] for i in tasks]:
+        for i, result in zip(group, _select(selector, traits, [tasks[i] for i in group]), strict=True):
+            selection = checked_selection(result, contexts[i].hidden_states, tasks[i].n_keep, traits.name)
+            decisions[i] = Decision(selection, tasks[i].rank)
     return [decisions[i] for i in range(len(contexts))]
 
 
-def _count(context: SelectionContext, traits: SelectorTraits, n_keep: int | None) -> _Count | Decision:
+def _apply_budget(context: SelectionContext, traits: SelectorTraits, n_keep: int | None) -> _Task | Decision:
     config, n_visual = context.config, context.n_visual
     if n_visual <= config.min_keep:
         return Decision(None, None, f"{n_visual} visual tokens are not more than min_keep={config.min_keep}")
     if n_keep is not None:
         if n_keep >= n_visual:
             return Decision(None, None, "the budget keeps every visual token here")
-        return _Count(context, n_keep)
+        return _Task(context, n_keep)
     assert context.rater_attention is not None
     rank = sketch_rank(context.rater_attention, config.rank_tolerance)
     n_keep, n_clusters = rank_adaptive_count(
@@ -92,27 +92,30 @@ def _count(context: SelectionContext, traits: SelectorTraits, n_keep: int | None
         return Decision(None, rank, why)
     if traits.recycles:
         context = dataclasses.replace(context, n_clusters=n_clusters)
-    return _Count(context, n_keep, rank)
+    return _Task(context, n_keep, rank)
 
 
-def _groups(counts: dict[int, _Count], selector: Selector) -> list[dict[int, _Count]]:
-    """Samples, by their places, that a selector can answer at once."""
-    if not hasattr(selector, "select_batch"):
-        return [{i: count} for i, count in counts.items()]
-    groups: dict[tuple[int, int], list[dict[int, _Count]]] = {}
-    for i, count in counts.items():
-        states = count.context.hidden_states
-        alike = groups.setdefault((states.shape[0], count.n_keep), [{}])
-        if (len(alike[-1]) + 1) * states.numel() > _MAX_BATCH_ELEMENTS and alike[-1]:
-            alike.append({})
-        alike[-1][i] = count
-    return [group for alike in groups.values() for group in alike]
+def _alike(tasks: dict[int, _Task]) -> list[list[int]]:
+    """Places of samples that a selector can answer at once."""
+    groups: dict[tuple[int, int], list[list[int]]] = {}
+    for i, task in tasks.items():
+        states = task.context.hidden_states
+        of_this_size = groups.setdefault((states.shape[0], task.n_keep), [[]])
+        if of_this_size[-1] and (len(of_this_size[-1]) + 1) * states.numel() > _MAX_BATCH_ELEMENTS:
+            of_this_size.append([])
+        of_this_size[-1].append(i)
+    return [group for of_this_size in groups.values() for group in of_this_size]
 
 
-def _select(selector: Selector, counts: list[_Count], name: str) -> list[Any]:
-    if not hasattr(selector, "select_batch"):
-        return [selector.select(count.context, count.n_keep) for count in counts]
-    results = list(selector.select_batch([count.context for count in counts], counts[0].n_keep))
-    if len(results) != len(counts):
-        raise ValueError(f"selector {name!r}: select_batch returned {len(results)} results for {len(counts)} samples.")
+def _select(selector: Any, traits: SelectorTraits, tasks: list[_Task]) -> list[Any]:
+    if not traits.batched:
+        return [selector.select(task.context, task.n_keep) for task in tasks]
+    results = selector.select_batch([task.context for task in tasks], tasks[0].n_keep)
+    if not isinstance(results, Iterable):
+        raise TypeError(f"selector {traits.name!r}: select_batch must return one result per sample, got {results!r}.")
+    results = list(results)
+    if len(results) != len(tasks):
+        raise ValueError(
+            f"selector {traits.name!r}: select_batch returned {len(results)} results for {len(tasks)} samples."
+        )
     return results

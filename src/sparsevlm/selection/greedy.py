@@ -68,15 +68,18 @@ def dpp_map(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) ->
     n_keep : int
         In [1, n).
     rounds : bool
-        Once the picks span every token, go on as if none had been picked.
+        Once the picks span every token, go on as if none had been picked: what is left of the longest rows comes
+        first again, copies of earlier picks among them.
 
     Returns
     -------
     Tensor of shape (..., n_keep), int64
         Sorted.
     """
-    length = rows.square().sum(dim=-1)
-    residual = length
+    if rows.ndim > 2 and rows.device.type == "cpu":  # where batched products of one vector each are the slower way
+        alone = [dpp_map(*one, n_keep, rounds) for one in zip(rows, quality, strict=True)]
+        return torch.stack(alone)
+    residual = length = torch.linalg.vector_norm(rows, dim=-1).square()
     batch, size = rows.shape[:-2], rows.shape[-1]
     basis, in_round = rows.new_zeros((*batch, n_keep, size)), rows.new_ones((*batch, 1, n_keep))
     picks = _Picks(rows, n_keep)

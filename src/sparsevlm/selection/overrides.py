@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..config import SparseVLMConfig
@@ -11,6 +11,8 @@ from .context import SelectorTraits
 
 # What a method decides for itself; how many tokens are kept, and where, stays the user's.
 OVERRIDABLE = ("raters", "heads", "recycle", "merge", "tau", "theta")
+# Options that only some selectors or budgets read.
+_OF_SOME = (*OVERRIDABLE, "schedule", "rank_lambda", "rank_tolerance", "seed")
 
 
 def effective_config(config: SparseVLMConfig, selector: Any) -> SparseVLMConfig:
@@ -54,29 +56,31 @@ def effective_config(config: SparseVLMConfig, selector: Any) -> SparseVLMConfig:
     return config.replace(**overrides)
 
 
-def idle_options(config: SparseVLMConfig, traits: SelectorTraits) -> list[str]:
-    """Options that were changed from their defaults and change nothing under a selector.
+def idle_options(config: SparseVLMConfig, traits: SelectorTraits, given: Collection[str]) -> list[str]:
+    """Options that were given and change nothing under a selector.
 
     Parameters
     ----------
     config : SparseVLMConfig
-        As the user chose it. Of a selector that is given as an object nobody knows which options it reads.
     traits : SelectorTraits
         Of the selector in force.
+    given : collection of str
+        Names of options that the user wrote down; those that have their default value are not told.
 
     Returns
     -------
     list of str
+        Empty for a selector that was given as an object: nobody knows which options it reads.
     """
-    adaptive = config.keep is None and (config.schedule is None or isinstance(config.schedule, str))
-    idle: list[str] = []
-    if not adaptive:
-        idle += ["rank_lambda", "rank_tolerance"]
-        if "rater_attention" not in traits.needs:
-            idle += ["raters", "heads"]
-    if not traits.recycles and config.preset is None:
-        idle += ["tau", "theta"]
-    if not isinstance(config.selector, str):
+    if config.selector is not None and not isinstance(config.selector, str):
         return []
+    listed = config.schedule is not None and not isinstance(config.schedule, str)
+    read = set(traits.reads) | ({"seed"} if traits.draws else set())
+    if config.keep is not None or listed:
+        read |= {"schedule"}
+    else:
+        read |= {"rank_lambda", "rank_tolerance", "raters", "heads"}
+    if "rater_attention" in traits.needs:
+        read |= {"raters", "heads"}
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
-    return [name for name in idle if getattr(config, name) != defaults[name]]
+    return [name for name in _OF_SOME if name in given and name not in read and getattr(config, name) != defaults[name]]

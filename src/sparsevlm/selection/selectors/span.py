@@ -43,14 +43,15 @@ class SpanSelector:
 class SpanJointSelector:
     """Span, weighed by attention, and with the dropped tokens merged into the kept: ``argmax_i r_i² ‖x_i − P_S x_i‖²``.
 
-    ``r_i = (a_i / max a)^α``, a the attention of the prompt's last token. With ``recycle``, every dropped token joins
-    the kept one that is nearest by the cosine of the centred states, if that is at least ``nearest``.
+    ``r_i = max(a_i / max a, 10⁻⁶)^α``, a the attention of the prompt's last token. With ``recycle``, every dropped
+    token joins the kept one that is nearest by the cosine of the centred states, if that is at least ``nearest``.
     """
 
     name = "span-joint"
     placement = TARGET_LAYERS
     needs = frozenset({"last_attention"})
     default_schedule = "geometric"
+    reads = frozenset({"recycle", "merge"})
     alpha = 0.1
     nearest = 0.5
 
@@ -62,7 +63,8 @@ class SpanJointSelector:
         """The same for several samples with as many tokens each, the choice in as many steps as for one."""
         states = _centred(contexts)
         attention = finite(torch.stack([_last_attention(context) for context in contexts]))
-        quality = (attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)) ** self.alpha
+        relative = attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
+        quality = relative.clamp_min(1e-6) ** self.alpha  # a token that nobody looks at still has its place
         kept = dpp_map(states, quality, n_keep, rounds=True)
         return [self._merged(*one) for one in zip(contexts, states, kept, strict=True)]
 
@@ -93,8 +95,9 @@ def _centred(contexts: Sequence[SelectionContext]) -> Tensor:
     -------
     Tensor of shape (n_contexts, n_visual, hidden_size), float32
     """
-    states = finite(torch.stack([context.hidden_states for context in contexts]))
+    states = finite(torch.stack([context.hidden_states for context in contexts]))  # a copy: changed in place below
     rounding = 1e-6 * states.norm(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
-    states = states - states.mean(dim=-2, keepdim=True)
+    states -= states.mean(dim=-2, keepdim=True)
     length = states.norm(dim=-1, keepdim=True)
-    return torch.where(length > rounding, states / length.mean(dim=-2, keepdim=True).clamp_min(1e-30), 0.0)
+    states /= length.mean(dim=-2, keepdim=True).clamp_min(1e-30)
+    return states.masked_fill_(length <= rounding, 0.0)
