@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 from sparsevlm.evaluation.csv_rows import read_rows
+from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
+from sparsevlm.selection.selectors import SELECTORS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -61,7 +63,7 @@ def accuracy_table(rows: list[StoredRow]) -> str:
         average = by_task.get(_AVERAGE) or (by_task.get(tasks[0], {}) if len(tasks) == 1 else {})
         cells = [_share(by_task.get(task, {}), is_dense) for task in tasks]
         overall = _share(average, is_dense) if is_dense else f"**{_share(average, is_dense)}** {_interval(average)}"
-        where = "–" if is_dense or selector == "downsample" else layers.replace(" ", ", ")
+        where = "–" if is_dense or selector == "downsample" else _place(selector, layers)
         lines.append(
             f"| {selector}{f' ({options})' if options else ''} | {where} | {'–' if is_dense else keep} | "
             f"{_number(average, 'avg_tokens', 0)} of {_number(average, 'n_visual', 0)} | {overall.strip()} | "
@@ -69,6 +71,11 @@ def accuracy_table(rows: list[StoredRow]) -> str:
             + " |"
         )
     return "\n".join([*lines, "", _origin(rows)]) + "\n"
+
+
+def _place(selector: str, layers: str) -> str:
+    before = selector in SELECTORS and SelectorTraits.of(SELECTORS[selector]()).placement == BEFORE_DECODER
+    return "before" if before else layers.replace(" ", ", ")
 
 
 def _share(row: StoredRow, is_dense: bool) -> str:

@@ -47,6 +47,7 @@ def test_a_table_has_a_line_per_setting(tables):
     assert lines[2] == "| dense | – | – | 128 of 256 | 99.5 % | 99.5 % |"
     assert lines[3] == "| random | 0, 4 | 0.5 | 128 of 256 | **91.3** [90.0, 92.5] | 91.3 |"
     assert "n = 100" in lines[-1]
+    assert "| divprune | before | 0.5 |" in tables.accuracy_table([row("number", "divprune")])
     with pytest.raises(ValueError, match="no stored row"):
         tables.accuracy_table([])
 
