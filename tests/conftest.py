@@ -1,9 +1,13 @@
 """Tiny models and inputs that every test shares."""
 
+import os
 from dataclasses import dataclass
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before transformers imports Triton
 
 from toys import tiny_model
 

@@ -16,6 +16,7 @@ from .template import template_of
 # The imports below are the first of transformers' modelling modules, which die of a torchvision that is broken.
 torchvision_works()
 
+from .engine.wiring import Engine  # noqa: E402
 from .models import view_of  # noqa: E402
 from .runtime.state import STATE_ATTRIBUTE, SparseVLMState  # noqa: E402
 
@@ -96,7 +97,7 @@ def apply_sparsevlm(
         raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
     view = view_of(model)
     template = template_of(processor)
-    state = SparseVLMState(view.with_special_tokens(template.special), config, template)
+    state = SparseVLMState(view.with_special_tokens(template.special), config, template, Engine)
     before = _state_of(model)
     if before is not None and before.view.model is not model:
         raise ValueError(

@@ -76,6 +76,8 @@ class SparseVLMConfig:
     preset : {"paper-192", "paper-128", "paper-64"}, optional
         The paper's settings: sets ``target_layers``, ``tau``, ``theta``, ``merge``, ``schedule`` and a ``min_keep`` of
         1, so that its published averages come out, and ``selector="sparsevlm"`` unless another was named.
+    engine : bool
+        Run ``generate`` on packed samples where that is possible; the report says which path ran, and why.
     """
 
     n_vis: int | None = None
@@ -95,6 +97,7 @@ class SparseVLMConfig:
     strict: bool = False
     seed: int = 0
     preset: str | None = None
+    engine: bool = False
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -108,7 +111,7 @@ class SparseVLMConfig:
         _check_choice("raters", self.raters, RATER_MODES)
         _check_choice("heads", self.heads, HEADS)
         _check_choice("merge", self.merge, MERGES)
-        for name in ("recycle", "strict"):
+        for name in ("recycle", "strict", "engine"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         self._check_target_layers()

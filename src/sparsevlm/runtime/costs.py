@@ -46,6 +46,10 @@ def cache_bytes(layers: Iterable[Any], dense_length: int) -> tuple[int, int]:
     """
     dense = sparse = 0
     for layer in layers:
+        if hasattr(layer, "cache_bytes"):  # keeps its own books
+            own = layer.cache_bytes(dense_length)
+            dense, sparse = dense + own[0], sparse + own[1]
+            continue
         if getattr(layer, "keys", None) is None or layer.keys.ndim != 4:
             continue
         size = sum(states.numel() * states.element_size() for states in (layer.keys, layer.values))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..selection.context import Selection
+from ..selection.context import Selection, SelectionContext
 from ..selection.decide import decide
 from ..selection.recycle import merge_hidden_states
 from .cache import DEAD, SlotTable, adopt
@@ -133,9 +134,7 @@ def _prune(forward: Forward, request: Request, target: int, hidden_states: Tenso
     for some in [with_visual] if request.traits.batched else [[b] for b in with_visual]:
         for b, selection in zip(some, _decide(forward, request, some, target, hidden_states), strict=True):
             selections[b] = selection
-    for sample in request.samples:
-        if not sample.alive.shape[0]:
-            sample.stages.append(StageRecord(target, 0, None, "no image or video in this sample"))
+    record_without_visual(request, target)
     forward.forget_layer()
     if any(selection is not None for selection in selections):
         hidden_states = _gather(forward, request, selections, hidden_states)
@@ -146,11 +145,29 @@ def _prune(forward: Forward, request: Request, target: int, hidden_states: Tenso
 def _decide(
     forward: Forward, request: Request, samples: list[int], target: int, hidden: Tensor
 ) -> list[Selection | None]:
-    """Selections of some samples, given by their rows of the batch; their stages are recorded."""
+    """Selections of some samples, given by their rows of the batch."""
     rater_masks = [raters_of(forward, request, b) for b in samples]
     contexts = [
         context_of(forward, request, b, target, hidden, mask) for b, mask in zip(samples, rater_masks, strict=True)
     ]
+    return record_decisions(request, target, samples, contexts, rater_masks)
+
+
+def record_without_visual(request: Request, target: int) -> None:
+    """The stage of samples that have nothing to drop."""
+    for sample in request.samples:
+        if not sample.alive.shape[0]:
+            sample.stages.append(StageRecord(target, 0, None, "no image or video in this sample"))
+
+
+def record_decisions(
+    request: Request,
+    target: int,
+    samples: Sequence[int],
+    contexts: Sequence[SelectionContext],
+    rater_masks: Sequence[Tensor | None],
+) -> list[Selection | None]:
+    """Decide for some samples, given by their rows of the batch, and record it as a stage of each."""
     place = request.target_layers.index(target)
     plans = [request.samples[b].plan for b in samples]
     n_keeps = [None if plan is None else plan.counts[place] for plan in plans]

@@ -7,8 +7,6 @@ from .costs import prefill_flops
 from .request import Request, Sample
 from .view import ModelView
 
-_PLAIN_REASON = "hooks on the model's own modules"
-
 
 def make_report(view: ModelView, request: Request) -> Report:
     """Report of a request; waits for the device, as counts and times are read from it."""
@@ -27,8 +25,8 @@ def make_report(view: ModelView, request: Request) -> Report:
     return Report(
         model=view.name,
         selector=request.traits.name,
-        path="plain",
-        path_reason=_PLAIN_REASON,
+        path=request.path,
+        path_reason=request.path_reason,
         skipped_because=request.skipped_because,
         samples=samples,
         flops=Cost(dense, sparse),

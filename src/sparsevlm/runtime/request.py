@@ -111,6 +111,8 @@ class Request:
         Cache that the request filled; later passes on it are its decode steps.
     logits_to_keep : int
         Rows at the end that the caller wants logits of; 0: all.
+    path, path_reason : str
+        Which implementation runs, and why.
     """
 
     config: SparseVLMConfig
@@ -133,6 +135,8 @@ class Request:
     logits_to_keep: int = 0
     kv_bytes: tuple[int, int] = (0, 0)
     kv_note: str | None = None
+    path: str = "plain"
+    path_reason: str = "hooks on the model's own modules"
 
     @property
     def prunes(self) -> bool:

@@ -6,8 +6,8 @@ import contextlib
 import dataclasses
 import sys
 import weakref
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,19 @@ from .vision import VisionWatch, bound_arguments
 STATE_ATTRIBUTE = "_sparsevlm_state"
 
 
+class Engine(Protocol):
+    """What may take the place of the text model's forward pass."""
+
+    def attach(self) -> None:
+        """Take the place."""
+
+    def detach(self) -> None:
+        """Give it back."""
+
+    def consider(self, wanted: bool, model_kwargs: Mapping[str, Any], generation_config: Any) -> None:
+        """Note, before ``generate`` begins, what it will do."""
+
+
 class SparseVLMState:
     """One model's pruning: made by :func:`sparsevlm.apply_sparsevlm`, undone by ``remove``.
 
@@ -47,7 +60,13 @@ class SparseVLMState:
         Options in force outside :meth:`options`.
     """
 
-    def __init__(self, view: ModelView, config: SparseVLMConfig, template: Template | None = None):
+    def __init__(
+        self,
+        view: ModelView,
+        config: SparseVLMConfig,
+        template: Template | None = None,
+        make_engine: Callable[[ModelView, Callable[[], Request | None]], Engine] | None = None,
+    ):
         self.view = view
         self.config = config
         self._template = template or Template()
@@ -59,9 +78,10 @@ class SparseVLMState:
         self._report: tuple[Any, Report] | None = None
         self._logits_to_keep = 0
         self._threads = ThreadGuard(view)
-        self._vision = VisionWatch(view, self._needs, self._threads)
+        self._vision = VisionWatch(view, self._needs, self._threads, self._wants_engine)
         self._begin: Mark | None = None
         self._handles: list[RemovableHandle] = []
+        self._engine = None if make_engine is None else make_engine(view, self._running_request)
 
     @property
     def attached(self) -> bool:
@@ -134,6 +154,8 @@ class SparseVLMState:
         for layer_idx, layer in enumerate(view.layers):
             hook = _LayerHook(self, layer_idx)
             add(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        if self._engine is not None:
+            self._engine.attach()
         # generate asks this before it compiles the decode step; hooks would break the graph at every layer.
         view.model._valid_auto_compile_criteria = self._refuse_compilation
 
@@ -146,6 +168,8 @@ class SparseVLMState:
         self._handles.clear()
         self.view.base_model.__dict__.pop(STATE_ATTRIBUTE, None)
         self.view.model.__dict__.pop("_valid_auto_compile_criteria", None)
+        if self._engine is not None:
+            self._engine.detach()
         self._end_forward()
         self._vision.release()
 
@@ -174,7 +198,15 @@ class SparseVLMState:
 
     def _refuse_compilation(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
         check_prefill(generation_config)
+        if self._engine is not None:
+            self._engine.consider(self._active().engine, model_kwargs, generation_config)
         return False
+
+    def _wants_engine(self) -> bool:
+        return self._active().engine
+
+    def _running_request(self) -> Request | None:
+        return None if self._forward is None else self._forward.request
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._threads.claim()

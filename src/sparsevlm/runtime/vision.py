@@ -16,6 +16,7 @@ from .prompt import PIXELS
 from .threads import ThreadGuard
 from .view import ModelView
 from .vision_probe import VisionProbe, VisionRows, hand_out
+from .vision_varlen import VarlenVision
 
 
 @dataclass
@@ -40,10 +41,20 @@ class VisionWatch:
     needs : callable
         Tells what the selector in force needs.
     threads : ThreadGuard
+    in_one_call : callable
+        Tells whether the option ``engine`` is in force.
     """
 
-    def __init__(self, view: ModelView, needs: Callable[[], frozenset[str]], threads: ThreadGuard) -> None:
+    def __init__(
+        self,
+        view: ModelView,
+        needs: Callable[[], frozenset[str]],
+        threads: ThreadGuard,
+        in_one_call: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._view = view
+        self._in_one_call = in_one_call
+        self._varlen: VarlenVision | None = None
         self._needs = needs
         self._threads = threads
         self._running: tuple[VisionCall, VisionProbe | None] | None = None
@@ -59,6 +70,8 @@ class VisionWatch:
         if grid_thw is None:  # the tower itself refuses this
             return
         call = VisionCall(Mark.now(next(module.parameters()).device), grid_thw)
+        if self._in_one_call() and VarlenVision.suits(self._view):
+            self._varlen = VarlenVision(self._view)
         needs, probe = self._needs() & VISION_NEEDS, None
         if needs:
             order = None if self._view.vision_order is None else self._view.vision_order(grid_thw)
@@ -83,7 +96,9 @@ class VisionWatch:
     def _stop_reading(self) -> None:
         if self._running is not None and self._running[1] is not None:
             self._running[1].disarm()
-        self._running = None
+        if self._varlen is not None:
+            self._varlen.disarm()
+        self._running = self._varlen = None
 
     def release(self) -> None:
         """Leave the tower as it was, after an interruption as well, and forget everything."""

@@ -1,0 +1,149 @@
+"""Tensors that stay in place over requests, so that one captured graph serves every decode step of a bucket."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..runtime.view import ModelView
+from .decode import DecodeState, begin_decode, decode_step
+from .prefill import LayerCache
+
+# Graphs that are kept; each holds the caches of its bucket.
+_MOST_ARENAS = 4
+_WARM_UP_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """What an arena has room for.
+
+    Attributes
+    ----------
+    batch : int
+    rows, longest : tuple of int
+        By layer: rows of all prompts together, and of the longest.
+    room : int
+        New tokens.
+    """
+
+    batch: int
+    rows: tuple[int, ...]
+    longest: tuple[int, ...]
+    room: int
+
+    @classmethod
+    def of(cls, prompt: Sequence[LayerCache], batch: int, room: int) -> Bucket:
+        """The smallest bucket that holds a request."""
+        rows = tuple(round_up(layer.keys.shape[0]) for layer in prompt)
+        longest = tuple(round_up(layer.longest) for layer in prompt)
+        return cls(batch, rows, longest, round_up(room))
+
+
+def round_up(n: int) -> int:
+    """To a multiple of 16, or of an eighth of the power of two below: at most an eighth is left empty."""
+    step = max(16, 1 << max(0, n.bit_length() - 4))
+    return -(-n // step) * step
+
+
+class Arena:
+    """Caches of one bucket, and the graph of its decode step.
+
+    On a CPU there is no graph: the step runs as it is.
+
+    Parameters
+    ----------
+    view : ModelView
+    bucket : Bucket
+    like : sequence of LayerCache
+        For shapes, dtype and device.
+    """
+
+    def __init__(self, view: ModelView, bucket: Bucket, like: Sequence[LayerCache]) -> None:
+        self._view, self.bucket = view, bucket
+        empty = [
+            LayerCache(
+                layer.keys.new_zeros((rows, *layer.keys.shape[1:])),
+                layer.values.new_zeros((rows, *layer.values.shape[1:])),
+                torch.zeros_like(layer.offsets),
+                longest,
+            )
+            for layer, rows, longest in zip(like, bucket.rows, bucket.longest, strict=True)
+        ]
+        self.state: DecodeState = begin_decode(empty, bucket.batch, bucket.room)
+        keys = like[0].keys
+        size = view.text_model.config.hidden_size
+        self._hidden = keys.new_zeros((bucket.batch, size))
+        self._position_ids = torch.zeros((3, bucket.batch, 1), dtype=torch.int64, device=keys.device)
+        self._replay: Callable[[], Tensor] | None = None
+
+    def load(self, prompt: Sequence[LayerCache]) -> None:
+        """Take a request's caches in the place of the last one's."""
+        for cache, layer in zip(self.state.caches, prompt, strict=True):
+            cache.prompt_keys[: layer.keys.shape[0]].copy_(layer.keys)
+            cache.prompt_values[: layer.values.shape[0]].copy_(layer.values)
+            cache.offsets.copy_(layer.offsets)
+        self.state.n_new.zero_()
+
+    def step(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        """One decode step, as :func:`~sparsevlm.engine.decode.decode_step`."""
+        self._hidden.copy_(hidden)
+        self._position_ids.copy_(position_ids)
+        if self._replay is None:
+            self._replay = self._captured() if hidden.is_cuda else self._run
+        return self._replay().clone()
+
+    def _run(self) -> Tensor:
+        return decode_step(self._view, self.state, self._hidden, self._position_ids)
+
+    def _captured(self) -> Callable[[], Tensor]:
+        """Record the step. The runs before it, which compile kernels, write into slots that are still to be filled."""
+        filled = self.state.n_new.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP_STEPS):
+                self._run()
+                self.state.n_new.copy_(filled)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self._run()
+        self.state.n_new.copy_(filled)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+
+class Arenas:
+    """The arenas of a model, those used last kept.
+
+    Parameters
+    ----------
+    view : ModelView
+    """
+
+    def __init__(self, view: ModelView) -> None:
+        self._view = view
+        self._arenas: OrderedDict[Bucket, Arena] = OrderedDict()
+
+    def take(self, prompt: Sequence[LayerCache], batch: int, room: int) -> Arena:
+        """An arena that holds a request."""
+        bucket = Bucket.of(prompt, batch, room)
+        arena = self._arenas.pop(bucket, None) or Arena(self._view, bucket, prompt)
+        self._arenas[bucket] = arena
+        while len(self._arenas) > _MOST_ARENAS:
+            self._arenas.popitem(last=False)
+        arena.load(prompt)
+        return arena
+
+    def clear(self) -> None:
+        """Free them all."""
+        self._arenas.clear()

@@ -1,0 +1,139 @@
+"""The prompt of every sample, packed: what padding there was is not computed, and what was dropped neither."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.varlen_attention import varlen_attention
+from ..runtime.request import Request
+from ..runtime.view import ModelView
+from ..selection.recycle import merge_hidden_states
+from .layer import run_layer
+from .selecting import select
+
+
+@dataclass
+class Packed:
+    """Rows of all samples, one sample behind the other.
+
+    Attributes
+    ----------
+    hidden : Tensor of shape (n_rows, hidden_size)
+    cos, sin : Tensor of shape (n_rows, head_dim)
+    positions : list of Tensor
+        Per sample, the position within the padded sequence of each of its rows, ascending.
+    offsets : Tensor of shape (batch + 1,), int32
+    """
+
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+    positions: list[Tensor]
+    offsets: Tensor
+
+    @property
+    def longest(self) -> int:
+        """Rows of the longest sample."""
+        return max(rows.shape[0] for rows in self.positions)
+
+    def local(self, sample_idx: int, positions: Tensor) -> Tensor:
+        """Packed rows of tokens of one sample."""
+        before = sum(rows.shape[0] for rows in self.positions[:sample_idx])
+        return before + torch.searchsorted(self.positions[sample_idx], positions)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values that a layer computed for the prompt, of shape (n_rows, kv_heads, head_dim), packed."""
+
+    keys: Tensor
+    values: Tensor
+    offsets: Tensor
+    longest: int
+
+
+def pack(view: ModelView, request: Request, embeds: Tensor, position_ids: Tensor) -> Packed:
+    """Leave out the padding.
+
+    Parameters
+    ----------
+    view : ModelView
+    request : Request
+        Its samples are on the device of ``embeds``.
+    embeds : Tensor of shape (batch, q_len, hidden_size)
+        Visual features in their places.
+    position_ids : Tensor of shape (3, batch, q_len)
+    """
+    positions = [torch.cat([sample.other, sample.visual]).sort().values for sample in request.samples]
+    q_len = embeds.shape[1]
+    rows = torch.cat([b * q_len + own for b, own in enumerate(positions)])
+    hidden = embeds.flatten(0, 1)[rows]
+    cos, sin = view.text_model.rotary_emb(hidden[None], position_ids.flatten(1)[:, None, rows])
+    return Packed(hidden, cos[0], sin[0], positions, _offsets(positions))
+
+
+def prefill(view: ModelView, request: Request, packed: Packed) -> tuple[Tensor, list[LayerCache]]:
+    """Run the decoder over the prompt and drop tokens behind the target layers.
+
+    Parameters
+    ----------
+    view : ModelView
+    request : Request
+        Its samples and records are brought up to date, as on the plain path.
+    packed : Packed
+        Changed in place.
+
+    Returns
+    -------
+    hidden : Tensor of shape (batch, hidden_size)
+        Normed, of every sample's last row.
+    caches : list of LayerCache
+    """
+    caches: list[LayerCache] = []
+    if -1 in request.target_layers:
+        _drop(request, packed, -1, packed.hidden)
+    for layer_idx, layer in enumerate(view.layers):
+        for sample in request.samples:
+            sample.layer_tokens.append(sample.alive.shape[0])
+
+        scaling = view.attentions[layer_idx].scaling
+
+        def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float = scaling) -> Tensor:
+            caches.append(LayerCache(key, value, packed.offsets, packed.longest))
+            return varlen_attention(query, key, value, packed.offsets, packed.longest, scaling, causal=True)
+
+        before = packed.hidden
+        packed.hidden = run_layer(layer, before, packed.cos, packed.sin, attend)
+        if layer_idx in request.target_layers:
+            _drop(request, packed, layer_idx, before)
+    last = packed.hidden[packed.offsets[1:].long() - 1]
+    return view.text_model.norm(last), caches
+
+
+def _drop(request: Request, packed: Packed, target: int, previous: Tensor) -> None:
+    """Decide for every sample what goes on, and gather it."""
+    selections = select(request, packed, target, previous)
+    if all(selection is None for selection in selections):
+        return
+    rows, positions = [], []
+    for b, (sample, selection) in enumerate(zip(request.samples, selections, strict=True)):
+        before = packed.local(b, sample.positions)
+        if selection is not None:
+            sample.alive = sample.alive[selection.keep_idx]
+            if selection.merge_target is not None and selection.weight is not None:
+                packed.hidden[before[selection.keep_idx]] = merge_hidden_states(
+                    packed.hidden[before], selection.keep_idx, selection.merge_target, selection.weight
+                )
+        positions.append(torch.cat([sample.other, sample.positions]).sort().values)
+        rows.append(packed.local(b, positions[-1]))
+    kept = torch.cat(rows)
+    packed.hidden, packed.cos, packed.sin = packed.hidden[kept], packed.cos[kept], packed.sin[kept]
+    packed.positions, packed.offsets = positions, _offsets(positions)
+
+
+def _offsets(positions: list[Tensor]) -> Tensor:
+    sizes = [0, *(rows.shape[0] for rows in positions)]
+    return torch.tensor(sizes, dtype=torch.int32).cumsum(0, dtype=torch.int32).to(positions[0].device)

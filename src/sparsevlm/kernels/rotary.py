@@ -1,0 +1,40 @@
+"""Rotary embedding of queries and keys in one pass; the axes of M-RoPE are in the tables already."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .choice import takes_triton
+
+
+def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """``x · cos + rotate_half(x) · sin`` for queries and keys.
+
+    Parameters
+    ----------
+    query, key : Tensor of shape (n, heads, head_dim) and (n, kv_heads, head_dim)
+        Rows may lie apart, as the parts of one projection do.
+    cos, sin : Tensor of shape (n, head_dim)
+
+    Returns
+    -------
+    query, key : Tensor of the same shapes
+        Contiguous, in their dtype.
+    """
+    if takes_triton(query):
+        from .triton.rotary import rotate as twin
+
+        return twin(query, key, cos, sin)
+    return rotate_plain(query, key, cos, sin)
+
+
+def rotate_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The truth, as transformers computes it in the decoder."""
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((-second, first), dim=-1)

@@ -1,0 +1,1 @@
+"""The Triton twins; importing a module here imports Triton."""

@@ -1,0 +1,61 @@
+"""The vision tower's attention in one call per block, instead of one per window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import AttentionInterface
+
+from ..kernels.varlen_attention import varlen_attention
+from .view import ModelView
+
+# A vision block hands over its windows packed, in one call, where the name of its attention tells of flash attention.
+_NAME = "sparsevlm_flash_varlen"
+
+
+class VarlenVision:
+    """Sets the tower's attention for one run.
+
+    Parameters
+    ----------
+    view : ModelView
+    """
+
+    def __init__(self, view: ModelView) -> None:
+        tower: Any = view.vision_tower
+        self._config = tower.config
+        self._before = self._config._attn_implementation_internal
+        AttentionInterface.register(_NAME, _attention)
+        self._config._attn_implementation_internal = _NAME
+
+    @staticmethod
+    def suits(view: ModelView) -> bool:
+        """Whether the tower's own attention would go window by window, and ours can take its place."""
+        config: Any = view.vision_tower.config
+        weight = next(view.vision_tower.parameters())
+        takes = weight.device.type == "cpu" or weight.dtype in (torch.float16, torch.bfloat16)
+        return takes and config._attn_implementation in ("sdpa", "eager") and not view.vision_tower.training
+
+    def disarm(self) -> None:
+        """Give the tower its own attention back."""
+        self._config._attn_implementation_internal = self._before
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    *,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    max_length_q: int | Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls an attention function: (1, heads, n, head_dim) in, (1, n, heads, head_dim) out."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    offsets = cu_seq_lens_q.to(torch.int32)
+    return varlen_attention(query, key, value, offsets, int(max_length_q), scaling, causal=False)[None], None

@@ -1,0 +1,189 @@
+"""The engine under an unchanged ``generate``."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm.kernels.varlen_attention import varlen_attention
+from sparsevlm.runtime import vision_varlen
+from toys import PROMPTS, make_inputs, tiny_model
+
+OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+BATCH = PROMPTS["batch, left padding"]
+
+
+def answers(model, inputs, seed=0, **options):
+    torch.manual_seed(seed)
+    return model.generate(**inputs, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        GREEDY,
+        {"max_new_tokens": 6, "do_sample": True, "temperature": 1.5},
+        {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 3},
+        {**GREEDY, "repetition_penalty": 1.3},
+    ],
+)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_generate_says_the_same(prompt, options):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, **OPTIONS)
+    wanted, report = answers(model, inputs, **options), state.report
+    assert report.path == "plain"
+    with state.options(engine=True):
+        found = answers(model, inputs, **options)
+    assert state.report.path == ("engine" if report.skipped_because is None else "plain")
+    assert torch.equal(found, wanted)
+    assert state.report.samples == report.samples
+    assert state.report.decode_steps == report.decode_steps
+    assert state.report.flops == report.flops
+    assert state.report.kv_bytes.dense >= state.report.kv_bytes.sparse
+
+
+def test_a_sample_that_ends_early_is_padded():
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    state = apply_sparsevlm(model, **OPTIONS)
+    first = answers(model, inputs, **GREEDY)[0, inputs["input_ids"].shape[1]].item()
+    options = {**GREEDY, "eos_token_id": first, "pad_token_id": 95}
+    wanted = answers(model, inputs, **options)
+    with state.options(engine=True):
+        assert torch.equal(answers(model, inputs, **options), wanted)
+        assert state.report.path == "engine"
+
+
+REFUSED = {
+    "beams": ({"num_beams": 2}, "no greedy or sampling call"),
+    "a dict": ({"return_dict_in_generate": True}, "handed out"),
+    "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+    "static cache": ({"cache_implementation": "static"}, "a StaticCache"),
+    "no cache": ({"use_cache": False}, "no cache"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_engine_does_not_do_runs_on_the_plain_path(case):
+    options, reason = REFUSED[case]
+    model, inputs = tiny_model(attn="eager"), make_inputs(*BATCH)
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    found = answers(model, inputs, **GREEDY, **options)
+    assert state.report.path == "plain"
+    assert reason in state.report.path_reason
+    with state.options(engine=False):
+        wanted = answers(model, inputs, **GREEDY, **options)
+    assert torch.equal(*(one if isinstance(one, torch.Tensor) else one.sequences for one in (found, wanted)))
+    answers(model, inputs, **GREEDY)
+    assert state.report.path == "engine"
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"selector": "sparsevlm"}, "selector 'sparsevlm' needs rater_attention"),
+        ({"keep": None}, "the rank of the attention decides"),
+    ],
+)
+def test_requests_that_need_attention_run_on_the_plain_path(options, reason):
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    state = apply_sparsevlm(model, **{**OPTIONS, **options}, engine=True)
+    answers(model, inputs, **GREEDY)
+    assert (state.report.path, reason in state.report.path_reason) == ("plain", True)
+
+
+def test_hooks_of_others_run():
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    calls = []
+    handle = model.model.language_model.layers[1].self_attn.register_forward_hook(lambda *_: calls.append(1))
+    answers(model, inputs, **GREEDY)
+    assert calls
+    assert "hooks on" in state.report.path_reason
+    handle.remove()
+    answers(model, inputs, **GREEDY)
+    assert state.report.path == "engine"
+
+
+def test_a_cache_of_the_user_goes_on_in_a_second_turn():
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    cache = DynamicCache(config=model.config)
+    first = answers(model, inputs, **GREEDY, past_key_values=cache)
+    assert "a cache of the user's" in state.report.path_reason
+    with state.options(engine=False):
+        other = DynamicCache(config=model.config)
+        assert torch.equal(answers(model, inputs, **GREEDY, past_key_values=other), first)
+
+
+def test_text_alone_and_direct_calls_are_dense():
+    model = tiny_model()
+    wanted = answers(model, text := make_inputs([("text", 9)]), **GREEDY)
+    inputs = make_inputs(*BATCH)
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    assert torch.equal(answers(model, text, **GREEDY), wanted)
+    answers(model, inputs, **GREEDY)
+    with torch.no_grad():
+        model(**inputs)
+    assert "no greedy or sampling call of generate" in state.report.path_reason
+    assert torch.equal(answers(model, text, **GREEDY), wanted)
+
+
+def test_remove_and_copies():
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    wanted = answers(model, inputs, **GREEDY)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+    assert torch.equal(answers(twin, inputs, **GREEDY), wanted)
+    assert state.attached
+    remove_sparsevlm(twin)
+    assert "forward" not in vars(twin.model.language_model)
+    assert "forward" in vars(model.model.language_model)
+    remove_sparsevlm(model)
+    assert "forward" not in vars(model.model.language_model)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("prompt", ["one image", "two images", "batch, left padding"])
+def test_the_vision_tower_makes_one_call_per_block(prompt, attn, family, monkeypatch):
+    model, inputs = tiny_model(family, attn), make_inputs(*PROMPTS[prompt])
+    tower, pixels, grids = model.model.visual, inputs["pixel_values"], inputs["image_grid_thw"]
+    with torch.no_grad():
+        wanted = tower(pixels, grid_thw=grids).pooler_output
+    calls = []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return varlen_attention(*args, **kwargs)
+
+    monkeypatch.setattr(vision_varlen, "varlen_attention", counted)
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    with torch.no_grad():
+        found = tower(pixels, grid_thw=grids).pooler_output
+    assert len(calls) == len(tower.blocks)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    with torch.no_grad(), state.options(engine=False):
+        assert torch.equal(tower(pixels, grid_thw=grids).pooler_output, wanted)
+    with pytest.raises(RuntimeError):
+        tower(pixels[:, :5], grid_thw=grids)
+    assert tower.config._attn_implementation == attn
+
+
+@pytest.mark.parametrize("selector", ["visionzip", "hiprune", "scope"])
+def test_selectors_that_look_into_the_vision_tower_see_the_same(selector):
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    state = apply_sparsevlm(model, min_keep=3, keep=0.6, selector=selector)
+    answers(model, inputs, **GREEDY)
+    kept = [sample.stages[0].kept for sample in state.report.samples]
+    with state.options(engine=True):
+        answers(model, inputs, **GREEDY)
+    assert [sample.stages[0].kept for sample in state.report.samples] == kept

@@ -1,0 +1,68 @@
+"""Norm, activation and rotation: Triton twins against the plain functions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsevlm.kernels.activation import swiglu_plain
+from sparsevlm.kernels.norm import rms_norm_plain
+from sparsevlm.kernels.rotary import rotate_plain
+from sparsevlm.kernels.triton.activation import swiglu
+from sparsevlm.kernels.triton.norm import rms_norm
+from sparsevlm.kernels.triton.rotary import rotate
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Elements of one part in so many of their size may round the other way.
+RESOLUTION = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+LENGTHS = (1, 15, 63)
+
+
+def draw(*shape, dtype, device, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def assert_close(found, wanted):
+    resolution = RESOLUTION[wanted.dtype]
+    torch.testing.assert_close(found, wanted, rtol=resolution, atol=resolution)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("size", [80, 256, 3584])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_rms_norm(dtype, n, size, with_residual, device):
+    x, residual = draw(n, size, dtype=dtype, device=device), draw(n, size, dtype=dtype, device=device, seed=1)
+    weight = draw(size, dtype=dtype, device=device, seed=2)
+    other = residual if with_residual else None
+    for found, wanted in zip(rms_norm(x, weight, 1e-6, other), rms_norm_plain(x, weight, 1e-6, other), strict=True):
+        assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize("size", [80, 3420])
+def test_swiglu(dtype, n, size, device):
+    both = 3 * draw(n, 2 * size, dtype=dtype, device=device)
+    gate, up = both[:, :size], both[:, size:]
+    assert_close(swiglu(gate, up), swiglu_plain(gate, up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", LENGTHS)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(28, 4, 128), (2, 2, 80), (3, 1, 6)])
+def test_rotate(dtype, n, heads, kv_heads, head_dim, device):
+    both = draw(n, (heads + kv_heads) * head_dim, dtype=dtype, device=device)
+    query, key = both.split([heads * head_dim, kv_heads * head_dim], dim=-1)
+    query, key = query.view(n, heads, head_dim), key.view(n, kv_heads, head_dim)
+    angle = draw(n, head_dim // 2, dtype=torch.float32, device=device, seed=1).repeat(1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    for found, wanted in zip(rotate(query, key, cos, sin), rotate_plain(query, key, cos, sin), strict=True):
+        assert_close(found, wanted)
+
+
+def test_no_rows(device):
+    empty = torch.empty(0, 64, device=device)
+    assert rms_norm(empty, torch.ones(64, device=device), 1e-6, None)[0].shape == (0, 64)
+    assert swiglu(empty, empty).shape == (0, 64)
+    assert rotate(empty.view(0, 4, 16), empty.view(0, 4, 16), empty[:, :16], empty[:, :16])[0].shape == (0, 4, 16)
