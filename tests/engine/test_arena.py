@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine import arena
+from sparsevlm.engine import arena, programs
 from toys import PROMPTS, make_inputs, tiny_model
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -24,18 +24,19 @@ def test_a_bucket_is_at_most_an_eighth_larger(n):
 def test_requests_of_like_size_share_an_arena():
     model = tiny_model()
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], engine=True)
-    pool = state._engine._arenas._arenas
+    pool = state._engine._arenas
     for seed in range(3):
         model.generate(**make_inputs(*PROMPTS["one image"], seed=seed), **GREEDY)
     assert len(pool) == 1
     model.generate(**make_inputs([("text", 90), ("image", 4, 6), ("text", 7)]), **GREEDY)
     assert len(pool) == 2
     state.detach()
-    assert not pool
+    assert len(pool) == 0
 
 
 def test_the_last_request_leaves_no_trace(monkeypatch):
     monkeypatch.setattr(arena, "_MOST_ARENAS", 1)
+    monkeypatch.setattr(programs, "_MOST_PROGRAMS", 1)
     model = tiny_model()
     prompts = [make_inputs([("text", 3), ("image", 4, 6), ("text", n)], seed=n) for n in (7, 5, 8, 7)]
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2])
@@ -44,7 +45,7 @@ def test_the_last_request_leaves_no_trace(monkeypatch):
         for _ in range(2):
             for inputs, answer in zip(prompts, wanted, strict=True):
                 assert torch.equal(model.generate(**inputs, **GREEDY), answer)
-    assert len(state._engine._arenas._arenas) == 1
+    assert len(state._engine._arenas) == 1
 
 
 @pytest.mark.gpu

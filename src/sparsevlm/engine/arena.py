@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,11 +10,11 @@ from torch import Tensor
 
 from ..runtime.view import ModelView
 from .decode import DecodeState, begin_decode, decode_step
+from .graphs import Recent, recorded
 from .prefill import LayerCache
 
 # Graphs that are kept; each holds the caches of its bucket.
 _MOST_ARENAS = 4
-_WARM_UP_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,13 @@ class Bucket:
 
 def round_up(n: int) -> int:
     """To a multiple of 16, or of an eighth of the power of two below: at most an eighth is left empty."""
-    step = max(16, 1 << max(0, n.bit_length() - 4))
+    step = step_of(n)
     return -(-n // step) * step
+
+
+def step_of(n: int) -> int:
+    """Distance of the buckets around ``n``."""
+    return max(16, 1 << max(0, n.bit_length() - 4))
 
 
 class Arena:
@@ -94,32 +98,14 @@ class Arena:
         self._hidden.copy_(hidden)
         self._position_ids.copy_(position_ids)
         if self._replay is None:
-            self._replay = self._captured() if hidden.is_cuda else self._run
+            n_new = self.state.n_new
+            filled = n_new.clone()
+            # The runs before it is recorded write into slots that are still to be filled.
+            self._replay = recorded(self._run, hidden.device, rewind=lambda: n_new.copy_(filled))
         return self._replay().clone()
 
     def _run(self) -> Tensor:
         return decode_step(self._view, self.state, self._hidden, self._position_ids)
-
-    def _captured(self) -> Callable[[], Tensor]:
-        """Record the step. The runs before it, which compile kernels, write into slots that are still to be filled."""
-        filled = self.state.n_new.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(_WARM_UP_STEPS):
-                self._run()
-                self.state.n_new.copy_(filled)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = self._run()
-        self.state.n_new.copy_(filled)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return out
-
-        return replay
 
 
 class Arenas:
@@ -132,15 +118,15 @@ class Arenas:
 
     def __init__(self, view: ModelView) -> None:
         self._view = view
-        self._arenas: OrderedDict[Bucket, Arena] = OrderedDict()
+        self._arenas: Recent[Bucket, Arena] = Recent(_MOST_ARENAS)
+
+    def __len__(self) -> int:
+        return len(self._arenas)
 
     def take(self, prompt: Sequence[LayerCache], batch: int, room: int) -> Arena:
         """An arena that holds a request."""
         bucket = Bucket.of(prompt, batch, room)
-        arena = self._arenas.pop(bucket, None) or Arena(self._view, bucket, prompt)
-        self._arenas[bucket] = arena
-        while len(self._arenas) > _MOST_ARENAS:
-            self._arenas.popitem(last=False)
+        arena = self._arenas.get(bucket, lambda: Arena(self._view, bucket, prompt))
         arena.load(prompt)
         return arena
 

@@ -14,6 +14,7 @@ from ..runtime.request import Request
 from ..runtime.view import ModelView
 from .arena import Arena, Arenas
 from .prefill import LayerCache, pack, prefill
+from .programs import Programs
 from .refusals import refuses_generation, refuses_model, refuses_request
 
 _UNCALLED = "no greedy or sampling call of generate"
@@ -67,7 +68,7 @@ class Engine:
         self._room = 0
         self._reason: str | None = _UNCALLED
         self._decoding: tuple[Cache, Arena] | None = None
-        self._arenas = Arenas(view)
+        self._arenas, self._programs = Arenas(view), Programs(view)
 
     def attach(self) -> None:
         """Take the place of the text model's forward pass."""
@@ -78,6 +79,7 @@ class Engine:
         vars(self._view.text_model).pop("forward", None)
         self._decoding = None
         self._arenas.clear()
+        self._programs.clear()
 
     def consider(self, wanted: bool, model_kwargs: Mapping[str, Any], generation_config: Any) -> None:
         """Note, before ``generate`` begins, what it will do.
@@ -118,7 +120,11 @@ class Engine:
         embeds, position_ids = kwargs["inputs_embeds"], kwargs["position_ids"][-3:]
         request.to(embeds.device)
         request.path, request.path_reason = "engine", "packed samples"
-        hidden, prompt = prefill(self._view, request, pack(self._view, request, embeds, position_ids))
+        packed = pack(self._view, request, embeds, position_ids)
+        if self._programs.takes(request):
+            hidden, prompt = self._programs.prefill(request, packed)
+        else:
+            hidden, prompt = prefill(self._view, request, packed)
         batch, q_len = embeds.shape[:2]
         cache.layers[:] = [EngineLayer(layer, batch, q_len) for layer in prompt]
         self._decoding = (cache, self._arenas.take(prompt, batch, max(1, self._room)))

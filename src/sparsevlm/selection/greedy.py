@@ -51,6 +51,11 @@ def farthest_points(unit: Tensor, n_keep: int) -> Tensor:
 
 
 def dpp_map(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
+    """The picks of :func:`dpp_order` in the order of the tokens."""
+    return dpp_order(rows, quality, n_keep, rounds).sort(dim=-1).values
+
+
+def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
     """Greedy MAP of the determinantal point process with kernel ``L = diag(r) · X Xᵀ · diag(r)``.
 
     ``det L_{S+i} / det L_S = r_i² δ_i``, where δ_i is what the picked directions leave of x_i: its squared distance
@@ -74,10 +79,11 @@ def dpp_map(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) ->
     Returns
     -------
     Tensor of shape (..., n_keep), int64
-        Sorted.
+        In the order in which they were picked, so that fewer are a part from the left. Rows of length 0 and quality 0
+        come last: a batch may be filled up with them.
     """
     if rows.ndim > 2 and rows.device.type == "cpu":  # where batched products of one vector each are the slower way
-        alone = [dpp_map(*one, n_keep, rounds) for one in zip(rows, quality, strict=True)]
+        alone = [dpp_order(*one, n_keep, rounds) for one in zip(rows, quality, strict=True)]
         return torch.stack(alone)
     residual = length = torch.linalg.vector_norm(rows, dim=-1).square()
     batch, size = rows.shape[:-2], rows.shape[-1]
@@ -98,7 +104,7 @@ def dpp_map(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) ->
         direction /= direction.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         basis[..., step : step + 1, :] = direction.masked_fill(spanned.gather(-1, pick).unsqueeze(-1), 0.0)
         residual = residual - (rows @ basis[..., step, :, None]).squeeze(-1).square()
-    return picks.sorted()
+    return picks.order
 
 
 def cover(
@@ -190,19 +196,19 @@ class _Picks:
 
     def __init__(self, rows: Tensor, n_keep: int):
         batch, n = rows.shape[:-2], rows.shape[-2]
-        self._order = torch.empty((*batch, n_keep), dtype=torch.long, device=rows.device)
+        self.order = torch.empty((*batch, n_keep), dtype=torch.long, device=rows.device)
         self.taken = torch.zeros((*batch, n), dtype=torch.bool, device=rows.device)
 
     def take(self, step: int, gain: Tensor) -> Tensor:
         """Pick the largest gain, of shape (..., n), among those that are left, as a tensor of shape (..., 1)."""
         pick = gain.masked_fill(self.taken, -torch.inf).argmax(dim=-1, keepdim=True)
         self.taken.scatter_(-1, pick, True)
-        self._order[..., step : step + 1] = pick
+        self.order[..., step : step + 1] = pick
         return pick
 
     def sorted(self) -> Tensor:
         """The picks in the order of the tokens."""
-        return self._order.sort(dim=-1).values
+        return self.order.sort(dim=-1).values
 
 
 def _distance(cosine: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..context import TARGET_LAYERS, Selection, SelectionContext
-from ..greedy import dpp_map
+from ..greedy import dpp_map, dpp_order
 from ..similarity import finite, nearest_rows, unit_rows
 
 
@@ -36,8 +36,25 @@ class SpanSelector:
 
     def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int) -> Sequence[Tensor]:
         """The same for several samples with as many tokens each, in as many steps as for one."""
-        states = _centred(contexts)
-        return dpp_map(states, states.new_ones(states.shape[:-1]), n_keep, rounds=True).unbind()
+        states = torch.stack([context.hidden_states for context in contexts])
+        valid = torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
+        return self.order(finite(states), valid, n_keep).sort(dim=-1).values.unbind()
+
+    def order(self, states: Tensor, valid: Tensor, n_keep: int) -> Tensor:
+        """The search itself, which waits for no value: rows in the order in which they are picked.
+
+        Parameters
+        ----------
+        states : Tensor of shape (n_samples, n_visual, hidden_size)
+        valid : Tensor of shape (n_samples, n_visual), bool
+            False for rows that only fill a sample up; picked last.
+        n_keep : int
+
+        Returns
+        -------
+        Tensor of shape (n_samples, n_keep), int64
+        """
+        return dpp_order(_centred(states.float(), valid), valid.float(), n_keep, rounds=True)
 
 
 class SpanJointSelector:
@@ -61,7 +78,8 @@ class SpanJointSelector:
 
     def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int) -> Sequence[Selection]:
         """The same for several samples with as many tokens each, the choice in as many steps as for one."""
-        states = _centred(contexts)
+        states = finite(torch.stack([context.hidden_states for context in contexts]))
+        states = _centred(states, torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device))
         attention = finite(torch.stack([_last_attention(context) for context in contexts]))
         relative = attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
         quality = relative.clamp_min(1e-6) ** self.alpha  # a token that nobody looks at still has its place
@@ -88,16 +106,25 @@ def _last_attention(context: SelectionContext) -> Tensor:
     return context.last_attention
 
 
-def _centred(contexts: Sequence[SelectionContext]) -> Tensor:
+def _centred(states: Tensor, valid: Tensor) -> Tensor:
     """States minus their mean, scaled so that the mean length is 1; what is left of equal states by rounding is 0.
+
+    Parameters
+    ----------
+    states : Tensor of shape (n_samples, n_visual, hidden_size), float32
+    valid : Tensor of shape (n_samples, n_visual), bool
+        The other rows become 0.
 
     Returns
     -------
-    Tensor of shape (n_contexts, n_visual, hidden_size), float32
+    Tensor of the same shape
     """
-    states = finite(torch.stack([context.hidden_states for context in contexts]))  # a copy: changed in place below
+    inside = valid.unsqueeze(-1)
+    states = states.masked_fill(~inside, 0.0)  # a copy: changed in place below
+    n_valid = valid.sum(dim=-1, keepdim=True).unsqueeze(-1).clamp_min(1)
     rounding = 1e-6 * states.norm(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
-    states -= states.mean(dim=-2, keepdim=True)
+    states -= states.sum(dim=-2, keepdim=True) / n_valid
+    states.masked_fill_(~inside, 0.0)
     length = states.norm(dim=-1, keepdim=True)
-    states /= length.mean(dim=-2, keepdim=True).clamp_min(1e-30)
+    states /= (length.sum(dim=-2, keepdim=True) / n_valid).clamp_min(1e-30)
     return states.masked_fill_(length <= rounding, 0.0)

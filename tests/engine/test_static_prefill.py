@@ -1,0 +1,64 @@
+"""The program of a bucket against the packed decoder with exact shapes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_packed import captured
+
+from sparsevlm import apply_sparsevlm
+from sparsevlm.engine import static_prefill
+from sparsevlm.engine.prefill import pack, prefill
+from sparsevlm.runtime.recorder import make_report
+from toys import PROMPTS, make_inputs, relative_error, tiny_model
+
+OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
+
+
+def both(prompt, **options):
+    model, inputs = tiny_model(), make_inputs(*prompt)
+    state = apply_sparsevlm(model, **{**OPTIONS, **options})
+    with captured(model, state) as seen, torch.no_grad():
+        model(**inputs)
+    twin = copy.deepcopy(seen["request"])
+    with torch.no_grad():
+        given = seen["embeds"], seen["positions"]
+        exact = prefill(state.view, seen["request"], pack(state.view, seen["request"], *given))
+        bucket, counts = static_prefill.plan(twin)
+        packed = pack(state.view, twin, *given)
+        given = static_prefill.make_inputs(twin, packed, bucket, counts)
+        found = static_prefill.run(state.view, bucket, twin.selector, given)
+    static_prefill.record(twin, bucket, counts, found.kept, state.view.n_layers)
+    reports = [make_report(state.view, request) for request in (seen["request"], twin)]
+    return exact, found, reports
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"keep": 0.9}, {"keep": 1.0}, {"keep": [0.5, 0.9, 1.0][:1]}, {"min_keep": 18}, {"keep": 0.35}]
+)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_program_does_what_exact_shapes_do(prompt, options):
+    if isinstance(options.get("keep"), list):
+        options = {"keep": ([0.5, 0.9, 1.0] * 2)[: len(PROMPTS[prompt])]}
+    (hidden, caches), found, (wanted, report) = both(PROMPTS[prompt], **options)
+    assert report.samples == wanted.samples
+    assert relative_error(found.hidden, hidden) < 5e-6
+    for mine, exact in zip(found.caches, caches, strict=True):
+        n_rows = exact.keys.shape[0]
+        assert mine.offsets.tolist() == exact.offsets.tolist()
+        torch.testing.assert_close(mine.keys[:n_rows], exact.keys, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(mine.values[:n_rows], exact.values, rtol=1e-4, atol=1e-5)
+
+
+def test_requests_of_like_size_share_a_bucket():
+    plans = []
+    for n_text, height in ((7, 6), (9, 6), (8, 6), (60, 6), (7, 12)):
+        model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 6, height), ("text", n_text)])
+        state = apply_sparsevlm(model, **OPTIONS)
+        with captured(model, state) as seen, torch.no_grad():
+            model(**inputs)
+        plans.append(static_prefill.plan(seen["request"])[0])
+    assert plans[0] == plans[1] == plans[2]
+    assert len(set(plans)) == 3
