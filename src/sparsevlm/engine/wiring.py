@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +70,17 @@ class Engine:
         self._reason: str | None = _UNCALLED
         self._decoding: tuple[Cache, Arena] | None = None
         self._arenas, self._programs = Arenas(view), Programs(view)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
+        """The engine of a copied model: graphs cannot be copied, it records its own."""
+        twin = object.__new__(Engine)
+        memo[id(self)] = twin
+        view = copy.deepcopy(self._view, memo)
+        twin._view, twin._plain = view, copy.deepcopy(self._plain, memo)
+        twin._current_request = copy.deepcopy(self._current_request, memo)
+        twin._room, twin._reason, twin._decoding = 0, _UNCALLED, None
+        twin._arenas, twin._programs = Arenas(view), Programs(view)
+        return twin
 
     def attach(self) -> None:
         """Take the place of the text model's forward pass."""
