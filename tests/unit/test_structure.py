@@ -20,7 +20,7 @@ LEVELS = {
     "template": 0,
     "scenes": 0,
     "bundled": 0,
-    "kernels": 1,
+    "kernels": 0,
     "selection": 1,
     "runtime": 2,
     "models": 3,

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.varlen_attention import varlen_attention
 from ..runtime.request import Request, StageRecord
 from ..runtime.view import ModelView
+from ..selection.greedy import dpp_order, dpp_order_by_gram
 from ..selection.selectors.span import SpanSelector
 from .arena import round_up, step_of
 from .layer import run_layer
@@ -171,7 +172,8 @@ def run(view: ModelView, bucket: Plan, selector: SpanSelector, given: Inputs) ->
             continue
         stage += 1
         left, room = given.n_visual[stage], bucket.visual[stage]
-        picks = selector.order(hidden[visual_rows], valid, min(room, visual_rows.shape[1]))
+        search = dpp_order_by_gram if hidden.is_cuda else dpp_order
+        picks = selector.order(hidden[visual_rows], valid, min(room, visual_rows.shape[1]), search)
         chosen = _ascending(picks, left, visual_rows.shape[1])
         rows, visual_rows = _compact(visual_rows, valid, chosen, left, bucket.rows[stage], hidden.shape[0])
         valid = torch.arange(chosen.shape[1], device=hidden.device) < left[:, None]

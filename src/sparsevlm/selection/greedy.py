@@ -11,12 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels.pivots import pivots
 from .similarity import row_chunks
 
 # Cosines are exact to about 1e-7 in float32: what is nearer to 0 than this is 0, so that identical tokens tie.
 _NOISE = 1e-6
 # Values that the coverage keeps at hand: 64 Mi float32 = 256 MiB, all pairs of 8192 tokens.
 _MAX_HELD_ELEMENTS = 1 << 26
+# Products of all rows for the pivots: 256 Mi float32 = 1 GiB, 16384 tokens.
+_MAX_GRAM_ELEMENTS = 1 << 28
 
 
 def farthest_points(unit: Tensor, n_keep: int) -> Tensor:
@@ -105,6 +108,23 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) 
         basis[..., step : step + 1, :] = direction.masked_fill(spanned.gather(-1, pick).unsqueeze(-1), 0.0)
         residual = residual - (rows @ basis[..., step, :, None]).squeeze(-1).square()
     return picks.order
+
+
+def dpp_order_by_gram(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
+    """As :func:`dpp_order`, from the products of all rows: one kernel per pick where Triton runs.
+
+    For more tokens than their products fit in memory this is :func:`dpp_order` itself.
+    """
+    n = rows.shape[-2]
+    if n**2 > _MAX_GRAM_ELEMENTS:
+        return dpp_order(rows, quality, n_keep, rounds)
+    flat, ratings = rows.reshape(-1, n, rows.shape[-1]), quality.reshape(-1, n)
+    at_once = max(1, _MAX_GRAM_ELEMENTS // n**2)
+    orders = [
+        pivots(flat[some] @ flat[some].mT, ratings[some], n_keep, rounds, _NOISE)
+        for some in (slice(first, first + at_once) for first in range(0, flat.shape[0], at_once))
+    ]
+    return torch.cat(orders).reshape(*rows.shape[:-2], n_keep)
 
 
 def cover(

@@ -8,7 +8,7 @@ coverage in one: a token counts by how far it lies from what is common to all, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from ..context import TARGET_LAYERS, Selection, SelectionContext
 from ..greedy import dpp_map, dpp_order
 from ..similarity import finite, nearest_rows, unit_rows
+
+Search = Callable[[Tensor, Tensor, int, bool], Tensor]
 
 
 class SpanSelector:
@@ -40,7 +42,7 @@ class SpanSelector:
         valid = torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
         return self.order(finite(states), valid, n_keep).sort(dim=-1).values.unbind()
 
-    def order(self, states: Tensor, valid: Tensor, n_keep: int) -> Tensor:
+    def order(self, states: Tensor, valid: Tensor, n_keep: int, search: Search = dpp_order) -> Tensor:
         """The search itself, which waits for no value: rows in the order in which they are picked.
 
         Parameters
@@ -49,12 +51,14 @@ class SpanSelector:
         valid : Tensor of shape (n_samples, n_visual), bool
             False for rows that only fill a sample up; picked last.
         n_keep : int
+        search : callable
+            :func:`~sparsevlm.selection.greedy.dpp_order` or another way to the same picks.
 
         Returns
         -------
         Tensor of shape (n_samples, n_keep), int64
         """
-        return dpp_order(_centred(states.float(), valid), valid.float(), n_keep, rounds=True)
+        return search(_centred(states.float(), valid), valid.float(), n_keep, True)
 
 
 class SpanJointSelector:

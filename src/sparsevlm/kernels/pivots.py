@@ -1,0 +1,64 @@
+"""Greedy pivots of a Gram matrix: incremental Cholesky, in the order of the largest diagonal that is left."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .choice import takes_triton
+
+
+def pivots(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
+    """``argmax_i r_i² δ_i``, δ_i the diagonal of what the picks leave of the Gram matrix; ties to the lower index.
+
+    A row of which less than ``noise`` of its length is left is spanned: it comes after all others, by its quality.
+
+    Parameters
+    ----------
+    gram : Tensor of shape (batch, n, n), float32
+    quality : Tensor of shape (batch, n), float32
+        r, in [0, 1].
+    n_keep : int
+        In [1, n].
+    rounds : bool
+        Once all rows are spanned, go on as if none had been picked.
+    noise : float
+        Share of the squared length.
+
+    Returns
+    -------
+    Tensor of shape (batch, n_keep), int64
+        In the order of the picks.
+    """
+    if takes_triton(gram):
+        from .triton.pivots import pivots as twin
+
+        return twin(gram, quality, n_keep, rounds, noise)
+    return pivots_plain(gram, quality, n_keep, rounds, noise)
+
+
+def pivots_plain(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
+    """The truth."""
+    batch, n = quality.shape
+    length = gram.diagonal(dim1=-2, dim2=-1)
+    residual, factor = length.clone(), gram.new_zeros((batch, n_keep, n))
+    taken = torch.zeros((batch, n), dtype=torch.bool, device=gram.device)
+    in_round = gram.new_ones((batch, n_keep))
+    order = torch.empty((batch, n_keep), dtype=torch.int64, device=gram.device)
+    for step in range(n_keep):
+        spanned = residual <= noise * length
+        if rounds:
+            anew = (spanned | taken).all(dim=-1, keepdim=True)
+            residual = torch.where(anew, length, residual)
+            in_round[:, :step].masked_fill_(anew, 0.0)
+            spanned = residual <= noise * length
+        gain = torch.where(spanned, quality - 2.0, quality.square() * residual).masked_fill(taken, -torch.inf)
+        pick = gain.argmax(dim=-1, keepdim=True)
+        order[:, step] = pick[:, 0]
+        taken.scatter_(1, pick, True)
+        of_pick = factor[:, :step].gather(2, pick[:, None].expand(-1, step, 1)) * in_round[:, :step, None]
+        column = gram.gather(1, pick[:, None].expand(-1, 1, n))[:, 0] - (of_pick * factor[:, :step]).sum(dim=1)
+        left, none = residual.gather(1, pick), spanned.gather(1, pick)
+        factor[:, step] = torch.where(none, 0.0, column / left.masked_fill(none, 1.0).sqrt())
+        residual = residual - factor[:, step].square()
+    return order

@@ -1,0 +1,69 @@
+"""Pivots: the Triton twin against the plain function, and that against the search on the rows themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsevlm.kernels.pivots import pivots_plain
+from sparsevlm.kernels.triton.pivots import pivots
+from sparsevlm.selection import greedy
+from sparsevlm.selection.greedy import dpp_order
+
+NOISE = 1e-6
+
+
+def make(batch, n, size, device, seed=0, fillers=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(batch, n, size, generator=generator)
+    quality = torch.rand(batch, n, generator=generator)
+    if fillers:
+        rows[:, n - fillers :], quality[:, n - fillers :] = 0.0, 0.0
+    return rows.to(device), quality.to(device)
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize(
+    ("batch", "n", "size", "n_keep", "fillers"),
+    [(1, 1, 4, 1, 0), (1, 15, 40, 7, 0), (3, 63, 80, 30, 9), (2, 300, 20, 45, 0), (1, 577, 64, 20, 100)],
+)
+def test_twin(batch, n, size, n_keep, fillers, rounds, device):
+    """Where n_keep exceeds the size, the picks span everything before the end."""
+    rows, quality = make(batch, n, size, device, fillers=fillers)
+    gram = rows @ rows.mT
+    found = pivots(gram, quality, n_keep, rounds, NOISE)
+    assert torch.equal(found, pivots_plain(gram, quality, n_keep, rounds, NOISE))
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("kind", ["ones", "drawn"])
+def test_the_plain_function_searches_as_the_rows_do(kind, rounds):
+    rows, quality = make(2, 40, 60, "cpu", seed=3)
+    quality = torch.ones_like(quality) if kind == "ones" else quality
+    found = pivots_plain(rows @ rows.mT, quality, 33, rounds, NOISE)
+    assert torch.equal(found, dpp_order(rows, quality, 33, rounds))
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_equal_rows_are_taken_in_order(rounds, device):
+    rows = torch.full((1, 150, 8), 0.5, device=device)
+    order = pivots(rows @ rows.mT, torch.ones(1, 150, device=device), 140, rounds, NOISE)
+    assert order[0].tolist() == list(range(140))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [577, 4097, 16384])
+def test_long(n, device):
+    rows, quality = make(1, n, 256, device)
+    gram = rows @ rows.mT
+    assert torch.equal(pivots(gram, quality, 100, True, NOISE), pivots_plain(gram, quality, 100, True, NOISE))
+
+
+@pytest.mark.parametrize("most", [1, 2 * 40 * 40, 1 << 28])
+def test_the_search_by_products_is_that_on_the_rows(most, monkeypatch):
+    monkeypatch.setattr(greedy, "_MAX_GRAM_ELEMENTS", most)
+    rows, quality = make(5, 40, 60, "cpu", seed=3)
+    found = greedy.dpp_order_by_gram(rows, quality, 33, True)
+    assert torch.equal(found, dpp_order(rows, quality, 33, True))
+    found = greedy.dpp_order_by_gram(rows[0], quality[0], 9, False)
+    assert torch.equal(found, dpp_order(rows[0], quality[0], 9, False))
