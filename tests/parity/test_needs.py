@@ -156,7 +156,7 @@ def test_order_of_windows_matters_here():
     model, _ = build("qwen2_5_vl", *PROMPTS["one image"])
     order = vision_reference.window_order(model, 1, 3, 5)
     assert order == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
-    found = apply_sparsevlm(model, min_keep=4).view.vision_order(torch.tensor([[1, 6, 10]]))
+    found = apply_sparsevlm(model, min_keep=4).view.vision_windows(torch.tensor([[1, 6, 10]]))[0]
     assert found.tolist() == order
 
 

@@ -29,6 +29,7 @@ LEVELS = {
     "pictures": 4,
     "api": 5,
     "evaluation": 6,
+    "bench": 6,
     "plugins": 6,
     "cli": 7,
     "__main__": 8,

@@ -9,6 +9,7 @@ import typer
 
 from .. import __version__
 from ..collision import check_collision
+from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
 from .run import run
@@ -25,6 +26,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(run)
 app.command("eval")(evaluate)
+app.command()(bench)
 app.command()(visualize)
 
 

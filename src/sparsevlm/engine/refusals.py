@@ -41,7 +41,7 @@ def refuses_model(view: ModelView) -> str | None:
 def refuses_layer(layer: Any) -> str | None:
     """Why a decoder layer is not for the engine, which uses its parts and calls neither itself nor them."""
     for module in (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-        foreign = [hook for hook in module._forward_hooks.values() if not _is_idle(hook)]
+        foreign = [hook for hook in module._forward_hooks.values() if not is_idle(hook)]
         n_known = 1 if module is layer else 0  # this library's own
         if foreign or len(module._forward_pre_hooks) > n_known or "forward" in vars(module):
             return f"something is hooked to {type(module).__name__}, which the engine does not call"
@@ -51,7 +51,7 @@ def refuses_layer(layer: Any) -> str | None:
     return None
 
 
-def _is_idle(hook: Any) -> bool:
+def is_idle(hook: Any) -> bool:
     """Whether this is a hook that transformers leaves behind once outputs of layers were asked for."""
     return str(getattr(hook, "__module__", "")) == "transformers.utils.output_capturing"
 

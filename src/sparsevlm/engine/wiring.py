@@ -1,4 +1,4 @@
-"""Puts the engine in the place of the text model's forward pass, for the calls of ``generate`` that it can carry."""
+"""Puts the engine in the place of the model's own forward passes, for what it can carry."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
 from ..runtime.request import Request
+from ..runtime.state import EngineHost
 from ..runtime.view import ModelView
+from ..selection.context import VISION_NEEDS
 from .arena import Arena, Arenas
 from .prefill import LayerCache, pack, prefill
 from .programs import Programs
 from .refusals import refuses_generation, refuses_model, refuses_request
+from .vision import VisionPrograms, refuses_tower
 
 _UNCALLED = "no greedy or sampling call of generate"
 
@@ -59,52 +62,54 @@ class Engine:
     Parameters
     ----------
     view : ModelView
-    current_request : callable
-        The request of the pass that is running, if it may prune.
+    host : EngineHost
+        The state that the engine belongs to.
     """
 
-    def __init__(self, view: ModelView, current_request: Callable[[], Request | None]) -> None:
-        self._view, self._current_request = view, current_request
-        self._plain = view.text_model.forward
+    def __init__(self, view: ModelView, host: EngineHost) -> None:
+        self._host = host
+        self._begin(view, view.text_model.forward, view.vision_tower.forward)
+
+    def _begin(self, view: ModelView, plain: Callable[..., Any], plain_tower: Callable[..., Any]) -> None:
+        self._view, self._plain, self._plain_tower = view, plain, plain_tower
         self._room = 0
         self._reason: str | None = _UNCALLED
         self._decoding: tuple[Cache, Arena] | None = None
-        self._arenas, self._programs = Arenas(view), Programs(view)
+        self._arenas, self._programs, self._vision = Arenas(view), Programs(view), VisionPrograms(view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """The engine of a copied model: graphs cannot be copied, it records its own."""
         twin = object.__new__(Engine)
         memo[id(self)] = twin
-        view = copy.deepcopy(self._view, memo)
-        twin._view, twin._plain = view, copy.deepcopy(self._plain, memo)
-        twin._current_request = copy.deepcopy(self._current_request, memo)
-        twin._room, twin._reason, twin._decoding = 0, _UNCALLED, None
-        twin._arenas, twin._programs = Arenas(view), Programs(view)
+        twin._host = copy.deepcopy(self._host, memo)
+        view, plain = copy.deepcopy(self._view, memo), copy.deepcopy(self._plain, memo)
+        twin._begin(view, plain, copy.deepcopy(self._plain_tower, memo))
         return twin
 
     def attach(self) -> None:
-        """Take the place of the text model's forward pass."""
-        self._view.text_model.forward = self._forward  # a bound method: copies of the model get a copy of the engine
+        """Take the place of the forward passes."""
+        # Bound methods: copies of the model get a copy of the engine.
+        self._view.text_model.forward = self._forward
+        self._view.vision_tower.forward = self._see
 
     def detach(self) -> None:
-        """Give it back."""
-        vars(self._view.text_model).pop("forward", None)
+        """Give it back, and the memory."""
+        for module in (self._view.text_model, self._view.vision_tower):
+            vars(module).pop("forward", None)
         self._decoding = None
-        self._arenas.clear()
-        self._programs.clear()
+        for kept in (self._arenas, self._programs, self._vision):
+            kept.clear()
 
-    def consider(self, wanted: bool, model_kwargs: Mapping[str, Any], generation_config: Any) -> None:
+    def consider(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> None:
         """Note, before ``generate`` begins, what it will do.
 
         Parameters
         ----------
-        wanted : bool
-            The option ``engine``.
         model_kwargs, generation_config
             Of the call.
         """
         self._decoding = None
-        if not wanted:
+        if not self._host.wants_engine():
             self._reason = "engine=False"
             return
         self._reason = refuses_generation(model_kwargs, generation_config) or refuses_model(self._view)
@@ -112,11 +117,20 @@ class Engine:
         prompt = 0 if mask is None else mask.shape[1]
         self._room = generation_config.max_length - prompt
 
+    def _see(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        asks = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
+        reads = self._host.needs() & VISION_NEEDS
+        if asks or reads or torch.is_grad_enabled() or not self._host.wants_engine() or refuses_tower(self._view):
+            return self._plain_tower(hidden_states, grid_thw=grid_thw, **kwargs)
+        grids = tuple((t, h, w) for t, h, w in grid_thw.tolist())
+        hidden, tokens = self._vision(hidden_states, grids)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=tokens)
+
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if self._decoding is not None and self._decoding[0] is cache and cache is not None:
             return self._decode(cache, self._decoding[1], kwargs)
-        request = self._current_request()
+        request = self._host.running_request()
         reason = self._reason
         if cache is not None:  # without one, every step of generate is a pass like the first
             self._reason = _UNCALLED

@@ -30,9 +30,11 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 def rotate_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The truth, as transformers computes it in the decoder."""
+    """The truth, as transformers computes it: in the decoder with tables in the dtype of ``x``, in the vision tower
+    with tables in float32, which makes the products so."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return query * cos + _rotate_half(query) * sin, key * cos + _rotate_half(key) * sin
+    query_out, key_out = (x * cos + _rotate_half(x) * sin for x in (query, key))
+    return query_out.to(query.dtype), key_out.to(key.dtype)
 
 
 def _rotate_half(x: Tensor) -> Tensor:

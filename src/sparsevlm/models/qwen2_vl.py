@@ -54,7 +54,7 @@ def view(model: Any) -> ModelView:
         vision_attentions=tuple(tower.blocks[i].attn for i in full),
         vision_block_indices=full,
         n_vision_blocks=len(tower.blocks),
-        vision_order=None if named is None else partial(_window_order, tower),
+        vision_windows=None if named is None else partial(_windows, tower),
         image_token_id=model.config.image_token_id,
         video_token_id=model.config.video_token_id,
         special_token_ids=_special_token_ids(model),
@@ -62,8 +62,8 @@ def view(model: Any) -> ModelView:
     )
 
 
-def _window_order(tower: Any, grid_thw: Tensor) -> Tensor:
-    return get_vision_window_index(grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size)[0]
+def _windows(tower: Any, grid_thw: Tensor) -> tuple[Tensor, Tensor]:
+    return get_vision_window_index(grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size)
 
 
 def _special_token_ids(model: Any) -> frozenset[int]:

@@ -36,8 +36,21 @@ from .vision import VisionWatch, bound_arguments
 STATE_ATTRIBUTE = "_sparsevlm_state"
 
 
+class EngineHost(Protocol):
+    """What an engine may ask of the state that it belongs to."""
+
+    def running_request(self) -> Request | None:
+        """The request of the pass that is running, if it may prune."""
+
+    def wants_engine(self) -> bool:
+        """Whether the option ``engine`` is in force."""
+
+    def needs(self) -> frozenset[str]:
+        """What the selector in force needs."""
+
+
 class Engine(Protocol):
-    """What may take the place of the text model's forward pass."""
+    """What may take the place of the forward passes of vision tower and text model."""
 
     def attach(self) -> None:
         """Take the place."""
@@ -45,7 +58,7 @@ class Engine(Protocol):
     def detach(self) -> None:
         """Give it back."""
 
-    def consider(self, wanted: bool, model_kwargs: Mapping[str, Any], generation_config: Any) -> None:
+    def consider(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> None:
         """Note, before ``generate`` begins, what it will do."""
 
 
@@ -65,7 +78,7 @@ class SparseVLMState:
         view: ModelView,
         config: SparseVLMConfig,
         template: Template | None = None,
-        make_engine: Callable[[ModelView, Callable[[], Request | None]], Engine] | None = None,
+        make_engine: Callable[[ModelView, EngineHost], Engine] | None = None,
     ):
         self.view = view
         self.config = config
@@ -78,10 +91,10 @@ class SparseVLMState:
         self._report: tuple[Any, Report] | None = None
         self._logits_to_keep = 0
         self._threads = ThreadGuard(view)
-        self._vision = VisionWatch(view, self._needs, self._threads, self._wants_engine)
+        self._vision = VisionWatch(view, self.needs, self._threads, self.wants_engine)
         self._begin: Mark | None = None
         self._handles: list[RemovableHandle] = []
-        self._engine = None if make_engine is None else make_engine(view, self._running_request)
+        self._engine = None if make_engine is None else make_engine(view, self)
 
     @property
     def attached(self) -> bool:
@@ -176,9 +189,6 @@ class SparseVLMState:
     def _active(self) -> SparseVLMConfig:
         return self._overrides[-1] if self._overrides else self.config
 
-    def _needs(self) -> frozenset[str]:
-        return SelectorTraits.of(make_selector(self._active())).needs
-
     def _resolve(self, config: SparseVLMConfig) -> tuple[SparseVLMConfig, Selector, SelectorTraits, tuple[int, ...]]:
         """Options in force under the selector, itself, and target layers of a configuration, all checks made."""
         selector = make_selector(config)
@@ -199,14 +209,20 @@ class SparseVLMState:
     def _refuse_compilation(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
         check_prefill(generation_config)
         if self._engine is not None:
-            self._engine.consider(self._active().engine, model_kwargs, generation_config)
+            self._engine.consider(model_kwargs, generation_config)
         return False
 
-    def _wants_engine(self) -> bool:
+    def running_request(self) -> Request | None:
+        """The request of the pass that is running, if it may prune."""
+        return None if self._forward is None else self._forward.request
+
+    def wants_engine(self) -> bool:
+        """Whether the option ``engine`` is in force."""
         return self._active().engine
 
-    def _running_request(self) -> Request | None:
-        return None if self._forward is None else self._forward.request
+    def needs(self) -> frozenset[str]:
+        """What the selector in force needs."""
+        return SelectorTraits.of(make_selector(self._active())).needs
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._threads.claim()

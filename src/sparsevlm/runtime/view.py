@@ -34,9 +34,9 @@ class ModelView:
         The block of the tower that each of ``vision_attentions`` belongs to.
     n_vision_blocks : int
         Number of blocks of the tower.
-    vision_order : callable, optional
+    vision_windows : callable, optional
         From patch grids (t, h, w) to the index, in reading order, of each visual token in the order in which the tower
-        works; ``None``: it works in reading order.
+        works, and to where the windows begin, in patches; ``None``: it works in reading order, without windows.
     image_token_id, video_token_id : int
     special_token_ids : frozenset of int
         Tokens that never vote.
@@ -53,7 +53,7 @@ class ModelView:
     vision_attentions: tuple[Any, ...]
     vision_block_indices: tuple[int, ...]
     n_vision_blocks: int
-    vision_order: Callable[[Tensor], Tensor] | None
+    vision_windows: Callable[[Tensor], tuple[Tensor, Tensor]] | None
     image_token_id: int
     video_token_id: int
     special_token_ids: frozenset[int]

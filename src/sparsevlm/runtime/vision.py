@@ -74,7 +74,7 @@ class VisionWatch:
             self._varlen = VarlenVision(self._view)
         needs, probe = self._needs() & VISION_NEEDS, None
         if needs:
-            order = None if self._view.vision_order is None else self._view.vision_order(grid_thw)
+            order = None if self._view.vision_windows is None else self._view.vision_windows(grid_thw)[0]
             probe = VisionProbe(self._view, needs, order)
         self._running = (call, probe)
 

@@ -1,0 +1,1 @@
+"""What a model gains on the user's own device: ``sparsevlm bench``."""

@@ -1,0 +1,44 @@
+"""Fresh inputs: textured pixels that no cache has seen, and a text of random words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import N_TEXT, Case
+
+_BEFORE = 8  # text tokens in front of the picture
+
+
+def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    """Inputs of ``generate`` as the model's processor makes them.
+
+    Parameters
+    ----------
+    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    case : Case
+    generator : torch.Generator
+        On the model's device.
+    """
+    config, device = model.config, model.device
+    vision = config.vision_config
+    special = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
+    n_words = min(special) if min(special) > N_TEXT else config.text_config.vocab_size
+    words = torch.randint(0, n_words, (case.batch, N_TEXT - 2), generator=generator, device=device)
+
+    def column(token: int, n: int = 1) -> Tensor:
+        return torch.full((case.batch, n), token, dtype=torch.int64, device=device)
+
+    ids = [words[:, :_BEFORE], column(config.vision_start_token_id), column(config.image_token_id, case.side**2)]
+    input_ids = torch.cat([*ids, column(config.vision_end_token_id), words[:, _BEFORE:]], dim=1)
+    side = case.side * vision.spatial_merge_size
+    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    return {
+        "input_ids": input_ids,
+        "attention_mask": torch.ones_like(input_ids),
+        "mm_token_type_ids": (input_ids == config.image_token_id).long(),
+        "pixel_values": torch.randn(case.batch * side**2, size, generator=generator, device=device),
+        "image_grid_thw": torch.tensor([[1, side, side]] * case.batch, device=device),
+    }

@@ -1,0 +1,175 @@
+"""The vision tower as a fixed list of operations per set of grids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.vision_utils import get_vision_position_ids
+
+from ..kernels.activation import swiglu
+from ..kernels.norm import rms_norm
+from ..kernels.rotary import rotate
+from ..kernels.varlen_attention import varlen_attention
+from ..runtime.view import ModelView
+from .graphs import Recent, recorded
+from .refusals import is_idle
+
+Grids = tuple[tuple[int, int, int], ...]
+
+# Graphs that are kept; each holds the activations of its grids.
+_MOST_PROGRAMS = 4
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What depends on the grids alone.
+
+    Attributes
+    ----------
+    order, back : Tensor of shape (n_tokens,), int64, or None
+        From reading order to windows and back; ``None`` where the tower has no windows.
+    cos, sin : Tensor of shape (n_patches, head_dim), float32
+        In the order of windows.
+    frames, windows : Tensor of shape (n + 1,), int32
+        Where the sequences of blocks with full attention, and of the others, begin.
+    longest_frame, longest_window : int
+    """
+
+    order: Tensor | None
+    back: Tensor | None
+    cos: Tensor
+    sin: Tensor
+    frames: Tensor
+    windows: Tensor
+    longest_frame: int
+    longest_window: int
+
+
+def make_tables(view: ModelView, grids: Grids) -> Tables:
+    """Tables of a set of grids (t, h, w), in patches."""
+    tower: Any = view.vision_tower
+    weight = tower.patch_embed.proj.weight
+    on_cpu = torch.tensor(grids, dtype=torch.int64)
+    positions = get_vision_position_ids(on_cpu, view.spatial_merge_size).to(weight.device)
+    cos, sin = tower.rotary_pos_emb(weight.new_zeros(0, dtype=torch.float32), positions)
+    sizes = torch.repeat_interleave(on_cpu[:, 1] * on_cpu[:, 2], on_cpu[:, 0])
+    frames = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
+    order = back = None
+    windows = frames
+    if view.vision_windows is not None:
+        index, starts = view.vision_windows(on_cpu)
+        order, windows = index.to(weight.device), torch.as_tensor(starts, dtype=torch.int32)
+        back = torch.argsort(order)
+        cos, sin = _reordered(view, cos, order), _reordered(view, sin, order)
+    return Tables(
+        order, back, cos, sin, frames.to(weight.device), windows.to(weight.device),
+        int(frames.diff().max()), int(windows.diff().max()),
+    )  # fmt: skip
+
+
+def see(view: ModelView, tables: Tables, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode pictures.
+
+    Parameters
+    ----------
+    view : ModelView
+    tables : Tables
+    patches : Tensor of shape (n_patches, channels · frames · side²)
+        In the dtype of the tower.
+
+    Returns
+    -------
+    hidden : Tensor of shape (n_patches, hidden_size)
+        Of the last block, in the order in which the tower works.
+    tokens : Tensor of shape (n_tokens, text hidden_size)
+        Merged, in reading order.
+    """
+    tower: Any = view.vision_tower
+    hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))  # kernel and stride are the same
+    if tables.order is not None:
+        hidden = _reordered(view, hidden, tables.order)
+    for index, block in enumerate(tower.blocks):
+        is_full = index in view.vision_block_indices
+        offsets = tables.frames if is_full else tables.windows
+        longest = tables.longest_frame if is_full else tables.longest_window
+        attention = block.attn
+        normed, hidden = _normed(block.norm1, hidden, None)
+        query, key, value = attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+        query, key = rotate(query, key, tables.cos, tables.sin)
+        mixed = varlen_attention(query, key, value, offsets, longest, attention.scaling, causal=False)
+        normed, hidden = _normed(block.norm2, attention.proj(mixed.flatten(1)), hidden)
+        hidden = hidden + _mlp(block.mlp, normed)
+    tokens = tower.merger(hidden)
+    return hidden, tokens if tables.back is None else tokens[tables.back]
+
+
+def _normed(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not isinstance(norm, nn.LayerNorm):
+        return rms_norm(hidden, norm.weight, norm.variance_epsilon, residual)
+    total = hidden if residual is None else residual + hidden
+    return norm(total), total
+
+
+def _mlp(mlp: Any, hidden: Tensor) -> Tensor:
+    if not hasattr(mlp, "gate_proj"):
+        out: Tensor = mlp(hidden)
+        return out
+    return linear(swiglu(mlp.gate_proj(hidden), mlp.up_proj(hidden)), mlp.down_proj.weight, mlp.down_proj.bias)
+
+
+def _reordered(view: ModelView, patches: Tensor, order: Tensor) -> Tensor:
+    per_token = view.spatial_merge_size**2
+    return patches.unflatten(0, (-1, per_token))[order].flatten(0, 1)
+
+
+def refuses_tower(view: ModelView) -> bool:
+    """Whether something wants to be called inside the tower, or its weights are none that the kernels take."""
+    tower: Any = view.vision_tower
+    weight = tower.patch_embed.proj.weight
+    if tower.training or (weight.is_cuda and weight.dtype not in (torch.float16, torch.bfloat16)):
+        return True
+    if weight.device != next(tower.merger.parameters()).device:
+        return True
+    modules = [module for block in tower.blocks for module in block.modules()]
+    hooks = [hook for module in modules for hook in (module._forward_hooks | module._forward_pre_hooks).values()]
+    return any(not is_idle(hook) for hook in hooks)
+
+
+class VisionPrograms:
+    """The vision programs of a model, by grids.
+
+    Parameters
+    ----------
+    view : ModelView
+    """
+
+    def __init__(self, view: ModelView) -> None:
+        self._view = view
+        self._programs: Recent[Grids, _Program] = Recent(_MOST_PROGRAMS)
+
+    def __call__(self, patches: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
+        """As :func:`see`."""
+        program = self._programs.get(grids, lambda: _Program(self._view, grids, patches))
+        hidden, tokens = program(patches)
+        return hidden.clone(), tokens.clone()
+
+    def clear(self) -> None:
+        """Free them all."""
+        self._programs.clear()
+
+
+class _Program:
+    def __init__(self, view: ModelView, grids: Grids, like: Tensor) -> None:
+        weight: Any = view.vision_tower.patch_embed
+        tables = make_tables(view, grids)
+        self._patches = torch.zeros_like(like, dtype=weight.proj.weight.dtype)
+        self._run: Callable[[], tuple[Tensor, Tensor]] = recorded(lambda: see(view, tables, self._patches), like.device)
+
+    def __call__(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        self._patches.copy_(patches)
+        return self._run()
