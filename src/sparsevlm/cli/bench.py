@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "float16", "bfloat16")
 ABOUT = (
-    "Milliseconds, median. first token: until its logits are there; /token: of every further one. x: how many times faster "
-    "than hf-dense in the same run; floor: times the least that this device can take for what has to be computed and read. "
-    "The weights are {weights}: time depends on the shape, not on them."
+    "Milliseconds, median. first token: until its logits are there; /token: of every further one. x: how many times "
+    "faster than hf-dense in the same run; floor: times the least that this device can take for what has to be "
+    "computed and read. The weights are {weights}: time depends on the shape, not on them."
 )
 
 
@@ -76,9 +76,7 @@ def _budgets(text: str) -> tuple[float, ...]:
     except ValueError as error:
         raise ValueError(f"--keep must be fractions with commas, such as 0.5,0.25, got {text!r}.") from error
     if not found or not all(0.0 < keep < 1.0 for keep in found):
-        raise ValueError(
-            f"--keep must be fractions between 0 and 1, got {text!r}; the dense engine is always measured."
-        )
+        raise ValueError(f"--keep must be fractions between 0 and 1, got {text!r}; 1 is always measured.")
     return found
 
 
