@@ -44,7 +44,7 @@ def accuracy_table(rows: list[StoredRow]) -> str:
     Raises
     ------
     ValueError
-        If there are no rows, or dense ones of several runs differ in what they were measured on.
+        If there are no rows, or those of several runs that show the same setting differ in what they measured.
     """
     if not rows:
         raise ValueError("no stored row fits the filter of a table")
@@ -56,7 +56,9 @@ def accuracy_table(rows: list[StoredRow]) -> str:
     settings: dict[tuple[str, ...], dict[str, StoredRow]] = {}
     for row in rows:
         key = (row["selector"], row["target_layers"], row["keep"], row["seed"], row["options"])
-        settings.setdefault(key, {})[row["task"]] = row
+        by_task = settings.setdefault(key, {})
+        _check_same(by_task.get(row["task"]), row)
+        by_task[row["task"]] = row
     for (selector, layers, keep, _, options), by_task in settings.items():
         is_dense = selector == "dense"
         # A run of one task has no average of its own.
@@ -71,6 +73,17 @@ def accuracy_table(rows: list[StoredRow]) -> str:
             + " |"
         )
     return "\n".join([*lines, "", _origin(rows)]) + "\n"
+
+
+def _check_same(before: StoredRow | None, row: StoredRow) -> None:
+    """Two runs may show the same setting, the dense one for example, if they measured the same."""
+    told = ("n", "n_visual", "data", "weights", "dtype", "device")
+    if before is not None and any(before[name] != row[name] for name in told):
+        what = ", ".join(name for name in told if before[name] != row[name])
+        raise ValueError(
+            f"runs {before['run']} and {row['run']} both have {row['selector']} on {row['task']}, and differ in "
+            f"{what}: narrow the filter"
+        )
 
 
 def _place(selector: str, layers: str) -> str:

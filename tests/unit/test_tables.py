@@ -35,7 +35,8 @@ def row(task, selector="random", keep="0.5", **changes):
     made = {"task": task, "selector": selector, "keep": keep, "target_layers": "0 4", "seed": "0", "options": ""}
     made |= {"retained": "91.26", "ci_low": "90.0", "ci_high": "92.5", "dense_score": "0.995", "n": "100"}
     made |= {"avg_tokens": "128.0", "n_visual": "256.0", "dtype": "float32", "device": "CPU", "commit": "abc"}
-    return made | {"torch": "2.13", "transformers": "5.23"} | changes
+    made |= {"torch": "2.13", "transformers": "5.23", "data": "d", "weights": "w", "run": "r"}
+    return made | changes
 
 
 def test_a_table_has_a_line_per_setting(tables):
@@ -50,6 +51,13 @@ def test_a_table_has_a_line_per_setting(tables):
     assert "| divprune | before | 0.5 |" in tables.accuracy_table([row("number", "divprune")])
     with pytest.raises(ValueError, match="no stored row"):
         tables.accuracy_table([])
+
+
+def test_runs_that_measured_something_else_are_not_mixed(tables):
+    lines = tables.accuracy_table([row("number", "dense"), row("number", "dense", run="other")]).splitlines()
+    assert len(lines) == 5
+    with pytest.raises(ValueError, match="runs r and other both have dense on number, and differ in n"):
+        tables.accuracy_table([row("number", "dense"), row("number", "dense", n="200", run="other")])
 
 
 def test_a_run_of_one_task_is_its_own_average(tables):
