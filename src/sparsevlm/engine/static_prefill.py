@@ -203,12 +203,12 @@ def _compact(
     """
     filler = n_rows - 1
     goes_on = torch.ones(n_rows, dtype=torch.bool, device=visual_rows.device)
-    goes_on[torch.where(valid, visual_rows, filler).flatten()] = False
+    goes_on.index_fill_(0, torch.where(valid, visual_rows, filler).flatten(), False)
     counts = torch.arange(chosen.shape[1], device=chosen.device) < left[:, None]
     chosen_rows = visual_rows.gather(1, chosen)
     # Rows of tokens that do not count are written to one place behind the end.
     flags = torch.cat([goes_on, goes_on.new_zeros(1)])
-    flags[torch.where(counts, chosen_rows, n_rows).flatten()] = True
+    flags.index_fill_(0, torch.where(counts, chosen_rows, n_rows).flatten(), True)
     rows = torch.argsort(~flags[:n_rows], stable=True)[:room]
     place = flags[:n_rows].cumsum(dim=0) - 1
     return rows, torch.where(counts, place[chosen_rows], room - 1)
