@@ -210,3 +210,25 @@ def test_selectors_that_look_into_the_vision_tower_see_the_same(selector):
     with state.options(engine=True):
         answers(model, inputs, **GREEDY)
     assert [sample.stages[0].kept for sample in state.report.samples] == kept
+
+
+def test_a_forward_that_others_had_set_is_called_and_given_back():
+    """As accelerate does for models over several devices."""
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    wanted = answers(model, inputs, **GREEDY)
+    text_model, calls = model.model.language_model, []
+    own = text_model.forward
+
+    def wrapped(*args, **kwargs):
+        calls.append(1)
+        return own(*args, **kwargs)
+
+    text_model.forward = wrapped
+    apply_sparsevlm(model, **OPTIONS)
+    answers(model, inputs, **GREEDY)
+    assert len(calls) == GREEDY["max_new_tokens"]
+    apply_sparsevlm(model, **OPTIONS)
+    remove_sparsevlm(model)
+    assert text_model.forward is wrapped
+    assert torch.equal(answers(model, inputs, **GREEDY), wanted)
+    assert "forward" not in vars(model.model.visual)

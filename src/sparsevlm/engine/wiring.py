@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
 
@@ -72,6 +72,7 @@ class Engine:
 
     def _begin(self, view: ModelView, plain: Callable[..., Any], plain_tower: Callable[..., Any]) -> None:
         self._view, self._plain, self._plain_tower = view, plain, plain_tower
+        self._before: dict[nn.Module, Any] = {}
         self._room = 0
         self._reason: str | None = _UNCALLED
         self._decoding: tuple[Cache, Arena] | None = None
@@ -84,18 +85,23 @@ class Engine:
         twin._host = copy.deepcopy(self._host, memo)
         view, plain = copy.deepcopy(self._view, memo), copy.deepcopy(self._plain, memo)
         twin._begin(view, plain, copy.deepcopy(self._plain_tower, memo))
+        twin._before = copy.deepcopy(self._before, memo)
         return twin
 
     def attach(self) -> None:
         """Take the place of the forward passes."""
         # Bound methods: copies of the model get a copy of the engine.
-        self._view.text_model.forward = self._forward
-        self._view.vision_tower.forward = self._see
+        for module, ours in ((self._view.text_model, self._forward), (self._view.vision_tower, self._see)):
+            self._before[module] = vars(module).get("forward")  # accelerate, for one, sets one
+            module.forward = ours
 
     def detach(self) -> None:
         """Give it back, and the memory."""
-        for module in (self._view.text_model, self._view.vision_tower):
+        for module, before in self._before.items():
             vars(module).pop("forward", None)
+            if before is not None:
+                module.forward = before
+        self._before.clear()
         self._decoding = None
         for kept in (self._arenas, self._programs, self._vision):
             kept.clear()
