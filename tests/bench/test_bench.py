@@ -81,6 +81,16 @@ def test_wrong_answers_are_not_timed(monkeypatch):
         gate.check(providers, inputs)
 
 
+def test_want_of_memory_is_a_row(monkeypatch):
+    def fail(*args):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(gate, "check", fail)
+    rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), 1, 1), ORIGIN)
+    assert len(rows) == 8
+    assert all(row["note"].startswith("out of memory") and row["p50"] == "" for row in rows)
+
+
 def test_a_shared_copy_has_the_weights_of_its_model():
     model = tiny_model()
     twin = shared_copy(model)

@@ -81,7 +81,8 @@ def run(
     with torch.no_grad():
         for case in cases:
             found = _measure(case, providers, settings, generator, ceilings)
-            filled = [{**dict.fromkeys(COLUMNS, ""), **_place(model), **origin, **row} for row in found]
+            shared = {**dict.fromkeys(COLUMNS, ""), **_place(model), **origin}
+            filled = [{**shared, **row} for row in found]
             rows += filled
             on_case(case, filled)
     return rows
@@ -97,7 +98,11 @@ def _measure(
     for iteration in range(-settings.warmup, settings.iterations):
         inputs = fresh_inputs(providers[0].model, case, generator)
         if iteration == -settings.warmup:
-            gate.check(providers, inputs)
+            try:
+                gate.check(providers, inputs)
+            except torch.OutOfMemoryError:  # unchecked answers are not timed
+                notes = dict.fromkeys(providers, "out of memory while answers were compared")
+                break
         for provider in list(alive):
             try:
                 found, peak = _call(provider, case, inputs)

@@ -9,8 +9,6 @@ import torch
 
 from ..runtime.clock import Mark
 
-PHASES = ("vision", "prefill", "first_token", "decode_per_token", "total", "overhead")
-
 
 class PhaseTimer:
     """Watches a model's vision tower, decoder and forward pass.

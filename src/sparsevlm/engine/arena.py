@@ -108,8 +108,8 @@ class Arena:
         return decode_step(self._view, self.state, self._hidden, self._position_ids)
 
 
-class Arenas:
-    """The arenas of a model, those used last kept.
+class Arenas(Recent[Bucket, Arena]):
+    """The arenas of a model.
 
     Parameters
     ----------
@@ -117,19 +117,12 @@ class Arenas:
     """
 
     def __init__(self, view: ModelView) -> None:
+        super().__init__(_MOST_ARENAS)
         self._view = view
-        self._arenas: Recent[Bucket, Arena] = Recent(_MOST_ARENAS)
-
-    def __len__(self) -> int:
-        return len(self._arenas)
 
     def take(self, prompt: Sequence[LayerCache], batch: int, room: int) -> Arena:
         """An arena that holds a request."""
         bucket = Bucket.of(prompt, batch, room)
-        arena = self._arenas.get(bucket, lambda: Arena(self._view, bucket, prompt))
+        arena = self.get(bucket, lambda: Arena(self._view, bucket, prompt))
         arena.load(prompt)
         return arena
-
-    def clear(self) -> None:
-        """Free them all."""
-        self._arenas.clear()

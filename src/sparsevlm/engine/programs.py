@@ -19,41 +19,7 @@ from .static_prefill import Inputs, Outputs, Plan
 _MOST_PROGRAMS = 4
 
 
-class Programs:
-    """Runs prompts whose choices are made on the device.
-
-    Parameters
-    ----------
-    view : ModelView
-    """
-
-    def __init__(self, view: ModelView) -> None:
-        self._view = view
-        self._programs: Recent[Plan, _Program] = Recent(_MOST_PROGRAMS)
-
-    @staticmethod
-    def takes(request: Request) -> bool:
-        """Whether the selector's choice waits for nothing."""
-        return type(request.selector) is SpanSelector
-
-    def prefill(self, request: Request, packed: Packed) -> tuple[Tensor, list[LayerCache]]:
-        """As :func:`sparsevlm.engine.prefill.prefill`; the caches are overwritten by the next call."""
-        bucket, counts = static_prefill.plan(request)
-        given = static_prefill.make_inputs(request, packed, bucket, counts)
-        assert isinstance(request.selector, SpanSelector)
-        selector = request.selector
-        program = self._programs.get(bucket, lambda: _Program(self._view, bucket, selector, given))
-        found = program(given)
-        kept = [rows.clone() for rows in found.kept]
-        static_prefill.record(request, bucket, counts, kept, self._view.n_layers)
-        return found.hidden.clone(), found.caches
-
-    def clear(self) -> None:
-        """Free them all."""
-        self._programs.clear()
-
-
-class _Program:
+class Program:
     """One bucket's program with its own inputs."""
 
     def __init__(self, view: ModelView, bucket: Plan, selector: SpanSelector, like: Inputs) -> None:
@@ -66,3 +32,33 @@ class _Program:
         for field in dataclasses.fields(given):
             getattr(self._inputs, field.name).copy_(getattr(given, field.name))
         return self._run()
+
+
+class Programs(Recent[Plan, Program]):
+    """Runs prompts whose choices are made on the device.
+
+    Parameters
+    ----------
+    view : ModelView
+    """
+
+    def __init__(self, view: ModelView) -> None:
+        super().__init__(_MOST_PROGRAMS)
+        self._view = view
+
+    @staticmethod
+    def takes(request: Request) -> bool:
+        """Whether the selector's choice waits for nothing."""
+        return type(request.selector) is SpanSelector
+
+    def prefill(self, request: Request, packed: Packed) -> tuple[Tensor, list[LayerCache]]:
+        """As :func:`sparsevlm.engine.prefill.prefill`; the caches are overwritten by the next call."""
+        bucket, counts = static_prefill.plan(request)
+        given = static_prefill.make_inputs(request, packed, bucket, counts)
+        assert isinstance(request.selector, SpanSelector)
+        selector = request.selector
+        program = self.get(bucket, lambda: Program(self._view, bucket, selector, given))
+        found = program(given)
+        kept = [rows.clone() for rows in found.kept]
+        static_prefill.record(request, bucket, counts, kept, self._view.n_layers)
+        return found.hidden.clone(), found.caches

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..runtime.pruner import record_decisions, record_without_visual
+from ..runtime.reading import make_context
 from ..runtime.request import Request
 from ..selection.context import Selection, SelectionContext
 
@@ -30,18 +31,7 @@ def select(request: Request, packed: Packed, target: int, previous: Tensor) -> l
 
 
 def _context(request: Request, packed: Packed, b: int, target: int, previous: Tensor) -> SelectionContext:
-    sample, needs = request.samples[b], request.traits.needs
-    positions, coordinates = sample.positions, request.coordinates
-    rows = packed.local(b, positions)
-    features = None if request.features is None else request.features[b]
-    return SelectionContext(
-        layer=target,
-        sample=b,
-        config=request.config,
-        hidden_states=packed.hidden[rows],
-        coordinates=positions.expand(3, -1) if coordinates is None else coordinates[:, b][:, positions],
-        indices=sample.alive.clone(),
-        features=features[positions] if features is not None and "features" in needs else None,
-        text_features=features[sample.text] if features is not None and "text_features" in needs else None,
-        previous_hidden_states=previous[rows] if "previous_hidden_states" in needs and target >= 0 else None,
-    )
+    rows = packed.local(b, request.samples[b].positions)
+    wants_previous = "previous_hidden_states" in request.traits.needs and target >= 0
+    before = previous[rows] if wants_previous else None
+    return make_context(request, b, target, packed.hidden[rows], previous_hidden_states=before)

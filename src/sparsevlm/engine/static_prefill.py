@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.varlen_attention import varlen_attention
 from ..runtime.request import Request, StageRecord
 from ..runtime.view import ModelView
+from ..selection.decide import nothing_to_drop
 from ..selection.greedy import dpp_order, dpp_order_by_gram
 from ..selection.selectors.span import SpanSelector
 from .arena import round_up, step_of
@@ -63,7 +64,8 @@ def count(request: Request) -> tuple[tuple[int, ...], Counts]:
         left = []
         for sample, n in zip(request.samples, visual[-1], strict=True):
             assert sample.plan is not None  # of a fixed budget
-            left.append(n if n <= request.config.min_keep else min(n, sample.plan.counts[stage]))
+            n_keep = sample.plan.counts[stage]
+            left.append(n_keep if nothing_to_drop(n, n_keep, request.config.min_keep) is None else n)
         if left != visual[-1]:
             targets.append(target)
             visual.append(left)
@@ -218,21 +220,14 @@ def record(request: Request, bucket: Plan, counts: Counts, kept: Sequence[Tensor
     """Bring a request's samples up to date, as the plain path does, without waiting for the device."""
     by_layer = [sum(target < layer_idx for target in bucket.targets) for layer_idx in range(n_layers)]
     for b, sample in enumerate(request.samples):
+        assert sample.plan is not None  # of a fixed budget
         sample.layer_tokens += [counts.visual[stage][b] for stage in by_layer]
-        for target in request.target_layers:
-            stage = sum(other <= target for other in bucket.targets)
-            before = counts.visual[stage - 1 if target in bucket.targets else stage][b]
-            dropped = target in bucket.targets and counts.visual[stage][b] < before
-            if dropped:
-                sample.alive = kept[stage - 1][b, : counts.visual[stage][b]]
-            skipped = None if dropped else _why_not(request, before)
-            sample.stages.append(StageRecord(target, before, None, skipped))
-            sample.stages[-1].kept = sample.alive if before else None
-
-
-def _why_not(request: Request, n_visual: int) -> str:
-    if not n_visual:
-        return "no image or video in this sample"
-    if n_visual <= request.config.min_keep:
-        return f"{n_visual} visual tokens are not more than min_keep={request.config.min_keep}"
-    return "the budget keeps every visual token here"
+        for target, n_keep in zip(request.target_layers, sample.plan.counts, strict=True):
+            n_in = sample.alive.shape[0]
+            skipped = nothing_to_drop(n_in, n_keep, request.config.min_keep)
+            if skipped is None:
+                stage = bucket.targets.index(target)
+                sample.alive = kept[stage][b, : counts.visual[stage + 1][b]]
+            record = StageRecord(target, n_in, None, skipped)
+            record.kept = sample.alive if n_in else None
+            sample.stages.append(record)

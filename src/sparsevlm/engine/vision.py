@@ -140,30 +140,9 @@ def refuses_tower(view: ModelView) -> bool:
     return any(not is_idle(hook) for hook in hooks)
 
 
-class VisionPrograms:
-    """The vision programs of a model, by grids.
+class VisionProgram:
+    """The program of one set of grids, with its own patches."""
 
-    Parameters
-    ----------
-    view : ModelView
-    """
-
-    def __init__(self, view: ModelView) -> None:
-        self._view = view
-        self._programs: Recent[Grids, _Program] = Recent(_MOST_PROGRAMS)
-
-    def __call__(self, patches: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
-        """As :func:`see`."""
-        program = self._programs.get(grids, lambda: _Program(self._view, grids, patches))
-        hidden, tokens = program(patches)
-        return hidden.clone(), tokens.clone()
-
-    def clear(self) -> None:
-        """Free them all."""
-        self._programs.clear()
-
-
-class _Program:
     def __init__(self, view: ModelView, grids: Grids, like: Tensor) -> None:
         weight: Any = view.vision_tower.patch_embed
         tables = make_tables(view, grids)
@@ -173,3 +152,22 @@ class _Program:
     def __call__(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         self._patches.copy_(patches)
         return self._run()
+
+
+class VisionPrograms(Recent[Grids, VisionProgram]):
+    """The vision programs of a model, by grids.
+
+    Parameters
+    ----------
+    view : ModelView
+    """
+
+    def __init__(self, view: ModelView) -> None:
+        super().__init__(_MOST_PROGRAMS)
+        self._view = view
+
+    def __call__(self, patches: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
+        """As :func:`see`."""
+        program = self.get(grids, lambda: VisionProgram(self._view, grids, patches))
+        hidden, tokens = program(patches)
+        return hidden.clone(), tokens.clone()

@@ -125,8 +125,9 @@ class Engine:
 
     def _see(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         asks = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
-        reads = self._host.needs() & VISION_NEEDS
-        if asks or reads or torch.is_grad_enabled() or not self._host.wants_engine() or refuses_tower(self._view):
+        if not self._host.wants_engine() or asks or torch.is_grad_enabled():
+            return self._plain_tower(hidden_states, grid_thw=grid_thw, **kwargs)
+        if self._host.needs() & VISION_NEEDS or refuses_tower(self._view):
             return self._plain_tower(hidden_states, grid_thw=grid_thw, **kwargs)
         grids = tuple((t, h, w) for t, h, w in grid_thw.tolist())
         hidden, tokens = self._vision(hidden_states, grids)

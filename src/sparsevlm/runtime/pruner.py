@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..selection.context import Selection, SelectionContext
-from ..selection.decide import decide
+from ..selection.decide import decide, nothing_to_drop
 from ..selection.recycle import merge_hidden_states
 from .cache import DEAD, SlotTable, adopt
 from .clock import Mark
@@ -157,7 +157,8 @@ def record_without_visual(request: Request, target: int) -> None:
     """The stage of samples that have nothing to drop."""
     for sample in request.samples:
         if not sample.alive.shape[0]:
-            sample.stages.append(StageRecord(target, 0, None, "no image or video in this sample"))
+            why = nothing_to_drop(0, None, request.config.min_keep)
+            sample.stages.append(StageRecord(target, 0, None, why))
 
 
 def record_decisions(

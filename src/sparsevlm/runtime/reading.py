@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -89,24 +91,34 @@ def context_of(
     forward: Forward, request: Request, b: int, target: int, hidden: Tensor, rater_mask: Tensor | None
 ) -> SelectionContext:
     """The context of one sample at a target layer whose output is ``hidden``, with what the selector needs."""
-    sample, needs = request.samples[b], request.traits.needs
-    positions, coordinates = sample.positions, request.coordinates
-    features = None if request.features is None else request.features[b].to(hidden.device)
+    sample = request.samples[b]
     vision = forward.vision[b].at(sample.alive) if forward.vision else VisionRows()
-    return SelectionContext(
-        layer=target,
-        sample=b,
-        config=request.config,
-        hidden_states=hidden[b, request.local_rows(b, positions)],
-        coordinates=positions.expand(3, -1)
-        if coordinates is None
-        else coordinates[:, b].to(hidden.device)[:, positions],
-        indices=sample.alive.clone(),  # a selector may write into what it is given
-        features=features[positions] if features is not None and "features" in needs else None,
-        text_features=features[sample.text] if features is not None and "text_features" in needs else None,
+    return make_context(
+        request,
+        b,
+        target,
+        hidden[b, request.local_rows(b, sample.positions)],
         rater_attention=None if rater_mask is None else forward.text_attention[b][rater_mask],
         last_attention=forward.last_attention[b][0] if forward.last_attention else None,
         vision_attention=vision.vision_attention,
         vision_keys=vision.vision_keys,
         previous_hidden_states=forward.previous[b] if forward.previous else None,
+    )
+
+
+def make_context(request: Request, b: int, target: int, hidden_states: Tensor, **read: Any) -> SelectionContext:
+    """The context of one sample with ``hidden_states`` left: what the request knows of it, and ``read``."""
+    sample, needs, device = request.samples[b], request.traits.needs, hidden_states.device
+    positions, coordinates = sample.positions, request.coordinates
+    features = None if request.features is None else request.features[b].to(device)
+    return SelectionContext(
+        layer=target,
+        sample=b,
+        config=request.config,
+        hidden_states=hidden_states,
+        coordinates=positions.expand(3, -1) if coordinates is None else coordinates[:, b].to(device)[:, positions],
+        indices=sample.alive.clone(),  # a selector may write into what it is given
+        features=features[positions] if features is not None and "features" in needs else None,
+        text_features=features[sample.text] if features is not None and "text_features" in needs else None,
+        **read,
     )

@@ -71,13 +71,23 @@ def decide(
     return [decisions[i] for i in range(len(contexts))]
 
 
+def nothing_to_drop(n_visual: int, n_keep: int | None, min_keep: int) -> str | None:
+    """Why a sample of ``n_visual`` tokens loses none of them, ``n_keep`` (if a budget names it) of which are to go on;
+    ``None``: it loses some."""
+    if not n_visual:
+        return "no image or video in this sample"
+    if n_visual <= min_keep:
+        return f"{n_visual} visual tokens are not more than min_keep={min_keep}"
+    if n_keep is not None and n_keep >= n_visual:
+        return "the budget keeps every visual token here"
+    return None
+
+
 def _apply_budget(context: SelectionContext, traits: SelectorTraits, n_keep: int | None) -> _Task | Decision:
     config, n_visual = context.config, context.n_visual
-    if n_visual <= config.min_keep:
-        return Decision(None, None, f"{n_visual} visual tokens are not more than min_keep={config.min_keep}")
+    if (why := nothing_to_drop(n_visual, n_keep, config.min_keep)) is not None:
+        return Decision(None, None, why)
     if n_keep is not None:
-        if n_keep >= n_visual:
-            return Decision(None, None, "the budget keeps every visual token here")
         return _Task(context, n_keep)
     assert context.rater_attention is not None
     rank = sketch_rank(context.rater_attention, config.rank_tolerance)

@@ -3,7 +3,7 @@
 Our own. Greedy volume: each pick is the token of which the picks so far explain the least, the pivots of a QR
 decomposition with column pivoting (Businger and Golub 1965) of the tokens at the target layer, centred. Importance and
 coverage in one: a token counts by how far it lies from what is common to all, and only by what no pick has said yet.
-``docs/ablation.md`` tells what was tried around it. Runs at target layers.
+Runs at target layers. ``docs/ablation.md`` has its measurements.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class SpanSelector:
         Parameters
         ----------
         states : Tensor of shape (n_samples, n_visual, hidden_size)
+            In float32 it is overwritten: a whole batch of states is not held twice.
         valid : Tensor of shape (n_samples, n_visual), bool
             False for rows that only fill a sample up; picked last.
         n_keep : int
@@ -58,7 +59,7 @@ class SpanSelector:
         -------
         Tensor of shape (n_samples, n_keep), int64
         """
-        return search(_centred(states.float(), valid), valid.float(), n_keep, True)
+        return search(_centre(states.float(), valid), valid.float(), n_keep, True)
 
 
 class SpanJointSelector:
@@ -83,7 +84,7 @@ class SpanJointSelector:
     def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int) -> Sequence[Selection]:
         """The same for several samples with as many tokens each, the choice in as many steps as for one."""
         states = finite(torch.stack([context.hidden_states for context in contexts]))
-        states = _centred(states, torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device))
+        states = _centre(states, torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device))
         attention = finite(torch.stack([_last_attention(context) for context in contexts]))
         relative = attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
         quality = relative.clamp_min(1e-6) ** self.alpha  # a token that nobody looks at still has its place
@@ -110,25 +111,21 @@ def _last_attention(context: SelectionContext) -> Tensor:
     return context.last_attention
 
 
-def _centred(states: Tensor, valid: Tensor) -> Tensor:
-    """States minus their mean, scaled so that the mean length is 1; what is left of equal states by rounding is 0.
+def _centre(states: Tensor, valid: Tensor) -> Tensor:
+    """In place: minus their mean, scaled so that the mean length is 1; what rounding leaves of equal states becomes 0.
 
     Parameters
     ----------
     states : Tensor of shape (n_samples, n_visual, hidden_size), float32
     valid : Tensor of shape (n_samples, n_visual), bool
         The other rows become 0.
-
-    Returns
-    -------
-    Tensor of the same shape
     """
-    inside = valid.unsqueeze(-1)
-    states = states.masked_fill(~inside, 0.0)  # a copy: changed in place below
+    outside = ~valid.unsqueeze(-1)
     n_valid = valid.sum(dim=-1, keepdim=True).unsqueeze(-1).clamp_min(1)
+    states.masked_fill_(outside, 0.0)
     rounding = 1e-6 * states.norm(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
     states -= states.sum(dim=-2, keepdim=True) / n_valid
-    states.masked_fill_(~inside, 0.0)
+    states.masked_fill_(outside, 0.0)
     length = states.norm(dim=-1, keepdim=True)
     states /= (length.sum(dim=-2, keepdim=True) / n_valid).clamp_min(1e-30)
     return states.masked_fill_(length <= rounding, 0.0)
