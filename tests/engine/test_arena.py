@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine import arena, programs
+from sparsevlm.engine import buckets, programs
 from toys import PROMPTS, make_inputs, tiny_model
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -16,17 +16,17 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 @given(st.integers(1, 100_000))
 def test_a_bucket_is_at_most_an_eighth_larger(n):
-    rounded = arena.round_up(n)
+    rounded = buckets.round_up(n)
     assert n <= rounded < n + max(16, n / 8 + 1)
-    assert arena.round_up(rounded) == rounded
+    assert buckets.round_up(rounded) == rounded
 
 
-def test_requests_of_like_size_share_an_arena():
+def test_requests_of_like_size_share_a_program():
     model = tiny_model()
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], engine=True)
-    pool = state._engine._arenas
     for seed in range(3):
         model.generate(**make_inputs(*PROMPTS["one image"], seed=seed), **GREEDY)
+    pool = state._engine._programs
     assert len(pool) == 1
     model.generate(**make_inputs([("text", 90), ("image", 4, 6), ("text", 7)]), **GREEDY)
     assert len(pool) == 2
@@ -34,23 +34,23 @@ def test_requests_of_like_size_share_an_arena():
     assert len(pool) == 0
 
 
-def test_the_last_request_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(arena, "_MOST_ARENAS", 1)
+@pytest.mark.parametrize("selector", ["span", "random"])
+def test_the_last_request_leaves_no_trace(selector, monkeypatch):
     monkeypatch.setattr(programs, "_MOST_PROGRAMS", 1)
     model = tiny_model()
     prompts = [make_inputs([("text", 3), ("image", 4, 6), ("text", n)], seed=n) for n in (7, 5, 8, 7)]
-    state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2])
+    state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], selector=selector)
     wanted = [model.generate(**inputs, **GREEDY) for inputs in prompts]
     with state.options(engine=True):
         for _ in range(2):
             for inputs, answer in zip(prompts, wanted, strict=True):
                 assert torch.equal(model.generate(**inputs, **GREEDY), answer)
-    assert len(state._engine._arenas) == 1
+    assert len(state._engine._programs if selector == "span" else state._engine._arenas) == 1
 
 
 @pytest.mark.gpu
 def test_a_captured_step_says_what_the_plain_path_says():
-    model = tiny_model().cuda()
+    model = tiny_model().cuda().bfloat16()
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2])
     for prompt in PROMPTS.values():
         inputs = {name: value.cuda() for name, value in make_inputs(*prompt).items()}

@@ -11,6 +11,7 @@ import torch
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.decode import begin_decode, decode_step
 from sparsevlm.engine.prefill import pack, prefill
+from sparsevlm.engine.weights import Weights
 from sparsevlm.runtime.recorder import make_report
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
@@ -58,13 +59,15 @@ def test_the_engine_says_what_the_plain_path_says(prompt, name, family):
     report = state.report
     with torch.no_grad():
         request = seen["request"]
-        hidden, caches = prefill(state.view, request, pack(state.view, request, seen["embeds"], seen["positions"]))
+        weights = Weights(state.view)
+        packed = pack(state.view, request, seen["embeds"], seen["positions"])
+        hidden, caches = prefill(state.view, weights, request, packed)
         logits = [model.lm_head(hidden)]
-        positions = seen["positions"].amax(dim=(0, 2))[None, :, None].expand(3, -1, 1) + 1
-        decoding = begin_decode(caches, len(positions[0]), NEW_TOKENS - 1)
-        for step in range(NEW_TOKENS - 1):
-            token = model.get_input_embeddings()(logits[-1].argmax(dim=-1))
-            logits.append(model.lm_head(decode_step(state.view, decoding, token, positions + step)))
+        first = seen["positions"].amax(dim=(0, 2)).expand(3, -1) + 1
+        decoding = begin_decode(caches, first.shape[1], NEW_TOKENS - 1)
+        weights.join()  # nothing changes by that
+        for _ in range(NEW_TOKENS - 1):
+            logits.append(decode_step(state.view, weights, decoding, logits[-1].argmax(dim=-1), first))
     found = make_report(state.view, request)
     assert found.samples == report.samples
     new = wanted.sequences[:, inputs["input_ids"].shape[1] :]

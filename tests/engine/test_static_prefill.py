@@ -11,6 +11,8 @@ from test_packed import captured
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine import static_prefill
 from sparsevlm.engine.prefill import pack, prefill
+from sparsevlm.engine.prompt import Prompt
+from sparsevlm.engine.weights import Weights
 from sparsevlm.runtime.recorder import make_report
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
@@ -23,13 +25,20 @@ def both(prompt, **options):
     with captured(model, state) as seen, torch.no_grad():
         model(**inputs)
     twin = copy.deepcopy(seen["request"])
+    kinds = {kind for kind in ("image", "video") if f"{kind}_grid_thw" in inputs}
+    prompt = Prompt.of(state.view, inputs["input_ids"], seen["positions"], kinds)
+    weights = Weights(state.view)
     with torch.no_grad():
-        given = seen["embeds"], seen["positions"]
-        exact = prefill(state.view, seen["request"], pack(state.view, seen["request"], *given))
+        packed = pack(state.view, seen["request"], seen["embeds"], seen["positions"])
+        hidden, caches = prefill(state.view, weights, seen["request"], packed)
         bucket, counts = static_prefill.plan(twin)
-        packed = pack(state.view, twin, *given)
-        given = static_prefill.make_inputs(twin, packed, bucket, counts)
-        found = static_prefill.run(state.view, bucket, twin.selector, given)
+        features = seen["embeds"].new_zeros((bucket.n_features, seen["embeds"].shape[-1]))
+        visual = prompt.feature_rows >= 0
+        features[prompt.feature_rows[visual]] = seen["embeds"][visual]
+        integers = static_prefill.make_integers(twin, prompt, bucket, counts)
+        given = static_prefill.Inputs.of(bucket, integers, features)
+        found = static_prefill.run(state.view, weights, bucket, twin.selector, given)
+        exact = model.lm_head(hidden), caches
     static_prefill.record(twin, bucket, counts, found.kept, state.view.n_layers)
     reports = [make_report(state.view, request) for request in (seen["request"], twin)]
     return exact, found, reports
@@ -42,9 +51,9 @@ def both(prompt, **options):
 def test_the_program_does_what_exact_shapes_do(prompt, options):
     if isinstance(options.get("keep"), list):
         options = {"keep": ([0.5, 0.9, 1.0] * 2)[: len(PROMPTS[prompt])]}
-    (hidden, caches), found, (wanted, report) = both(PROMPTS[prompt], **options)
+    (logits, caches), found, (wanted, report) = both(PROMPTS[prompt], **options)
     assert report.samples == wanted.samples
-    assert relative_error(found.hidden, hidden) < 5e-6
+    assert relative_error(found.logits, logits) < 5e-6
     for mine, exact in zip(found.caches, caches, strict=True):
         n_rows = exact.keys.shape[0]
         assert mine.offsets.tolist() == exact.offsets.tolist()

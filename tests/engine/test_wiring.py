@@ -145,10 +145,40 @@ def test_remove_and_copies():
     assert torch.equal(answers(twin, inputs, **GREEDY), wanted)
     assert state.attached
     remove_sparsevlm(twin)
-    assert "forward" not in vars(twin.model.language_model)
-    assert "forward" in vars(model.model.language_model)
+    ours = [name for name in vars(model) if name not in vars(twin)]
+    assert {"_prefill", "get_compiled_call", "prepare_inputs_for_generation"} <= set(ours)
+    assert "forward" in vars(model.model.visual)
     remove_sparsevlm(model)
-    assert "forward" not in vars(model.model.language_model)
+    assert not set(ours) & set(vars(model))
+    assert "forward" not in vars(model.model.visual)
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+def test_weights_are_the_models_own(family, tmp_path):
+    """They lie side by side while the engine runs: same names, shapes and values, nothing held twice."""
+    model, inputs = tiny_model(family), make_inputs(*PROMPTS["one image"])
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    parameters = list(model.parameters())
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    wanted = answers(model, inputs, **GREEDY)
+    attention = model.model.language_model.layers[0].self_attn
+    assert attention.q_proj.weight.untyped_storage().data_ptr() == attention.v_proj.weight.untyped_storage().data_ptr()
+    assert all(one is other for one, other in zip(model.parameters(), parameters, strict=True))
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    for weights in (model.state_dict(), loaded):
+        assert weights.keys() == before.keys()
+        assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+    with torch.no_grad():
+        attention.v_proj.weight.add_(0.5)  # as a merged adapter does
+    changed = answers(model, inputs, **GREEDY)
+    with state.options(engine=False):
+        assert torch.equal(answers(model, inputs, **GREEDY), changed)
+    assert not torch.equal(changed, wanted)
+    remove_sparsevlm(model)
+    storages = [weight.untyped_storage().data_ptr() for weight in model.parameters()]
+    assert len(set(storages)) == len(storages)
+    assert all(weight.is_contiguous() for weight in model.parameters())
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..runtime.view import ModelView
+from .buckets import round_up
 from .decode import DecodeState, begin_decode, decode_step
-from .graphs import Recent, recorded
+from .graphs import Recent, Recorder
 from .prefill import LayerCache
+from .weights import Weights
 
 # Graphs that are kept; each holds the caches of its bucket.
 _MOST_ARENAS = 4
@@ -43,32 +45,84 @@ class Bucket:
         return cls(batch, rows, longest, round_up(room))
 
 
-def round_up(n: int) -> int:
-    """To a multiple of 16, or of an eighth of the power of two below: at most an eighth is left empty."""
-    step = step_of(n)
-    return -(-n // step) * step
-
-
-def step_of(n: int) -> int:
-    """Distance of the buckets around ``n``."""
-    return max(16, 1 << max(0, n.bit_length() - 4))
-
-
 class Arena:
-    """Caches of one bucket, and the graph of its decode step.
+    """The graph of a decode step over caches that stay in place.
 
     On a CPU there is no graph: the step runs as it is.
 
     Parameters
     ----------
     view : ModelView
-    bucket : Bucket
-    like : sequence of LayerCache
-        For shapes, dtype and device.
+    weights : Weights
+    recorder : Recorder
+    prompt : sequence of LayerCache
+        Caches of the prompt.
+    batch, room : int
+        Samples, and new tokens.
     """
 
-    def __init__(self, view: ModelView, bucket: Bucket, like: Sequence[LayerCache]) -> None:
-        self._view, self.bucket = view, bucket
+    def __init__(
+        self, view: ModelView, weights: Weights, recorder: Recorder, prompt: Sequence[LayerCache], batch: int, room: int
+    ) -> None:
+        self.state: DecodeState = begin_decode(prompt, batch, room)
+        self.prompt = prompt
+        self.n_new = 0
+        device = prompt[0].keys.device
+        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._first = torch.zeros((3, batch), dtype=torch.int64, device=device)
+        state, tokens, first = self.state, self._tokens, self._first
+        self._step: Callable[[], Tensor] | None = None
+        self._record = lambda: recorder.record(
+            lambda: decode_step(view, weights, state, tokens, first), rewind=state.n_new.zero_
+        )
+
+    def load(self, prompt: Sequence[LayerCache]) -> None:
+        """Copy a request's caches into the place of the last one's."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for own, layer in zip(self.prompt, prompt, strict=True):
+            n_rows = layer.keys.shape[0]
+            targets += [own.keys[:n_rows], own.values[:n_rows], own.offsets]
+            sources += [layer.keys, layer.values, layer.offsets]
+        torch._foreach_copy_(targets, sources)
+
+    def start(self, next_positions: Tensor) -> None:
+        """Begin with the first new token, at these positions of shape (3, batch) on the host."""
+        self._first.copy_(next_positions)
+        self.state.n_new.zero_()
+        self.n_new = 0
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """One decode step, as :func:`~sparsevlm.engine.decode.decode_step`; the next overwrites what it gives."""
+        if self._step is None:
+            self._step = self._record()  # before the first token: recording begins anew
+        self._tokens.copy_(tokens)
+        self.n_new += 1
+        return self._step()
+
+
+class Arenas(Recent[Bucket, Arena]):
+    """The arenas for prompts that had no program of their own.
+
+    Parameters
+    ----------
+    view : ModelView
+    weights : Weights
+    recorder : Recorder
+    """
+
+    def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
+        super().__init__(_MOST_ARENAS)
+        self._view, self._weights, self._recorder = view, weights, recorder
+
+    def take(self, prompt: Sequence[LayerCache], batch: int, room: int) -> Arena:
+        """An arena that holds a request."""
+        bucket = Bucket.of(prompt, batch, room)
+        arena = self.get(bucket, lambda: self._make(bucket, prompt))
+        arena.load(prompt)
+        return arena
+
+    def _make(self, bucket: Bucket, like: Sequence[LayerCache]) -> Arena:
         empty = [
             LayerCache(
                 layer.keys.new_zeros((rows, *layer.keys.shape[1:])),
@@ -78,51 +132,4 @@ class Arena:
             )
             for layer, rows, longest in zip(like, bucket.rows, bucket.longest, strict=True)
         ]
-        self.state: DecodeState = begin_decode(empty, bucket.batch, bucket.room)
-        keys = like[0].keys
-        size = view.text_model.config.hidden_size
-        self._hidden = keys.new_zeros((bucket.batch, size))
-        self._position_ids = torch.zeros((3, bucket.batch, 1), dtype=torch.int64, device=keys.device)
-        self._replay: Callable[[], Tensor] | None = None
-
-    def load(self, prompt: Sequence[LayerCache]) -> None:
-        """Take a request's caches in the place of the last one's."""
-        for cache, layer in zip(self.state.caches, prompt, strict=True):
-            cache.prompt_keys[: layer.keys.shape[0]].copy_(layer.keys)
-            cache.prompt_values[: layer.values.shape[0]].copy_(layer.values)
-            cache.offsets.copy_(layer.offsets)
-        self.state.n_new.zero_()
-
-    def step(self, hidden: Tensor, position_ids: Tensor) -> Tensor:
-        """One decode step, as :func:`~sparsevlm.engine.decode.decode_step`."""
-        self._hidden.copy_(hidden)
-        self._position_ids.copy_(position_ids)
-        if self._replay is None:
-            n_new = self.state.n_new
-            filled = n_new.clone()
-            # The runs before it is recorded write into slots that are still to be filled.
-            self._replay = recorded(self._run, hidden.device, rewind=lambda: n_new.copy_(filled))
-        return self._replay().clone()
-
-    def _run(self) -> Tensor:
-        return decode_step(self._view, self.state, self._hidden, self._position_ids)
-
-
-class Arenas(Recent[Bucket, Arena]):
-    """The arenas of a model.
-
-    Parameters
-    ----------
-    view : ModelView
-    """
-
-    def __init__(self, view: ModelView) -> None:
-        super().__init__(_MOST_ARENAS)
-        self._view = view
-
-    def take(self, prompt: Sequence[LayerCache], batch: int, room: int) -> Arena:
-        """An arena that holds a request."""
-        bucket = Bucket.of(prompt, batch, room)
-        arena = self.get(bucket, lambda: Arena(self._view, bucket, prompt))
-        arena.load(prompt)
-        return arena
+        return Arena(self._view, self._weights, self._recorder, empty, bucket.batch, bucket.room)

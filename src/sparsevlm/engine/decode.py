@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.decode_attention import RaggedCache, decode_attention
+from ..kernels.rotary import rotate
 from ..runtime.view import ModelView
-from .layer import run_layer
+from .layer import run_layer, summed
 from .prefill import LayerCache
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -52,26 +54,29 @@ def begin_decode(prompt: Sequence[LayerCache], batch: int, room: int) -> DecodeS
     return DecodeState(caches, [layer.longest for layer in prompt], n_new)
 
 
-def decode_step(view: ModelView, state: DecodeState, hidden: Tensor, position_ids: Tensor) -> Tensor:
-    """Run one token of every sample through the decoder.
+def decode_step(view: ModelView, weights: Weights, state: DecodeState, tokens: Tensor, first: Tensor) -> Tensor:
+    """Run one token of every sample through the model.
 
     Parameters
     ----------
     view : ModelView
+    weights : Weights
     state : DecodeState
         Moved on by one token; it must have room.
-    hidden : Tensor of shape (batch, hidden_size)
-        Embeddings of the tokens.
-    position_ids : Tensor of shape (3, batch, 1), int64
+    tokens : Tensor of shape (batch,), int64
+    first : Tensor of shape (3, batch), int64
+        Positions of the first new token of every sample; those of the next follow.
 
     Returns
     -------
-    Tensor of shape (batch, hidden_size)
-        Normed.
+    Tensor of shape (batch, vocab_size)
+        Logits of the next token.
     """
-    cos, sin = view.text_model.rotary_emb(hidden[:, None], position_ids)
+    hidden = view.text_model.embed_tokens(tokens)
     slot = state.n_new.long()
+    cos, sin = view.text_model.rotary_emb(hidden[:, None], (first + slot)[:, :, None])
     state.n_new.add_(1)
+    addend: Tensor | None = None
     for layer_idx, layer in enumerate(view.layers):
         cache, longest = state.caches[layer_idx], state.longest[layer_idx]
         scaling = view.attentions[layer_idx].scaling
@@ -80,9 +85,11 @@ def decode_step(view: ModelView, state: DecodeState, hidden: Tensor, position_id
             query: Tensor, key: Tensor, value: Tensor, cache: RaggedCache = cache, longest: int = longest,
             scaling: float = scaling,
         ) -> Tensor:  # fmt: skip
+            query, key = rotate(query, key, cos[:, 0], sin[:, 0])
             cache.new_keys.index_copy_(1, slot, key[:, None])
             cache.new_values.index_copy_(1, slot, value[:, None])
             return decode_attention(query, cache, scaling, longest)
 
-        hidden = run_layer(layer, hidden, cos[:, 0], sin[:, 0], attend)
-    return view.text_model.norm(hidden)
+        hidden, addend = run_layer(layer, weights, hidden, addend, attend)
+    logits: Tensor = view.model.lm_head(view.text_model.norm(summed(hidden, addend)))
+    return logits

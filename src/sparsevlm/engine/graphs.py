@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -12,45 +13,60 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 _WARM_UP_RUNS = 2
+logger = logging.getLogger(__name__)
 
 
-def recorded(
-    run: Callable[[], T], device: torch.device, rewind: Callable[[], object] = lambda: None
-) -> Callable[[], T]:
-    """``run`` as a CUDA graph, or itself on another device.
+class Recorder:
+    """Records on one device; what it records shares one pool of memory, as no two run at the same time.
 
     Parameters
     ----------
-    run : callable
-        Reads and writes tensors that stay where they are, and waits for nothing.
     device : torch.device
-    rewind : callable
-        Undoes what a run moved on: it runs before it is recorded, so that kernels are compiled and memory is there.
-
-    Returns
-    -------
-    callable
-        What it gives is overwritten by its next call.
     """
-    if device.type != "cuda":
-        return run
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(_WARM_UP_RUNS):
-            run()
-            rewind()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = run()
-    rewind()
 
-    def replay() -> T:
-        graph.replay()
-        return result
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
-    return replay
+    def record(self, run: Callable[[], T], rewind: Callable[[], object] = lambda: None) -> Callable[[], T]:
+        """``run`` as a CUDA graph, or itself on another device and where memory for a graph is wanting.
+
+        Parameters
+        ----------
+        run : callable
+            Reads and writes tensors that stay where they are, and waits for nothing.
+        rewind : callable
+            Undoes what a run moved on: it runs before it is recorded, so that kernels are compiled and memory is there.
+
+        Returns
+        -------
+        callable
+            What it gives is overwritten by its next call.
+        """
+        if self._device.type != "cuda":
+            return run
+        side = torch.cuda.Stream(self._device)
+        side.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UP_RUNS):
+                run()
+                rewind()
+        torch.cuda.current_stream(self._device).wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = run()
+        except torch.OutOfMemoryError:
+            logger.warning("out of memory while a CUDA graph was recorded: this bucket runs without one.")
+            return run
+        rewind()
+
+        def replay() -> T:
+            graph.replay()
+            return result
+
+        replay.run = run  # type: ignore[attr-defined]  # the tensors that the graph reads live as long as it
+        return replay
 
 
 class Recent(Generic[K, T]):
@@ -70,10 +86,12 @@ class Recent(Generic[K, T]):
 
     def get(self, key: K, make: Callable[[], T]) -> T:
         """The thing of a key, made if there is none."""
-        thing = self._things.pop(key) if key in self._things else make()
-        self._things[key] = thing
-        while len(self._things) > self._most:
-            self._things.popitem(last=False)
+        if key in self._things:
+            self._things.move_to_end(key)
+            return self._things[key]
+        while len(self._things) >= self._most:
+            self._things.popitem(last=False)  # before another takes its memory
+        thing = self._things[key] = make()
         return thing
 
     def clear(self) -> None:

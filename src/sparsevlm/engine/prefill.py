@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels.rotary import rotate
 from ..kernels.varlen_attention import varlen_attention
 from ..runtime.request import Request
 from ..runtime.view import ModelView
 from ..selection.recycle import merge_hidden_states
-from .layer import run_layer
+from .layer import run_layer, summed
 from .selecting import select
+from .weights import Weights
 
 
 @dataclass
@@ -75,12 +77,13 @@ def pack(view: ModelView, request: Request, embeds: Tensor, position_ids: Tensor
     return Packed(hidden, cos[0], sin[0], positions, _offsets(positions))
 
 
-def prefill(view: ModelView, request: Request, packed: Packed) -> tuple[Tensor, list[LayerCache]]:
+def prefill(view: ModelView, weights: Weights, request: Request, packed: Packed) -> tuple[Tensor, list[LayerCache]]:
     """Run the decoder over the prompt and drop tokens behind the target layers.
 
     Parameters
     ----------
     view : ModelView
+    weights : Weights
     request : Request
         Its samples and records are brought up to date, as on the plain path.
     packed : Packed
@@ -95,6 +98,7 @@ def prefill(view: ModelView, request: Request, packed: Packed) -> tuple[Tensor, 
     caches: list[LayerCache] = []
     if -1 in request.target_layers:
         _drop(request, packed, -1, packed.hidden)
+    addend: Tensor | None = None
     for layer_idx, layer in enumerate(view.layers):
         for sample in request.samples:
             sample.layer_tokens.append(sample.alive.shape[0])
@@ -102,14 +106,19 @@ def prefill(view: ModelView, request: Request, packed: Packed) -> tuple[Tensor, 
         scaling = view.attentions[layer_idx].scaling
 
         def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float = scaling) -> Tensor:
-            caches.append(LayerCache(key, value, packed.offsets, packed.longest))
+            query, key = rotate(query, key, packed.cos, packed.sin)
+            caches.append(LayerCache(key, value.contiguous(), packed.offsets, packed.longest))
             return varlen_attention(query, key, value, packed.offsets, packed.longest, scaling, causal=True)
 
+        is_target = layer_idx in request.target_layers
+        if is_target:
+            packed.hidden, addend = summed(packed.hidden, addend), None
         before = packed.hidden
-        packed.hidden = run_layer(layer, before, packed.cos, packed.sin, attend)
-        if layer_idx in request.target_layers:
+        packed.hidden, addend = run_layer(layer, weights, before, addend, attend)
+        if is_target:
+            packed.hidden, addend = summed(packed.hidden, addend), None
             _drop(request, packed, layer_idx, before)
-    last = packed.hidden[packed.offsets[1:].long() - 1]
+    last = summed(packed.hidden, addend)[packed.offsets[1:].long() - 1]
     return view.text_model.norm(last), caches
 
 

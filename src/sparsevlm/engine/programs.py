@@ -1,37 +1,63 @@
-"""The prompt programs of a model, by bucket."""
+"""Programs of prompts, one per bucket, and the steps that follow each."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..runtime.request import Request
 from ..runtime.view import ModelView
 from ..selection.selectors.span import SpanSelector
 from . import static_prefill
-from .graphs import Recent, recorded
-from .prefill import LayerCache, Packed
+from .arena import Arena
+from .buckets import round_up
+from .graphs import Recent, Recorder
+from .prefill import LayerCache
+from .prompt import Prompt
 from .static_prefill import Inputs, Outputs, Plan
+from .weights import Weights
 
-# Graphs that are kept; each holds the activations of its bucket.
+# Graphs that are kept; each holds the caches of its bucket.
 _MOST_PROGRAMS = 4
+# Of a prompt program, by the number of new tokens there is room for.
+_MOST_ARENAS = 2
 
 
 class Program:
-    """One bucket's program with its own inputs."""
+    """One bucket's program with its own inputs, and the decode steps on the caches that it leaves."""
 
-    def __init__(self, view: ModelView, bucket: Plan, selector: SpanSelector, like: Inputs) -> None:
-        self._inputs = Inputs(*(getattr(like, field.name).clone() for field in dataclasses.fields(like)))
-        self._run: Callable[[], Outputs] = recorded(
-            lambda: static_prefill.run(view, bucket, selector, self._inputs), like.hidden.device
+    def __init__(
+        self, view: ModelView, weights: Weights, recorder: Recorder, bucket: Plan, selector: SpanSelector
+    ) -> None:
+        embedding = view.text_model.embed_tokens.weight
+        self._integers = torch.zeros(static_prefill.n_integers(bucket), dtype=torch.int64, device=embedding.device)
+        self._features = embedding.new_zeros((bucket.n_features, embedding.shape[1]))
+        inputs = Inputs.of(bucket, self._integers, self._features)
+        inputs.offsets[:, -1] = torch.tensor(bucket.rows)
+        self._run: Callable[[], Outputs] = recorder.record(
+            lambda: static_prefill.run(view, weights, bucket, selector, inputs)
         )
+        self._bucket = bucket
+        self._make_arena = lambda caches, room: Arena(view, weights, recorder, caches, bucket.batch, room)
+        self._arenas: Recent[int, Arena] = Recent(_MOST_ARENAS)
+        self._left: list[LayerCache] = []
 
-    def __call__(self, given: Inputs) -> Outputs:
-        for field in dataclasses.fields(given):
-            getattr(self._inputs, field.name).copy_(getattr(given, field.name))
+    def __call__(self, integers: Tensor, features: Tensor) -> Outputs:
+        if self._integers.is_cuda:
+            integers = integers.pin_memory()
+        self._integers.copy_(integers, non_blocking=True)
+        self._features[: features.shape[0]].copy_(features)
         return self._run()
+
+    def arena(self, found: Outputs, room: int) -> Arena:
+        """Decode steps on the caches of the last call."""
+        room = round_up(room)
+        if self._left is not found.caches:  # without a graph every call leaves caches of its own
+            self._arenas.clear()
+            self._left = found.caches
+        return self._arenas.get(room, lambda: self._make_arena(found.caches, room))
 
 
 class Programs(Recent[Plan, Program]):
@@ -40,25 +66,45 @@ class Programs(Recent[Plan, Program]):
     Parameters
     ----------
     view : ModelView
+    weights : Weights
+    recorder : Recorder
     """
 
-    def __init__(self, view: ModelView) -> None:
+    def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
         super().__init__(_MOST_PROGRAMS)
-        self._view = view
+        self._view, self._weights, self._recorder = view, weights, recorder
 
     @staticmethod
-    def takes(request: Request) -> bool:
-        """Whether the selector's choice waits for nothing."""
-        return type(request.selector) is SpanSelector
+    def takes(request: Request, prompt: Prompt) -> bool:
+        """Whether the selector's choice waits for nothing, and there is room for the features."""
+        longest = max(sample.visual.shape[0] for sample in request.samples)
+        return type(request.selector) is SpanSelector and prompt.n_features <= longest * len(request.samples)
 
-    def prefill(self, request: Request, packed: Packed) -> tuple[Tensor, list[LayerCache]]:
-        """As :func:`sparsevlm.engine.prefill.prefill`; the caches are overwritten by the next call."""
+    def prefill(self, request: Request, prompt: Prompt, features: Tensor, room: int) -> tuple[Tensor, Arena]:
+        """Run a prompt.
+
+        Parameters
+        ----------
+        request : Request
+            Its samples are on the host; they and its records are brought up to date.
+        prompt : Prompt
+        features : Tensor of shape (n_features, hidden_size)
+        room : int
+            Most new tokens that will be run.
+
+        Returns
+        -------
+        logits : Tensor of shape (batch, vocab_size)
+            Overwritten by the next call.
+        arena : Arena
+            To go on with.
+        """
         bucket, counts = static_prefill.plan(request)
-        given = static_prefill.make_inputs(request, packed, bucket, counts)
-        assert isinstance(request.selector, SpanSelector)
+        integers = static_prefill.make_integers(request, prompt, bucket, counts)
         selector = request.selector
-        program = self.get(bucket, lambda: Program(self._view, bucket, selector, given))
-        found = program(given)
+        assert isinstance(selector, SpanSelector)
+        program = self.get(bucket, lambda: Program(self._view, self._weights, self._recorder, bucket, selector))
+        found = program(integers, features)
         kept = [rows.clone() for rows in found.kept]
         static_prefill.record(request, bucket, counts, kept, self._view.n_layers)
-        return found.hidden.clone(), found.caches
+        return found.logits, program.arena(found, room)

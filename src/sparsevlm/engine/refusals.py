@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from .. import runtime
 from ..runtime.request import Request
 from ..runtime.view import ModelView
 from .selecting import PROVIDED
+
+_RUNTIME = runtime.__name__
 
 
 def refuses_generation(model_kwargs: Mapping[str, Any], generation_config: Any) -> str | None:
@@ -30,30 +34,41 @@ def refuses_generation(model_kwargs: Mapping[str, Any], generation_config: Any) 
 
 def refuses_model(view: ModelView) -> str | None:
     """Why a model is not for the engine, as it is now."""
-    if view.text_model.training:
+    text_model, weight = view.text_model, view.text_model.embed_tokens.weight
+    if text_model.training:
         return "training mode"
-    if len({parameter.device for parameter in view.text_model.parameters()}) > 1:
+    if weight.is_cuda and weight.dtype not in (torch.float16, torch.bfloat16):
+        return f"weights in {str(weight.dtype).removeprefix('torch.')} on a GPU"
+    if len({parameter.device for parameter in text_model.parameters()}) > 1:
         return "layers on several devices"
-    reasons = (refuses_layer(layer) for layer in view.layers)
-    return next((reason for reason in reasons if reason is not None), None)
+    outside = (view.model, view.base_model, text_model, text_model.embed_tokens, text_model.norm, view.model.lm_head)
+    of_layers = (refuses_layer(layer) for layer in view.layers)
+    return next((reason for reason in (*map(_hooked, outside), *of_layers) if reason is not None), None)
 
 
 def refuses_layer(layer: Any) -> str | None:
     """Why a decoder layer is not for the engine, which uses its parts and calls neither itself nor them."""
     for module in (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-        foreign = [hook for hook in module._forward_hooks.values() if not is_idle(hook)]
-        n_known = 1 if module is layer else 0  # this library's own
-        if foreign or len(module._forward_pre_hooks) > n_known or "forward" in vars(module):
-            return f"something is hooked to {type(module).__name__}, which the engine does not call"
+        if (reason := _hooked(module)) is not None:
+            return reason
     activation = layer.mlp.act_fn
     if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
         return f"activation {type(activation).__name__}"
     return None
 
 
+def _hooked(module: nn.Module) -> str | None:
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if all(is_idle(hook) for hook in hooks) and "forward" not in vars(module):
+        return None
+    return f"something is hooked to {type(module).__name__}, which the engine does not call"
+
+
 def is_idle(hook: Any) -> bool:
-    """Whether this is a hook that transformers leaves behind once outputs of layers were asked for."""
-    return str(getattr(hook, "__module__", "")) == "transformers.utils.output_capturing"
+    """Whether this is a hook of this library's plain path, or one that transformers leaves behind once outputs of layers
+    were asked for."""
+    place = str(getattr(hook, "__module__", ""))
+    return place == "transformers.utils.output_capturing" or place.startswith(f"{_RUNTIME}.")
 
 
 def refuses_request(request: Request) -> str | None:

@@ -6,21 +6,25 @@ sequence of their own behind the samples, tokens that fill up come last in every
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..kernels.rotary import rotate
 from ..kernels.varlen_attention import varlen_attention
 from ..runtime.request import Request, StageRecord
 from ..runtime.view import ModelView
 from ..selection.decide import nothing_to_drop
 from ..selection.greedy import dpp_order, dpp_order_by_gram
 from ..selection.selectors.span import SpanSelector
-from .arena import round_up, step_of
-from .layer import run_layer
-from .prefill import LayerCache, Packed
+from .buckets import round_up, step_of
+from .layer import Attend, run_layer, summed
+from .prefill import LayerCache
+from .prompt import Prompt
+from .weights import Weights
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Plan:
     rows: tuple[int, ...]
     visual: tuple[int, ...]
     longest: tuple[int, ...]
+
+    @property
+    def n_features(self) -> int:
+        """Room for rows of the vision tower."""
+        return self.batch * self.visual[0]
 
 
 @dataclass(frozen=True)
@@ -92,44 +101,60 @@ class Inputs:
 
     Attributes
     ----------
-    hidden : Tensor of shape (rows[0], hidden_size)
-    cos, sin : Tensor of shape (rows[0], head_dim)
-    visual_rows : Tensor of shape (batch, visual[0]), int64
-        Packed row of every visual token; tokens that fill up name the last row.
-    valid : Tensor of shape (batch, visual[0]), bool
-    offsets : Tensor of shape (n_stages, batch + 2), int32
+    ids : Tensor of shape (rows[0],), int64
+    positions : Tensor of shape (3, rows[0]), int64
+    visual_rows, feature_rows : Tensor of shape (batch, visual[0]), int64
+        Packed row of every visual token, and its row of ``features``; tokens that fill up name the last row.
+    offsets : Tensor of shape (n_stages, batch + 2), int64
         The last sequence is what fills up.
     n_visual : Tensor of shape (n_stages, batch), int64
+    features : Tensor of shape (batch · visual[0], hidden_size)
     """
 
-    hidden: Tensor
-    cos: Tensor
-    sin: Tensor
+    ids: Tensor
+    positions: Tensor
     visual_rows: Tensor
-    valid: Tensor
+    feature_rows: Tensor
     offsets: Tensor
     n_visual: Tensor
+    features: Tensor
+
+    @classmethod
+    def of(cls, bucket: Plan, integers: Tensor, features: Tensor) -> Inputs:
+        """As parts of one tensor, which crosses to the device in one copy."""
+        shapes = _shapes(bucket)
+        parts = integers.split([math.prod(shape) for shape in shapes])
+        return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), features)
 
 
-def make_inputs(request: Request, packed: Packed, bucket: Plan, counts: Counts) -> Inputs:
-    """Fill a request up to its bucket."""
-    device, n_rows = packed.hidden.device, packed.hidden.shape[0]
+def _shapes(bucket: Plan) -> list[tuple[int, ...]]:
+    rows, tokens, n_stages = bucket.rows[0], (bucket.batch, bucket.visual[0]), len(bucket.rows)
+    return [(rows,), (3, rows), tokens, tokens, (n_stages, bucket.batch + 2), (n_stages, bucket.batch)]
 
-    def filled(rows: Tensor) -> Tensor:
-        return torch.nn.functional.pad(rows, (0, 0, 0, bucket.rows[0] - n_rows))
 
-    visual_rows = torch.full((bucket.batch, bucket.visual[0]), bucket.rows[0] - 1, dtype=torch.int64, device=device)
+def n_integers(bucket: Plan) -> int:
+    """Integers of one request."""
+    return sum(math.prod(shape) for shape in _shapes(bucket))
+
+
+def make_integers(request: Request, prompt: Prompt, bucket: Plan, counts: Counts) -> Tensor:
+    """All of :class:`Inputs` but the features, on the host, filled up to the bucket."""
+    integers = torch.zeros(n_integers(bucket), dtype=torch.int64, device="cpu")
+    given = Inputs.of(bucket, integers, integers)
+    given.visual_rows.fill_(bucket.rows[0] - 1)
+    start = 0
     for b, sample in enumerate(request.samples):
-        visual_rows[b, : sample.alive.shape[0]] = packed.local(b, sample.positions)
-    numbers = torch.tensor(counts.visual, dtype=torch.int64)
-    ends = torch.tensor(counts.total, dtype=torch.int32).cumsum(dim=1, dtype=torch.int32)
-    rooms = torch.tensor(bucket.rows, dtype=torch.int32)[:, None]
-    offsets = torch.cat([torch.zeros_like(rooms), ends, rooms], dim=1)
-    valid = torch.arange(bucket.visual[0]) < numbers[0][:, None]
-    return Inputs(
-        filled(packed.hidden), filled(packed.cos), filled(packed.sin), visual_rows, valid.to(device),
-        offsets.to(device), numbers.to(device),
-    )  # fmt: skip
+        own, _ = torch.cat([sample.other, sample.visual]).sort()
+        rows = slice(start, start + own.shape[0])
+        given.ids[rows] = prompt.ids[b, own]
+        given.positions[:, rows] = prompt.positions[:, b, own]
+        given.visual_rows[b, : sample.visual.shape[0]] = start + torch.searchsorted(own, sample.visual)
+        given.feature_rows[b, : sample.visual.shape[0]] = prompt.feature_rows[b, sample.visual]
+        start = rows.stop
+    given.n_visual.copy_(torch.tensor(counts.visual))
+    given.offsets[:, 1:-1] = torch.tensor(counts.total).cumsum(dim=1)
+    given.offsets[:, -1] = torch.tensor(bucket.rows)
+    return integers
 
 
 @dataclass(frozen=True)
@@ -138,8 +163,8 @@ class Outputs:
 
     Attributes
     ----------
-    hidden : Tensor of shape (batch, hidden_size)
-        Normed, of every sample's last row.
+    logits : Tensor of shape (batch, vocab_size)
+        Of every sample's last row.
     caches : list of LayerCache
         With the rows that fill up behind.
     kept : list of Tensor
@@ -147,31 +172,30 @@ class Outputs:
         the first ``n_visual[stage, b]`` of a row count.
     """
 
-    hidden: Tensor
+    logits: Tensor
     caches: list[LayerCache]
     kept: list[Tensor]
 
 
-def run(view: ModelView, bucket: Plan, selector: SpanSelector, given: Inputs) -> Outputs:
+def run(view: ModelView, weights: Weights, bucket: Plan, selector: SpanSelector, given: Inputs) -> Outputs:
     """The program of a bucket: a fixed list of operations."""
-    hidden, cos, sin = given.hidden, given.cos, given.sin
-    visual_rows, valid = given.visual_rows, given.valid
-    alive = torch.arange(visual_rows.shape[1], device=hidden.device).expand_as(visual_rows)
-    caches, kept, stage = [], [], 0
+    hidden = view.text_model.embed_tokens(given.ids)
+    pictures = given.features[given.feature_rows.flatten()].to(hidden.dtype)
+    hidden = hidden.index_copy(0, given.visual_rows.flatten(), pictures)
+    cos, sin = (table[0] for table in view.text_model.rotary_emb(hidden[None], given.positions[:, None]))
+    visual_rows, offsets = given.visual_rows, given.offsets.to(torch.int32)
+    everyone = torch.arange(bucket.visual[0], device=hidden.device)
+    alive, valid = everyone.expand_as(visual_rows), everyone < given.n_visual[0][:, None]
+    caches: list[LayerCache] = []
+    kept: list[Tensor] = []
+    addend: Tensor | None = None
+    stage = 0
     for layer_idx, layer in enumerate(view.layers):
-        offsets, longest = given.offsets[stage], bucket.longest[stage]
-        scaling = view.attentions[layer_idx].scaling
-
-        def attend(
-            query: Tensor, key: Tensor, value: Tensor, offsets: Tensor = offsets, longest: int = longest,
-            scaling: float = scaling,
-        ) -> Tensor:  # fmt: skip
-            caches.append(LayerCache(key, value, offsets[:-1], longest))
-            return varlen_attention(query, key, value, offsets, longest, scaling, causal=True)
-
-        hidden = run_layer(layer, hidden, cos, sin, attend)
+        attend = _attention(caches, cos, sin, offsets[stage], bucket.longest[stage], view.attentions[layer_idx].scaling)
+        hidden, addend = run_layer(layer, weights, hidden, addend, attend)
         if layer_idx not in bucket.targets:
             continue
+        hidden, addend = summed(hidden, addend), None
         stage += 1
         left, room = given.n_visual[stage], bucket.visual[stage]
         search = dpp_order_by_gram if hidden.is_cuda else dpp_order
@@ -182,8 +206,19 @@ def run(view: ModelView, bucket: Plan, selector: SpanSelector, given: Inputs) ->
         alive = alive.gather(1, chosen)
         kept.append(alive)
         hidden, cos, sin = hidden[rows], cos[rows], sin[rows]
-    last = hidden[given.offsets[stage][1:-1].long() - 1]
-    return Outputs(view.text_model.norm(last), caches, kept)
+    last = summed(hidden, addend)[offsets[stage][1:-1].long() - 1]
+    return Outputs(view.model.lm_head(view.text_model.norm(last)), caches, kept)
+
+
+def _attention(
+    caches: list[LayerCache], cos: Tensor, sin: Tensor, offsets: Tensor, longest: int, scaling: float
+) -> Attend:
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key = rotate(query, key, cos, sin)
+        caches.append(LayerCache(key, value.contiguous(), offsets[:-1], longest))
+        return varlen_attention(query, key, value, offsets, longest, scaling, causal=True)
+
+    return attend
 
 
 def _ascending(picks: Tensor, left: Tensor, n: int) -> Tensor:

@@ -16,8 +16,10 @@ from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotate
 from ..kernels.varlen_attention import varlen_attention
 from ..runtime.view import ModelView
-from .graphs import Recent, recorded
+from .graphs import Recent, Recorder
+from .layer import summed
 from .refusals import is_idle
+from .weights import Weights
 
 Grids = tuple[tuple[int, int, int], ...]
 
@@ -72,12 +74,13 @@ def make_tables(view: ModelView, grids: Grids) -> Tables:
     )  # fmt: skip
 
 
-def see(view: ModelView, tables: Tables, patches: Tensor) -> tuple[Tensor, Tensor]:
+def see(view: ModelView, weights: Weights, tables: Tables, patches: Tensor) -> tuple[Tensor, Tensor]:
     """Encode pictures.
 
     Parameters
     ----------
     view : ModelView
+    weights : Weights
     tables : Tables
     patches : Tensor of shape (n_patches, channels · frames · side²)
         In the dtype of the tower.
@@ -93,17 +96,19 @@ def see(view: ModelView, tables: Tables, patches: Tensor) -> tuple[Tensor, Tenso
     hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))  # kernel and stride are the same
     if tables.order is not None:
         hidden = _reordered(view, hidden, tables.order)
+    addend: Tensor | None = None
     for index, block in enumerate(tower.blocks):
         is_full = index in view.vision_block_indices
         offsets = tables.frames if is_full else tables.windows
         longest = tables.longest_frame if is_full else tables.longest_window
         attention = block.attn
-        normed, hidden = _normed(block.norm1, hidden, None)
+        normed, hidden = _normed(block.norm1, hidden, addend)
         query, key, value = attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
         query, key = rotate(query, key, tables.cos, tables.sin)
         mixed = varlen_attention(query, key, value, offsets, longest, attention.scaling, causal=False)
         normed, hidden = _normed(block.norm2, attention.proj(mixed.flatten(1)), hidden)
-        hidden = hidden + _mlp(block.mlp, normed)
+        addend = _mlp(block.mlp, weights, normed)
+    hidden = summed(hidden, addend)
     tokens = tower.merger(hidden)
     return hidden, tokens if tables.back is None else tokens[tables.back]
 
@@ -115,11 +120,15 @@ def _normed(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor,
     return norm(total), total
 
 
-def _mlp(mlp: Any, hidden: Tensor) -> Tensor:
+def _mlp(mlp: Any, weights: Weights, hidden: Tensor) -> Tensor:
     if not hasattr(mlp, "gate_proj"):
         out: Tensor = mlp(hidden)
         return out
-    return linear(swiglu(mlp.gate_proj(hidden), mlp.up_proj(hidden)), mlp.down_proj.weight, mlp.down_proj.bias)
+    joined, down = weights.of(mlp), weights.of(mlp.down_proj)
+    if joined is None or down is None:
+        out = mlp.down_proj(swiglu(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+        return out
+    return down(swiglu(*joined(hidden)))[0]
 
 
 def _reordered(view: ModelView, patches: Tensor, order: Tensor) -> Tensor:
@@ -143,11 +152,12 @@ def refuses_tower(view: ModelView) -> bool:
 class VisionProgram:
     """The program of one set of grids, with its own patches."""
 
-    def __init__(self, view: ModelView, grids: Grids, like: Tensor) -> None:
+    def __init__(self, view: ModelView, weights: Weights, recorder: Recorder, grids: Grids, like: Tensor) -> None:
         weight: Any = view.vision_tower.patch_embed
         tables = make_tables(view, grids)
-        self._patches = torch.zeros_like(like, dtype=weight.proj.weight.dtype)
-        self._run: Callable[[], tuple[Tensor, Tensor]] = recorded(lambda: see(view, tables, self._patches), like.device)
+        patches = torch.zeros_like(like, dtype=weight.proj.weight.dtype)
+        self._patches = patches
+        self._run: Callable[[], tuple[Tensor, Tensor]] = recorder.record(lambda: see(view, weights, tables, patches))
 
     def __call__(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         self._patches.copy_(patches)
@@ -160,14 +170,15 @@ class VisionPrograms(Recent[Grids, VisionProgram]):
     Parameters
     ----------
     view : ModelView
+    weights : Weights
+    recorder : Recorder
     """
 
-    def __init__(self, view: ModelView) -> None:
+    def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
         super().__init__(_MOST_PROGRAMS)
-        self._view = view
+        self._view, self._weights, self._recorder = view, weights, recorder
 
     def __call__(self, patches: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
-        """As :func:`see`."""
-        program = self.get(grids, lambda: VisionProgram(self._view, grids, patches))
-        hidden, tokens = program(patches)
-        return hidden.clone(), tokens.clone()
+        """As :func:`see`; the next call overwrites what it gives."""
+        make = lambda: VisionProgram(self._view, self._weights, self._recorder, grids, patches)  # noqa: E731
+        return self.get(grids, make)(patches)

@@ -1,59 +1,45 @@
-"""Puts the engine in the place of the model's own forward passes, for what it can carry."""
+"""Puts the engine in the place of what ``generate`` calls, for what it can carry."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from ..runtime.clock import Mark
+from ..runtime.prompt import PIXELS
 from ..runtime.request import Request
 from ..runtime.state import EngineHost
 from ..runtime.view import ModelView
 from ..selection.context import VISION_NEEDS
 from .arena import Arena, Arenas
-from .prefill import LayerCache, pack, prefill
+from .cache import EngineLayer
+from .call import Call, to_device
+from .graphs import Recorder
+from .prefill import pack, prefill
 from .programs import Programs
+from .prompt import Prompt
 from .refusals import refuses_generation, refuses_model, refuses_request
 from .vision import VisionPrograms, refuses_tower
+from .weights import Weights
 
 _UNCALLED = "no greedy or sampling call of generate"
 
 
-class EngineLayer(DynamicLayer):
-    """A layer of a cache whose keys and values the engine keeps; it tells ``generate`` the logical length.
+@dataclass
+class Decoding:
+    """New tokens of a request."""
 
-    Parameters
-    ----------
-    prompt : LayerCache
-    batch : int
-    length : int
-        Of the padded prompt.
-    """
-
-    def __init__(self, prompt: LayerCache, batch: int, length: int) -> None:
-        super().__init__()
-        self._prompt, self._batch, self.length = prompt, batch, length
-
-    def get_seq_length(self) -> int:
-        """Logical length, dropped tokens included."""
-        return self.length
-
-    def cache_bytes(self, dense_length: int) -> tuple[int, int]:
-        """Bytes of the prompt's keys and values, as they would be dense and as they are."""
-        keys = self._prompt.keys
-        per_row = 2 * keys[0].numel() * keys.element_size()
-        return per_row * self._batch * dense_length, per_row * keys.shape[0]
-
-    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Nobody but the engine appends."""
-        raise RuntimeError("this cache belongs to a generate call that has ended; start again with a new cache.")
-
-    reorder_cache = crop = batch_repeat_interleave = batch_select_indices = update  # type: ignore[assignment]
+    cache: Cache
+    arena: Arena
+    request: Request
+    begin: Mark
 
 
 class Engine:
@@ -68,104 +54,248 @@ class Engine:
 
     def __init__(self, view: ModelView, host: EngineHost) -> None:
         self._host = host
-        self._begin(view, view.text_model.forward, view.vision_tower.forward)
+        self._begin(view)
 
-    def _begin(self, view: ModelView, plain: Callable[..., Any], plain_tower: Callable[..., Any]) -> None:
-        self._view, self._plain, self._plain_tower = view, plain, plain_tower
-        self._before: dict[nn.Module, Any] = {}
+    def _begin(self, view: ModelView) -> None:
+        self._view = view
+        self._before: dict[tuple[nn.Module, str], Any] = {}
+        self._plain: dict[str, Callable[..., Any]] = {}
         self._room = 0
-        self._reason: str | None = _UNCALLED
-        self._decoding: tuple[Cache, Arena] | None = None
-        self._arenas, self._programs, self._vision = Arenas(view), Programs(view), VisionPrograms(view)
+        self.reason = _UNCALLED
+        self._refused: str | None = _UNCALLED
+        self._call = Call()
+        self._decoding: Decoding | None = None
+        self._made = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """The engine of a copied model: graphs cannot be copied, it records its own."""
         twin = object.__new__(Engine)
         memo[id(self)] = twin
         twin._host = copy.deepcopy(self._host, memo)
-        view, plain = copy.deepcopy(self._view, memo), copy.deepcopy(self._plain, memo)
-        twin._begin(view, plain, copy.deepcopy(self._plain_tower, memo))
+        twin._begin(copy.deepcopy(self._view, memo))
+        twin._plain = copy.deepcopy(self._plain, memo)
         twin._before = copy.deepcopy(self._before, memo)
         return twin
 
     def attach(self) -> None:
-        """Take the place of the forward passes."""
+        """Take the place of what generate calls."""
         # Bound methods: copies of the model get a copy of the engine.
-        for module, ours in ((self._view.text_model, self._forward), (self._view.vision_tower, self._see)):
-            self._before[module] = vars(module).get("forward")  # accelerate, for one, sets one
-            module.forward = ours
+        model = self._view.model
+        ours = {
+            "_prepare_generation_config": self._on_config,
+            "_prepare_position_ids_for_generation": self._on_positions,
+            "get_compiled_call": self._on_compiled_call,
+            "_prefill": self._on_prefill,
+            "prepare_inputs_for_generation": self._on_inputs,
+            "_update_model_kwargs_for_generation": self._on_update,
+        }
+        for name, own in ours.items():
+            self._take(model, name, own)
+        self._take(self._view.vision_tower, "forward", self._see)
+
+    def _take(self, module: nn.Module, name: str, own: Callable[..., Any]) -> None:
+        self._before[module, name] = vars(module).get(name)  # accelerate, for one, sets a forward
+        self._plain[name] = getattr(module, name)
+        setattr(module, name, own)
 
     def detach(self) -> None:
         """Give it back, and the memory."""
-        for module, before in self._before.items():
-            vars(module).pop("forward", None)
+        for (module, name), before in self._before.items():
+            vars(module).pop(name, None)
             if before is not None:
-                module.forward = before
+                setattr(module, name, before)
         self._before.clear()
-        self._decoding = None
-        for kept in (self._arenas, self._programs, self._vision):
-            kept.clear()
+        self._call, self._decoding = Call(), None
+        self._unmake()
 
-    def consider(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> None:
+    def _make(self) -> None:
+        """Programs and weights for the model as it is."""
+        view, device = self._view, self._view.text_model.embed_tokens.weight.device
+        self._weights, self._recorder = Weights(view), Recorder(device)
+        self._weights.join()
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        shared = (view, self._weights, self._recorder)
+        self._arenas, self._programs, self._vision = Arenas(*shared), Programs(*shared), VisionPrograms(*shared)
+        self._made = True
+
+    def _unmake(self) -> None:
+        if self._made:
+            self._weights.separate()
+            for kept in (self._arenas, self._programs, self._vision):
+                kept.clear()
+        self._made = False
+
+    def _on_config(self, generation_config: Any = None, **kwargs: Any) -> Any:
+        """The first that ``generate`` asks: encode the pictures while it goes on."""
+        self._refused, self._decoding, self._call = _UNCALLED, None, Call()
+        if self._host.wants_engine() and not torch.is_grad_enabled():
+            self._call = Call.of(kwargs)
+            if self._sees():
+                self._call.look_ahead(self._view, self._vision, self._stream)
+        return self._plain["_prepare_generation_config"](generation_config, **kwargs)
+
+    def _sees(self) -> bool:
+        """Whether the tower can run by its program now."""
+        if self._host.needs() & VISION_NEEDS or refuses_tower(self._view):
+            return False
+        if not self._made:
+            self._make()
+        return True
+
+    def _on_positions(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+        """Positions, computed on the host where all that they depend on is."""
+        plain = self._plain["_prepare_position_ids_for_generation"]
+        ids = self._call.on_host.get("input_ids")
+        cache = model_kwargs.get("past_key_values")
+        if ids is None or inputs_tensor is not self._call.given["input_ids"] or cache is not None:
+            found: Tensor = plain(inputs_tensor, model_kwargs)
+            return found
+        positions = plain(ids, self._call.read_all(model_kwargs))
+        base_model: Any = self._view.base_model
+        base_model.rope_deltas = to_device(base_model.rope_deltas, inputs_tensor.device)
+        return self._call.note("position_ids", positions, inputs_tensor.device)
+
+    def consider(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
         """Note, before ``generate`` begins, what it will do.
 
         Parameters
         ----------
         model_kwargs, generation_config
             Of the call.
+
+        Returns
+        -------
+        bool
+            Whether the engine will run it, as far as that is known.
         """
         self._decoding = None
         if not self._host.wants_engine():
-            self._reason = "engine=False"
-            return
-        self._reason = refuses_generation(model_kwargs, generation_config) or refuses_model(self._view)
-        mask = model_kwargs.get("attention_mask")
-        prompt = 0 if mask is None else mask.shape[1]
-        self._room = generation_config.max_length - prompt
+            self._refused = "engine=False"
+            return False
+        self._refused = refuses_generation(model_kwargs, generation_config) or refuses_model(self._view)
+        return self._refused is None
+
+    def _on_prefill(
+        self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        call, self._call = self._call, Call()
+        refused, self._refused = self._refused, _UNCALLED
+        self.reason = refused or _UNCALLED
+        if refused is None:
+            found = self._prefill(call, input_ids, generation_config, model_kwargs)
+            if found is not None:
+                return found
+        self._call = call  # its pictures are encoded
+        return self._plain["_prefill"](input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _prefill(
+        self, call: Call, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> CausalLMOutputWithPast | None:
+        """Run a prompt, or tell in ``reason`` why not."""
+        ids = call.read("input_ids", input_ids)
+        encoded = model_kwargs.get("mm_encoder_outputs") or {}
+        kinds = {kind for kind, name in PIXELS.items() if model_kwargs.get(name) is not None or encoded.get(kind)}
+        on_host = call.read_all(model_kwargs)
+        grids = {name: grid for name, grid in call.on_host.items() if name.endswith("_grid_thw")}
+        pixels = {name: model_kwargs.get(name) for name in PIXELS.values()}
+        request = self._host.open_request({**on_host, **grids, **pixels, "input_ids": ids})
+        if request is None:
+            self.reason = "no picture"
+            return None
+        if (refused := refuses_request(request)) is not None:
+            self.reason = refused
+            return None
+        if not self._made:
+            self._make()
+        prompt = Prompt.of(self._view, ids, on_host["position_ids"][-3:], kinds)
+        features = self._features(call, prompt.n_features, kinds, model_kwargs)
+        if features.shape[0] != prompt.n_features:
+            self.reason = "placeholders and features that differ in number"  # the model's own error follows
+            return None
+        request.path, request.path_reason = "engine", "packed samples"
+        room = max(1, generation_config.max_length - ids.shape[1])
+        begin = Mark.now(features.device)
+        logits, arena = self._run(request, prompt, features, room)
+        end = Mark.now(features.device)
+        request.clock.add("prefill", begin, end)
+        arena.start(prompt.next_positions)
+        cache: Cache = model_kwargs["past_key_values"]
+        cache.layers[:] = [EngineLayer(layer, arena, len(ids), ids.shape[1]) for layer in arena.prompt]
+        request.rows = torch.stack([sample.last for sample in request.samples])
+        self._host.close_request(request, cache)
+        if call.ahead is not None:
+            request.clock.add("vision", call.ahead.begin, call.ahead.end)
+        self._decoding = Decoding(cache, arena, request, end)
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
+
+    def _run(self, request: Request, prompt: Prompt, features: Tensor, room: int) -> tuple[Tensor, Arena]:
+        if self._programs.takes(request, prompt):
+            return self._programs.prefill(request, prompt, features, room)
+        embeds = prompt.embeddings(self._view, features)
+        request.to(embeds.device)
+        if {"features", "text_features"} & request.traits.needs:
+            request.features = embeds
+        packed = pack(self._view, request, embeds, prompt.positions.to(embeds.device))
+        hidden, caches = prefill(self._view, self._weights, request, packed)
+        request.features = None
+        return self._view.model.lm_head(hidden), self._arenas.take(caches, request.batch, room)
+
+    def _features(self, call: Call, n_features: int, kinds: set[str], model_kwargs: Mapping[str, Any]) -> Tensor:
+        """Rows of the vision tower: images before videos."""
+        encoded = model_kwargs.get("mm_encoder_outputs") or {}
+        if call.ahead is not None and not encoded and call.ahead.tokens.shape[0] == n_features:
+            call.ahead.wait()
+            return call.ahead.tokens
+        found: list[Tensor] = []
+        base_model: Any = self._view.base_model
+        for kind in (kind for kind in PIXELS if kind in kinds):
+            output = encoded.get(kind)
+            if output is None:
+                encode = getattr(base_model, f"get_{kind}_features")
+                output = encode(model_kwargs[PIXELS[kind]], model_kwargs[f"{kind}_grid_thw"])
+            found += output.pooler_output
+        return torch.cat(found)
+
+    def _on_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        return self._step if self._refused is None else self._plain["get_compiled_call"](compile_config)
+
+    def _on_inputs(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self._decoding is not None and kwargs.get("past_key_values") is self._decoding.cache:
+            return {"tokens": input_ids[:, -1]}
+        found: dict[str, Any] = self._plain["prepare_inputs_for_generation"](input_ids, *args, **kwargs)
+        return found
+
+    def _on_update(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        if self._decoding is not None and outputs.get("past_key_values") is self._decoding.cache:
+            return model_kwargs
+        found: dict[str, Any] = self._plain["_update_model_kwargs_for_generation"](
+            outputs, model_kwargs, *args, **kwargs
+        )
+        return found
+
+    def _step(self, tokens: Tensor | None = None, **kwargs: Any) -> Any:
+        """One token of every sample; by the model itself where the engine did not run the prompt."""
+        decoding = self._decoding
+        if tokens is None or decoding is None:
+            return self._view.model(**kwargs)
+        logits = decoding.arena.step(tokens)
+        decoding.request.decode_steps += 1
+        end = Mark.now(logits.device)
+        decoding.request.clock.add("decode", decoding.begin, end)
+        decoding.begin = end
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=decoding.cache)
 
     def _see(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
+        """The tower's forward pass."""
         asks = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
-        if not self._host.wants_engine() or asks or torch.is_grad_enabled():
-            return self._plain_tower(hidden_states, grid_thw=grid_thw, **kwargs)
-        if self._host.needs() & VISION_NEEDS or refuses_tower(self._view):
-            return self._plain_tower(hidden_states, grid_thw=grid_thw, **kwargs)
+        if not self._host.wants_engine() or asks or torch.is_grad_enabled() or not self._sees():
+            return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
+        ahead, self._call.ahead = self._call.ahead, None
         grids = tuple((t, h, w) for t, h, w in grid_thw.tolist())
-        hidden, tokens = self._vision(hidden_states, grids)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden, pooler_output=tokens)
-
-    def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if self._decoding is not None and self._decoding[0] is cache and cache is not None:
-            return self._decode(cache, self._decoding[1], kwargs)
-        request = self._host.running_request()
-        reason = self._reason
-        if cache is not None:  # without one, every step of generate is a pass like the first
-            self._reason = _UNCALLED
-        if request is None:
-            return self._plain(*args, **kwargs)
-        reason = reason or refuses_request(request)
-        if reason is None and isinstance(cache, Cache):
-            return self._prefill(cache, request, kwargs)
-        request.path_reason = f"hooks on the model's own modules ({reason})"
-        return self._plain(*args, **kwargs)
-
-    def _prefill(self, cache: Cache, request: Request, kwargs: dict[str, Any]) -> BaseModelOutputWithPast:
-        embeds, position_ids = kwargs["inputs_embeds"], kwargs["position_ids"][-3:]
-        request.to(embeds.device)
-        request.path, request.path_reason = "engine", "packed samples"
-        packed = pack(self._view, request, embeds, position_ids)
-        if self._programs.takes(request):
-            hidden, prompt = self._programs.prefill(request, packed)
+        if ahead is not None and ahead.grids == grids:
+            ahead.wait()
+            hidden, tokens = ahead.hidden, ahead.tokens
         else:
-            hidden, prompt = prefill(self._view, request, packed)
-        batch, q_len = embeds.shape[:2]
-        cache.layers[:] = [EngineLayer(layer, batch, q_len) for layer in prompt]
-        self._decoding = (cache, self._arenas.take(prompt, batch, max(1, self._room)))
-        request.rows = torch.stack([sample.last for sample in request.samples])
-        return BaseModelOutputWithPast(last_hidden_state=hidden[:, None], past_key_values=cache)
+            hidden, tokens = self._vision(hidden_states, grids)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden.clone(), pooler_output=tokens.clone())
 
-    def _decode(self, cache: Any, arena: Arena, kwargs: dict[str, Any]) -> BaseModelOutputWithPast:
-        hidden = arena.step(kwargs["inputs_embeds"][:, 0], kwargs["position_ids"][-3:])
-        for layer in cache.layers:
-            layer.length += 1
-        return BaseModelOutputWithPast(last_hidden_state=hidden[:, None], past_key_values=cache)

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import Cache
 
 from ..config import SparseVLMConfig
 from ..report import Report
@@ -39,8 +40,11 @@ STATE_ATTRIBUTE = "_sparsevlm_state"
 class EngineHost(Protocol):
     """What an engine may ask of the state that it belongs to."""
 
-    def running_request(self) -> Request | None:
-        """The request of the pass that is running, if it may prune."""
+    def open_request(self, inputs: Mapping[str, Any]) -> Request | None:
+        """Begin a request; ``None`` if it brings no picture."""
+
+    def close_request(self, request: Request, cache: Cache) -> None:
+        """End the prompt of a request."""
 
     def wants_engine(self) -> bool:
         """Whether the option ``engine`` is in force."""
@@ -50,7 +54,11 @@ class EngineHost(Protocol):
 
 
 class Engine(Protocol):
-    """What may take the place of the forward passes of vision tower and text model."""
+    """What may take the place of the forward passes of the vision tower and of ``generate``."""
+
+    @property
+    def reason(self) -> str:
+        """Why the plain path runs."""
 
     def attach(self) -> None:
         """Take the place."""
@@ -58,8 +66,8 @@ class Engine(Protocol):
     def detach(self) -> None:
         """Give it back."""
 
-    def consider(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> None:
-        """Note, before ``generate`` begins, what it will do."""
+    def consider(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
+        """Whether it will run what ``generate`` begins."""
 
 
 class SparseVLMState:
@@ -169,8 +177,8 @@ class SparseVLMState:
             add(layer.register_forward_pre_hook(hook, with_kwargs=True))
         if self._engine is not None:
             self._engine.attach()
-        # generate asks this before it compiles the decode step; hooks would break the graph at every layer.
-        view.model._valid_auto_compile_criteria = self._refuse_compilation
+        # generate asks this before it compiles the decode step, in which hooks would break the graph at every layer.
+        view.model._valid_auto_compile_criteria = self._decide_compilation
 
     def detach(self) -> None:
         """Remove every hook; harmless when done already."""
@@ -206,15 +214,10 @@ class SparseVLMState:
             message = f"{', '.join(idle)}: no effect under selector={traits.name!r} and this budget."
             prompt.warn_once(self._warned, message, message)
 
-    def _refuse_compilation(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
+    def _decide_compilation(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
+        """Whether ``generate`` shall ask for a compiled step: what it gets is the engine's."""
         check_prefill(generation_config)
-        if self._engine is not None:
-            self._engine.consider(model_kwargs, generation_config)
-        return False
-
-    def running_request(self) -> Request | None:
-        """The request of the pass that is running, if it may prune."""
-        return None if self._forward is None else self._forward.request
+        return self._engine is not None and self._engine.consider(model_kwargs, generation_config)
 
     def wants_engine(self) -> bool:
         """Whether the option ``engine`` is in force."""
@@ -236,15 +239,26 @@ class SparseVLMState:
         inputs = bound_arguments(module, args, kwargs)
         logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
         cache = inputs.get("past_key_values")
+        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        self._begin = Mark.now(ids.device)
+        opened = self._open(inputs, logits_to_keep)
+        if opened is None:
+            self._begin_dense(cache, ids, inputs.get("attention_mask"))
+            return
+        request, masks = opened
+        if self._engine is not None and self.wants_engine():
+            request.path_reason += f" ({self._engine.reason})"
+        self._forward = Forward(cache, request, masks)
+
+    def _open(self, inputs: Mapping[str, Any], logits_to_keep: int) -> tuple[Request, dict[str, Tensor]] | None:
+        """Begin the request of a pass that brings pictures, and tell where their tokens are."""
         self._end_forward()
         check_mode(self.view)
         self._vision.begin_pass(inputs)
         masks = prompt.visual_masks(self.view, inputs)
-        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-        self._begin = Mark.now(ids.device)
         if not masks:
-            self._begin_dense(cache, ids, inputs.get("attention_mask"))
-            return
+            return None
+        cache = inputs.get("past_key_values")
         mask = torch.stack(list(masks.values())).any(dim=0)
         request = self._new_request(cache, mask.shape[0], mask.shape[1])
         request.logits_to_keep = logits_to_keep
@@ -257,7 +271,18 @@ class SparseVLMState:
         request.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in request.samples]
         if cache is not None and not request.drops_nothing:
             check_cache(cache, self.view.n_layers)
-        self._forward = Forward(cache, request, masks)
+        return request, masks
+
+    def open_request(self, inputs: Mapping[str, Any]) -> Request | None:
+        """Begin a request that the engine will run; ``None`` if it brings no picture."""
+        self._threads.claim()
+        opened = self._open(inputs, 1)
+        return None if opened is None else opened[0]
+
+    def close_request(self, request: Request, cache: Cache) -> None:
+        """End the prompt of a request that the engine has run."""
+        self._finish_prefill(request, cache)
+        self._vision.end_pass(comes_again=False)
 
     def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
         """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
@@ -315,15 +340,15 @@ class SparseVLMState:
             assert self._begin is not None
             request.clock.add("decode" if request.decode_steps else "prefill", self._begin, Mark.now(device))
             if not request.decode_steps:
-                self._finish_prefill(forward, request)
+                self._finish_prefill(request, forward.cache)
         self._vision.end_pass(comes_again=forward is not None and forward.cache is None)
         self._end_forward()
 
-    def _finish_prefill(self, forward: Forward, request: Request) -> None:
+    def _finish_prefill(self, request: Request, cache: Cache | None) -> None:
         self._vision.book(request.clock)
-        if forward.cache is not None:
-            request.cache = weakref.ref(forward.cache)
-            layers = forward.cache.layers[: self.view.n_layers]
+        if cache is not None:
+            request.cache = weakref.ref(cache)
+            layers = cache.layers[: self.view.n_layers]
             request.kv_bytes = cache_bytes(layers, request.past_len + request.q_len)
             request.kv_note = static_note(layers)
         request.finished = True

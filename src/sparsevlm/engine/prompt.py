@@ -1,0 +1,57 @@
+"""A prompt on the host: what a request asks, but for its pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..runtime.view import ModelView
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens of a batch, on the host.
+
+    Attributes
+    ----------
+    ids : Tensor of shape (batch, q_len), int64
+    positions : Tensor of shape (3, batch, q_len), int64
+    feature_rows : Tensor of shape (batch, q_len), int64
+        Row of the vision tower's output, images before videos, that stands for a visual token; -1 for other tokens.
+    n_features : int
+        Rows that the tower has to give.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    feature_rows: Tensor
+    n_features: int
+
+    @classmethod
+    def of(cls, view: ModelView, ids: Tensor, positions: Tensor, kinds: set[str]) -> Prompt:
+        """Read a prompt that brings pictures of ``kinds`` ("image", "video")."""
+        feature_rows, so_far = torch.full_like(ids, -1), 0
+        for kind, token_id in (("image", view.image_token_id), ("video", view.video_token_id)):
+            if kind in kinds:
+                found = ids == token_id
+                number = int(found.sum())
+                feature_rows[found] = torch.arange(so_far, so_far + number)
+                so_far += number
+        return cls(ids, positions, feature_rows, so_far)
+
+    @property
+    def next_positions(self) -> Tensor:
+        """Of the first new token, of shape (3, batch)."""
+        return self.positions[:, :, -1] + 1
+
+    def embeddings(self, view: ModelView, features: Tensor) -> Tensor:
+        """Of shape (batch, q_len, hidden_size), on the device of ``features``."""
+        device = features.device
+        embeds: Tensor = view.text_model.embed_tokens(self.ids.to(device))
+        rows = self.feature_rows.flatten()
+        visual = (rows >= 0).nonzero()[:, 0]
+        flat = embeds.flatten(0, 1)
+        flat[visual.to(device)] = features[rows[visual].to(device)].to(flat.dtype)
+        return flat.view_as(embeds)

@@ -1,0 +1,119 @@
+"""Projections that read the same rows, side by side in memory: one product in the place of two or three.
+
+No weight is held twice: the model's own parameters become views of what is joined, with their names, shapes and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from ..runtime.view import ModelView
+
+# Widths that fast matrix kernels take.
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Projections as one.
+
+    Attributes
+    ----------
+    weight : Tensor of shape (sum of sizes, n_in)
+    bias : Tensor of shape (sum of sizes,) or None
+    sizes : tuple of int
+        Outputs of each, zeros behind its own included.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    sizes: tuple[int, ...]
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of all, as views of one tensor."""
+        return linear(rows, self.weight, self.bias).split(self.sizes, dim=-1)
+
+
+class Weights:
+    """The joined weights of a model.
+
+    Parameters
+    ----------
+    view : ModelView
+    """
+
+    def __init__(self, view: ModelView) -> None:
+        self._view = view
+        self._joined: dict[nn.Module, Joined] = {}
+        self._parts: list[nn.Module] = []
+
+    def join(self) -> None:
+        """Join what can be joined; the rest stays as it is."""
+        for layer in self._view.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            self._join(attention, [attention.q_proj, attention.k_proj, attention.v_proj])
+            self._join(mlp, [mlp.gate_proj, mlp.up_proj])
+        tower: Any = self._view.vision_tower
+        for block in tower.blocks:
+            if hasattr(block.mlp, "gate_proj"):
+                self._join(block.mlp, [block.mlp.gate_proj, block.mlp.up_proj], block.mlp.down_proj)
+
+    def separate(self) -> None:
+        """Give every module a weight of its own again."""
+        self._joined.clear()
+        for part in self._parts:
+            for name in ("weight", "bias"):
+                parameter = getattr(part, name, None)
+                if isinstance(parameter, nn.Parameter):
+                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+        self._parts.clear()
+
+    def of(self, module: nn.Module) -> Joined | None:
+        """The joined projections of an attention or MLP module, if they could be joined."""
+        return self._joined.get(module)
+
+    def _join(self, owner: nn.Module, parts: Sequence[nn.Module], reader: nn.Module | None = None) -> None:
+        """Put ``parts`` side by side, with zeros up to the alignment if their ``reader`` can be widened as well."""
+        everything = [*parts] if reader is None else [*parts, reader]
+        if not all(_is_plain(part) for part in everything) or len({_kind(part) for part in everything}) > 1:
+            return
+        weights: list[Tensor] = [part.weight.data for part in parts]  # type: ignore[union-attr,misc]
+        sizes = [weight.shape[0] for weight in weights]
+        if reader is not None:
+            sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
+        has_bias = parts[0].bias is not None
+        joined = weights[0].new_zeros((sum(sizes), weights[0].shape[1]))
+        bias = weights[0].new_zeros(sum(sizes)) if has_bias else None
+        start = 0
+        for part, size in zip(parts, sizes, strict=True):
+            _move(part, "weight", joined[start : start + part.weight.shape[0]])  # type: ignore[union-attr,operator,index]
+            if bias is not None:
+                _move(part, "bias", bias[start : start + part.weight.shape[0]])  # type: ignore[union-attr,operator,index]
+            start += size
+        if reader is not None:
+            wide = joined.new_zeros((reader.weight.shape[0], sizes[0]))  # type: ignore[union-attr,operator,index]
+            _move(reader, "weight", wide[:, : reader.weight.shape[1]])  # type: ignore[union-attr,operator,index]
+            self._joined[reader] = Joined(wide, reader.bias, (wide.shape[0],))  # type: ignore[arg-type]
+        self._joined[owner] = Joined(joined, bias, tuple(sizes))
+        self._parts += everything
+
+
+def _move(module: Any, name: str, room: Tensor) -> None:
+    parameter = getattr(module, name)
+    room.copy_(parameter.data)
+    parameter.data = room
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether this is a linear layer of ordinary weights, not adapted, quantized or spread over devices."""
+    return type(module) is nn.Linear and all(type(parameter.data) is Tensor for parameter in module.parameters())
+
+
+def _kind(module: Any) -> tuple[Any, ...]:
+    return module.weight.dtype, module.weight.device, module.bias is not None
