@@ -65,7 +65,7 @@ def test_the_engine_says_what_the_plain_path_says(prompt, name, family):
         logits = [model.lm_head(hidden)]
         first = seen["positions"].amax(dim=(0, 2)).expand(3, -1) + 1
         decoding = begin_decode(caches, first.shape[1], NEW_TOKENS - 1)
-        weights.join()  # nothing changes by that
+        weights.join_decoder()  # nothing changes by that
         for _ in range(NEW_TOKENS - 1):
             logits.append(decode_step(state.view, weights, decoding, logits[-1].argmax(dim=-1), first))
     found = make_report(state.view, request)

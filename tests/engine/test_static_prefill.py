@@ -63,7 +63,7 @@ def test_the_program_does_what_exact_shapes_do(prompt, options):
 
 def test_requests_of_like_size_share_a_bucket():
     plans = []
-    for n_text, height in ((7, 6), (9, 6), (8, 6), (60, 6), (7, 12)):
+    for n_text, height in ((7, 6), (8, 6), (7, 6), (60, 6), (7, 12)):
         model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 6, height), ("text", n_text)])
         state = apply_sparsevlm(model, **OPTIONS)
         with captured(model, state) as seen, torch.no_grad():

@@ -88,7 +88,7 @@ class Arena:
 
     def start(self, next_positions: Tensor) -> None:
         """Begin with the first new token, at these positions of shape (3, batch) on the host."""
-        self._first.copy_(next_positions)
+        self._first.copy_(next_positions.pin_memory() if self._first.is_cuda else next_positions, non_blocking=True)
         self.state.n_new.zero_()
         self.n_new = 0
 

@@ -9,12 +9,11 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
-from .. import runtime
 from ..runtime.request import Request
 from ..runtime.view import ModelView
 from .selecting import PROVIDED
 
-_RUNTIME = runtime.__name__
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def refuses_generation(model_kwargs: Mapping[str, Any], generation_config: Any) -> str | None:
@@ -32,43 +31,36 @@ def refuses_generation(model_kwargs: Mapping[str, Any], generation_config: Any) 
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def refuses_model(view: ModelView) -> str | None:
-    """Why a model is not for the engine, as it is now."""
-    text_model, weight = view.text_model, view.text_model.embed_tokens.weight
-    if text_model.training:
-        return "training mode"
-    if weight.is_cuda and weight.dtype not in (torch.float16, torch.bfloat16):
+def refuses_decoder(view: ModelView) -> str | None:
+    """Why a decoder is not for the engine; holds until its modules or weights change."""
+    weight = view.text_model.embed_tokens.weight
+    if weight.is_cuda and weight.dtype not in _HALF:
         return f"weights in {str(weight.dtype).removeprefix('torch.')} on a GPU"
-    if len({parameter.device for parameter in text_model.parameters()}) > 1:
+    if len({parameter.device for parameter in view.text_model.parameters()}) > 1:
         return "layers on several devices"
-    outside = (view.model, view.base_model, text_model, text_model.embed_tokens, text_model.norm, view.model.lm_head)
-    of_layers = (refuses_layer(layer) for layer in view.layers)
-    return next((reason for reason in (*map(_hooked, outside), *of_layers) if reason is not None), None)
-
-
-def refuses_layer(layer: Any) -> str | None:
-    """Why a decoder layer is not for the engine, which uses its parts and calls neither itself nor them."""
-    for module in (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-        if (reason := _hooked(module)) is not None:
-            return reason
-    activation = layer.mlp.act_fn
-    if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
-        return f"activation {type(activation).__name__}"
+    for layer in view.layers:
+        attention, mlp, activation = layer.self_attn, layer.mlp, layer.mlp.act_fn
+        if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
+            return f"activation {type(activation).__name__}"
+        linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        for module in (*linear, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+            if type(module) is not nn.Linear:  # an adapter can be switched, a graph of it cannot
+                return f"a {type(module).__name__} in the place of a linear layer"
     return None
 
 
-def _hooked(module: nn.Module) -> str | None:
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    if all(is_idle(hook) for hook in hooks) and "forward" not in vars(module):
-        return None
-    return f"something is hooked to {type(module).__name__}, which the engine does not call"
-
-
-def is_idle(hook: Any) -> bool:
-    """Whether this is a hook of this library's plain path, or one that transformers leaves behind once outputs of layers
-    were asked for."""
-    place = str(getattr(hook, "__module__", ""))
-    return place == "transformers.utils.output_capturing" or place.startswith(f"{_RUNTIME}.")
+def refuses_tower(view: ModelView) -> str | None:
+    """Why a vision tower is not for the engine, likewise."""
+    tower: Any = view.vision_tower
+    weight = tower.patch_embed.proj.weight
+    if weight.is_cuda and weight.dtype not in _HALF:
+        return f"weights in {str(weight.dtype).removeprefix('torch.')} on a GPU"
+    if len({parameter.device for parameter in tower.parameters()}) > 1:
+        return "blocks on several devices"
+    for module in (module for block in tower.blocks for module in block.modules()):
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            return f"a {type(module).__name__} in the place of a linear layer"
+    return None
 
 
 def refuses_request(request: Request) -> str | None:

@@ -18,7 +18,6 @@ from ..kernels.varlen_attention import varlen_attention
 from ..runtime.view import ModelView
 from .graphs import Recent, Recorder
 from .layer import summed
-from .refusals import is_idle
 from .weights import Weights
 
 Grids = tuple[tuple[int, int, int], ...]
@@ -134,19 +133,6 @@ def _mlp(mlp: Any, weights: Weights, hidden: Tensor) -> Tensor:
 def _reordered(view: ModelView, patches: Tensor, order: Tensor) -> Tensor:
     per_token = view.spatial_merge_size**2
     return patches.unflatten(0, (-1, per_token))[order].flatten(0, 1)
-
-
-def refuses_tower(view: ModelView) -> bool:
-    """Whether something wants to be called inside the tower, or its weights are none that the kernels take."""
-    tower: Any = view.vision_tower
-    weight = tower.patch_embed.proj.weight
-    if tower.training or (weight.is_cuda and weight.dtype not in (torch.float16, torch.bfloat16)):
-        return True
-    if weight.device != next(tower.merger.parameters()).device:
-        return True
-    modules = [module for block in tower.blocks for module in block.modules()]
-    hooks = [hook for module in modules for hook in (module._forward_hooks | module._forward_pre_hooks).values()]
-    return any(not is_idle(hook) for hook in hooks)
 
 
 class VisionProgram:

@@ -53,12 +53,15 @@ class Weights:
         self._joined: dict[nn.Module, Joined] = {}
         self._parts: list[nn.Module] = []
 
-    def join(self) -> None:
-        """Join what can be joined; the rest stays as it is."""
+    def join_decoder(self) -> None:
+        """Queries, keys and values; gate and up."""
         for layer in self._view.layers:
             attention, mlp = layer.self_attn, layer.mlp
             self._join(attention, [attention.q_proj, attention.k_proj, attention.v_proj])
             self._join(mlp, [mlp.gate_proj, mlp.up_proj])
+
+    def join_tower(self) -> None:
+        """Gate and up, with zeros between and behind them up to a width that fast kernels take."""
         tower: Any = self._view.vision_tower
         for block in tower.blocks:
             if hasattr(block.mlp, "gate_proj"):

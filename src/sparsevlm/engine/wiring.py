@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +26,13 @@ from .graphs import Recorder
 from .prefill import pack, prefill
 from .programs import Programs
 from .prompt import Prompt
-from .refusals import refuses_generation, refuses_model, refuses_request
-from .vision import VisionPrograms, refuses_tower
+from .refusals import refuses_decoder, refuses_generation, refuses_request, refuses_tower
+from .settings import plain_generation_config
+from .vision import VisionPrograms
+from .watch import Watch
 from .weights import Weights
+
+logger = logging.getLogger(__name__)
 
 _UNCALLED = "no greedy or sampling call of generate"
 
@@ -66,6 +71,8 @@ class Engine:
         self._call = Call()
         self._decoding: Decoding | None = None
         self._made = False
+        self._unfit: str | None = None
+        self._tower_unfit: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """The engine of a copied model: graphs cannot be copied, it records its own."""
@@ -111,11 +118,17 @@ class Engine:
     def _make(self) -> None:
         """Programs and weights for the model as it is."""
         view, device = self._view, self._view.text_model.embed_tokens.weight.device
+        self._unfit, self._tower_unfit = refuses_decoder(view), refuses_tower(view)
         self._weights, self._recorder = Weights(view), Recorder(device)
-        self._weights.join()
+        if self._unfit is None:
+            self._weights.join_decoder()
+        if self._tower_unfit is None:
+            self._weights.join_tower()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         shared = (view, self._weights, self._recorder)
         self._arenas, self._programs, self._vision = Arenas(*shared), Programs(*shared), VisionPrograms(*shared)
+        self._decoder_watch = Watch([view.model, view.base_model, view.model.lm_head, *view.text_model.modules()])
+        self._tower_watch = Watch(view.vision_tower.modules())
         self._made = True
 
     def _unmake(self) -> None:
@@ -125,22 +138,30 @@ class Engine:
                 kept.clear()
         self._made = False
 
+    def _keep_up(self) -> None:
+        """Make what there is not, and make it anew if the model is not what it was."""
+        if self._made and (self._decoder_watch.changed() or self._tower_watch.changed()):
+            logger.info("the model's weights or modules were replaced: the engine makes its programs anew.")
+            self._unmake()
+        if not self._made:
+            self._make()
+
     def _on_config(self, generation_config: Any = None, **kwargs: Any) -> Any:
         """The first that ``generate`` asks: encode the pictures while it goes on."""
         self._refused, self._decoding, self._call = _UNCALLED, None, Call()
         if self._host.wants_engine() and not torch.is_grad_enabled():
+            self._keep_up()
             self._call = Call.of(kwargs)
             if self._sees():
                 self._call.look_ahead(self._view, self._vision, self._stream)
-        return self._plain["_prepare_generation_config"](generation_config, **kwargs)
+        plain = self._plain["_prepare_generation_config"]
+        return plain_generation_config(self._view.model.config, plain, generation_config, kwargs)
 
     def _sees(self) -> bool:
         """Whether the tower can run by its program now."""
-        if self._host.needs() & VISION_NEEDS or refuses_tower(self._view):
+        if self._host.needs() & VISION_NEEDS or self._view.vision_tower.training:
             return False
-        if not self._made:
-            self._make()
-        return True
+        return self._made and self._tower_unfit is None and self._tower_watch.hooked() is None
 
     def _on_positions(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Positions, computed on the host where all that they depend on is."""
@@ -172,8 +193,15 @@ class Engine:
         if not self._host.wants_engine():
             self._refused = "engine=False"
             return False
-        self._refused = refuses_generation(model_kwargs, generation_config) or refuses_model(self._view)
+        self._refused = refuses_generation(model_kwargs, generation_config) or self._refuses_model()
         return self._refused is None
+
+    def _refuses_model(self) -> str | None:
+        if torch.is_grad_enabled():
+            return "gradients"
+        if self._view.text_model.training:
+            return "training mode"
+        return self._unfit or self._decoder_watch.hooked()
 
     def _on_prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -205,8 +233,6 @@ class Engine:
         if (refused := refuses_request(request)) is not None:
             self.reason = refused
             return None
-        if not self._made:
-            self._make()
         prompt = Prompt.of(self._view, ids, on_host["position_ids"][-3:], kinds)
         features = self._features(call, prompt.n_features, kinds, model_kwargs)
         if features.shape[0] != prompt.n_features:
@@ -288,7 +314,7 @@ class Engine:
     def _see(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         """The tower's forward pass."""
         asks = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
-        if not self._host.wants_engine() or asks or torch.is_grad_enabled() or not self._sees():
+        if not self._host.wants_engine() or asks or torch.is_grad_enabled():
             return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
         ahead, self._call.ahead = self._call.ahead, None
         grids = tuple((t, h, w) for t, h, w in grid_thw.tolist())
@@ -296,6 +322,8 @@ class Engine:
             ahead.wait()
             hidden, tokens = ahead.hidden, ahead.tokens
         else:
+            self._keep_up()
+            if not self._sees():
+                return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
             hidden, tokens = self._vision(hidden_states, grids)
         return BaseModelOutputWithPooling(last_hidden_state=hidden.clone(), pooler_output=tokens.clone())
-

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.pivots import pivots
+from ..kernels.products import products
 from .similarity import row_chunks
 
 # Cosines are exact to about 1e-7 in float32: what is nearer to 0 than this is 0, so that identical tokens tie.
@@ -111,7 +112,7 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) 
 
 
 def dpp_order_by_gram(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
-    """As :func:`dpp_order`, from the products of all rows: one kernel per pick where Triton runs.
+    """As :func:`dpp_order`, from the products of all rows: one kernel for all picks where Triton runs.
 
     For more tokens than their products fit in memory this is :func:`dpp_order` itself.
     """
@@ -121,7 +122,7 @@ def dpp_order_by_gram(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool =
     flat, ratings = rows.reshape(-1, n, rows.shape[-1]), quality.reshape(-1, n)
     at_once = max(1, _MAX_GRAM_ELEMENTS // n**2)
     orders = [
-        pivots(flat[some] @ flat[some].mT, ratings[some], n_keep, rounds, _NOISE)
+        pivots(products(flat[some]), ratings[some], n_keep, rounds, _NOISE)
         for some in (slice(first, first + at_once) for first in range(0, flat.shape[0], at_once))
     ]
     return torch.cat(orders).reshape(*rows.shape[:-2], n_keep)

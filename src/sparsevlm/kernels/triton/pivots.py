@@ -1,7 +1,7 @@
-"""One kernel per pick: the column of the pick's Cholesky factor, what it leaves of every row, and who is next.
+"""One kernel for all picks: every program owns some rows, and after each pick all wait for each other.
 
-Nothing returns to the host. A kernel reads what the one before found, block by block of rows, in one of two buffers,
-and writes into the other.
+What a program finds best among its rows it writes down, in one of two places in turn; all read what all have found and
+agree on the pick. The factor lies row by row, so that a program's own part stays close to it.
 """
 
 from __future__ import annotations
@@ -11,118 +11,116 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK, _CHUNK = 128, 32
+# Programs of one launch: as many as surely run at the same time, which waiting for each other takes.
+_MOST_PROGRAMS = 64
+_LEAST_ROWS, _CHUNK = 32, 64
 
 
 @triton.jit
-def _note_best(
-    residual, length, quality, taken, columns, n, values_out, indices_out, at, NOISE: tl.constexpr
-):  # fmt: skip
-    """A block's best row, and its best if all began anew; both are noted with what is left of the former."""
-    open_now = (columns < n) & (taken == 0)
+def _note_best(residual, length, quality, taken, rows, n, values, indices, at, NOISE: tl.constexpr):
+    """A program's best row, and its best if all began anew, with what is left of the former."""
+    free = (rows < n) & (taken == 0)
     again = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
     gain = tl.where(residual <= NOISE * length, quality - 2.0, quality * quality * residual)
-    gain = tl.where(open_now, gain, float("-inf"))
-    again = tl.where(open_now, again, float("-inf"))
+    gain = tl.where(free, gain, float("-inf"))
+    again = tl.where(free, again, float("-inf"))
     best, place = tl.max(gain, axis=0, return_indices=True, return_indices_tie_break_left=True)
     best_again, place_again = tl.max(again, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    here = tl.arange(0, columns.shape[0])
-    tl.store(values_out + at * 3, best)
-    tl.store(values_out + at * 3 + 1, tl.sum(tl.where(here == place, residual, 0.0), axis=0))
-    tl.store(values_out + at * 3 + 2, best_again)
-    tl.store(indices_out + at * 2, tl.sum(tl.where(here == place, columns, 0), axis=0))
-    tl.store(indices_out + at * 2 + 1, tl.sum(tl.where(here == place_again, columns, 0), axis=0))
+    here = tl.arange(0, rows.shape[0])
+    tl.store(values + at * 3, best)
+    tl.store(values + at * 3 + 1, tl.sum(tl.where(here == place, residual, 0.0), axis=0))
+    tl.store(values + at * 3 + 2, best_again)
+    tl.store(indices + at * 2, tl.sum(tl.where(here == place, rows, 0), axis=0))
+    tl.store(indices + at * 2 + 1, tl.sum(tl.where(here == place_again, rows, 0), axis=0))
 
 
 @triton.jit
-def _begin(
-    length_ptr, quality_ptr, taken_ptr, residual_ptr, values_out, indices_out, n, n_blocks, NOISE: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _wait_for_all(counter, target):
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release", scope="gpu")
+    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
+        pass
+    tl.debug_barrier()
+
+
+@triton.jit
+def _pick_all(
+    gram_ptr, quality_ptr, factor_ptr, order_ptr, values, indices, counter_ptr, n, n_keep, n_programs,
+    ROUNDS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    sample, block = tl.program_id(0), tl.program_id(1)
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < n
-    at = sample.to(tl.int64) * n + columns
-    length = tl.load(length_ptr + at, mask=inside, other=0.0)
-    quality = tl.load(quality_ptr + at, mask=inside, other=0.0)
-    taken = tl.load(taken_ptr + at, mask=inside, other=1)
-    tl.store(residual_ptr + at, length, mask=inside)
-    _note_best(length, length, quality, taken, columns, n, values_out, indices_out, sample * n_blocks + block, NOISE)
+    program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    gram, factor = gram_ptr + sample * n * n, factor_ptr + sample * n * n_keep
+    counter = counter_ptr + sample
+    rows = program * ROWS + tl.arange(0, ROWS)
+    inside = rows < n
+    long_rows = rows.to(tl.int64)
+    length = tl.load(gram + long_rows * n + rows, mask=inside, other=0.0)
+    quality = tl.load(quality_ptr + sample * n + rows, mask=inside, other=0.0)
+    residual = length
+    taken = tl.zeros([ROWS], tl.int32)
+    others = tl.arange(0, PROGRAMS)
+    known = others < n_programs
+    step, start = n_keep * 0, n_keep * 0
+    while step < n_keep:
+        place = ((step % 2) * tl.num_programs(1) + sample) * n_programs
+        _note_best(residual, length, quality, taken, rows, n, values, indices, place + program, NOISE)
+        _wait_for_all(counter, (step + 1) * n_programs)
+        gains = tl.load(values + (place + others) * 3, mask=known, other=float("-inf"), volatile=True)
+        again = tl.load(values + (place + others) * 3 + 2, mask=known, other=float("-inf"), volatile=True)
+        best, winner = tl.max(gains, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        _, winner_again = tl.max(again, axis=0, return_indices=True, return_indices_tie_break_left=True)
+        anew = (best < 0.0) & ROUNDS  # the picks so far span all that is left
+        pick = tl.load(indices + (place + winner) * 2, volatile=True)
+        left = tl.load(values + (place + winner) * 3 + 1, volatile=True)
+        pick_again = tl.load(indices + (place + winner_again) * 2 + 1, volatile=True)
+        pick = tl.where(anew, pick_again, pick).to(tl.int64)
+        pick_length = tl.load(gram + pick * n + pick)
+        left = tl.where(anew, pick_length, left)
+        start = tl.where(anew, step, start)
 
-
-@triton.jit(do_not_specialize=["step"])
-def _pick(
-    gram_ptr, length_ptr, quality_ptr, taken_ptr, residual_ptr, factor_ptr, order_ptr,
-    values_in, indices_in, start_in, values_out, indices_out, start_out,
-    step, n, n_keep, n_blocks,
-    ROUNDS: tl.constexpr, NOISE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    sample, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    others = tl.arange(0, BLOCKS)
-    there = sample * n_blocks + others
-    known = others < n_blocks
-    gains = tl.load(values_in + there * 3, mask=known, other=float("-inf"))
-    again = tl.load(values_in + there * 3 + 2, mask=known, other=float("-inf"))
-    best, winner = tl.max(gains, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    _, winner_again = tl.max(again, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    anew = (best < 0.0) & ROUNDS  # the picks so far span all that is left
-    pick = tl.load(indices_in + (sample * n_blocks + winner) * 2)
-    left = tl.load(values_in + (sample * n_blocks + winner) * 3 + 1)
-    pick_again = tl.load(indices_in + (sample * n_blocks + winner_again) * 2 + 1)
-    pick = tl.where(anew, pick_again, pick)
-    pick_length = tl.load(length_ptr + sample * n + pick)
-    left = tl.where(anew, pick_length, left)
-    start = tl.where(anew, step, tl.load(start_in + sample))
-
-    columns = block * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < n
-    at = sample * n + columns
-    column = tl.load(gram_ptr + (sample * n + pick) * n + columns, mask=inside, other=0.0)
-    factor = factor_ptr + sample * n_keep * n
-    done = start
-    while done < step:
-        earlier = done + tl.arange(0, CHUNK)
-        of_pick = tl.load(factor + earlier.to(tl.int64) * n + pick, mask=earlier < step, other=0.0)
-        mask = (earlier < step)[:, None] & inside[None, :]
-        tile = tl.load(factor + earlier.to(tl.int64)[:, None] * n + columns[None, :], mask=mask, other=0.0)
-        column -= tl.sum(tile * of_pick[:, None], axis=0)
-        done += CHUNK
-    spanned = left <= NOISE * pick_length
-    column = tl.where(spanned, 0.0, column / tl.sqrt(tl.where(spanned, 1.0, left)))
-    tl.store(factor + step.to(tl.int64) * n + columns, column, mask=inside)
-
-    length = tl.load(length_ptr + at, mask=inside, other=0.0)
-    quality = tl.load(quality_ptr + at, mask=inside, other=0.0)
-    residual = tl.where(anew, length, tl.load(residual_ptr + at, mask=inside, other=0.0)) - column * column
-    taken = tl.where(columns == pick, 1, tl.load(taken_ptr + at, mask=inside, other=1))
-    tl.store(residual_ptr + at, residual, mask=inside)
-    tl.store(taken_ptr + at, taken.to(tl.int8), mask=inside)
-    _note_best(residual, length, quality, taken, columns, n, values_out, indices_out, sample * n_blocks + block, NOISE)
-    if block == 0:
-        tl.store(order_ptr + sample * n_keep + step, pick.to(tl.int64))
-        tl.store(start_out + sample, start)
+        column = tl.load(gram + pick * n + rows, mask=inside, other=0.0)
+        done = start
+        while done < step:
+            earlier = done + tl.arange(0, CHUNK)
+            near = earlier < step
+            of_pick = tl.load(factor + pick * n_keep + earlier, mask=near, other=0.0, volatile=True)
+            mask = inside[:, None] & near[None, :]
+            tile = tl.load(factor + long_rows[:, None] * n_keep + earlier[None, :], mask=mask, other=0.0)
+            column -= tl.sum(tile * of_pick[None, :], axis=1)
+            done += CHUNK
+        spanned = left <= NOISE * pick_length
+        column = tl.where(spanned, 0.0, column / tl.sqrt(tl.where(spanned, 1.0, left)))
+        tl.store(factor + long_rows * n_keep + step, column, mask=inside)
+        residual = tl.where(anew, length, residual) - column * column
+        taken = tl.where(rows == pick, 1, taken)
+        if program == 0:
+            tl.store(order_ptr + sample * n_keep + step, pick)
+        step += 1
 
 
 def pivots(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
     """See :func:`sparsevlm.kernels.pivots.pivots`."""
     batch, n = quality.shape
-    device = gram.device
-    n_blocks = triton.cdiv(n, _BLOCK)
-    length = gram.diagonal(dim1=-2, dim2=-1).contiguous()
-    residual, factor = torch.empty_like(length), torch.empty((batch, n_keep, n), device=device)
-    taken = torch.zeros((batch, n), dtype=torch.int8, device=device)
-    order = torch.empty((batch, n_keep), dtype=torch.int64, device=device)
-    values = torch.empty((2, batch, n_blocks, 3), device=device)
-    indices = torch.empty((2, batch, n_blocks, 2), dtype=torch.int32, device=device)
-    start = torch.zeros((2, batch), dtype=torch.int32, device=device)
+    order = torch.empty((batch, n_keep), dtype=torch.int64, device=gram.device)
     gram, quality = gram.contiguous(), quality.float().contiguous()
-    grid = (batch, n_blocks)
-    _begin[grid](length, quality, taken, residual, values[0], indices[0], n, n_blocks, noise, _BLOCK)
-    for step in range(n_keep):
-        now, then = step % 2, 1 - step % 2
-        _pick[grid](
-            gram, length, quality, taken, residual, factor, order, values[now], indices[now], start[now], values[then],
-            indices[then], start[then], step, n, n_keep, n_blocks, rounds, noise, _BLOCK, _CHUNK,
-            triton.next_power_of_2(n_blocks),
-        )  # fmt: skip
+    at_once = _MOST_PROGRAMS if gram.is_cuda else 1  # Triton's interpreter runs one after the other
+    for first in range(0, batch, at_once):
+        some = slice(first, min(batch, first + at_once))
+        _launch(gram[some], quality[some], order[some], at_once, rounds, noise)
     return order
+
+
+def _launch(gram: Tensor, quality: Tensor, order: Tensor, at_once: int, rounds: bool, noise: float) -> None:
+    (batch, n), n_keep, device = quality.shape, order.shape[1], gram.device
+    n_programs = max(1, min(at_once // batch, triton.cdiv(n, _LEAST_ROWS)))
+    n_rows = max(16, triton.next_power_of_2(triton.cdiv(n, n_programs)))
+    n_programs = triton.cdiv(n, n_rows)
+    factor = torch.empty((batch, n, n_keep), device=device)
+    values = torch.empty((2, batch, n_programs, 3), device=device)
+    indices = torch.empty((2, batch, n_programs, 2), dtype=torch.int32, device=device)
+    counter = torch.zeros(batch, dtype=torch.int32, device=device)
+    chunk = max(16, min(_CHUNK, 8192 // n_rows))
+    _pick_all[(n_programs, batch)](
+        gram, quality, factor, order, values, indices, counter, n, n_keep, n_programs,
+        rounds, noise, n_rows, chunk, triton.next_power_of_2(n_programs), num_warps=4,
+    )  # fmt: skip

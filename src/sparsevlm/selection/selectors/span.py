@@ -30,7 +30,7 @@ class SpanSelector:
     name = "span"
     placement = TARGET_LAYERS
     needs: frozenset[str] = frozenset()
-    default_schedule = "geometric"
+    default_schedule = "single"
 
     def select(self, context: SelectionContext, n_keep: int) -> Tensor:
         """Choose ``n_keep`` rows that span the others."""
