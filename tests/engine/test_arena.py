@@ -46,16 +46,3 @@ def test_the_last_request_leaves_no_trace(selector, monkeypatch):
             for inputs, answer in zip(prompts, wanted, strict=True):
                 assert torch.equal(model.generate(**inputs, **GREEDY), answer)
     assert len(state._engine._programs if selector == "span" else state._engine._arenas) == 1
-
-
-@pytest.mark.gpu
-def test_a_captured_step_says_what_the_plain_path_says():
-    model = tiny_model().cuda().bfloat16()
-    state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2])
-    for prompt in PROMPTS.values():
-        inputs = {name: value.cuda() for name, value in make_inputs(*prompt).items()}
-        options = {"max_new_tokens": 12, "do_sample": False}
-        wanted = model.generate(**inputs, **options)
-        with state.options(engine=True):
-            for _ in range(2):
-                assert torch.equal(model.generate(**inputs, **options), wanted)

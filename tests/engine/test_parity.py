@@ -99,8 +99,8 @@ def test_the_trained_model_says_and_keeps_the_same(device, dtype, n_scenes):
     processor = load_processor(bundled_path(), local_files_only=True)
     state = apply_sparsevlm(model, keep=0.25)
     n_kept = n_shared = n_answers = n_same = 0
-    for inputs in scene_batches(processor, n_scenes, 25):
-        inputs = inputs.to(device)
+    for batch in scene_batches(processor, n_scenes, 25):
+        inputs = batch.to(device)
         said, wanted = run(model, inputs, 8)
         plain = [set(sample.stages[0].kept) for sample in state.report.samples]
         with state.options(engine=True):
@@ -120,7 +120,8 @@ def test_the_trained_model_says_and_keeps_the_same(device, dtype, n_scenes):
                 scores = wanted[step][b]
                 gap = float(scores[said[b, step]] - scores[again[b, step]])
                 # By as much as the paths differ for this sample, the two words may change places.
-                assert gap <= 2 * float((found[step][b] - scores).abs().max()), (b, step, gap)
+                difference = (found[step][b] - scores)[scores.isfinite()].abs().max()
+                assert gap <= 2 * float(difference), (b, step, gap)
     print(f"kept alike: {n_shared} of {n_kept}; answers alike: {n_same} of {n_answers}")
     assert n_shared >= 0.99 * n_kept
     assert n_same >= 0.97 * n_answers

@@ -7,10 +7,10 @@ import torch
 
 from sparsevlm.kernels.activation import swiglu_plain
 from sparsevlm.kernels.norm import rms_norm_plain
-from sparsevlm.kernels.rotary import rotate_plain
+from sparsevlm.kernels.rotary import rotate_into_plain, rotate_plain
 from sparsevlm.kernels.triton.activation import swiglu
 from sparsevlm.kernels.triton.norm import rms_norm
-from sparsevlm.kernels.triton.rotary import rotate
+from sparsevlm.kernels.triton.rotary import rotate, rotate_into
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Elements of one part in so many of their size may round the other way.
@@ -59,6 +59,26 @@ def test_rotate(dtype, n, heads, kv_heads, head_dim, device):
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
     for found, wanted in zip(rotate(query, key, cos, sin), rotate_plain(query, key, cos, sin), strict=True):
         assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("slot", [None, 0, 4])
+@pytest.mark.parametrize(("n", "heads", "kv_heads", "head_dim"), [(1, 28, 4, 128), (7, 3, 1, 6)])
+def test_rotate_into(n, heads, kv_heads, head_dim, slot, dtype, device):
+    sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
+    joined = draw(n, sum(sizes), dtype=dtype, device=device)
+    query, key, value = (part.unflatten(-1, (-1, head_dim)) for part in joined.split(sizes, dim=-1))
+    angle = draw(n, head_dim // 2, dtype=torch.float32, device=device, seed=1).repeat(1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    shape = (n, kv_heads, head_dim) if slot is None else (n, 5, kv_heads, head_dim)
+    at = None if slot is None else torch.tensor([slot], dtype=torch.int32, device=device)
+    kept = [[torch.full(shape, 9.0, dtype=dtype, device=device) for _ in range(2)] for _ in range(2)]
+    found = rotate_into(query, key, value, cos, sin, *kept[0], at)
+    assert_close(found, rotate_into_plain(query, key, value, cos, sin, *kept[1], at))
+    assert_close(found, rotate_plain(query, key, cos, sin)[0])
+    for mine, wanted in zip(*kept, strict=True):
+        assert_close(mine, wanted)
+        assert (mine == 9.0).sum() == mine.numel() - value.numel()
 
 
 def test_no_rows(device):

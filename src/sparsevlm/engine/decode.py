@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.decode_attention import RaggedCache, decode_attention
-from ..kernels.rotary import rotate
+from ..kernels.rotary import rotate_into
 from ..runtime.view import ModelView
 from .layer import run_layer, summed
 from .prefill import LayerCache
@@ -73,8 +73,9 @@ def decode_step(view: ModelView, weights: Weights, state: DecodeState, tokens: T
         Logits of the next token.
     """
     hidden = view.text_model.embed_tokens(tokens)
-    slot = state.n_new.long()
+    slot = state.n_new.clone()
     cos, sin = view.text_model.rotary_emb(hidden[:, None], (first + slot)[:, :, None])
+    cos, sin = cos[:, 0], sin[:, 0]
     state.n_new.add_(1)
     addend: Tensor | None = None
     for layer_idx, layer in enumerate(view.layers):
@@ -85,9 +86,7 @@ def decode_step(view: ModelView, weights: Weights, state: DecodeState, tokens: T
             query: Tensor, key: Tensor, value: Tensor, cache: RaggedCache = cache, longest: int = longest,
             scaling: float = scaling,
         ) -> Tensor:  # fmt: skip
-            query, key = rotate(query, key, cos[:, 0], sin[:, 0])
-            cache.new_keys.index_copy_(1, slot, key[:, None])
-            cache.new_values.index_copy_(1, slot, value[:, None])
+            query = rotate_into(query, key, value, cos, sin, cache.new_keys, cache.new_values, slot)
             return decode_attention(query, cache, scaling, longest)
 
         hidden, addend = run_layer(layer, weights, hidden, addend, attend)

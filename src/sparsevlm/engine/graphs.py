@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -54,7 +56,7 @@ class Recorder:
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = run()
         except torch.OutOfMemoryError:
             logger.warning("out of memory while a CUDA graph was recorded: this bucket runs without one.")
@@ -67,6 +69,18 @@ class Recorder:
 
         replay.run = run  # type: ignore[attr-defined]  # the tensors that the graph reads live as long as it
         return replay
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Nothing of an older graph may be freed while one is recorded."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Recent(Generic[K, T]):

@@ -41,7 +41,9 @@ def run_layer(
     normed, hidden = rms_norm(hidden, norm.weight, norm.variance_epsilon, residual=addend)
     n_rows = hidden.shape[0]
     joined = weights.of(attention)
-    projected = joined(normed) if joined else [p(normed) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    projected = (
+        joined(normed) if joined else [p(normed) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    )
     query, key, value = (rows.unflatten(-1, (-1, attention.head_dim)) for rows in projected)
     mixed = attention.o_proj(attend(query, key, value).reshape(n_rows, -1))
     norm = layer.post_attention_layernorm

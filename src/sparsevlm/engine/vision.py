@@ -14,7 +14,7 @@ from transformers.vision_utils import get_vision_position_ids
 from ..kernels.activation import swiglu
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotate
-from ..kernels.varlen_attention import varlen_attention
+from ..kernels.varlen_attention import equal_attention, varlen_attention
 from ..runtime.view import ModelView
 from .graphs import Recent, Recorder
 from .layer import summed
@@ -27,6 +27,37 @@ _MOST_PROGRAMS = 4
 
 
 @dataclass(frozen=True)
+class Sequences:
+    """Patches that see each other, one sequence behind the other.
+
+    Attributes
+    ----------
+    offsets : Tensor of shape (n + 1,), int32
+        Where each begins.
+    longest : int
+    equal : bool
+        Whether all are as long.
+    """
+
+    offsets: Tensor
+    longest: int
+    equal: bool
+
+    @classmethod
+    def of(cls, offsets: Tensor, device: torch.device) -> Sequences:
+        """By their offsets on the host."""
+        lengths = offsets.diff()
+        longest = int(lengths.max())
+        return cls(offsets.to(device), longest, bool((lengths == longest).all()))
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """Attention of each within itself."""
+        if self.equal:
+            return equal_attention(query, key, value, self.longest, scaling, causal=False)
+        return varlen_attention(query, key, value, self.offsets, self.longest, scaling, causal=False)
+
+
+@dataclass(frozen=True)
 class Tables:
     """What depends on the grids alone.
 
@@ -36,19 +67,16 @@ class Tables:
         From reading order to windows and back; ``None`` where the tower has no windows.
     cos, sin : Tensor of shape (n_patches, head_dim), float32
         In the order of windows.
-    frames, windows : Tensor of shape (n + 1,), int32
-        Where the sequences of blocks with full attention, and of the others, begin.
-    longest_frame, longest_window : int
+    frames, windows : Sequences
+        Of blocks with full attention, and of the others.
     """
 
     order: Tensor | None
     back: Tensor | None
     cos: Tensor
     sin: Tensor
-    frames: Tensor
-    windows: Tensor
-    longest_frame: int
-    longest_window: int
+    frames: Sequences
+    windows: Sequences
 
 
 def make_tables(view: ModelView, grids: Grids) -> Tables:
@@ -67,10 +95,7 @@ def make_tables(view: ModelView, grids: Grids) -> Tables:
         order, windows = index.to(weight.device), torch.as_tensor(starts, dtype=torch.int32)
         back = torch.argsort(order)
         cos, sin = _reordered(view, cos, order), _reordered(view, sin, order)
-    return Tables(
-        order, back, cos, sin, frames.to(weight.device), windows.to(weight.device),
-        int(frames.diff().max()), int(windows.diff().max()),
-    )  # fmt: skip
+    return Tables(order, back, cos, sin, Sequences.of(frames, weight.device), Sequences.of(windows, weight.device))
 
 
 def see(view: ModelView, weights: Weights, tables: Tables, patches: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,14 +122,12 @@ def see(view: ModelView, weights: Weights, tables: Tables, patches: Tensor) -> t
         hidden = _reordered(view, hidden, tables.order)
     addend: Tensor | None = None
     for index, block in enumerate(tower.blocks):
-        is_full = index in view.vision_block_indices
-        offsets = tables.frames if is_full else tables.windows
-        longest = tables.longest_frame if is_full else tables.longest_window
+        sequences = tables.frames if index in view.vision_block_indices else tables.windows
         attention = block.attn
         normed, hidden = _normed(block.norm1, hidden, addend)
         query, key, value = attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
         query, key = rotate(query, key, tables.cos, tables.sin)
-        mixed = varlen_attention(query, key, value, offsets, longest, attention.scaling, causal=False)
+        mixed = sequences.attend(query, key, value, attention.scaling)
         normed, hidden = _normed(block.norm2, attention.proj(mixed.flatten(1)), hidden)
         addend = _mlp(block.mlp, weights, normed)
     hidden = summed(hidden, addend)

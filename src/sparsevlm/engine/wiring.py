@@ -138,9 +138,9 @@ class Engine:
                 kept.clear()
         self._made = False
 
-    def _keep_up(self) -> None:
+    def _keep_up(self, *watches: str) -> None:
         """Make what there is not, and make it anew if the model is not what it was."""
-        if self._made and (self._decoder_watch.changed() or self._tower_watch.changed()):
+        if self._made and any(getattr(self, name).changed() for name in watches):
             logger.info("the model's weights or modules were replaced: the engine makes its programs anew.")
             self._unmake()
         if not self._made:
@@ -150,7 +150,7 @@ class Engine:
         """The first that ``generate`` asks: encode the pictures while it goes on."""
         self._refused, self._decoding, self._call = _UNCALLED, None, Call()
         if self._host.wants_engine() and not torch.is_grad_enabled():
-            self._keep_up()
+            self._keep_up("_tower_watch")
             self._call = Call.of(kwargs)
             if self._sees():
                 self._call.look_ahead(self._view, self._vision, self._stream)
@@ -201,6 +201,7 @@ class Engine:
             return "gradients"
         if self._view.text_model.training:
             return "training mode"
+        self._keep_up("_decoder_watch")
         return self._unfit or self._decoder_watch.hooked()
 
     def _on_prefill(
@@ -322,7 +323,7 @@ class Engine:
             ahead.wait()
             hidden, tokens = ahead.hidden, ahead.tokens
         else:
-            self._keep_up()
+            self._keep_up("_tower_watch")
             if not self._sees():
                 return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
             hidden, tokens = self._vision(hidden_states, grids)

@@ -29,6 +29,48 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return rotate_plain(query, key, cos, sin)
 
 
+def rotate_into(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    slot: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As :func:`rotate`, and put keys and values where they are kept.
+
+    Parameters
+    ----------
+    query, key, value : Tensor of shape (n, heads, head_dim), and twice (n, kv_heads, head_dim)
+        Rows may lie apart, as the parts of one projection do.
+    cos, sin : Tensor of shape (n, head_dim)
+    keys, values : Tensor of shape (n, kv_heads, head_dim), or with ``slot`` (n, room, kv_heads, head_dim)
+        Written.
+    slot : Tensor of shape (1,), int32, optional
+        Which of ``room`` is written; on the device.
+
+    Returns
+    -------
+    Tensor of shape (n, heads, head_dim)
+        Contiguous.
+    """
+    if takes_triton(query):
+        from .triton.rotary import rotate_into as twin
+
+        return twin(query, key, value, cos, sin, keys, values, slot)
+    return rotate_into_plain(query, key, value, cos, sin, keys, values, slot)
+
+
+def rotate_into_plain(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    slot: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The truth."""
+    query, key = rotate_plain(query, key, cos, sin)
+    for kept, new in ((keys, key), (values, value)):
+        if slot is None:
+            kept.copy_(new)
+        else:
+            kept.index_copy_(1, slot.long(), new[:, None])
+    return query
+
+
 def rotate_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """The truth, as transformers computes it: in the decoder with tables in the dtype of ``x``, in the vision tower
     with tables in float32, which makes the products so."""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_ORDER = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def varlen_attention(
@@ -40,6 +49,20 @@ def varlen_attention(
     return varlen_attention_plain(query, key, value, offsets, scaling, causal)
 
 
+def equal_attention(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float, causal: bool) -> Tensor:
+    """:func:`varlen_attention` for sequences of ``length`` rows each.
+
+    On a CUDA device, in half precision, cuDNN's attention comes first, which is the faster one there.
+    """
+    shape = (query.shape[0] // length, length)
+    q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (query, key, value))
+    with sdpa_kernel(_ORDER, set_priority=True) if query.is_cuda else contextlib.nullcontext():
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
 def varlen_attention_plain(
     query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scaling: float, causal: bool
 ) -> Tensor:
@@ -49,11 +72,6 @@ def varlen_attention_plain(
     for length, group in spans:
         members = list(group)
         rows = slice(members[0][0], members[-1][1])
-        if length == 0:
-            continue
-        q, k, v = (x[rows].unflatten(0, (len(members), length)).transpose(1, 2) for x in (query, key, value))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        mixed.append(out.transpose(1, 2).flatten(0, 1))
+        if length:
+            mixed.append(equal_attention(query[rows], key[rows], value[rows], length, scaling, causal))
     return torch.cat(mixed) if mixed else torch.zeros_like(query)

@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of one launch: as many as surely run at the same time, which waiting for each other takes.
-_MOST_PROGRAMS = 64
-_LEAST_ROWS, _CHUNK = 32, 64
+# Programs of one launch, if there are as many multiprocessors: waiting for each other takes that all run at once.
+_MOST_PROGRAMS = 128
+_LEAST_ROWS, _TILE, _WARPS = 16, 8192, 8
 
 
 @triton.jit
@@ -103,7 +103,9 @@ def pivots(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: floa
     batch, n = quality.shape
     order = torch.empty((batch, n_keep), dtype=torch.int64, device=gram.device)
     gram, quality = gram.contiguous(), quality.float().contiguous()
-    at_once = _MOST_PROGRAMS if gram.is_cuda else 1  # Triton's interpreter runs one after the other
+    at_once = 1  # Triton's interpreter runs one after the other
+    if gram.is_cuda:
+        at_once = min(_MOST_PROGRAMS, torch.cuda.get_device_properties(gram.device).multi_processor_count)
     for first in range(0, batch, at_once):
         some = slice(first, min(batch, first + at_once))
         _launch(gram[some], quality[some], order[some], at_once, rounds, noise)
@@ -119,8 +121,8 @@ def _launch(gram: Tensor, quality: Tensor, order: Tensor, at_once: int, rounds: 
     values = torch.empty((2, batch, n_programs, 3), device=device)
     indices = torch.empty((2, batch, n_programs, 2), dtype=torch.int32, device=device)
     counter = torch.zeros(batch, dtype=torch.int32, device=device)
-    chunk = max(16, min(_CHUNK, 8192 // n_rows))
+    chunk = max(16, min(triton.next_power_of_2(n_keep), _TILE // n_rows))
     _pick_all[(n_programs, batch)](
         gram, quality, factor, order, values, indices, counter, n, n_keep, n_programs,
-        rounds, noise, n_rows, chunk, triton.next_power_of_2(n_programs), num_warps=4,
+        rounds, noise, n_rows, chunk, triton.next_power_of_2(n_programs), num_warps=_WARPS,
     )  # fmt: skip

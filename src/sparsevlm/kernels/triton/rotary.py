@@ -1,4 +1,4 @@
-"""One program per row: all heads of queries, then of keys."""
+"""One program per row: all heads of queries, then of keys, and of values where these are kept as well."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def _turn(x_ptr, out_ptr, cos_a, cos_b, sin_a, sin_b, N_HEADS: tl.constexpr, HAL
 
 @triton.jit
 def _rotate(
-    query_ptr, key_ptr, cos_ptr, sin_ptr, query_out, key_out, query_stride, key_stride,
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, query_out, key_out, value_out, slot_ptr,
+    query_stride, key_stride, value_stride, kept_stride,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_VALUE: tl.constexpr, HAS_SLOT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -33,27 +35,49 @@ def _rotate(
     cos_b = tl.load(cos_ptr + table + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin_a = tl.load(sin_ptr + table, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin_b = tl.load(sin_ptr + table + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
-    out_row = row * 2 * HALF
-    _turn(
-        query_ptr + row * query_stride, query_out + out_row * N_HEADS, cos_a, cos_b, sin_a, sin_b, N_HEADS, HALF, BLOCK
-    )
-    _turn(
-        key_ptr + row * key_stride, key_out + out_row * N_KV_HEADS, cos_a, cos_b, sin_a, sin_b, N_KV_HEADS, HALF, BLOCK
-    )
+    out_row = query_out + row * 2 * HALF * N_HEADS
+    _turn(query_ptr + row * query_stride, out_row, cos_a, cos_b, sin_a, sin_b, N_HEADS, HALF, BLOCK)
+    kept = row * kept_stride
+    if HAS_SLOT:
+        kept += tl.load(slot_ptr) * 2 * HALF * N_KV_HEADS
+    _turn(key_ptr + row * key_stride, key_out + kept, cos_a, cos_b, sin_a, sin_b, N_KV_HEADS, HALF, BLOCK)
+    if HAS_VALUE:
+        SIZE: tl.constexpr = triton.next_power_of_2(2 * HALF * N_KV_HEADS)
+        whole = tl.arange(0, SIZE)
+        there = whole < 2 * HALF * N_KV_HEADS
+        tl.store(value_out + kept + whole, tl.load(value_ptr + row * value_stride + whole, mask=there), mask=there)
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """See :func:`sparsevlm.kernels.rotary.rotate`."""
+    key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
+    return _launch(query, key, None, cos, sin, key_out, key_out, None), key_out
+
+
+def rotate_into(
+    query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    slot: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """See :func:`sparsevlm.kernels.rotary.rotate_into`."""
+    return _launch(query, key, value, cos, sin, keys, values, slot)
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
+    slot: Tensor | None,
+) -> Tensor:  # fmt: skip
     n_rows, n_heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     if n_rows:
-        half = head_dim // 2
+        half, given = head_dim // 2, key if value is None else value
         _rotate[(n_rows,)](
-            _with_close_heads(query), _with_close_heads(key), cos.contiguous(), sin.contiguous(), out, key_out,
-            query.stride(0), key.stride(0), n_heads, key.shape[1], half, triton.next_power_of_2(half), num_warps=1,
+            _with_close_heads(query), _with_close_heads(key), _with_close_heads(given), cos.contiguous(),
+            sin.contiguous(), out, keys, values, out if slot is None else slot,
+            query.stride(0), key.stride(0), given.stride(0), keys.stride(0),
+            n_heads, key.shape[1], half, triton.next_power_of_2(half), value is not None, slot is not None,
+            num_warps=1,
         )  # fmt: skip
-    return out, key_out
+    return out
 
 
 def _with_close_heads(x: Tensor) -> Tensor:

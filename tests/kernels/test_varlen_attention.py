@@ -1,0 +1,39 @@
+"""Packed attention: every sequence within itself, against softmax written out in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsevlm.kernels.varlen_attention import equal_attention, varlen_attention
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+def exact(query, key, value, lengths, scaling, causal):
+    groups, mixed = query.shape[1] // key.shape[1], []
+    for q, k, v in zip(*(x.double().split(lengths) for x in (query, key, value)), strict=True):
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
+        if causal:
+            scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)
+        mixed.append(torch.einsum("hqk,khd->qhd", scores.softmax(dim=-1), v))
+    return torch.cat(mixed)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lengths", [[1], [15, 1, 63], [64, 64, 64], [577]])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 80), (6, 2, 128)])
+def test_against_exact(heads, kv_heads, head_dim, lengths, causal, dtype, device):
+    generator = torch.Generator().manual_seed(sum(lengths))
+    shapes = [(sum(lengths), n, head_dim) for n in (heads, kv_heads, kv_heads)]
+    parts = [torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes]
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    scaling = head_dim**-0.5
+    wanted = exact(*parts, lengths, scaling, causal)
+    found = [varlen_attention(*parts, offsets, max(lengths), scaling, causal)]
+    if len(set(lengths)) == 1:
+        found.append(equal_attention(*parts, lengths[0], scaling, causal))
+    for one in found:
+        assert (one.double() - wanted).abs().max() < TOLERANCE[dtype]
