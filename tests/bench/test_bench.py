@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,9 +12,12 @@ from sparsevlm.bench import gate, shapes
 from sparsevlm.bench.cases import CORE, FULL, N_TEXT, Case, named_cases
 from sparsevlm.bench.floor import Ceilings, floors
 from sparsevlm.bench.providers import make_providers, shared_copy
-from sparsevlm.bench.run import COLUMNS, Settings, run
-from sparsevlm.bench.timing import PhaseTimer
+from sparsevlm.bench.rounds import Measured, Settings, measure
+from sparsevlm.bench.rows import COLUMNS
+from sparsevlm.bench.run import run
+from sparsevlm.bench.timing import time_call
 from sparsevlm.bench.workload import fresh_inputs
+from sparsevlm.engine import arena, static_prefill
 from sparsevlm.models import view_of
 from toys import tiny_model
 
@@ -44,7 +49,13 @@ def test_inputs_are_fresh_and_what_the_model_takes():
 def test_rows():
     model = tiny_model(n_layers=12)
     seen = []
-    rows = run(model, [SMALL], Settings((0.5,), 3, 1), ORIGIN, lambda case, rows: seen.append((case, len(rows))))
+    rows = run(
+        model,
+        [SMALL],
+        Settings((0.5,), iterations=3, warmup=1),
+        ORIGIN,
+        lambda case, rows: seen.append((case, len(rows))),
+    )
     assert seen == [(SMALL, len(rows))]
     assert all(tuple(row) == COLUMNS for row in rows)
     assert {row["provider"] for row in rows} == {"hf-dense", "ours-dense", "ours", "random"}
@@ -57,14 +68,17 @@ def test_rows():
         assert parts < float(total["p50"])
         assert total["path"] == ("dense" if provider == "hf-dense" else "engine")
         assert total["note"] == ""
-    assert float(by["ours", "prefill", "ms"]["floor"]) <= float(by["ours-dense", "prefill", "ms"]["floor"])
+        assert float(total["floor"]) > 0
+    for provider, dense in (("ours", "ours-dense"), ("random", "ours-dense")):
+        assert float(by[provider, "prefill", "ms"]["floor"]) < float(by[dense, "prefill", "ms"]["floor"])
+    assert by["ours-dense", "prefill", "ms"]["floor"] == by["hf-dense", "prefill", "ms"]["floor"]
     assert not any("forward" in vars(module) for module in (model.model.language_model, model.model.visual))
 
 
 def test_a_path_that_is_not_the_engines_is_void():
     model = tiny_model(n_layers=12)
     model.model.language_model.layers[3].mlp.register_forward_hook(lambda *_: None)
-    rows = run(model, [SMALL], Settings((0.5,), 1, 1), ORIGIN)
+    rows = run(model, [SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)
     void = [row for row in rows if row["provider"] != "hf-dense"]
     assert void
     assert all(row["note"].startswith("void: ") and row["p50"] == "" for row in void)
@@ -74,11 +88,34 @@ def test_wrong_answers_are_not_timed(monkeypatch):
     model = tiny_model(n_layers=12)
     providers = make_providers(model, (0.5,), static=False)
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
-    gate.check(providers, inputs)
-    with torch.no_grad():
-        model.lm_head = torch.nn.Linear(64, 96, bias=False)
-    with pytest.raises(RuntimeError, match="nothing was timed"):
-        gate.check(providers, inputs)
+    gate.check(providers, inputs, SMALL.new_tokens)
+    model.lm_head = torch.nn.Linear(64, 96, bias=False)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="logits of token 1 differ .* nothing was timed"):
+        gate.check(providers, inputs, SMALL.new_tokens)
+
+
+def test_wrong_further_tokens_are_not_timed(monkeypatch):
+    """The first token comes from the prompt, the others from the decode step."""
+    model = tiny_model(n_layers=12)
+    providers = make_providers(model, (0.5,), static=False)
+    inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
+    step = arena.decode_step
+    monkeypatch.setattr(arena, "decode_step", lambda *arguments: step(*arguments).flip(-1))
+    with pytest.raises(RuntimeError, match="logits of token 2 differ"):
+        gate.check(providers, inputs, SMALL.new_tokens)
+
+
+def test_other_tokens_kept_are_not_timed(monkeypatch):
+    model = tiny_model(n_layers=12)
+    providers = make_providers(model, (0.5,), static=False)
+    inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(static_prefill, "dpp_order", lambda states, quality, n, rounds: _first(states, n))
+    with pytest.raises(RuntimeError, match="that the plain path keeps, the engine keeps"):
+        gate.check(providers, inputs, SMALL.new_tokens)
+
+
+def _first(states, n):
+    return torch.arange(n).expand(states.shape[0], n)
 
 
 def test_want_of_memory_is_a_row(monkeypatch):
@@ -86,7 +123,7 @@ def test_want_of_memory_is_a_row(monkeypatch):
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(gate, "check", fail)
-    rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), 1, 1), ORIGIN)
+    rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)
     assert len(rows) == 8
     assert all(row["note"].startswith("out of memory") and row["p50"] == "" for row in rows)
 
@@ -99,13 +136,85 @@ def test_a_shared_copy_has_the_weights_of_its_model():
 
 
 def test_phases_add_up():
-    model = tiny_model()
-    inputs = fresh_inputs(model, Case(36, 1, 3), torch.Generator().manual_seed(0))
-    with PhaseTimer(model) as timer:
-        found = timer.measure(lambda: model.generate(**inputs, max_new_tokens=3, min_new_tokens=3), 3)
-    assert found["total"] == pytest.approx(found["first_token"] + 2 * found["decode_per_token"])
-    assert found["first_token"] == pytest.approx(found["vision"] + found["prefill"] + found["overhead"])
+    model = tiny_model(n_layers=12)
+    inputs = fresh_inputs(model, Case(100, 1, 3), torch.Generator().manual_seed(0))
+    for provider in make_providers(model, (0.5,), static=False):
+        found = time_call(provider, inputs, 3)
+        assert found["first_token"] == pytest.approx(found["vision"] + found["prefill"] + found["overhead"])
+        assert found["total"] >= found["first_token"] + 2 * found["decode_per_token"]
+        assert all(found[phase] > 0 for phase in found)
+        assert "decode_per_token" not in time_call(provider, inputs, 1)
     assert not any(module._forward_hooks for module in (model, model.model.visual, model.model.language_model))
+
+
+def test_nothing_is_hooked_once_the_first_token_is_there():
+    """What is compiled for further tokens must not see hooks, or it would be compiled anew in every call."""
+    model = tiny_model()
+    inputs = fresh_inputs(model, Case(36, 1, 4), torch.Generator().manual_seed(0))
+    hooked = []
+    step = model.prepare_inputs_for_generation
+
+    def prepare(*args, **kwargs):
+        hooked.append(bool(model.model.language_model._forward_hooks))
+        return step(*args, **kwargs)
+
+    model.prepare_inputs_for_generation = prepare
+    time_call(make_providers(model, (), static=False)[0], inputs, 4)
+    assert hooked == [True, False, False, False]
+
+
+def test_a_provider_that_has_had_its_time_is_done():
+    settings = Settings(seconds=8.0, iterations=10, warmup=3)
+    slow, fast = Measured(), Measured()
+    slow.warm_up(2.5)
+    fast.warm_up(0.1)
+    assert slow.is_warm(settings)
+    assert not fast.is_warm(settings)
+    for n in range(1, 11):
+        assert not fast.is_done(settings)
+        assert slow.is_done(settings) == (n > 3)
+        slow.add({}, 4.0)
+        fast.add({}, 0.1)
+    assert fast.is_done(settings)
+
+
+def test_the_engine_forgets_and_begins_anew():
+    model = tiny_model(n_layers=12)
+    ours = next(provider for provider in make_providers(model, (0.5,), static=False) if provider.name == "ours")
+    inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
+    before = ours.generate(inputs, 4)
+    ours.forget()
+    assert torch.equal(ours.generate(inputs, 4), before)
+    assert ours.state.report.path == "engine"
+
+
+def test_budgets_that_would_drive_each_other_out_are_refused():
+    with pytest.raises(ValueError, match="at most 3 budgets"):
+        make_providers(tiny_model(n_layers=12), (0.5, 0.4, 0.3, 0.2), static=False)
+
+
+def test_compiled_decoding_is_measured_where_one_sample_decodes():
+    providers = make_providers(tiny_model(n_layers=12), (), static=True)
+    static = next(provider for provider in providers if provider.name == "hf-static")
+    answered = [static.answers(case) for case in (Case(256, 1, 64), Case(256, 1, 1), Case(256, 32, 64))]
+    assert answered == [True, False, False]
+    assert all(provider.answers(Case(256, 32, 1)) for provider in providers if provider is not static)
+
+
+def test_what_may_fail_is_a_row_if_it_does():
+    def fail(*args, **options):
+        raise ImportError("no compiler")
+
+    providers = make_providers(tiny_model(n_layers=12), (0.5,), static=True)
+    broken = [dataclasses.replace(each, generate=fail) if each.compiles else each for each in providers]
+    generator = torch.Generator().manual_seed(0)
+    found = measure(Case(100, 1, 2), broken, Settings((0.5,), iterations=1, warmup=1), generator)
+    notes = {provider.name: one.note for provider, one in found.items()}
+    assert notes.pop("hf-static") == "failed: ImportError"
+    assert set(notes.values()) == {""}
+    broken[0] = dataclasses.replace(broken[0], generate=fail)
+    with pytest.raises(ImportError):
+        measure(Case(100, 1, 2), broken, Settings((0.5,), iterations=1, warmup=1), generator)
 
 
 def test_floors_of_the_7b_shape():
@@ -120,16 +229,12 @@ def test_floors_of_the_7b_shape():
     assert pruned["vision"] + pruned["prefill"] == pytest.approx(12.6, rel=0.05)
 
 
-def test_random_weights_work(monkeypatch):
-    small = {**shapes._TEXT["3b"], "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6}
-    monkeypatch.setitem(shapes._TEXT, "tiny", {**small, "num_attention_heads": 4, "num_key_value_heads": 2})
-    monkeypatch.setitem(shapes._VISION, "hidden_size", 32)
-    monkeypatch.setitem(shapes._VISION, "num_heads", 2)
-    monkeypatch.setitem(shapes._ROPE, "mrope_section", [2, 3, 3])
+def test_random_weights_work():
     model = shapes.random_model("tiny", "cpu", torch.float32, "sdpa")
     inputs = fresh_inputs(model, Case(36, 1, 3), torch.Generator().manual_seed(0))
     logits = model(**inputs).logits
     assert bool(torch.isfinite(logits).all())
     assert float(logits.std()) > 0
+    assert len(shapes.random_model("tiny", "cpu", torch.float32, "sdpa", layers=3).model.language_model.layers) == 3
     with pytest.raises(ValueError, match="there is no shape '13b'"):
         shapes.random_model("13b", "cpu", torch.float32, "sdpa")

@@ -7,7 +7,7 @@ import csv
 import pytest
 from typer.testing import CliRunner
 
-from sparsevlm.bench.run import COLUMNS
+from sparsevlm.bench.rows import COLUMNS
 from sparsevlm.cli import app
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -49,6 +49,7 @@ def test_table_and_rows(checkpoint, tmp_path):
         (["--keep", "1.5"], "must be fractions between 0 and 1"),
         (["--keep", "half"], "must be fractions with commas"),
         (["--dtype", "int8"], "--dtype must be one of float32"),
+        (["--keep", "0.5,0.4,0.3,0.2", "--model", "tiny", "--device", "cpu"], "at most 3 budgets"),
         (["--append-to", "rows.txt"], "must end in .csv"),
     ],
 )

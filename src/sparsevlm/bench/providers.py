@@ -14,8 +14,11 @@ from torch import Tensor
 from .. import api
 from ..config import SparseVLMConfig
 from ..runtime.state import SparseVLMState
+from .cases import Case
 
 Inputs = dict[str, Tensor]
+# The engine keeps four programs of a kind, and one of them is dense: with more budgets they would drive each other out.
+MOST_BUDGETS = 3
 
 
 @dataclass(frozen=True)
@@ -27,20 +30,40 @@ class Provider:
     name : str
     keep : float
     model : Any
-        Whose parts are watched.
     generate : callable
-        ``generate(inputs, new_tokens)``.
+        ``generate(inputs, new_tokens, **options)``, with more options of ``generate``; with ``engine=False`` as well
+        where there is a ``state``.
     state : SparseVLMState or None
-        Tells which path ran and what was kept.
+        Tells which path ran, what was kept and how long it took.
     config : SparseVLMConfig or None
+    compiles : bool
+        Whether every new shape is compiled first, which takes half a minute.
     """
 
     name: str
     keep: float
     model: Any
-    generate: Callable[[Inputs, int], Tensor]
+    generate: Callable[..., Tensor]
     state: SparseVLMState | None = None
     config: SparseVLMConfig | None = None
+    compiles: bool = False
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether its failure is a row: what others install and compile may not run here."""
+        return self.compiles or self.name == "hf-flash"
+
+    def answers(self, case: Case) -> bool:
+        """Whether it is measured on a case: compiled decoding only where one sample decodes."""
+        return not self.compiles or (case.batch == 1 and case.new_tokens > 1)
+
+    def forget(self) -> None:
+        """Free what it holds of earlier calls: programs, graphs, compiled code."""
+        if self.state is not None:
+            self.state.detach()
+            self.state.attach()
+        if self.compiles:
+            torch.compiler.reset()
 
 
 def shared_copy(model: Any) -> Any:
@@ -59,7 +82,14 @@ def make_providers(model: Any, keeps: tuple[float, ...], *, static: bool, seed: 
         Budgets below 1.
     static : bool
         Whether transformers' compiled decoding is measured as well.
+
+    Raises
+    ------
+    ValueError
+        If there are more than three budgets.
     """
+    if len(keeps) > MOST_BUDGETS:
+        raise ValueError(f"at most {MOST_BUDGETS} budgets are measured at a time, got {len(keeps)}: start another run.")
     ours = shared_copy(model)
     state = api.apply_sparsevlm(ours)
     found = [Provider("hf-dense", 1.0, model, _plain(model))]
@@ -68,7 +98,8 @@ def make_providers(model: Any, keeps: tuple[float, ...], *, static: bool, seed: 
         flash.set_attn_implementation("flash_attention_2")
         found.append(Provider("hf-flash", 1.0, flash, _plain(flash)))
     if static:
-        found.append(Provider("hf-static", 1.0, model, _plain(model, cache_implementation="static")))
+        generate = _plain(model, cache_implementation="static")
+        found.append(Provider("hf-static", 1.0, model, generate, compiles=True))
     settings = [("ours-dense", 1.0, "span")]
     for keep in keeps:
         settings += [("ours", keep, "span"), ("random", keep, "random")]
@@ -78,24 +109,24 @@ def make_providers(model: Any, keeps: tuple[float, ...], *, static: bool, seed: 
     return found
 
 
-def _options(new_tokens: int) -> dict[str, Any]:
+def _length(new_tokens: int) -> dict[str, Any]:
     return {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
 
 
-def _plain(model: Any, **options: Any) -> Callable[[Inputs, int], Tensor]:
-    def generate(inputs: Inputs, new_tokens: int) -> Tensor:
-        found: Tensor = model.generate(**inputs, **_options(new_tokens), **options)
+def _plain(model: Any, **own: Any) -> Callable[..., Tensor]:
+    def generate(inputs: Inputs, new_tokens: int, **options: Any) -> Tensor:
+        found: Tensor = model.generate(**inputs, **_length(new_tokens), **own, **options)
         return found
 
     return generate
 
 
-def _pruned(state: SparseVLMState, config: SparseVLMConfig) -> Callable[[Inputs, int], Tensor]:
-    changes = {"keep": config.keep, "selector": config.selector, "engine": True, "seed": config.seed}
+def _pruned(state: SparseVLMState, config: SparseVLMConfig) -> Callable[..., Tensor]:
+    changes = {"keep": config.keep, "selector": config.selector, "seed": config.seed}
 
-    def generate(inputs: Inputs, new_tokens: int) -> Tensor:
-        with torch.no_grad(), state.options(**changes):
-            found: Tensor = state.view.model.generate(**inputs, **_options(new_tokens))
+    def generate(inputs: Inputs, new_tokens: int, engine: bool = True, **options: Any) -> Tensor:
+        with state.options(**changes, engine=engine):
+            found: Tensor = state.view.model.generate(**inputs, **_length(new_tokens), **options)
             return found
 
     return generate

@@ -1,17 +1,53 @@
-"""The phases of one call of ``generate``, on the device's own clock where it has one."""
+"""The phases of one call of ``generate``: tokens as they reach the host, parts as whoever runs them can tell."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
 
 from ..runtime.clock import Mark
+from .providers import Inputs, Provider
 
 
-class PhaseTimer:
-    """Watches a model's vision tower, decoder and forward pass.
+class Arrivals(BaseStreamer):
+    """Host time at which every token is there, the device's work for it done.
+
+    Parameters
+    ----------
+    on_first : callable
+        Called once, when the first new token is there.
+
+    Attributes
+    ----------
+    seconds : list of float
+        One reading of ``time.perf_counter`` per new token.
+    """
+
+    def __init__(self, on_first: Callable[[], object] = lambda: None) -> None:
+        self.seconds: list[float] = []
+        self._on_first = on_first
+        self._has_prompt = False
+
+    def put(self, value: Tensor) -> None:
+        """Note new tokens; ``generate`` begins with the prompt."""
+        if not self._has_prompt:
+            self._has_prompt = True
+            return
+        self.seconds.append(time.perf_counter())
+        if len(self.seconds) == 1:
+            self._on_first()
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+class Watched:
+    """Time of the vision tower and of the decoder until the first token, where their modules are called.
 
     Parameters
     ----------
@@ -19,51 +55,59 @@ class PhaseTimer:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
+        self._device = model.device
         self._spans: dict[str, list[tuple[Mark, Mark]]] = {}
         self._open: dict[str, Mark] = {}
-
-    def __enter__(self) -> PhaseTimer:
-        parts = {"vision": self._model.model.visual, "decoder": self._model.model.language_model, "model": self._model}
         self._handles = []
-        for name, module in parts.items():
+        for name, module in {"vision": model.model.visual, "prefill": model.model.language_model}.items():
             self._handles.append(module.register_forward_pre_hook(self._begin(name)))
             self._handles.append(module.register_forward_hook(self._end(name)))
-        return self
 
-    def __exit__(self, *exc: object) -> None:
+    def stop(self) -> None:
+        """Watch no longer: what is compiled for further tokens shall find no hooks."""
         for handle in self._handles:
             handle.remove()
 
-    def _now(self) -> Mark:
-        return Mark.now(self._model.device)
+    def milliseconds(self) -> dict[str, float]:
+        """Per part; waits for the device."""
+        return {name: sum(begin.ms_until(end) for begin, end in spans) for name, spans in self._spans.items()}
 
     def _begin(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self._open[name] = self._now()
+            self._open[name] = Mark.now(self._device)
 
         return hook
 
     def _end(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
-            self._spans.setdefault(name, []).append((self._open.pop(name), self._now()))
+            self._spans.setdefault(name, []).append((self._open.pop(name), Mark.now(self._device)))
 
         return hook
 
-    def measure(self, call: Callable[[], Any], new_tokens: int) -> dict[str, float]:
-        """Milliseconds per phase of a call that makes ``new_tokens`` tokens."""
-        self._spans = {}
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
-        begin = self._now()
-        call()
-        end = self._now()
-        vision = sum(a.ms_until(b) for a, b in self._spans.get("vision", []))
-        prefill = self._spans["decoder"][0][0].ms_until(self._spans["decoder"][0][1])
-        first = begin.ms_until(self._spans["model"][0][1])
-        total = begin.ms_until(end)
-        found = {"vision": vision, "prefill": prefill, "first_token": first, "total": total}
-        found["overhead"] = first - vision - prefill
-        if new_tokens > 1:
-            found["decode_per_token"] = (total - first) / (new_tokens - 1)
-        return found
+
+def time_call(provider: Provider, inputs: Inputs, new_tokens: int) -> dict[str, float]:
+    """Milliseconds per phase of a call that makes ``new_tokens`` tokens.
+
+    ``first_token`` and ``total`` are read on the host's clock from the call on, ``decode_per_token`` between the
+    first token and the last. ``vision`` and ``prefill`` are of the device: by hooks, or from the report where this
+    library runs, which calls no modules and lets nobody hook them. ``overhead`` is what they leave of the first token.
+    """
+    watched = Watched(provider.model) if provider.state is None else None
+    arrivals = Arrivals(watched.stop if watched else lambda: None)
+    try:
+        if provider.model.device.type == "cuda":
+            torch.cuda.synchronize(provider.model.device)
+        begin = time.perf_counter()
+        provider.generate(inputs, new_tokens, streamer=arrivals)
+        end = time.perf_counter()
+    finally:
+        if watched:
+            watched.stop()
+    parts = watched.milliseconds() if watched else provider.state.report.wall_ms  # type: ignore[union-attr]
+    first, last = arrivals.seconds[0], arrivals.seconds[-1]
+    found = {"vision": parts.get("vision", 0.0), "prefill": parts["prefill"], "first_token": 1e3 * (first - begin)}
+    found["total"] = 1e3 * (end - begin)
+    found["overhead"] = found["first_token"] - found["vision"] - found["prefill"]
+    if new_tokens > 1:
+        found["decode_per_token"] = 1e3 * (last - first) / (new_tokens - 1)
+    return found

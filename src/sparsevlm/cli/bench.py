@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shlex
 import sys
 from pathlib import Path
@@ -18,9 +17,10 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "float16", "bfloat16")
 ABOUT = (
-    "Milliseconds, median. first token: until its logits are there; /token: of every further one. x: how many times "
-    "faster than hf-dense in the same run; floor: times the least that this device can take for what has to be "
-    "computed and read. The weights are {weights}: time depends on the shape, not on them."
+    "Milliseconds, median. first token: until it is there; /token: of every further one. x: how many times faster than "
+    "hf-dense in the same run; floor: times the least that this device can take for what has to be computed and read; "
+    "GB: taken from the device, recording included. hf-static is measured where one sample decodes. The weights are "
+    "{weights}: time depends on the shape, not on them."
 )
 
 
@@ -28,15 +28,19 @@ ABOUT = (
 def bench(
     *,
     model: Annotated[
-        str, typer.Option("--model", help="7b or 3b (Qwen2.5-VL's shapes, random weights), a folder, or a hub id.")
+        str,
+        typer.Option("--model", help="7b or 3b (Qwen2.5-VL's shapes, random weights), tiny, a folder, or a hub id."),
     ] = "7b",
     cases: Annotated[
         str | None, typer.Option("--cases", help="Such as v1024-b1-n64, with commas.", show_default="a core of twelve")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="All cases.")] = False,
-    keep: Annotated[str, typer.Option("--keep", help="Budgets below 1 with commas.")] = "0.25",
-    iterations: Annotated[int, typer.Option("--iterations", help="Timed calls of each provider.", min=1)] = 10,
-    warmup: Annotated[int, typer.Option("--warmup", help="Calls before those.", min=1)] = 3,
+    keep: Annotated[str, typer.Option("--keep", help="Budgets below 1 with commas, three at most.")] = "0.25",
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="For timed calls of each provider in a case; three are made in any case.")
+    ] = 8.0,
+    iterations: Annotated[int, typer.Option("--iterations", help="Timed calls of each provider, at most.", min=1)] = 10,
+    warmup: Annotated[int, typer.Option("--warmup", help="Calls before those, at most.", min=1)] = 3,
     static: Annotated[
         bool, typer.Option("--static/--no-static", help="Measure transformers' compiled decoding as well (on a GPU).")
     ] = True,
@@ -49,12 +53,17 @@ def bench(
 ) -> None:
     """Measure transformers, this library's engine dense, and pruned, in one process and in turn."""
     from ..bench.cases import named_cases
-    from ..bench.run import Settings, run
+    from ..bench.rounds import Settings
+    from ..bench.rows import COLUMNS, append_rows, check_columns
+    from ..bench.run import run
     from ..evaluation.provenance import commit
 
     names = None if cases is None else tuple(name.strip() for name in cases.split(",") if name.strip())
     chosen, keeps = named_cases(names, full=full), _budgets(keep)
+    settings = Settings(keeps, seconds, iterations, warmup, static, seed)
     target = prepare_file(append_to, ".csv")
+    if target is not None:
+        check_columns(target, COLUMNS)
     quiet_transformers()
     with progress("loading the model"):
         loaded, is_random = _load(model, dtype, device, attn)
@@ -64,9 +73,9 @@ def bench(
     def show(case: Case, rows: list[dict[str, str]]) -> None:
         _print(case, rows)
         if target is not None:
-            _append(target, rows)
+            append_rows(target, rows)
 
-    run(loaded, chosen, Settings(keeps, iterations, warmup, static, seed), origin, show)
+    run(loaded, chosen, settings, origin, show)
     typer.echo(ABOUT.format(weights="random" if is_random else f"those of {model}"))
 
 
@@ -113,7 +122,7 @@ def _print(case: Case, rows: list[dict[str, str]]) -> None:
             continue
         first, total = found["first_token", "ms"], found["total", "ms"]
         per_token = found.get(("decode_per_token", "ms"))
-        peak = found["total", "bytes"]["p50"]
+        peak = found.get(("total", "bytes"))
         table.add_row(
             provider,
             keep,
@@ -123,7 +132,7 @@ def _print(case: Case, rows: list[dict[str, str]]) -> None:
             "" if per_token is None else _number(per_token["p50"]),
             _number(total["p50"]),
             _ratio(base.get(("total", "ms"), {}).get("p50"), total["p50"]),
-            "" if not peak else f"{float(peak) / 1e9:.2f}",
+            "" if peak is None else f"{float(peak['p50']) / 1e9:.2f}",
         )
     # Wide enough for a log file; a terminal shows what fits.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
@@ -135,24 +144,3 @@ def _number(text: str) -> str:
 
 def _ratio(above: str | None, below: str) -> str:
     return f"{float(above) / float(below):.2f}" if above and below else ""
-
-
-def _append(file: Path, rows: list[dict[str, str]]) -> None:
-    """Add rows to a CSV file of the same columns.
-
-    Raises
-    ------
-    ValueError
-        If the file has others.
-    """
-    heads = list(rows[0])
-    is_new = not file.exists()
-    if not is_new:
-        with file.open(newline="", encoding="utf-8") as existing:
-            if (found := next(csv.reader(existing), [])) != heads:
-                raise ValueError(f"{file} has other columns ({', '.join(found)}); name another file.")
-    with file.open("a", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, heads)
-        if is_new:
-            writer.writeheader()
-        writer.writerows(rows)

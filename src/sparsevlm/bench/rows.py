@@ -1,0 +1,129 @@
+"""What was measured, as rows of a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..models import view_of
+from .cases import N_TEXT, Case
+from .floor import Ceilings, floors
+from .providers import Provider
+from .rounds import Measured
+
+COLUMNS = (
+    *("case", "provider", "path", "selector", "schedule", "recycle", "dtype", "batch", "n_visual", "n_text"),
+    *("new_tokens", "keep", "phase", "metric", "p50", "p20", "p80", "floor", "gpu", "torch", "triton", "transformers"),
+    *("commit", "timestamp", "model", "command", "note"),
+)
+Row = dict[str, str]
+
+
+def rows_of(case: Case, provider: Provider, one: Measured, ceilings: Ceilings, shared: Row) -> list[Row]:
+    """Rows of one provider in one case, in :data:`COLUMNS`; one with a note where nothing counts.
+
+    Parameters
+    ----------
+    case : Case
+    provider : Provider
+    one : Measured
+    ceilings : Ceilings
+    shared : dict
+        Columns that all rows of a case share.
+    """
+    shared = {**dict.fromkeys(COLUMNS, ""), **shared, **{name: str(value) for name, value in asdict(case).items()}}
+    shared |= {"case": case.name, "n_text": str(N_TEXT), "note": one.note}
+    shared |= {"provider": provider.name, "keep": str(provider.keep)}
+    if provider.config is not None:
+        shared |= {"selector": str(provider.config.selector), "schedule": str(provider.config.schedule or "default")}
+        shared |= {"recycle": str(provider.config.recycle)}
+    if one.note:
+        return [{**shared, "phase": "total", "metric": "ms"}]
+    view = view_of(provider.model)
+    shared["path"] = one.path
+    least = floors(view, case, one.layer_tokens or (case.n_visual,) * view.n_layers, ceilings)
+    found = []
+    for phase in one.times[0]:
+        values = [times[phase] for times in one.times]
+        found.append({**shared, "phase": phase, "metric": "ms", **spread(values), "floor": text(least.get(phase))})
+        if phase == "total":
+            speeds = [1e3 * case.batch * case.new_tokens / value for value in values]
+            found.append({**shared, "phase": phase, "metric": "tokens_per_s", **spread(speeds)})
+    if one.peak_bytes:
+        found.append({**shared, "phase": "total", "metric": "bytes", **spread([one.peak_bytes])})
+    return found
+
+
+def spread(values: Sequence[float]) -> Row:
+    """Median and the percentiles that enclose three fifths of the values."""
+    return {f"p{q}": text(float(np.percentile(values, q))) for q in (50, 20, 80)}
+
+
+def text(value: float | None) -> str:
+    """Six digits; nothing for what there is not."""
+    return "" if value is None or math.isnan(value) else f"{value:.6g}"
+
+
+def place(model: Any) -> Row:
+    """Columns that tell where and when: dtype, device, versions, time."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), **device_and_versions(model.device)}
+
+
+def device_and_versions(device: torch.device) -> Row:
+    """The same without the dtype."""
+
+    def version(name: str) -> str:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return ""
+
+    return {
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "triton": version("triton"),
+        "transformers": version("transformers"),
+        "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def check_columns(file: Path, columns: Sequence[str]) -> None:
+    """Refuse a file that rows cannot be added to, before there are any.
+
+    Raises
+    ------
+    ValueError
+        If it has other columns.
+    """
+    if not file.exists():
+        return
+    with file.open(newline="", encoding="utf-8") as existing:
+        if (found := next(csv.reader(existing), [])) != list(columns):
+            raise ValueError(f"{file} has other columns ({', '.join(found)}); name another file.")
+
+
+def append_rows(file: Path, rows: Sequence[Row]) -> None:
+    """Add rows to a CSV file of the same columns, which is made if there is none.
+
+    Raises
+    ------
+    ValueError
+        If the file has others.
+    """
+    heads = list(rows[0])
+    check_columns(file, heads)
+    is_new = not file.exists()
+    with file.open("a", newline="", encoding="utf-8") as out:
+        writer = csv.DictWriter(out, heads)
+        if is_new:
+            writer.writeheader()
+        writer.writerows(rows)
