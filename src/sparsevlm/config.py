@@ -78,6 +78,10 @@ class SparseVLMConfig:
         1, so that its published averages come out, and ``selector="sparsevlm"`` unless another was named.
     engine : bool
         Run ``generate`` on packed samples where that is possible; the report says which path ran, and why.
+    vision_keep : float
+        Share of the visual tokens, in (0, 1], that the vision tower computes under the engine: squares of patches that
+        look like all their neighbours are left out before its first block, and never reach the decoder. A path without
+        the engine computes all.
     """
 
     n_vis: int | None = None
@@ -98,6 +102,7 @@ class SparseVLMConfig:
     seed: int = 0
     preset: str | None = None
     engine: bool = False
+    vision_keep: float = 1.0
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -114,6 +119,12 @@ class SparseVLMConfig:
         for name in ("recycle", "strict", "engine"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if (
+            not isinstance(self.vision_keep, Real)
+            or isinstance(self.vision_keep, bool)
+            or not 0 < self.vision_keep <= 1
+        ):
+            raise ValueError(f"vision_keep must be in (0, 1], got {self.vision_keep!r}.")
         self._check_target_layers()
         self._check_keep()
         self._check_schedule()

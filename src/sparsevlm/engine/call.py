@@ -12,7 +12,7 @@ from torch import Tensor
 from ..runtime.clock import Mark
 from ..runtime.prompt import PIXELS
 from ..runtime.view import ModelView
-from .vision import Grids, VisionPrograms
+from .vision import Grids, Seen, VisionPrograms
 
 _READ = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw", "mm_token_type_ids", "second_per_grid_ts")
 
@@ -25,18 +25,26 @@ class Ahead:
     ----------
     grids : tuple of (t, h, w)
         In patches.
-    hidden, tokens : Tensor
-        As :func:`~sparsevlm.engine.vision.see` gives them.
+    seen : Seen
     begin, end : Mark
     stream : torch.cuda.Stream or None
     """
 
     grids: Grids
-    hidden: Tensor
-    tokens: Tensor
+    seen: Seen
     begin: Mark
     end: Mark
     stream: torch.cuda.Stream | None
+
+    def n_tokens(self, view: ModelView) -> int:
+        """Visual tokens of the pictures."""
+        return sum(t * h * w for t, h, w in self.grids) // view.spatial_merge_size**2
+
+    def kept(self) -> Tensor | None:
+        """Which of them are encoded, on the host, if not all; waits for the choice alone."""
+        if self.seen.ready is not None:
+            self.seen.ready.synchronize()
+        return self.seen.kept
 
     def wait(self) -> None:
         """Let what the current stream does next come after it."""
@@ -55,11 +63,14 @@ class Call:
     on_host : dict
         Copies of those that say where the pictures are.
     ahead : Ahead or None
+    samples_once : bool
+        Whether every row of the batch is answered once, without beams or drafts.
     """
 
     given: dict[str, Any] = field(default_factory=dict)
     on_host: dict[str, Tensor] = field(default_factory=dict)
     ahead: Ahead | None = None
+    samples_once: bool = False
 
     @classmethod
     def of(cls, given: dict[str, Any]) -> Call:
@@ -84,8 +95,10 @@ class Call:
         pixels = PIXELS.values()
         return {name: self.read(name, value) for name, value in arguments.items() if name not in pixels}
 
-    def look_ahead(self, view: ModelView, programs: VisionPrograms, stream: torch.cuda.Stream | None) -> None:
-        """Encode its pictures, if it has pictures of one kind."""
+    def look_ahead(
+        self, view: ModelView, programs: VisionPrograms, share: float, stream: torch.cuda.Stream | None
+    ) -> None:
+        """Encode its pictures, or this share of their tokens, if it has pictures of one kind."""
         kinds = [kind for kind, name in PIXELS.items() if isinstance(self.given.get(name), Tensor)]
         if len(kinds) != 1 or f"{kinds[0]}_grid_thw" not in self.on_host:
             return
@@ -96,14 +109,14 @@ class Call:
             return
         if stream is None:
             begin = Mark.now(device)
-            hidden, tokens = programs(patches, grids)
-            self.ahead = Ahead(grids, hidden, tokens, begin, Mark.now(device), None)
+            seen = programs(patches, grids, share)
+            self.ahead = Ahead(grids, seen, begin, Mark.now(device), None)
             return
         stream.wait_stream(torch.cuda.current_stream(device))  # the last request is done with what is overwritten
         with torch.cuda.stream(stream):
             begin = Mark.now(device)
-            hidden, tokens = programs(patches, grids)
-            self.ahead = Ahead(grids, hidden, tokens, begin, Mark.now(device), stream)
+            seen = programs(patches, grids, share)
+            self.ahead = Ahead(grids, seen, begin, Mark.now(device), stream)
         patches.record_stream(stream)
 
 

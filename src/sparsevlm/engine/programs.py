@@ -77,7 +77,7 @@ class Programs(Recent[Plan, Program]):
     @staticmethod
     def takes(request: Request, prompt: Prompt) -> bool:
         """Whether the selector's choice waits for nothing, and there is room for the features."""
-        longest = max(sample.visual.shape[0] for sample in request.samples)
+        longest = max(sample.alive.shape[0] for sample in request.samples)
         return type(request.selector) is SpanSelector and prompt.n_features <= longest * len(request.samples)
 
     def prefill(self, request: Request, prompt: Prompt, features: Tensor, room: int) -> tuple[Tensor, Arena]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..runtime.prompt import plan_samples
+from ..runtime.request import Request, StageRecord
 from ..runtime.view import ModelView
 
 
@@ -22,12 +24,15 @@ class Prompt:
         Row of the vision tower's output, images before videos, that stands for a visual token; -1 for other tokens.
     n_features : int
         Rows that the tower has to give.
+    kept : Tensor of shape (n_kept,), int64, or None
+        Rows that the tower gives, ascending, where it computes some only: the others have row -1.
     """
 
     ids: Tensor
     positions: Tensor
     feature_rows: Tensor
     n_features: int
+    kept: Tensor | None = None
 
     @classmethod
     def of(cls, view: ModelView, ids: Tensor, positions: Tensor, kinds: set[str]) -> Prompt:
@@ -40,6 +45,15 @@ class Prompt:
                 feature_rows[found] = torch.arange(so_far, so_far + number)
                 so_far += number
         return cls(ids, positions, feature_rows, so_far)
+
+    def only(self, kept: Tensor) -> Prompt:
+        """The same where the tower computes these rows only."""
+        new = torch.full((self.n_features,), -1)
+        new[kept] = torch.arange(kept.shape[0])
+        visual = self.feature_rows >= 0
+        rows = self.feature_rows.clone()
+        rows[visual] = new[self.feature_rows[visual]]
+        return Prompt(self.ids, self.positions, rows, kept.shape[0], kept)
 
     @property
     def next_positions(self) -> Tensor:
@@ -55,3 +69,16 @@ class Prompt:
         flat = embeds.flatten(0, 1)
         flat[visual.to(device)] = features[rows[visual].to(device)].to(flat.dtype)
         return flat.view_as(embeds)
+
+
+def leave_out(view: ModelView, request: Request, prompt: Prompt) -> None:
+    """Leave out of a request what the vision tower does not compute, and plan with what is left.
+
+    The budgets stay what they are, averages over all layers in the tokens of the whole picture.
+    """
+    for b, sample in enumerate(request.samples):
+        n_in = sample.visual.shape[0]
+        sample.alive = (prompt.feature_rows[b, sample.visual] >= 0).nonzero()[:, 0]
+        if n_in:
+            sample.stages.append(StageRecord(-1, n_in, None, None, kept=sample.alive))
+    plan_samples(view, request, prompt.ids)

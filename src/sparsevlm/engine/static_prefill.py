@@ -21,6 +21,7 @@ from ..selection.decide import nothing_to_drop
 from ..selection.greedy import dpp_order, dpp_order_by_gram
 from ..selection.selectors.span import SpanSelector
 from .buckets import round_up, step_of
+from .call import to_device
 from .layer import Attend, run_layer, summed
 from .prefill import LayerCache
 from .prompt import Prompt
@@ -146,12 +147,13 @@ def make_integers(request: Request, prompt: Prompt, bucket: Plan, counts: Counts
     given.visual_rows.fill_(bucket.rows[0] - 1)
     start = 0
     for b, sample in enumerate(request.samples):
-        own, _ = torch.cat([sample.other, sample.visual]).sort()
+        visual = sample.positions
+        own, _ = torch.cat([sample.other, visual]).sort()
         rows = slice(start, start + own.shape[0])
         given.ids[rows] = prompt.ids[b, own]
         given.positions[:, rows] = prompt.positions[:, b, own]
-        given.visual_rows[b, : sample.visual.shape[0]] = start + torch.searchsorted(own, sample.visual)
-        given.feature_rows[b, : sample.visual.shape[0]] = prompt.feature_rows[b, sample.visual]
+        given.visual_rows[b, : visual.shape[0]] = start + torch.searchsorted(own, visual)
+        given.feature_rows[b, : visual.shape[0]] = prompt.feature_rows[b, visual]
         start = rows.stop
     given.n_visual.copy_(torch.tensor(counts.visual))
     given.offsets[:, 1:-1] = torch.tensor(counts.total).cumsum(dim=1)
@@ -261,13 +263,16 @@ def record(request: Request, bucket: Plan, counts: Counts, kept: Sequence[Tensor
     by_layer = [sum(target < layer_idx for target in bucket.targets) for layer_idx in range(n_layers)]
     for b, sample in enumerate(request.samples):
         assert sample.plan is not None  # of a fixed budget
+        n_first = sample.alive.shape[0]
+        first = to_device(sample.alive, kept[0].device) if kept and n_first < sample.visual.shape[0] else None
         sample.layer_tokens += [counts.visual[stage][b] for stage in by_layer]
         for target, n_keep in zip(request.target_layers, sample.plan.counts, strict=True):
             n_in = sample.alive.shape[0]
             skipped = nothing_to_drop(n_in, n_keep, request.config.min_keep)
             if skipped is None:
                 stage = bucket.targets.index(target)
-                sample.alive = kept[stage][b, : counts.visual[stage + 1][b]]
+                left = kept[stage][b, : counts.visual[stage + 1][b]]
+                sample.alive = left if first is None else first[left]
             record = StageRecord(target, n_in, None, skipped)
             record.kept = sample.alive if n_in else None
             sample.stages.append(record)

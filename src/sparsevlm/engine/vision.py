@@ -18,6 +18,7 @@ from ..kernels.varlen_attention import equal_attention, varlen_attention
 from ..runtime.view import ModelView
 from .graphs import Recent, Recorder
 from .layer import summed
+from .redundancy import Kept, choose, n_kept
 from .weights import Weights
 
 Grids = tuple[tuple[int, int, int], ...]
@@ -55,6 +56,21 @@ class Sequences:
         if self.equal:
             return equal_attention(query, key, value, self.longest, scaling, causal=False)
         return varlen_attention(query, key, value, self.offsets, self.longest, scaling, causal=False)
+
+    def left(self, before: Tensor, per_token: int, length: int | None) -> Sequences:
+        """What is left of each where only some tokens are kept.
+
+        Parameters
+        ----------
+        before : Tensor of shape (n_tokens + 1,), int64
+            How many are kept before each place.
+        per_token : int
+            Patches of a token.
+        length : int or None
+            Patches that are left of each, if these are as many.
+        """
+        offsets = (before[self.offsets.long() // per_token] * per_token).to(torch.int32)
+        return Sequences(offsets, self.longest if length is None else length, length is not None)
 
 
 @dataclass(frozen=True)
@@ -107,7 +123,7 @@ def see(view: ModelView, weights: Weights, tables: Tables, patches: Tensor) -> t
     weights : Weights
     tables : Tables
     patches : Tensor of shape (n_patches, channels · frames · side²)
-        In the dtype of the tower.
+        In the dtype of the tower, in reading order of their tokens.
 
     Returns
     -------
@@ -117,9 +133,9 @@ def see(view: ModelView, weights: Weights, tables: Tables, patches: Tensor) -> t
         Merged, in reading order.
     """
     tower: Any = view.vision_tower
-    hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))  # kernel and stride are the same
     if tables.order is not None:
-        hidden = _reordered(view, hidden, tables.order)
+        patches = _reordered(view, patches, tables.order)
+    hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))  # kernel and stride are the same
     addend: Tensor | None = None
     for index, block in enumerate(tower.blocks):
         sequences = tables.frames if index in view.vision_block_indices else tables.windows
@@ -133,6 +149,22 @@ def see(view: ModelView, weights: Weights, tables: Tables, patches: Tensor) -> t
     hidden = summed(hidden, addend)
     tokens = tower.merger(hidden)
     return hidden, tokens if tables.back is None else tokens[tables.back]
+
+
+def left_tables(view: ModelView, tables: Tables, grids: Grids, share: float, kept: Kept) -> Tables:
+    """Tables of the tokens that are kept; windows and frames stay what they are, with fewer patches in each."""
+    per_token, sizes = view.spatial_merge_size**2, n_kept(in_tokens(view, grids), share)
+    alone = len(set(sizes)) == 1 and all(t == 1 for t, _, _ in grids)
+    cos, sin = (_reordered(view, table, kept.places) for table in (tables.cos, tables.sin))
+    frames = tables.frames.left(kept.before, per_token, per_token * sizes[0] if alone else None)
+    windows = frames if view.vision_windows is None else tables.windows.left(kept.before, per_token, None)
+    return Tables(kept.working, kept.back, cos, sin, frames, windows)
+
+
+def in_tokens(view: ModelView, grids: Grids) -> Grids:
+    """Grids of patches as grids of visual tokens."""
+    side = view.spatial_merge_size
+    return tuple((t, h // side, w // side) for t, h, w in grids)
 
 
 def _normed(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -158,23 +190,79 @@ def _reordered(view: ModelView, patches: Tensor, order: Tensor) -> Tensor:
     return patches.unflatten(0, (-1, per_token))[order].flatten(0, 1)
 
 
-class VisionProgram:
-    """The program of one set of grids, with its own patches."""
+@dataclass(frozen=True)
+class Seen:
+    """Encoded pictures; the next call of the program overwrites them.
 
-    def __init__(self, view: ModelView, weights: Weights, recorder: Recorder, grids: Grids, like: Tensor) -> None:
+    Attributes
+    ----------
+    hidden, tokens : Tensor
+        As :func:`see` gives them.
+    kept : Tensor of shape (n_tokens,), int64, or None
+        Which visual tokens these are, in reading order, if not all; on the host, once ``ready`` is over.
+    ready : torch.cuda.Event or None
+    """
+
+    hidden: Tensor
+    tokens: Tensor
+    kept: Tensor | None = None
+    ready: torch.cuda.Event | None = None
+
+
+class VisionProgram:
+    """The program of one set of grids, with its own patches.
+
+    Parameters
+    ----------
+    view : ModelView
+    weights : Weights
+    recorder : Recorder
+    grids : tuple of (t, h, w)
+    share : float
+        Of the visual tokens that is computed.
+    like : Tensor
+        Patches, for shape and device.
+    """
+
+    def __init__(
+        self, view: ModelView, weights: Weights, recorder: Recorder, grids: Grids, share: float, like: Tensor
+    ) -> None:
         weight: Any = view.vision_tower.patch_embed
-        tables = make_tables(view, grids)
+        tables, per_token = make_tables(view, grids), view.spatial_merge_size**2
         patches = torch.zeros_like(like, dtype=weight.proj.weight.dtype)
         self._patches = patches
-        self._run: Callable[[], tuple[Tensor, Tensor]] = recorder.record(lambda: see(view, weights, tables, patches))
+        self._choose: Callable[[], Tensor] | None = None
+        if share < 1.0:
+            kept = Kept.empty(sum(n_kept(in_tokens(view, grids), share)), like.shape[0] // per_token, like.device)
 
-    def __call__(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+            def choose_again() -> Tensor:
+                tokens = patches.unflatten(0, (-1, per_token)).flatten(1)
+                kept.become(choose(tokens, in_tokens(view, grids), share, tables.order))
+                return kept.tokens
+
+            self._choose = recorder.record(choose_again)
+            self._run = recorder.record(
+                lambda: see(view, weights, left_tables(view, tables, grids, share, kept), patches)
+            )
+        else:
+            self._run = recorder.record(lambda: see(view, weights, tables, patches))
+
+    def __call__(self, patches: Tensor) -> Seen:
         self._patches.copy_(patches)
-        return self._run()
+        if self._choose is None:
+            return Seen(*self._run())
+        kept = self._choose()
+        if not kept.is_cuda:
+            return Seen(*self._run(), kept)
+        on_host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
+        on_host.copy_(kept, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return Seen(*self._run(), on_host, ready)
 
 
-class VisionPrograms(Recent[Grids, VisionProgram]):
-    """The vision programs of a model, by grids.
+class VisionPrograms(Recent[tuple[Grids, float], VisionProgram]):
+    """The vision programs of a model, by grids and share.
 
     Parameters
     ----------
@@ -187,7 +275,10 @@ class VisionPrograms(Recent[Grids, VisionProgram]):
         super().__init__(_MOST_PROGRAMS)
         self._view, self._weights, self._recorder = view, weights, recorder
 
-    def __call__(self, patches: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
-        """As :func:`see`; the next call overwrites what it gives."""
-        make = lambda: VisionProgram(self._view, self._weights, self._recorder, grids, patches)  # noqa: E731
-        return self.get(grids, make)(patches)
+    def __call__(self, patches: Tensor, grids: Grids, share: float = 1.0) -> Seen:
+        """Encode pictures."""
+
+        def make() -> VisionProgram:
+            return VisionProgram(self._view, self._weights, self._recorder, grids, share, patches)
+
+        return self.get((grids, share), make)(patches)

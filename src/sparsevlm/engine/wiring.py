@@ -25,7 +25,7 @@ from .call import Call, to_device
 from .graphs import Recorder
 from .prefill import pack, prefill
 from .programs import Programs
-from .prompt import Prompt
+from .prompt import Prompt, leave_out
 from .refusals import refuses_decoder, refuses_generation, refuses_request, refuses_tower
 from .settings import plain_generation_config
 from .vision import VisionPrograms
@@ -34,6 +34,8 @@ from .weights import Weights
 
 logger = logging.getLogger(__name__)
 
+# Of newer transformers: encodes pictures before anything else is done.
+_ENCODE = "_prepare_multimodal_encoder_kwargs_for_generation"
 _UNCALLED = "no greedy or sampling call of generate"
 
 
@@ -89,6 +91,7 @@ class Engine:
         # Bound methods: copies of the model get a copy of the engine.
         model = self._view.model
         ours = {
+            "_extract_generation_mode_kwargs": self._on_call,
             "_prepare_generation_config": self._on_config,
             "_prepare_position_ids_for_generation": self._on_positions,
             "get_compiled_call": self._on_compiled_call,
@@ -96,6 +99,8 @@ class Engine:
             "prepare_inputs_for_generation": self._on_inputs,
             "_update_model_kwargs_for_generation": self._on_update,
         }
+        if hasattr(model, _ENCODE):
+            ours[_ENCODE] = self._on_encode
         for name, own in ours.items():
             self._take(model, name, own)
         self._take(self._view.vision_tower, "forward", self._see)
@@ -146,16 +151,34 @@ class Engine:
         if not self._made:
             self._make()
 
-    def _on_config(self, generation_config: Any = None, **kwargs: Any) -> Any:
+    def _on_call(
+        self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, *args: Any
+    ) -> Any:
         """The first that ``generate`` asks: encode the pictures while it goes on."""
         self._refused, self._decoding, self._call = _UNCALLED, None, Call()
-        if self._host.wants_engine() and not torch.is_grad_enabled():
+        alone = custom_generate is None and assistant_model is None
+        if alone and self._host.wants_engine() and not torch.is_grad_enabled():
             self._keep_up("_tower_watch")
             self._call = Call.of(kwargs)
             if self._sees():
-                self._call.look_ahead(self._view, self._vision, self._stream)
+                self._call.look_ahead(self._view, self._vision, self._host.vision_keep(), self._stream)
+        plain = self._plain["_extract_generation_mode_kwargs"]
+        return plain(custom_generate, kwargs, synced_gpus, assistant_model, *args)
+
+    def _on_config(self, generation_config: Any = None, **kwargs: Any) -> Any:
         plain = self._plain["_prepare_generation_config"]
-        return plain_generation_config(self._view.model.config, plain, generation_config, kwargs)
+        found = plain_generation_config(self._view.model.config, plain, generation_config, kwargs)
+        settings = found[0]
+        self._call.samples_once = settings.num_beams == 1 and settings.num_return_sequences == 1
+        self._call.samples_once &= settings.prompt_lookup_num_tokens is None
+        return found
+
+    def _on_encode(self, model_kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Where the pictures are under way, nobody waits for them here."""
+        if self._call.ahead is not None and self._call.samples_once:
+            return model_kwargs
+        found: dict[str, Any] = self._plain[_ENCODE](model_kwargs)
+        return found
 
     def _sees(self) -> bool:
         """Whether the tower can run by its program now."""
@@ -215,6 +238,10 @@ class Engine:
             if found is not None:
                 return found
         self._call = call  # its pictures are encoded
+        if _ENCODE in self._plain and not model_kwargs.get("mm_encoder_outputs"):
+            encoded = self._plain[_ENCODE](dict(model_kwargs))
+            model_kwargs.clear()
+            model_kwargs.update(encoded)
         return self._plain["_prefill"](input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _prefill(
@@ -235,7 +262,12 @@ class Engine:
             self.reason = refused
             return None
         prompt = Prompt.of(self._view, ids, on_host["position_ids"][-3:], kinds)
-        features = self._features(call, prompt.n_features, kinds, model_kwargs)
+        if call.ahead is not None and call.ahead.n_tokens(self._view) != prompt.n_features:
+            call.ahead = None
+        if call.ahead is not None and (kept := call.ahead.kept()) is not None:
+            prompt = prompt.only(kept)
+            leave_out(self._view, request, prompt)
+        features = self._features(call, kinds, model_kwargs)
         if features.shape[0] != prompt.n_features:
             self.reason = "placeholders and features that differ in number"  # the model's own error follows
             return None
@@ -267,12 +299,12 @@ class Engine:
         request.features = None
         return self._view.model.lm_head(hidden), self._arenas.take(caches, request.batch, room)
 
-    def _features(self, call: Call, n_features: int, kinds: set[str], model_kwargs: Mapping[str, Any]) -> Tensor:
+    def _features(self, call: Call, kinds: set[str], model_kwargs: Mapping[str, Any]) -> Tensor:
         """Rows of the vision tower: images before videos."""
         encoded = model_kwargs.get("mm_encoder_outputs") or {}
-        if call.ahead is not None and not encoded and call.ahead.tokens.shape[0] == n_features:
+        if call.ahead is not None and not encoded:
             call.ahead.wait()
-            return call.ahead.tokens
+            return call.ahead.seen.tokens
         found: list[Tensor] = []
         base_model: Any = self._view.base_model
         for kind in (kind for kind in PIXELS if kind in kinds):
@@ -319,12 +351,12 @@ class Engine:
             return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
         ahead, self._call.ahead = self._call.ahead, None
         grids = tuple((t, h, w) for t, h, w in grid_thw.tolist())
-        if ahead is not None and ahead.grids == grids:
+        if ahead is not None and ahead.grids == grids and ahead.seen.kept is None:
             ahead.wait()
-            hidden, tokens = ahead.hidden, ahead.tokens
+            seen = ahead.seen
         else:
             self._keep_up("_tower_watch")
             if not self._sees():
                 return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
-            hidden, tokens = self._vision(hidden_states, grids)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden.clone(), pooler_output=tokens.clone())
+            seen = self._vision(hidden_states, grids)
+        return BaseModelOutputWithPooling(last_hidden_state=seen.hidden.clone(), pooler_output=seen.tokens.clone())

@@ -209,11 +209,13 @@ def plan_samples(view: ModelView, request: Request, input_ids: Tensor | None) ->
     budgets = per_sample_budgets(config.keep, request.batch, input_ids)
     schedule = config.schedule or request.traits.default_schedule
     for sample, keep in zip(request.samples, budgets, strict=True):
-        n_visual = sample.visual.shape[0]
+        n_visual, n_left = sample.visual.shape[0], sample.alive.shape[0]
         if not isinstance(schedule, str):
-            sample.plan = plan_schedule(schedule, n_visual, len(target_layers), config.min_keep)
+            sample.plan = plan_schedule(schedule, n_visual, len(target_layers), config.min_keep).at_most(n_left)
         elif keep is not None:
-            sample.plan = plan_budget(keep, schedule, n_visual, target_layers, view.n_layers, config.min_keep)
+            of_left = isinstance(keep, float) and 0 < n_left < n_visual
+            budget = min(1.0, keep * n_visual / n_left) if of_left else keep
+            sample.plan = plan_budget(budget, schedule, n_left, target_layers, view.n_layers, config.min_keep)
         if sample.plan is not None and sample.plan.clamped and config.strict:
             raise ValueError(f"{sample.plan.clamped} (strict=True refuses this).")
 

@@ -49,6 +49,9 @@ class EngineHost(Protocol):
     def wants_engine(self) -> bool:
         """Whether the option ``engine`` is in force."""
 
+    def vision_keep(self) -> float:
+        """Share of the visual tokens that the vision tower computes."""
+
     def needs(self) -> frozenset[str]:
         """What the selector in force needs."""
 
@@ -222,6 +225,10 @@ class SparseVLMState:
     def wants_engine(self) -> bool:
         """Whether the option ``engine`` is in force."""
         return self._active().engine
+
+    def vision_keep(self) -> float:
+        """Share of the visual tokens that the vision tower computes under the engine."""
+        return self._active().vision_keep
 
     def needs(self) -> frozenset[str]:
         """What the selector in force needs."""

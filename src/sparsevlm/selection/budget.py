@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ class Plan:
     counts: tuple[int, ...]
     budget: float | None = None
     clamped: str | None = None
+
+    def at_most(self, n_visual: int) -> Plan:
+        """The same for a sample that has no more than ``n_visual`` tokens."""
+        return dataclasses.replace(self, counts=tuple(min(count, n_visual) for count in self.counts))
 
 
 def layer_tokens(n_visual: int, counts: Sequence[int], target_layers: Sequence[int], n_layers: int) -> list[int]:

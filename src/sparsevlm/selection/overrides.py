@@ -12,7 +12,7 @@ from .context import SelectorTraits
 # What a method decides for itself; how many tokens are kept, and where, stays the user's.
 OVERRIDABLE = ("raters", "heads", "recycle", "merge", "tau", "theta")
 # Options that only some selectors or budgets read.
-_OF_SOME = (*OVERRIDABLE, "schedule", "rank_lambda", "rank_tolerance", "seed")
+_OF_SOME = (*OVERRIDABLE, "schedule", "rank_lambda", "rank_tolerance", "seed", "vision_keep")
 
 
 def effective_config(config: SparseVLMConfig, selector: Any) -> SparseVLMConfig:
@@ -82,5 +82,7 @@ def idle_options(config: SparseVLMConfig, traits: SelectorTraits, given: Collect
         read |= {"rank_lambda", "rank_tolerance", "raters", "heads"}
     if "rater_attention" in traits.needs:
         read |= {"raters", "heads"}
+    if config.engine:
+        read |= {"vision_keep"}
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     return [name for name in _OF_SOME if name in given and name not in read and getattr(config, name) != defaults[name]]

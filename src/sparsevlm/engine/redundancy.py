@@ -1,0 +1,121 @@
+"""Which parts of a picture its vision tower can leave out: those that look like everything around them.
+
+What stands for a visual token, a square of patches, is compared with its four neighbours by its pixels, in a video with
+its place in the frame before as well. It is left out if none of these differs much; so the edges of a plain surface stay,
+and its inside goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Visual tokens that are computed.
+
+    Attributes
+    ----------
+    tokens : Tensor of shape (n_kept,), int64
+        In reading order, ascending.
+    working : Tensor of shape (n_kept,), int64
+        The same in the order in which the tower works.
+    places : Tensor of shape (n_kept,), int64
+        Of ``working`` in that order, among all tokens.
+    back : Tensor of shape (n_kept,), int64
+        From ``working`` to ``tokens``.
+    before : Tensor of shape (n_tokens + 1,), int64
+        How many are kept before each place of that order.
+    """
+
+    tokens: Tensor
+    working: Tensor
+    places: Tensor
+    back: Tensor
+    before: Tensor
+
+    @classmethod
+    def empty(cls, n_kept: int, n_tokens: int, device: torch.device) -> Kept:
+        """Room for a choice."""
+        lengths = (n_kept, n_kept, n_kept, n_kept, n_tokens + 1)
+        return cls(*(torch.zeros(length, dtype=torch.int64, device=device) for length in lengths))
+
+    def become(self, other: Kept) -> None:
+        """Hold what another choice holds."""
+        for field in fields(self):
+            getattr(self, field.name).copy_(getattr(other, field.name))
+
+
+def n_kept(grids: Sequence[Grid], share: float) -> list[int]:
+    """How many tokens of each picture are computed, at least one.
+
+    Parameters
+    ----------
+    grids : sequence of (t, h, w)
+        In tokens.
+    share : float
+        In (0, 1].
+    """
+    return [max(1, round(share * t * h * w)) for t, h, w in grids]
+
+
+def novelty(tokens: Tensor, grid: Grid) -> Tensor:
+    """How far a token is from the neighbour that it is least like; in a video no more than from the frame before.
+
+    Parameters
+    ----------
+    tokens : Tensor of shape (t · h · w, size)
+        Pixels, in reading order.
+    grid : (t, h, w)
+
+    Returns
+    -------
+    Tensor of shape (t · h · w,), float32
+        Root mean square of the difference.
+    """
+    frames = tokens.float().unflatten(0, grid)
+    found = frames.new_zeros(grid)
+    for dim, length in ((1, grid[1]), (2, grid[2])):
+        if length > 1:
+            step = frames.diff(dim=dim).square().mean(dim=-1).sqrt()
+            first, second = found.narrow(dim, 0, length - 1), found.narrow(dim, 1, length - 1)
+            first.copy_(torch.maximum(first, step))
+            second.copy_(torch.maximum(second, step))
+    if grid[0] > 1:
+        found[1:] = torch.minimum(found[1:], frames.diff(dim=0).square().mean(dim=-1).sqrt())
+    return found.flatten()
+
+
+def choose(tokens: Tensor, grids: Sequence[Grid], share: float, order: Tensor | None) -> Kept:
+    """The most novel tokens of every picture; waits for nothing.
+
+    Parameters
+    ----------
+    tokens : Tensor of shape (n_tokens, size)
+        Pixels, in reading order, picture behind picture.
+    grids : sequence of (t, h, w)
+        In tokens.
+    share : float
+    order : Tensor of shape (n_tokens,), int64, optional
+        The token at each place of the order in which the tower works; ``None``: reading order.
+    """
+    sizes = [t * h * w for t, h, w in grids]
+    found, start = [], 0
+    for own, grid, number in zip(tokens.split(sizes), grids, n_kept(grids, share), strict=True):
+        ranked = novelty(own, grid).sort(descending=True, stable=True).indices
+        found.append(start + ranked[:number].sort().values)
+        start += own.shape[0]
+    kept = torch.cat(found)
+    if order is None:
+        order = torch.arange(tokens.shape[0], device=tokens.device)
+    mask = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device).index_fill(0, kept, True)[order]
+    before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
+    places = torch.argsort(~mask, stable=True)[: kept.shape[0]]
+    working = order[places]
+    return Kept(kept, working, places, torch.argsort(working), before)

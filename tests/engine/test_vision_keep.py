@@ -1,0 +1,161 @@
+"""A vision tower that leaves out what looks like everything around it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_parity import run
+from transformers.vision_utils import get_vision_position_ids
+
+from sparsevlm import apply_sparsevlm
+from sparsevlm.engine.redundancy import choose, n_kept, novelty
+from toys import PROMPTS, make_inputs, relative_error, tiny_model
+
+OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "engine": True}
+PICTURES = ["one image", "two images", "batch, left padding", "video"]
+
+
+def test_what_differs_from_a_neighbour_is_novel():
+    tokens = torch.zeros(5 * 6, 4)
+    tokens[2 * 6 + 3] = 2.0
+    found = novelty(tokens, (1, 5, 6)).view(5, 6)
+    near = torch.zeros(5, 6, dtype=torch.bool)
+    near[2, 3] = near[1, 3] = near[3, 3] = near[2, 2] = near[2, 4] = True
+    assert torch.equal(found, near * 2.0)
+
+
+def test_in_a_video_what_stays_is_not_novel():
+    frames = torch.randn(3, 4 * 4, 5, generator=torch.Generator().manual_seed(0))
+    frames[1] = frames[0]
+    frames[1, 7] += 1.0
+    found = novelty(frames.flatten(0, 1), (3, 4, 4)).view(3, 16)
+    assert (found[0] > 0).all()
+    assert found[1].nonzero().tolist() == [[7]]
+    assert (found[2] > 0).all()
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 1.0])
+def test_the_choice_keeps_its_numbers_and_orders(share):
+    grids = ((1, 4, 6), (2, 2, 4))
+    tokens = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
+    kept = choose(tokens, grids, share, order)
+    assert [int((kept.tokens < 24).sum()), int((kept.tokens >= 24).sum())] == n_kept(grids, share)
+    assert kept.tokens.tolist() == sorted(set(kept.tokens.tolist()))
+    assert torch.equal(kept.working[kept.back], kept.tokens)
+    assert torch.equal(order[kept.places], kept.working)
+    mask = torch.isin(order, kept.tokens)
+    assert kept.before.tolist() == [int(mask[:place].sum()) for place in range(41)]
+
+
+def by_the_modules(model, view, pixels, grids, kept):
+    """The model's own blocks over the patches that are left, window by window."""
+    tower, per_token = model.model.visual, view.spatial_merge_size**2
+    windows = view.vision_windows is not None
+    order = torch.arange(len(pixels) // per_token)
+    starts = frames = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0]).cumsum(0).tolist()
+    if windows:
+        order, starts = view.vision_windows(grids)
+        starts = torch.as_tensor(starts).tolist()[1:]
+    stays = torch.isin(order, kept).repeat_interleave(per_token)
+    hidden = tower.patch_embed(pixels).unflatten(0, (-1, per_token))[order].flatten(0, 1)[stays]
+    position_ids = get_vision_position_ids(grids, view.spatial_merge_size)
+    cos, sin = tower.rotary_pos_emb(hidden, position_ids)
+    cos, sin = (t.unflatten(0, (-1, per_token))[order].flatten(0, 1)[stays] for t in (cos, sin))
+
+    def offsets(ends):
+        return torch.tensor([0, *(int(stays[:end].sum()) for end in ends)]).unique().to(torch.int32)
+
+    for index, block in enumerate(tower.blocks):
+        full = index in view.vision_block_indices
+        hidden = block(hidden, cu_seqlens=offsets(frames if full else starts), position_embeddings=(cos, sin))
+    tokens = tower.merger(hidden)
+    return tokens[torch.argsort(order[torch.isin(order, kept)])]
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("prompt", PICTURES)
+def test_what_is_left_is_computed_in_its_windows(prompt, family):
+    model, inputs = tiny_model(family), make_inputs(*PROMPTS[prompt])
+    kind = "image" if "pixel_values" in inputs else "video"
+    pixels = inputs["pixel_values" if kind == "image" else "pixel_values_videos"]
+    state = apply_sparsevlm(model, **OPTIONS, keep=1.0, vision_keep=0.5)
+    engine = state._engine
+    with torch.no_grad():
+        engine._keep_up()
+        grids = inputs[f"{kind}_grid_thw"]
+        for factor in (2, 1):
+            seen = engine._vision(pixels * factor, tuple(tuple(grid) for grid in grids.tolist()), 0.5)
+        wanted = by_the_modules(model, state.view, pixels, grids, seen.kept)
+    assert 0 < len(seen.kept) < len(pixels) // state.view.spatial_merge_size**2
+    torch.testing.assert_close(seen.tokens, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", PICTURES)
+def test_the_decoder_never_sees_the_rest(prompt):
+    """Its logits are those of the prompt without the tokens that were left out, at their own positions."""
+    model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, **OPTIONS, keep=1.0, vision_keep=0.5)
+    _, (found,) = run(model, inputs, 1)
+    report, view = state.report, state.view
+    assert report.path == "engine"
+    kind = "image" if "pixel_values" in inputs else "video"
+    ids = inputs["input_ids"]
+    features = state._engine._vision(
+        inputs["pixel_values" if kind == "image" else "pixel_values_videos"],
+        tuple(tuple(grid) for grid in inputs[f"{kind}_grid_thw"].tolist()),
+        0.5,
+    ).tokens
+    given = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
+    positions, _ = model.model.get_rope_index(**given)
+    start = 0
+    for b, sample in enumerate(report.samples):
+        assert [stage.layer for stage in sample.stages] == [-1, 0, 2]
+        assert sample.stages[0].n_kept == sample.layer_tokens[0] == sample.final_tokens < sample.n_visual
+        visual = torch.tensor(sample.visual_positions)
+        stays = inputs["attention_mask"][b].bool()
+        stays[visual] = False
+        kept = visual[list(sample.stages[0].kept)]
+        stays[kept] = True
+        embeds = model.get_input_embeddings()(ids[b])
+        embeds[kept] = features[start : start + len(kept)]
+        start += len(kept)
+        with torch.no_grad():
+            hidden = model.model.language_model(
+                inputs_embeds=embeds[stays][None], position_ids=positions[:, b : b + 1, stays]
+            )[0]
+            wanted = model.lm_head(hidden[:, -1])
+        finite = found[b].isfinite()
+        assert relative_error(found[b][finite], wanted[0][finite]) < 1e-5
+    assert start == len(features)
+    assert view.spatial_merge_size == 2
+
+
+@pytest.mark.parametrize("selector", ["span", "random"])
+def test_budgets_hold_in_tokens_of_the_whole_picture(selector):
+    model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 12, 16), ("text", 9)])
+    state = apply_sparsevlm(model, **OPTIONS, selector=selector, keep=0.4, vision_keep=0.5)
+    for _ in range(2):
+        run(model, inputs, 3)
+        (sample,) = state.report.samples
+        assert (sample.n_visual, sample.layer_tokens[0]) == (192, 96)
+        assert 0.4 * 192 - 1 < sample.average_in <= 0.4 * 192
+        kept = [set(stage.kept) for stage in sample.stages]
+        assert kept[0] >= kept[1]
+
+
+def test_the_plain_path_computes_all():
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    state = apply_sparsevlm(model, **OPTIONS, keep=0.6)
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": 2}
+    wanted = model.generate(**inputs, **options)
+    with state.options(vision_keep=0.5):
+        assert torch.equal(model.generate(**inputs, **options), wanted)
+        assert state.report.path == "plain"
+        assert [stage.layer for stage in state.report.samples[0].stages] == [0, 2]
+
+
+@pytest.mark.parametrize("value", [0, 0.0, 1.5, True, "half"])
+def test_bad_shares(value):
+    with pytest.raises(ValueError, match="vision_keep must be in"):
+        apply_sparsevlm(tiny_model(), **OPTIONS, vision_keep=value)
