@@ -83,14 +83,79 @@ def test_what_the_engine_does_not_do_runs_on_the_plain_path(case):
     assert state.report.path == "engine"
 
 
+class Reads:
+    """Needs all that a decoder layer has, and keeps what differs most by it."""
+
+    needs = frozenset({"rater_attention", "last_attention", "previous_hidden_states", "features", "text_features"})
+
+    def select(self, context, n_keep):
+        change = (context.hidden_states - context.previous_hidden_states).norm(dim=-1)
+        likeness = (context.features @ context.text_features.T).softmax(dim=-1).amax(dim=-1)
+        score = context.rater_attention.mean(dim=0) * change + context.last_attention * likeness
+        return score.argsort(descending=True)[:n_keep].sort().values
+
+
+ATTENTIVE = {
+    "sparsevlm": {"selector": "sparsevlm"},
+    "raters by embedding": {"selector": "sparsevlm-paper"},
+    "visual heads": {"selector": "sparsevlm-v2"},
+    "all raters, sums": {"selector": "sparsevlm", "raters": "all", "merge": "sum", "tau": 0.8, "theta": 0.5},
+    "the rank decides": {"selector": "sparsevlm", "keep": None, "tau": 0.8, "theta": 0.5, "rank_tolerance": 0.02},
+    "the rank decides for random": {"selector": "random", "keep": None, "rank_tolerance": 0.3, "raters": "embedding"},
+    "fastv": {"selector": "fastv"},
+    "pyramiddrop": {"selector": "pyramiddrop"},
+    "span-joint": {"selector": "span-joint"},
+    "an object": {"selector": Reads()},
+    "some targets keep all": {"selector": "sparsevlm", "schedule": [99, 7]},
+}
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("case", ATTENTIVE)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_selectors_that_read_attention_choose_the_same(prompt, case, family):
+    model, inputs = tiny_model(family), make_inputs(*PROMPTS[prompt])
+    if family == "qwen2_vl":
+        inputs.pop("second_per_grid_ts", None)  # it does not take that
+    options = {**OPTIONS, **ATTENTIVE[case]}
+    if "schedule" in options:
+        del options["keep"]
+    state = apply_sparsevlm(model, **options)
+    wanted, report = answers(model, inputs, **GREEDY), state.report
+    assert report.path == "plain"
+    assert any(stage.n_kept < stage.n_in for sample in report.samples for stage in sample.stages)
+    with state.options(engine=True):
+        assert torch.equal(answers(model, inputs, **GREEDY), wanted)
+        found = state.report
+    assert found.path == "engine"
+    assert found.samples == report.samples
+    assert (found.flops, found.decode_steps) == (report.flops, report.decode_steps)
+
+
+def test_the_cases_say_something():
+    """Ranks, raters, recycled tokens and heads differ where they should."""
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    stages = {}
+    for case in ("sparsevlm", "raters by embedding", "visual heads", "all raters, sums", "the rank decides"):
+        state = apply_sparsevlm(model, **{**OPTIONS, **ATTENTIVE[case]}, engine=True)
+        answers(model, inputs, **GREEDY)
+        assert state.report.path == "engine"
+        stages[case] = state.report.samples[0].stages
+    raters = [stages[case][0].raters for case in ("sparsevlm", "raters by embedding", "all raters, sums")]
+    assert len(set(raters)) == 3
+    assert all(stage.rank for stage in stages["the rank decides"])
+    assert any(stage.recycled for stage in stages["all raters, sums"])
+    assert stages["visual heads"][0].kept != stages["sparsevlm"][0].kept
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"selector": "sparsevlm"}, "selector 'sparsevlm' needs rater_attention"),
-        ({"keep": None}, "the rank of the attention decides"),
+        ({"selector": "visionzip", "target_layers": None}, "needs vision_attention, vision_keys"),
+        ({"selector": "span", "keep": None}, "the rank of the attention decides"),
     ],
 )
-def test_requests_that_need_attention_run_on_the_plain_path(options, reason):
+def test_what_cannot_be_read_runs_on_the_plain_path(options, reason):
     model, inputs = tiny_model(), make_inputs(*BATCH)
     state = apply_sparsevlm(model, **{**OPTIONS, **options}, engine=True)
     answers(model, inputs, **GREEDY)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from sparsevlm.kernels import rater_attention
-from sparsevlm.kernels.rater_attention import Rows
-from sparsevlm.kernels.triton.rater_attention import column_sums, row_statistics
+from sparsevlm.kernels.rater_attention import Columns, Rows
+from sparsevlm.kernels.triton.rater_attention import row_attention, row_statistics
 from sparsevlm.selection.scoring import text_to_visual_attention
 
 RESOLUTION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -48,26 +50,60 @@ def test_long(length, dtype, device):
     check(rows, key, offsets, marked, RESOLUTION[dtype])
 
 
+def columns_of(offsets, marked):
+    """The marked keys of every sample; what fills up is another sample's."""
+    own = [marked[start:end].nonzero().squeeze(-1) + start for start, end in itertools.pairwise(offsets.tolist())]
+    keys = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=marked.shape[0] - 1)
+    return Columns(keys, torch.tensor([one.shape[0] for one in own], dtype=torch.int32, device=marked.device))
+
+
 def check(rows, key, offsets, marked, resolution):
     scaling = rows.query.shape[2] ** -0.5
     lse, mass = row_statistics(rows, key, offsets, marked, scaling)
     wanted_lse, wanted_mass = rater_attention.row_statistics_plain(rows, key, offsets, marked, scaling)
     torch.testing.assert_close(lse, wanted_lse, rtol=resolution, atol=resolution)
     torch.testing.assert_close(mass, wanted_mass, rtol=resolution, atol=resolution)
-    weight = (mass >= mass.mean()).float() if mass.numel() else mass
-    sums = column_sums(rows, key, offsets, wanted_lse, weight, scaling)
-    wanted = rater_attention.column_sums_plain(rows, key, offsets, wanted_lse, weight, scaling)
-    torch.testing.assert_close(sums, wanted, rtol=10 * resolution, atol=resolution)
+    n_samples, n_heads = offsets.shape[0] - 1, lse.shape[1]
+    weight = torch.rand(n_samples, n_heads, device=key.device).softmax(dim=-1)
+    columns = columns_of(offsets, marked)
+    attention = row_attention(rows, key, columns, wanted_lse, weight, scaling)
+    wanted = rater_attention.row_attention_plain(rows, key, columns, wanted_lse, weight, scaling)
+    torch.testing.assert_close(attention, wanted, rtol=10 * resolution, atol=resolution / 10)
 
 
-def test_the_plain_functions_are_those_of_the_algorithm():
-    rows, key, offsets, marked = make((40,), (6,), heads=4, kv_heads=2, head_dim=16)
-    columns = marked.nonzero().squeeze(-1)
-    positions = rows.ends.long() - 1
+@pytest.mark.parametrize("most", [None, 1 << 9])
+@pytest.mark.parametrize("n_top_heads", [None, 2])
+def test_the_plain_functions_are_those_of_the_algorithm(n_top_heads, most, monkeypatch):
+    if most is not None:
+        monkeypatch.setattr(rater_attention, "_MAX_BLOCK_ELEMENTS", most)
+    rows, key, offsets, marked = make((9, 40), (0, 6), heads=4, kv_heads=2, head_dim=16)
+    columns = columns_of(offsets, marked)
+    own = columns.keys[1, : columns.numbers[1]]
     attention = text_to_visual_attention(
-        rows.query.transpose(0, 1), key[:40].transpose(0, 1), columns, positions, 0.25, None, None, None
-    )
+        rows.query.transpose(0, 1), key[9:49].transpose(0, 1), own - 9, rows.ends.long() - 10, 0.25, None, None,
+        n_top_heads,
+    )  # fmt: skip
     lse, mass = rater_attention.row_statistics_plain(rows, key, offsets, marked, 0.25)
-    torch.testing.assert_close(mass, attention.sum(dim=-1))
-    sums = rater_attention.column_sums_plain(rows, key, offsets, lse, torch.ones(6), 0.25)
-    torch.testing.assert_close(sums[columns], attention.sum(dim=0))
+    weight = torch.full((2, 4), 0.25)
+    if n_top_heads is not None:
+        weight = torch.zeros(2, 4).index_fill_(1, mass.sum(dim=0).topk(n_top_heads).indices, 1 / n_top_heads)
+    found = rater_attention.row_attention_plain(rows, key, columns, lse, weight, 0.25)
+    torch.testing.assert_close(found[:, : own.shape[0]], attention)
+    assert not found[:, own.shape[0] :].any()
+    torch.testing.assert_close((mass * weight[1]).sum(dim=-1), attention.sum(dim=-1))
+
+
+def test_a_row_sees_no_key_behind_its_end(device):
+    rows, key, offsets, _ = make((40, 70), (6, 20), heads=4, kv_heads=2, head_dim=16, device=device)
+    everything = torch.ones(key.shape[0], dtype=torch.bool, device=device)
+    columns, weight = columns_of(offsets, everything), torch.full((2, 4), 0.25, device=device)
+    for first, second in (
+        (row_statistics, row_attention),
+        (rater_attention.row_statistics_plain, rater_attention.row_attention_plain),
+    ):
+        lse, mass = first(rows, key, offsets, everything, 0.25)
+        attention = second(rows, key, columns, lse, weight, 0.25)
+        torch.testing.assert_close(mass, torch.ones_like(mass))
+        torch.testing.assert_close(attention.sum(dim=1), torch.ones(26, device=device))
+        assert not attention[0, 35:].any()  # its own end is key 35
+        assert attention[0, 34] > 0

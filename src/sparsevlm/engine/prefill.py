@@ -12,8 +12,8 @@ from ..kernels.varlen_attention import varlen_attention
 from ..runtime.request import Request
 from ..runtime.view import ModelView
 from ..selection.recycle import merge_hidden_states
-from .layer import run_layer, summed
-from .selecting import select
+from .layer import Attend, run_layer, summed
+from .selecting import Read, note_embedding_raters, read, select
 from .weights import Weights
 
 
@@ -69,7 +69,7 @@ def pack(view: ModelView, request: Request, embeds: Tensor, position_ids: Tensor
         Visual features in their places.
     position_ids : Tensor of shape (3, batch, q_len)
     """
-    positions = [torch.cat([sample.other, sample.visual]).sort().values for sample in request.samples]
+    positions = [torch.cat([sample.other, sample.positions]).sort().values for sample in request.samples]
     q_len = embeds.shape[1]
     rows = torch.cat([b * q_len + own for b, own in enumerate(positions)])
     hidden = embeds.flatten(0, 1)[rows]
@@ -96,35 +96,45 @@ def prefill(view: ModelView, weights: Weights, request: Request, packed: Packed)
     caches : list of LayerCache
     """
     caches: list[LayerCache] = []
+    note_embedding_raters(request, packed)
     if -1 in request.target_layers:
-        _drop(request, packed, -1, packed.hidden)
+        _drop(request, packed, -1, Read())
     addend: Tensor | None = None
     for layer_idx, layer in enumerate(view.layers):
         for sample in request.samples:
             sample.layer_tokens.append(sample.alive.shape[0])
-
-        scaling = view.attentions[layer_idx].scaling
-
-        def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float = scaling) -> Tensor:
-            query, key = rotate(query, key, packed.cos, packed.sin)
-            caches.append(LayerCache(key, value.contiguous(), packed.offsets, packed.longest))
-            return varlen_attention(query, key, value, packed.offsets, packed.longest, scaling, causal=True)
-
-        is_target = layer_idx in request.target_layers
-        if is_target:
+        reads: list[Read] = []
+        target = None
+        if layer_idx in request.target_layers:
+            target = layer_idx
             packed.hidden, addend = summed(packed.hidden, addend), None
-        before = packed.hidden
-        packed.hidden, addend = run_layer(layer, weights, before, addend, attend)
-        if is_target:
+        attend = _attention(request, packed, caches, view.attentions[layer_idx].scaling, target, reads)
+        packed.hidden, addend = run_layer(layer, weights, packed.hidden, addend, attend)
+        if target is not None:
             packed.hidden, addend = summed(packed.hidden, addend), None
-            _drop(request, packed, layer_idx, before)
+            _drop(request, packed, target, reads[0])
     last = summed(packed.hidden, addend)[packed.offsets[1:].long() - 1]
     return view.text_model.norm(last), caches
 
 
-def _drop(request: Request, packed: Packed, target: int, previous: Tensor) -> None:
+def _attention(
+    request: Request, packed: Packed, caches: list[LayerCache], scaling: float, target: int | None, reads: list[Read]
+) -> Attend:
+    """Attention of a layer, which keeps keys and values; a ``target`` is read on the way, into ``reads``."""
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key = rotate(query, key, packed.cos, packed.sin)
+        caches.append(LayerCache(key, value.contiguous(), packed.offsets, packed.longest))
+        if target is not None:
+            reads.append(read(request, packed, target, query, key, scaling))
+        return varlen_attention(query, key, value, packed.offsets, packed.longest, scaling, causal=True)
+
+    return attend
+
+
+def _drop(request: Request, packed: Packed, target: int, found: Read) -> None:
     """Decide for every sample what goes on, and gather it."""
-    selections = select(request, packed, target, previous)
+    selections = select(request, packed, target, found)
     if all(selection is None for selection in selections):
         return
     rows, positions = [], []

@@ -1,37 +1,140 @@
-"""Selection over packed rows."""
+"""Selection over packed rows: what is read at a target layer, and what goes on behind it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
+from ..kernels.rater_attention import Columns, Rows, row_attention, row_statistics
 from ..runtime.pruner import record_decisions, record_without_visual
-from ..runtime.reading import make_context
+from ..runtime.reading import make_context, raters_of, reads_text
 from ..runtime.request import Request
-from ..selection.context import Selection, SelectionContext
+from ..selection.context import VISION_NEEDS, Selection
+from ..selection.raters import embedding_raters
+from ..selection.scoring import top_k, visual_head_count
 
 if TYPE_CHECKING:
     from .prefill import Packed
 
-# What the engine can give a selector; others run on the plain path.
-PROVIDED = frozenset({"features", "text_features", "previous_hidden_states"})
+# Selectors that need this run on the plain path, which looks into the tower.
+NOT_PROVIDED = VISION_NEEDS
 
 
-def select(request: Request, packed: Packed, target: int, previous: Tensor) -> list[Selection | None]:
+@dataclass
+class Read:
+    """What was read at a target layer, per sample; empty where nothing was.
+
+    Attributes
+    ----------
+    text : list of Tensor
+        Attention of the text that may vote to the visual tokens that are left, (n_voters, n_visual).
+    last : list of Tensor
+        That of the prompt's last token, (n_visual,).
+    previous : list of Tensor
+        The layer's input, (n_visual, hidden_size).
+    """
+
+    text: list[Tensor] = field(default_factory=list)
+    last: list[Tensor] = field(default_factory=list)
+    previous: list[Tensor] = field(default_factory=list)
+
+
+def note_embedding_raters(request: Request, packed: Packed) -> None:
+    """Choose the raters that are chosen once, while the rows are the prompt's embeddings."""
+    if request.config.raters != "embedding" or not reads_text(request) or request.drops_nothing:
+        return
+    for b, sample in enumerate(request.samples):
+        visual, voters = (packed.hidden[packed.local(b, own)] for own in (sample.visual, sample.voters))
+        sample.embedding_raters = embedding_raters(visual, voters)
+
+
+def read(request: Request, packed: Packed, target: int, query: Tensor, key: Tensor, scaling: float) -> Read:
+    """Take what the selector needs of a layer while it runs.
+
+    Parameters
+    ----------
+    request : Request
+    packed : Packed
+        The layer's input.
+    target : int
+    query : Tensor of shape (n_rows, heads, head_dim)
+        Rotated.
+    key : Tensor of shape (n_rows, kv_heads, head_dim)
+        Rotated.
+    scaling : float
+
+    Returns
+    -------
+    Read
+    """
+    needs, found = request.traits.needs, Read()
+    if request.keeps_all(target):
+        return found
+    visual = [packed.local(b, sample.positions) for b, sample in enumerate(request.samples)]
+    if "previous_hidden_states" in needs:
+        found.previous += [packed.hidden[rows] for rows in visual]
+    if reads_text(request):
+        n_top_heads = visual_head_count(query.shape[1]) if request.config.heads == "visual" else None
+        voters = [sample.voters[: None if sample.alive.shape[0] else 0] for sample in request.samples]
+        found.text += _attention(packed, voters, visual, query, key, scaling, n_top_heads)
+    if "last_attention" in needs:
+        last = [sample.last for sample in request.samples]
+        found.last += [rows[0] for rows in _attention(packed, last, visual, query, key, scaling)]
+    return found
+
+
+def _attention(
+    packed: Packed, positions: list[Tensor], visual: list[Tensor], query: Tensor, key: Tensor, scaling: float,
+    n_top_heads: int | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Attention of every sample's tokens at some positions to its visual ones, mean over the heads with the most of
+    it, or over all."""
+    n_rows, n_visual = ([own.shape[0] for own in some] for some in (positions, visual))
+    own_rows = torch.cat([packed.local(b, own) for b, own in enumerate(positions)])
+    starts = torch.tensor([0, *n_rows], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(key.device)
+    rows = Rows(query[own_rows], starts, (own_rows + 1).int(), max(n_rows))
+    columns = Columns(
+        torch.nn.utils.rnn.pad_sequence(visual, batch_first=True),
+        torch.tensor(n_visual, dtype=torch.int32).to(key.device),
+    )
+    marked = torch.zeros(key.shape[0], dtype=torch.bool, device=key.device)
+    marked[torch.cat(visual)] = True
+    lse, mass = row_statistics(rows, key, packed.offsets, marked, scaling)
+    n_heads = query.shape[1]
+    if n_top_heads is None:
+        weight = mass.new_full((len(visual), n_heads), 1 / n_heads)
+    else:
+        weight = torch.stack([_share(own.sum(dim=0), n_top_heads) for own in mass.split(n_rows)])
+    attention = row_attention(rows, key, columns, lse, weight, scaling)
+    return [own[:, :n] for own, n in zip(attention.split(n_rows), n_visual, strict=True)]
+
+
+def _share(mass: Tensor, n_top_heads: int) -> Tensor:
+    """An even share in the mean for the heads with the most attention, none for the others."""
+    weight = torch.zeros_like(mass)
+    weight[top_k(mass, n_top_heads)] = 1 / n_top_heads
+    return weight
+
+
+def select(request: Request, packed: Packed, target: int, found: Read) -> list[Selection | None]:
     """Selections of all samples at a target layer, recorded."""
     with_visual = [b for b, sample in enumerate(request.samples) if sample.alive.shape[0]]
-    contexts = [_context(request, packed, b, target, previous) for b in with_visual]
-    found = record_decisions(request, target, with_visual, contexts, [None] * len(with_visual))
+    raters = [raters_of(request, b, found.text[b]) if found.text else None for b in with_visual]
+    contexts = [
+        make_context(
+            request, b, target, packed.hidden[packed.local(b, request.samples[b].positions)],
+            rater_attention=None if mask is None else found.text[b][mask],
+            last_attention=found.last[b] if found.last else None,
+            previous_hidden_states=found.previous[b] if found.previous else None,
+        )
+        for b, mask in zip(with_visual, raters, strict=True)
+    ]  # fmt: skip
+    selected = record_decisions(request, target, with_visual, contexts, raters)
     record_without_visual(request, target)
     selections: list[Selection | None] = [None] * len(request.samples)
-    for b, selection in zip(with_visual, found, strict=True):
+    for b, selection in zip(with_visual, selected, strict=True):
         selections[b] = selection
     return selections
-
-
-def _context(request: Request, packed: Packed, b: int, target: int, previous: Tensor) -> SelectionContext:
-    rows = packed.local(b, request.samples[b].positions)
-    wants_previous = "previous_hidden_states" in request.traits.needs and target >= 0
-    before = previous[rows] if wants_previous else None
-    return make_context(request, b, target, packed.hidden[rows], previous_hidden_states=before)

@@ -1,17 +1,21 @@
-"""What text rows look at, summed over rows and heads, without a matrix of all pairs.
+"""What text rows look at among the visual tokens, mean over heads, without a matrix of all pairs.
 
 Two passes over packed sequences: the first finds each row's log-sum-exp and how much of its attention falls on marked
-columns, the second sums the attention that each column gets from the rows that count.
+columns, the second the attention itself, of the rows to the columns that are asked for.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .choice import takes_triton
+
+# Upper bound of the elements of one (rows, heads, keys) float32 block: 64 Mi elements = 256 MiB.
+_MAX_BLOCK_ELEMENTS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,22 @@ class Rows:
     most: int
 
 
+@dataclass(frozen=True)
+class Columns:
+    """Keys out of packed sequences that the attention to is asked for.
+
+    Attributes
+    ----------
+    keys : Tensor of shape (batch, most), int64
+        Packed indices; those of a sample come first, what fills up behind them is any index.
+    numbers : Tensor of shape (batch,), int32
+        How many of them count.
+    """
+
+    keys: Tensor
+    numbers: Tensor
+
+
 def row_statistics(
     rows: Rows, key: Tensor, key_offsets: Tensor, marked: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -54,8 +74,8 @@ def row_statistics(
     Returns
     -------
     lse : Tensor of shape (n_rows, heads), float32
-    mass : Tensor of shape (n_rows,), float32
-        Attention on marked columns, mean over heads.
+    mass : Tensor of shape (n_rows, heads), float32
+        Attention on marked columns.
     """
     if takes_triton(key):
         from .triton.rater_attention import row_statistics as twin
@@ -64,60 +84,64 @@ def row_statistics(
     return row_statistics_plain(rows, key, key_offsets, marked, scaling)
 
 
-def column_sums(rows: Rows, key: Tensor, key_offsets: Tensor, lse: Tensor, weight: Tensor, scaling: float) -> Tensor:
-    """Second pass: ``Σ_r weight_r · mean_h exp(q_r^h · k_j^h · scaling − lse_r^h)`` over the rows that see column j.
+def row_attention(rows: Rows, key: Tensor, columns: Columns, lse: Tensor, weight: Tensor, scaling: float) -> Tensor:
+    """Second pass: ``Σ_h weight_h · exp(q_r^h · k_j^h · scaling − lse_r^h)`` for every row and column of a sample.
 
     Parameters
     ----------
-    rows, key, key_offsets, scaling
+    rows, key, scaling
         As in :func:`row_statistics`.
+    columns : Columns
     lse : Tensor of shape (n_rows, heads), float32
-    weight : Tensor of shape (n_rows,), float32
-        1 for raters, 0 for the others.
+    weight : Tensor of shape (batch, heads), float32
+        Share of each head in the mean.
 
     Returns
     -------
-    Tensor of shape (n_keys,), float32
-        0 for columns of no sample.
+    Tensor of shape (n_rows, most), float32
+        0 for columns that a row does not see, and for what fills up.
     """
     if takes_triton(key):
-        from .triton.rater_attention import column_sums as twin
+        from .triton.rater_attention import row_attention as twin
 
-        return twin(rows, key, key_offsets, lse, weight, scaling)
-    return column_sums_plain(rows, key, key_offsets, lse, weight, scaling)
+        return twin(rows, key, columns, lse, weight, scaling)
+    return row_attention_plain(rows, key, columns, lse, weight, scaling)
 
 
 def row_statistics_plain(
     rows: Rows, key: Tensor, key_offsets: Tensor, marked: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The truth: sample by sample, with the matrix."""
+    """The truth: sample by sample, some rows at a time, with all their logits."""
     lse = rows.query.new_zeros(rows.query.shape[:2], dtype=torch.float32)
-    mass = rows.query.new_zeros(rows.query.shape[0], dtype=torch.float32)
-    for mine, keys, logits in _samples(rows, key, key_offsets, scaling):
-        lse[mine] = logits.logsumexp(dim=-1)
-        mass[mine] = (logits.softmax(dim=-1) * marked[keys]).sum(dim=-1).mean(dim=-1)
+    mass = torch.zeros_like(lse)
+    bounds = key_offsets.tolist()
+    keys = [torch.arange(bounds[b], bounds[b + 1], device=key.device) for b in range(len(bounds) - 1)]
+    for b, some, logits in _logits(rows, key, keys, scaling):
+        lse[some] = logits.logsumexp(dim=-1)
+        mass[some] = (logits - lse[some][:, :, None]).exp()[:, :, marked[keys[b]]].sum(dim=-1)
     return lse, mass
 
 
-def column_sums_plain(
-    rows: Rows, key: Tensor, key_offsets: Tensor, lse: Tensor, weight: Tensor, scaling: float
+def row_attention_plain(
+    rows: Rows, key: Tensor, columns: Columns, lse: Tensor, weight: Tensor, scaling: float
 ) -> Tensor:
-    """The truth: sample by sample, with the matrix."""
-    sums = torch.zeros(key.shape[0], dtype=torch.float32, device=key.device)
-    for mine, keys, logits in _samples(rows, key, key_offsets, scaling):
-        attention = (logits - lse[mine][:, :, None]).exp().mean(dim=1)
-        sums[keys] = (attention * weight[mine, None]).sum(dim=0)
-    return sums
+    """The truth, likewise."""
+    out = torch.zeros((rows.query.shape[0], columns.keys.shape[1]), dtype=torch.float32, device=key.device)
+    keys = [own[:n] for own, n in zip(columns.keys, columns.numbers.tolist(), strict=True)]
+    for b, some, logits in _logits(rows, key, keys, scaling):
+        attention = (logits - lse[some][:, :, None]).exp()
+        out[some, : keys[b].shape[0]] = torch.einsum("rhn,h->rn", attention, weight[b])
+    return out
 
 
-def _samples(rows: Rows, key: Tensor, key_offsets: Tensor, scaling: float) -> list[tuple[slice, slice, Tensor]]:
-    """Rows, keys and masked logits (rows, heads, keys) of every sample."""
-    found, groups = [], rows.query.shape[1] // key.shape[1]
-    row_ends, key_ends = rows.offsets.tolist(), key_offsets.tolist()
-    for b in range(len(row_ends) - 1):
-        mine, keys = slice(row_ends[b], row_ends[b + 1]), slice(key_ends[b], key_ends[b + 1])
-        near = key[keys].repeat_interleave(groups, dim=1).float()
-        logits = torch.einsum("rhd,nhd->rhn", rows.query[mine].float(), near) * scaling
-        hidden = torch.arange(keys.start, keys.stop, device=key.device) >= rows.ends[mine, None]
-        found.append((mine, keys, logits.masked_fill(hidden[:, None], -torch.inf)))
-    return found
+def _logits(rows: Rows, key: Tensor, keys: list[Tensor], scaling: float) -> Iterator[tuple[int, slice, Tensor]]:
+    """Sample, some of its rows, and their masked logits (rows, heads, keys) for some keys of the sample."""
+    n_heads, groups, bounds = rows.query.shape[1], rows.query.shape[1] // key.shape[1], rows.offsets.tolist()
+    for b, own in enumerate(keys):
+        near = key[own].float().repeat_interleave(groups, dim=1)
+        step = max(1, _MAX_BLOCK_ELEMENTS // max(1, n_heads * own.shape[0]))
+        for start in range(bounds[b], bounds[b + 1], step):
+            some = slice(start, min(start + step, bounds[b + 1]))
+            logits = torch.einsum("rhd,nhd->rhn", rows.query[some].float() * scaling, near)
+            hidden = own >= rows.ends[some, None]
+            yield b, some, logits.masked_fill_(hidden[:, None], -torch.inf)

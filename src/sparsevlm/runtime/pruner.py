@@ -146,7 +146,8 @@ def _decide(
     forward: Forward, request: Request, samples: list[int], target: int, hidden: Tensor
 ) -> list[Selection | None]:
     """Selections of some samples, given by their rows of the batch."""
-    rater_masks = [raters_of(forward, request, b) for b in samples]
+    attention = forward.text_attention  # empty where none was read
+    rater_masks = [raters_of(request, b, attention[b]) if attention else None for b in samples]
     contexts = [
         context_of(forward, request, b, target, hidden, mask) for b, mask in zip(samples, rater_masks, strict=True)
     ]

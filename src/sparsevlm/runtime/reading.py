@@ -17,6 +17,11 @@ from .view import ModelView
 from .vision_probe import VisionRows
 
 
+def reads_text(request: Request) -> bool:
+    """Whether the attention of the text that may vote is needed: by the selector, or by the rank that decides."""
+    return "rater_attention" in request.traits.needs or any(sample.plan is None for sample in request.samples)
+
+
 def read_target_layer(view: ModelView, forward: Forward, request: Request, layer_idx: int, hidden: Tensor) -> None:
     """Take what is needed of the layer's input, and prepare to read the attention to come."""
     needs, config = request.traits.needs, request.config
@@ -24,8 +29,7 @@ def read_target_layer(view: ModelView, forward: Forward, request: Request, layer
         forward.previous = [
             hidden[b, request.local_rows(b, sample.positions)] for b, sample in enumerate(request.samples)
         ]
-    text = "rater_attention" in needs or any(sample.plan is None for sample in request.samples)
-    last = "last_attention" in needs
+    text, last = reads_text(request), "last_attention" in needs
     if not text and not last:
         return
     table, offset = forward.table_of(layer_idx), request.past_len
@@ -65,16 +69,21 @@ def _rows_attention(
     )
 
 
-def raters_of(forward: Forward, request: Request, b: int) -> Tensor | None:
-    """Which of a sample's voters are raters at the target layer that has just run; ``None`` where none was read.
+def raters_of(request: Request, b: int, attention: Tensor) -> Tensor:
+    """Which of a sample's voters are raters at the target layer that has just run.
+
+    Parameters
+    ----------
+    request : Request
+    b : int
+        Row of the batch.
+    attention : Tensor of shape (n_voters, n_visual)
+        What was read of the voters at that layer.
 
     Returns
     -------
-    Tensor of shape (n_voters,), bool, or None
+    Tensor of shape (n_voters,), bool
     """
-    if not forward.text_attention:
-        return None
-    attention = forward.text_attention[b]
     if request.config.raters == "all":
         return attention.new_ones(attention.shape[0], dtype=torch.bool)
     if request.config.raters == "attention":

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..rater_attention import Rows
+from ..rater_attention import Columns, Rows
 
 _BLOCK_M, _BLOCK_N = 64, 64
 
@@ -79,8 +79,8 @@ def _row_statistics(
 
 
 @triton.jit
-def _column_sums(
-    query_ptr, row_offsets, ends_ptr, key_ptr, key_offsets, lse_ptr, weight_ptr, sums_ptr, scaling,
+def _row_attention(
+    query_ptr, row_offsets, ends_ptr, key_ptr, columns_ptr, numbers_ptr, lse_ptr, weight_ptr, out_ptr, most, scaling,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
@@ -88,25 +88,31 @@ def _column_sums(
     groups: tl.constexpr = N_HEADS // N_KV_HEADS
     first = tl.load(row_offsets + sample)
     n_here = tl.load(row_offsets + sample + 1) - first
-    stop = tl.load(key_offsets + sample + 1)
-    keys = tl.load(key_offsets + sample) + tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    sums = tl.zeros([BLOCK_N], tl.float32)
-    for kv_head in tl.static_range(N_KV_HEADS):
-        done = 0
-        while done < n_here * groups:
-            index = done + tl.arange(0, BLOCK_M)
-            query, pair = _load_query(
-                query_ptr, first, index, n_here, kv_head, groups, N_HEADS, HEAD_DIM, BLOCK_D, EXACT
-            )
-            mine = index < n_here * groups
-            row = first + index // groups
-            ends = tl.load(ends_ptr + row, mask=mine, other=0)
-            weight = tl.load(weight_ptr + row, mask=mine, other=0.0)
-            lse = tl.load(lse_ptr + pair, mask=mine, other=0.0)
-            scores = _logits(query, ends, key_ptr, keys, stop, kv_head, scaling, N_KV_HEADS, HEAD_DIM, BLOCK_D, EXACT)
-            sums += tl.sum(tl.exp(scores - lse[:, None]) * weight[:, None], axis=0)
-            done += BLOCK_M
-    tl.store(sums_ptr + keys, sums / N_HEADS, mask=keys < stop)
+    index = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    place = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside, known = index < n_here, place < tl.load(numbers_ptr + sample)
+    row = (first + index).to(tl.int64)
+    ends = tl.load(ends_ptr + row, mask=inside, other=0)
+    keys = tl.load(columns_ptr + sample.to(tl.int64) * most + place, mask=known, other=0)
+    seen = known[None, :] & (keys[None, :] < ends[:, None])
+    dims = tl.arange(0, BLOCK_D)
+    in_query, in_key = inside[:, None] & (dims < HEAD_DIM)[None, :], known[:, None] & (dims < HEAD_DIM)[None, :]
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    head = 0
+    while head < tl.where(tl.program_id(1) * BLOCK_M < n_here, N_HEADS, 0):
+        at = (keys[:, None] * N_KV_HEADS + head // groups) * HEAD_DIM + dims[None, :]
+        key = tl.load(key_ptr + at, mask=in_key, other=0.0)
+        at = (row * N_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
+        query = tl.load(query_ptr + at, mask=in_query, other=0.0)
+        if EXACT:
+            scores = tl.dot(query.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="ieee") * scaling
+        else:
+            scores = tl.dot(query, tl.trans(key)) * scaling
+        lse = tl.load(lse_ptr + row * N_HEADS + head, mask=inside, other=0.0)
+        attention = tl.exp(tl.where(seen, scores - lse[:, None], float("-inf")))
+        total += attention * tl.load(weight_ptr + sample * N_HEADS + head)
+        head += 1
+    tl.store(out_ptr + row[:, None] * most + place[None, :], total, mask=inside[:, None] & known[None, :])
 
 
 def row_statistics(
@@ -120,26 +126,31 @@ def row_statistics(
     if rows.most:
         _row_statistics[grid](
             rows.query.contiguous(), rows.offsets, rows.ends, key.contiguous(), key_offsets, marked, lse, mass,
-            scaling, *_sizes(rows.query, key),
+            scaling, *_sizes(rows.query, key), _BLOCK_M, _BLOCK_N, _is_exact(rows.query),
         )  # fmt: skip
-    return lse, mass.mean(dim=1)
+    return lse, mass
 
 
-def column_sums(rows: Rows, key: Tensor, key_offsets: Tensor, lse: Tensor, weight: Tensor, scaling: float) -> Tensor:
-    """See :func:`sparsevlm.kernels.rater_attention.column_sums`."""
-    sums = torch.zeros(key.shape[0], dtype=torch.float32, device=key.device)
-    grid = (key_offsets.shape[0] - 1, triton.cdiv(key.shape[0], _BLOCK_N))
-    if key.shape[0]:
-        _column_sums[grid](
-            rows.query.contiguous(), rows.offsets, rows.ends, key.contiguous(), key_offsets, lse.contiguous(),
-            weight.float().contiguous(), sums, scaling, *_sizes(rows.query, key),
+def row_attention(rows: Rows, key: Tensor, columns: Columns, lse: Tensor, weight: Tensor, scaling: float) -> Tensor:
+    """See :func:`sparsevlm.kernels.rater_attention.row_attention`."""
+    batch, most = columns.keys.shape
+    out = torch.zeros((rows.query.shape[0], most), dtype=torch.float32, device=key.device)
+    block_m = 16 if rows.most <= 16 else _BLOCK_M  # a prompt's last row is one
+    grid = (batch, triton.cdiv(rows.most, block_m), triton.cdiv(most, _BLOCK_N))
+    if rows.most and most:
+        _row_attention[grid](
+            rows.query.contiguous(), rows.offsets, rows.ends, key.contiguous(), columns.keys.contiguous(),
+            columns.numbers, lse.contiguous(), weight.contiguous(), out, most, scaling,
+            *_sizes(rows.query, key), block_m, _BLOCK_N, _is_exact(rows.query),
         )  # fmt: skip
-    return sums
+    return out
 
 
-def _sizes(query: Tensor, key: Tensor) -> tuple[int, int, int, int, int, int, bool]:
+def _sizes(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
     head_dim = query.shape[2]
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    # The interpreter's products of bfloat16 are wrong.
-    exact = query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
-    return query.shape[1], key.shape[1], head_dim, block_d, _BLOCK_M, _BLOCK_N, exact
+    return query.shape[1], key.shape[1], head_dim, max(16, triton.next_power_of_2(head_dim))
+
+
+def _is_exact(query: Tensor) -> bool:
+    """Whether products are taken in float32: the interpreter's of bfloat16 are wrong."""
+    return query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
