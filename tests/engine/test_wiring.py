@@ -9,8 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm.engine import selecting
 from sparsevlm.kernels.varlen_attention import varlen_attention
 from sparsevlm.runtime import vision_varlen
+from sparsevlm.selection.raters import embedding_raters
 from toys import PROMPTS, make_inputs, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
@@ -146,6 +148,28 @@ def test_the_cases_say_something():
     assert all(stage.rank for stage in stages["the rank decides"])
     assert any(stage.recycled for stage in stages["all raters, sums"])
     assert stages["visual heads"][0].kept != stages["sparsevlm"][0].kept
+
+
+@pytest.mark.parametrize("case", ["raters by embedding", "the rank decides", "an object"])
+def test_attention_is_read_where_the_tower_leaves_out_tokens(case, monkeypatch):
+    """What is left is all there is: as if the picture had no other tokens."""
+    asked = []
+
+    def spy(visual, voters):
+        asked.append(visual.shape[0])
+        return embedding_raters(visual, voters)
+
+    monkeypatch.setattr(selecting, "embedding_raters", spy)
+    model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 8, 8), ("text", 9)])
+    state = apply_sparsevlm(model, **{**OPTIONS, "keep": 0.35, **ATTENTIVE[case]}, vision_keep=0.5, engine=True)
+    answers(model, inputs, **GREEDY)
+    (sample,) = state.report.samples
+    assert (state.report.path, sample.layer_tokens[0]) == ("engine", 32)
+    first, second, third = sample.stages
+    gone_on = {*second.kept, *second.recycled}
+    assert set(first.kept) >= gone_on >= {*third.kept, *third.recycled}
+    assert len(third.kept) < len(gone_on) < 32
+    assert asked == [32] * (case == "raters by embedding")
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def note_embedding_raters(request: Request, packed: Packed) -> None:
     if request.config.raters != "embedding" or not reads_text(request) or request.drops_nothing:
         return
     for b, sample in enumerate(request.samples):
-        visual, voters = (packed.hidden[packed.local(b, own)] for own in (sample.visual, sample.voters))
+        visual, voters = (packed.hidden[packed.local(b, own)] for own in (sample.positions, sample.voters))
         sample.embedding_raters = embedding_raters(visual, voters)
 
 
