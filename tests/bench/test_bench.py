@@ -90,7 +90,7 @@ def test_wrong_answers_are_not_timed(monkeypatch):
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
     gate.check(providers, inputs, SMALL.new_tokens)
     model.lm_head = torch.nn.Linear(64, 96, bias=False)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="logits of token 1 differ .* nothing was timed"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"logits of token 1 differ .* nothing was timed"):
         gate.check(providers, inputs, SMALL.new_tokens)
 
 

@@ -1,0 +1,24 @@
+"""``sparsevlm bench`` whose rows go to ``results/e2e.csv``: ``python -m benchmark.bench_e2e [its options]``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsevlm.cli import main as sparsevlm
+
+E2E = Path(__file__).parent / "results" / "e2e.csv"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command; the rows name it as it would have to be typed."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not any(argument.startswith("--append-to") for argument in given):
+        given += ["--append-to", str(E2E)]
+    sys.argv = ["sparsevlm", "bench", *given]
+    sparsevlm()
+
+
+if __name__ == "__main__":
+    main()

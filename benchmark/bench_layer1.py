@@ -1,0 +1,277 @@
+"""Kernels against plain torch, and the sketch of the rank against singular values.
+
+``python -m benchmark.bench_layer1`` appends its rows to ``results/kernels.csv``. It also prints
+ what a decoder layer takes with fewer visual tokens, beside stored rows of accuracy.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmark.retained import print_retained
+from benchmark.timed import Bench, Work
+from sparsevlm.kernels import activation, decode_attention, norm, pivots, products, rater_attention, rotary
+from sparsevlm.kernels.varlen_attention import varlen_attention, varlen_attention_plain
+from sparsevlm.selection.rank import sketch_rank
+
+_EPS = 1e-6
+_NOISE = 1e-6
+_TOLERANCE = 0.1
+_DRIVERS = ("gesvd", "gesvdj", "gesvda")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a decoder, of a vision tower, and of requests."""
+
+    hidden: int = 3584
+    heads: int = 28
+    kv_heads: int = 4
+    head_dim: int = 128
+    intermediate: int = 18944
+    vision_heads: int = 16
+    vision_head_dim: int = 80
+    window: int = 64
+    patches: int = 4096
+    visual: int = 1024
+    text: int = 42
+    batch: int = 32
+    visual_of_batch: int = 256
+    raters: int = 64
+    columns: int = 4096
+
+    @property
+    def rows(self) -> int:
+        """Of one prompt."""
+        return self.visual + self.text
+
+    @property
+    def lengths(self) -> list[int]:
+        """Rows of the prompts of a batch, which are unequal."""
+        return [self.visual_of_batch - b % 4 * (self.visual_of_batch // 8) + self.text for b in range(self.batch)]
+
+
+SMALL = Sizes(64, 4, 2, 16, 96, 2, 20, 8, 32, 24, 6, 3, 16, 8, 40)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure everything and append the rows to ``results/kernels.csv``."""
+    bench = Bench.begin("bench_layer1", "kernels.csv", arguments)
+    sizes = SMALL if bench.small else Sizes()
+    with torch.no_grad():
+        for measure in (elementwise, attention, decoding, raters, choosing, rank):
+            measure(bench, sizes)
+        print_retained(bench, sizes.text)
+    bench.end()
+
+
+def _pair(
+    bench: Bench, operation: str, shape: str, plain: Callable[..., object], kernel: Callable[..., object],
+    make: Callable[[], tuple[object, ...]], work: Work, *, plain_waits: bool = False,
+) -> None:  # fmt: skip
+    sets = bench.sets(make)
+    bench.time(operation, shape, "plain torch", plain, sets, graph=not plain_waits, work=work)
+    bench.time(operation, shape, "ours", kernel, sets, work=work)
+
+
+def elementwise(bench: Bench, sizes: Sizes) -> None:
+    """Norm, activation and rotation."""
+    element = torch.empty(0, dtype=bench.dtype).element_size()
+    for n in (sizes.rows, 1):
+        weight = bench.random(sizes.hidden)
+        _pair(
+            bench, "rms_norm with residual", f"{n} x {sizes.hidden}",
+            lambda x, y, w=weight: norm.rms_norm_plain(x, w, _EPS, y),
+            lambda x, y, w=weight: norm.rms_norm(x, w, _EPS, y),
+            lambda n=n: (bench.random(n, sizes.hidden), bench.random(n, sizes.hidden)),
+            Work(bytes=4 * n * sizes.hidden * element),
+        )  # fmt: skip
+        _pair(
+            bench, "swiglu", f"{n} x {sizes.intermediate}",
+            activation.swiglu_plain, activation.swiglu,
+            lambda n=n: bench.random(n, 2 * sizes.intermediate).chunk(2, dim=1),
+            Work(bytes=3 * n * sizes.intermediate * element),
+        )  # fmt: skip
+        heads = (sizes.heads, sizes.kv_heads)
+
+        def make(n: int = n, heads: tuple[int, int] = heads) -> tuple[Tensor, ...]:
+            rows = bench.random(n, sum(heads), sizes.head_dim)
+            return (*rows.split(heads, dim=1), bench.random(n, sizes.head_dim), bench.random(n, sizes.head_dim))
+
+        _pair(
+            bench, "rotate", f"{n} x ({heads[0]} + {heads[1]}) x {sizes.head_dim}",
+            rotary.rotate_plain, rotary.rotate, make,
+            Work(bytes=2 * n * (sum(heads) + 1) * sizes.head_dim * element),
+        )  # fmt: skip
+
+
+def attention(bench: Bench, sizes: Sizes) -> None:
+    """Packed sequences: prompts of a batch, and windows of a picture."""
+    cases = [
+        ("prompts", sizes.lengths, sizes.heads, sizes.kv_heads, sizes.head_dim, True),
+        ("windows", [sizes.window] * (sizes.patches // sizes.window), sizes.vision_heads, sizes.vision_heads,
+         sizes.vision_head_dim, False),
+    ]  # fmt: skip
+    for what, lengths, heads, kv_heads, head_dim, causal in cases:
+        n, longest, offsets, scaling = sum(lengths), max(lengths), bench.offsets(lengths), head_dim**-0.5
+        pairs = sum(length * (length + 1) / 2 if causal else length**2 for length in lengths)
+        element = torch.empty(0, dtype=bench.dtype).element_size()
+        _pair(
+            bench, f"varlen_attention, {what}", f"{len(lengths)} sequences, {n} x {heads}/{kv_heads} x {head_dim}",
+            lambda q, k, v, o=offsets, s=scaling, c=causal: varlen_attention_plain(q, k, v, o, s, c),
+            lambda q, k, v, o=offsets, m=longest, s=scaling, c=causal: varlen_attention(q, k, v, o, m, s, c),
+            lambda n=n, h=heads, g=kv_heads, d=head_dim: tuple(bench.random(n, x, d) for x in (h, g, g)),
+            Work(4 * heads * head_dim * pairs, 2 * n * (heads + kv_heads) * head_dim * element),
+            plain_waits=True,
+        )  # fmt: skip
+
+
+def decoding(bench: Bench, sizes: Sizes) -> None:
+    """One new token per sample, against padded keys and values in torch's attention, as transformers holds them."""
+    element = torch.empty(0, dtype=bench.dtype).element_size()
+    scaling, n_new = sizes.head_dim**-0.5, sizes.raters // 2
+    for lengths in ([sizes.rows], sizes.lengths):
+        batch, longest = len(lengths), max(lengths)
+        width = longest + n_new
+        shape = f"batch {batch}, {sum(lengths)} + {batch} x {n_new} keys"
+        work = Work(bytes=2 * (sum(lengths) + batch * n_new) * sizes.kv_heads * sizes.head_dim * element)
+        ends = torch.tensor(lengths, device=bench.device)[:, None]
+        places = torch.arange(width, device=bench.device)
+        seen = ((places < ends) | (places >= longest))[:, None, None]
+        padded = bench.sets(
+            lambda b=batch, w=width: (
+                bench.random(b, sizes.heads, 1, sizes.head_dim),
+                *(bench.random(b, sizes.kv_heads, w, sizes.head_dim) for _ in range(2)),
+            )
+        )
+
+        def dense(query: Tensor, key: Tensor, value: Tensor, seen: Tensor = seen) -> Tensor:
+            if query.shape[0] == 1:  # nothing is padded
+                return scaled_dot_product_attention(query, key, value, scale=scaling, enable_gqa=True)
+            key, value = (x.repeat_interleave(sizes.heads // sizes.kv_heads, dim=1) for x in (key, value))
+            return scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling)
+
+        def make(lengths: list[int] = lengths) -> tuple[object, ...]:
+            parts = [bench.random(sum(lengths), sizes.kv_heads, sizes.head_dim) for _ in range(2)]
+            new = [bench.random(len(lengths), n_new, sizes.kv_heads, sizes.head_dim) for _ in range(2)]
+            count = torch.full((1,), n_new, dtype=torch.int32, device=bench.device)
+            cache = decode_attention.RaggedCache(*parts, bench.offsets(lengths), *new, count)
+            return bench.random(len(lengths), sizes.heads, sizes.head_dim), cache
+
+        bench.time("decode_attention", shape, "plain torch, padded", dense, padded, work=work)
+        bench.time(
+            "decode_attention", shape, "ours",
+            lambda query, cache, m=longest: decode_attention.decode_attention(query, cache, scaling, m),
+            [make() for _ in padded], work=work,
+        )  # fmt: skip
+
+
+def raters(bench: Bench, sizes: Sizes) -> None:
+    """What the text looks at among the visual tokens: both passes."""
+    n, scaling = sizes.rows, sizes.head_dim**-0.5
+    lengths, offsets = bench.offsets([sizes.text]), bench.offsets([n])
+    ends = torch.arange(sizes.visual, n, device=bench.device, dtype=torch.int32) + 1
+    marked = torch.arange(n, device=bench.device) < sizes.visual
+    columns = rater_attention.Columns(
+        torch.arange(sizes.visual, device=bench.device)[None],
+        torch.tensor([sizes.visual], dtype=torch.int32, device=bench.device),
+    )
+    weight = torch.full((1, sizes.heads), 1 / sizes.heads, device=bench.device)
+
+    def both(
+        statistics: Callable[..., tuple[Tensor, Tensor]], attended: Callable[..., Tensor]
+    ) -> Callable[..., Tensor]:
+        def run(query: Tensor, key: Tensor) -> Tensor:
+            rows = rater_attention.Rows(query, lengths, ends, sizes.text)
+            lse, _ = statistics(rows, key, offsets, marked, scaling)
+            return attended(rows, key, columns, lse, weight, scaling)
+
+        return run
+
+    _pair(
+        bench, "rater attention", f"{sizes.text} rows, {n} keys, {sizes.heads} heads",
+        both(rater_attention.row_statistics_plain, rater_attention.row_attention_plain),
+        both(rater_attention.row_statistics, rater_attention.row_attention),
+        lambda: (
+            bench.random(sizes.text, sizes.heads, sizes.head_dim), bench.random(n, sizes.kv_heads, sizes.head_dim)
+        ),
+        Work(flops=4 * sizes.text * n * sizes.heads * sizes.head_dim),
+        plain_waits=True,
+    )  # fmt: skip
+
+
+def choosing(bench: Bench, sizes: Sizes) -> None:
+    """Products of all pairs, and the picks out of them."""
+    for batch, n in ((1, sizes.visual), (sizes.batch, sizes.visual_of_batch)):
+        n_keep = n // 4
+        _pair(
+            bench, "products", f"{batch} x {n} x {sizes.hidden}",
+            lambda rows: rows @ rows.mT, products.products,
+            lambda b=batch, n=n: (bench.random(b, n, sizes.hidden, dtype=torch.float32),),
+            Work(flops=6 * batch * n * n * sizes.hidden),
+        )  # fmt: skip
+
+        def make(batch: int = batch, n: int = n) -> tuple[Tensor, Tensor]:
+            rows = bench.random(batch, n, sizes.hidden, dtype=torch.float32)
+            return rows @ rows.mT, torch.ones((batch, n), device=bench.device)
+
+        _pair(
+            bench, "pivots", f"{batch} x {n}, {n_keep} picks",
+            lambda gram, quality, k=n_keep: pivots.pivots_plain(gram, quality, k, True, _NOISE),
+            lambda gram, quality, k=n_keep: pivots.pivots(gram, quality, k, True, _NOISE),
+            make, Work(bytes=4 * batch * n_keep * n), plain_waits=True,
+        )  # fmt: skip
+
+
+def rank(bench: Bench, sizes: Sizes) -> None:
+    """Ranks of rater attention, which have to be those of the singular values."""
+    drivers = _DRIVERS if bench.device.type == "cuda" else (None,)
+    for batch in (1, sizes.batch):
+
+        def make(batch: int = batch) -> tuple[Tensor]:
+            few = bench.random(batch, sizes.raters, 8, dtype=torch.float32)
+            return ((few @ bench.random(batch, 8, sizes.columns, dtype=torch.float32)).softmax(dim=-1),)
+
+        sets = bench.sets(make)
+        shape = f"{batch} x {sizes.raters} x {sizes.columns}"
+        found = [sketched_ranks(matrices) for (matrices,) in sets]
+        for driver in drivers:
+            exact = [singular_ranks(matrices, driver) for (matrices,) in sets]
+            differ = sum(
+                a != b for mine, theirs in zip(found, exact, strict=True) for a, b in zip(mine, theirs, strict=True)
+            )
+            if differ and driver in ("gesvd", None):
+                raise RuntimeError(f"{differ} ranks by sketch are not those of the singular values, batch {batch}.")
+            bench.time(
+                "rank", shape, f"svdvals {driver or ''}".strip(),
+                lambda matrices, driver=driver: singular_ranks(matrices, driver), sets, graph=False,
+                note=f"{differ} of {batch * len(sets)} ranks differ",
+            )  # fmt: skip
+        bench.time("rank", shape, "sketch", sketched_ranks, sets, graph=False)
+
+
+def singular_ranks(matrices: Tensor, driver: str | None) -> list[int]:
+    """How many singular values hold the energy, per matrix."""
+    energy = torch.linalg.svdvals(matrices, driver=driver).double().square()
+    wanted = (1.0 - _TOLERANCE) * energy.sum(dim=-1, keepdim=True)
+    found: list[int] = ((energy.cumsum(dim=-1) < wanted).sum(dim=-1) + 1).tolist()
+    return found
+
+
+def sketched_ranks(matrices: Tensor) -> list[int]:
+    """The same by sketch: all at once where there is a kernel for that."""
+    if importlib.util.find_spec("sparsevlm.kernels.sketch_rank") is not None:
+        batched = importlib.import_module("sparsevlm.kernels.sketch_rank").sketch_rank
+        return torch.as_tensor(batched(matrices, _TOLERANCE)).tolist()
+    return [sketch_rank(matrix, _TOLERANCE) for matrix in matrices]
+
+
+if __name__ == "__main__":
+    main()

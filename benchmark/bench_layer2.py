@@ -1,0 +1,132 @@
+"""Packing: one attention call per block of the vision tower, prompts without padding; against transformers' modules.
+
+``python -m benchmark.bench_layer2`` appends its rows to ``results/packing.csv``.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmark.timed import Bench, Work
+from sparsevlm.bench.shapes import random_model
+from sparsevlm.engine.layer import run_layer, summed
+from sparsevlm.engine.vision import Grids, make_tables, see
+from sparsevlm.engine.weights import Weights
+from sparsevlm.kernels.rotary import rotate
+from sparsevlm.kernels.varlen_attention import varlen_attention
+from sparsevlm.models import view_of
+from sparsevlm.runtime.costs import prefill_flops
+from sparsevlm.runtime.view import ModelView
+
+LAYERS, BLOCKS = (
+    4,
+    8,
+)  # an eighth to a quarter of the whole; of the blocks one sees the whole picture, as in all of them
+_GRIDS: dict[str, Grids] = {
+    "one picture": ((1, 64, 64),),
+    "six pictures": ((1, 16, 16), (1, 32, 32), (1, 64, 64), (1, 18, 42), (1, 36, 54), (1, 80, 24)),
+}
+_SMALL_GRIDS: dict[str, Grids] = {"one picture": ((1, 8, 8),), "three pictures": ((1, 4, 4), (1, 6, 8), (1, 8, 4))}
+_LENGTHS = {
+    "equal": [1066] * 8,
+    "some shorter": [1066, 1066, 810, 810, 618, 618, 298, 298],
+    "one long": [4138, *[298] * 7],
+}
+_SMALL_LENGTHS = {"equal": [20] * 3, "some shorter": [20, 12, 7], "one long": [40, 6, 6]}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure everything and append the rows."""
+    bench = Bench.begin("bench_layer2", "packing.csv", arguments)
+    shape, layers, blocks = ("tiny", 2, 2) if bench.small else ("7b", LAYERS, BLOCKS)
+    with torch.no_grad():
+        model = random_model(shape, str(bench.device), bench.dtype, "sdpa", layers=layers, blocks=blocks)
+        view = view_of(copy.deepcopy(model))  # whose weights are put side by side
+        weights = Weights(view)
+        weights.join_decoder()
+        weights.join_tower()
+        tower(bench, model, view, weights, _SMALL_GRIDS if bench.small else _GRIDS)
+        prompts(bench, model, view, weights, _SMALL_LENGTHS if bench.small else _LENGTHS)
+    bench.end()
+
+
+def tower(bench: Bench, model: Any, view: ModelView, weights: Weights, cases: dict[str, Grids]) -> None:
+    """Some blocks of the vision tower."""
+    vision = model.model.visual
+    size = vision.patch_embed.proj.weight[0].numel()
+    n_weights = sum(weight.numel() for weight in vision.blocks.parameters())
+    for what, grids in cases.items():
+        n = sum(t * h * w for t, h, w in grids)
+        sets = bench.sets(lambda n=n: (bench.random(n, size),))
+        on_device, tables = torch.tensor(grids, device=bench.device), make_tables(view, grids)
+        theirs = partial(vision, grid_thw=on_device)
+        ours = partial(see, view, weights, tables)
+        _compare(theirs(*sets[0]).pooler_output, ours(*sets[0])[1], bench.dtype)
+        shape, work = f"{what}, {n} patches, {view.n_vision_blocks} blocks", Work(2 * n * n_weights)
+        bench.time("vision tower", shape, "transformers", theirs, sets, graph=False, work=work)
+        bench.time_both("vision tower", shape, "ours", ours, sets, work)
+
+
+def prompts(bench: Bench, model: Any, view: ModelView, weights: Weights, cases: dict[str, list[int]]) -> None:
+    """Some decoder layers over a batch of prompts, padded and packed."""
+    size = view.text_model.config.hidden_size
+    for what, lengths in cases.items():
+        batch, longest = len(lengths), max(lengths)
+        begins = longest - torch.tensor(lengths, device=bench.device)
+        mask = torch.arange(longest, device=bench.device) >= begins[:, None]
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0).expand(3, batch, longest)
+        rows = mask.flatten().nonzero()[:, 0]
+        padded = bench.sets(lambda b=batch, n=longest: (bench.random(b, n, size),))
+        packed = [(embeds.flatten(0, 1)[rows],) for (embeds,) in padded]
+        theirs = partial(_padded, model.model.language_model, mask.long(), positions)
+        ours = _packed(view, weights, lengths, positions.flatten(1)[:, rows])
+        _compare(theirs(*padded[0]).flatten(0, 1)[rows], ours(*packed[0]), bench.dtype)
+        shape = f"{what}, {batch} x {longest}, {sum(lengths)} rows, {view.n_layers} layers"
+        work = Work(sum(prefill_flops(view, [length] * view.n_layers, 0) for length in lengths))
+        waste = f"{100 * (1 - sum(lengths) / (batch * longest)):.0f} % of the padded rows are padding"
+        bench.time("prompt", shape, "transformers, padded", theirs, padded, graph=False, work=work, note=waste)
+        bench.time_both("prompt", shape, "ours, packed", ours, packed, work)
+
+
+def _padded(decoder: Any, mask: Tensor, positions: Tensor, embeds: Tensor) -> Tensor:
+    found: Tensor = decoder(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    return found
+
+
+def _packed(view: ModelView, weights: Weights, lengths: list[int], positions: Tensor) -> Callable[[Tensor], Tensor]:
+    offsets = torch.tensor([0, *lengths], device=positions.device).cumsum(0).to(torch.int32)
+    like = view.text_model.embed_tokens.weight[:1, None]
+    cos, sin = (table[0] for table in view.text_model.rotary_emb(like, positions[:, None]))
+
+    def run(hidden: Tensor) -> Tensor:
+        addend: Tensor | None = None
+        for layer, attention in zip(view.layers, view.attentions, strict=True):
+
+            def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float = attention.scaling) -> Tensor:
+                query, key = rotate(query, key, cos, sin)
+                return varlen_attention(query, key, value.contiguous(), offsets, max(lengths), scaling, causal=True)
+
+            hidden, addend = run_layer(layer, weights, hidden, addend, attend)
+        found: Tensor = view.text_model.norm(summed(hidden, addend))
+        return found
+
+    return run
+
+
+def _compare(wanted: Tensor, found: Tensor, dtype: torch.dtype) -> None:
+    """Nothing is timed that says something else."""
+    error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+    if not error <= (5e-2 if dtype == torch.bfloat16 else 1e-4):
+        raise RuntimeError(f"packed rows differ from padded ones by {error:.2g} (relative): nothing was timed.")
+
+
+if __name__ == "__main__":
+    main()

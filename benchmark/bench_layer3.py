@@ -1,0 +1,164 @@
+"""CUDA graphs against the same operations one by one, for the prompt and for a decode step.
+
+``python -m benchmark.bench_layer3`` appends its rows to ``results/graphs.csv``: times, what fills the bucket up, and
+what recording costs. Where there are no CUDA graphs both are the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmark.timed import Bench
+from sparsevlm import apply_sparsevlm
+from sparsevlm.bench.cases import Case
+from sparsevlm.bench.floor import floors
+from sparsevlm.bench.shapes import random_model
+from sparsevlm.bench.workload import fresh_inputs
+from sparsevlm.engine import static_prefill
+from sparsevlm.engine.graphs import Recorder
+from sparsevlm.engine.programs import Programs
+from sparsevlm.engine.prompt import Prompt
+from sparsevlm.engine.weights import Weights
+from sparsevlm.runtime.state import SparseVLMState
+
+CASES = (Case(256, 1, 64), Case(1024, 1, 64), Case(256, 8, 64))
+SMALL_CASES = (Case(36, 1, 8), Case(36, 2, 8))
+KEEPS = (1.0, 0.25)
+_REPEATS = 10
+_SECONDS = 2.0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure everything and append the rows."""
+    bench = Bench.begin("bench_layer3", "graphs.csv", arguments)
+    shape, cases = ("tiny", SMALL_CASES) if bench.small else ("7b", CASES)
+    with torch.no_grad():
+        model = random_model(shape, str(bench.device), bench.dtype, "sdpa")
+        state = apply_sparsevlm(model, keep=1.0)
+        weights = Weights(state.view)
+        weights.join_decoder()
+        for case in cases:
+            for keep in KEEPS:
+                with state.options(keep=keep):
+                    for provider, device in (("one by one", torch.device("cpu")), ("graph", bench.device)):
+                        Measurement(bench, state, weights, case, f"{case.name}, keep {keep}", provider).run(
+                            Recorder(device)
+                        )
+    bench.end()
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One provider in one case.
+
+    Attributes
+    ----------
+    bench : Bench
+    state : SparseVLMState
+    weights : Weights
+    case : Case
+    shape, provider : str
+        Of the rows.
+    """
+
+    bench: Bench
+    state: SparseVLMState
+    weights: Weights
+    case: Case
+    shape: str
+    provider: str
+
+    def run(self, recorder: Recorder) -> None:
+        """Time the prompt and the steps, by programs that ``recorder`` makes."""
+        view, case = self.state.view, self.case
+        gc.collect()  # programs of the case before
+        programs = Programs(view, self.weights, recorder)
+        prompt, host = self._prompt()
+        size = view.text_model.config.hidden_size
+        features = self.bench.random(case.batch * case.n_visual, size)
+        request = self._request(host)
+        bucket, counts = static_prefill.plan(request)
+        full = sum(sum(stage) for stage in counts.total) / sum(bucket.rows)
+        note = f"{100 * (1 - full):.1f} % of the bucket's rows fill up"
+        floor = self._floors(request)
+
+        def prefill(request: Any) -> Any:
+            return programs.prefill(request, prompt, features, case.new_tokens)
+
+        (_, arena), cost = self._first(lambda: prefill(request))
+        requests = iter([self._request(host) for _ in range(_REPEATS)])
+        values = self._repeat(lambda: prefill(next(requests)))
+        self._keep("prompt", values, cost, floor["prefill"], note)
+        if self.provider == "one by one":
+            _, arena = prefill(self._request(host))  # the last prompt's caches
+        arena.start(prompt.next_positions)
+        tokens = torch.zeros(case.batch, dtype=torch.int64, device=self.bench.device)
+        _, cost = self._first(lambda: arena.step(tokens))
+        values = self._repeat(lambda: arena.step(tokens), min(_REPEATS, case.new_tokens - 1))
+        self._keep("decode step", values, cost, floor["decode_per_token"])
+
+    def _prompt(self) -> tuple[Prompt, dict[str, Tensor]]:
+        view = self.state.view
+        inputs = fresh_inputs(view.model, self.case, self.bench.generator)
+        host = {name: tensor.cpu() for name, tensor in inputs.items()}
+        positions = torch.arange(host["input_ids"].shape[1]).expand(3, self.case.batch, -1)
+        return Prompt.of(view, host["input_ids"], positions, {"image"}), host
+
+    def _request(self, host: dict[str, Tensor]) -> Any:
+        request = self.state.open_request(host)
+        assert request is not None  # it brings a picture
+        return request
+
+    def _floors(self, request: Any) -> dict[str, float]:
+        """By the visual tokens at each layer that the plan of the first sample gives."""
+        targets, counts = static_prefill.count(request)
+        view = self.state.view
+        visual = [counts.visual[sum(target < layer for target in targets)][0] for layer in range(view.n_layers)]
+        return floors(view, self.case, visual, self.bench.ceilings)
+
+    def _first(self, call: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
+        """What the first call gives, its milliseconds, and the bytes that it takes from the device for good."""
+        cuda = self.bench.device.type == "cuda"
+        if cuda:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved() if cuda else 0
+        begin = time.perf_counter()
+        found = call()
+        if cuda:
+            torch.cuda.synchronize()
+        took = 1e3 * (time.perf_counter() - begin)
+        if cuda:
+            torch.cuda.empty_cache()
+        return found, (took, float(torch.cuda.memory_reserved() - before) if cuda else 0.0)
+
+    def _repeat(self, call: Callable[[], Any], most: int = _REPEATS) -> list[float]:
+        values: list[float] = []
+        while len(values) < most and (len(values) < 3 or sum(values) < 1e3 * _SECONDS):
+            if self.bench.device.type == "cuda":
+                torch.cuda.synchronize()
+            begin = time.perf_counter()
+            call()
+            if self.bench.device.type == "cuda":
+                torch.cuda.synchronize()
+            values.append(1e3 * (time.perf_counter() - begin))
+        return values
+
+    def _keep(
+        self, operation: str, values: list[float], cost: tuple[float, float], floor: float, note: str = ""
+    ) -> None:
+        keep = self.bench.keep
+        keep(operation, self.shape, self.provider, "ms", values, timing="calls", floor=floor, note=note)
+        keep(f"{operation}, first", self.shape, self.provider, "ms", [cost[0]], timing="calls")
+        keep(f"{operation}, first", self.shape, self.provider, "bytes", [cost[1]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""What a decoder layer takes with fewer visual tokens, beside what the stored rows say of accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmark.tables import StoredRow, stored_rows
+from benchmark.timed import Bench, Work
+from sparsevlm.bench.shapes import random_model
+from sparsevlm.engine.layer import run_layer
+from sparsevlm.engine.weights import Weights
+from sparsevlm.kernels.rotary import rotate
+from sparsevlm.kernels.varlen_attention import varlen_attention
+from sparsevlm.models import view_of
+from sparsevlm.runtime.view import ModelView
+
+RETAINED = (256, 128, 96, 64)
+
+
+def print_retained(bench: Bench, n_text: int) -> None:
+    """Time a decoder layer at each number of retained tokens and print the table; the rows are kept."""
+    model = random_model("tiny" if bench.small else "7b", str(bench.device), bench.dtype, "sdpa", layers=1)
+    view = view_of(model)
+    weights = Weights(view)
+    weights.join_decoder()
+    size, layer_bytes = view.text_model.config.hidden_size, sum(p.nbytes for p in view.layers.parameters())
+    lines, dense = ["| retained tokens | decoder layer, ms | speed-up | accuracy |", "|---|---|---|---|"], 0.0
+    for n_visual in RETAINED:
+        n = n_visual + n_text
+        work = Work(2 * n * sum(p.numel() for p in view.layers.parameters()), layer_bytes)
+        sets = bench.sets(lambda n=n: (bench.random(n, size),))
+        took = bench.time(
+            "decoder layer", f"{n_visual} visual + {n_text}", "ours", _layer(view, weights, n), sets, work=work
+        )
+        dense = dense or took
+        lines.append(f"| {n_visual} | {took:.3f} | {dense / took:.2f} | {accuracy(stored_rows(), n_visual)} |")
+    print("\n".join([*lines, ""]))
+
+
+def _layer(view: ModelView, weights: Weights, n: int) -> Callable[[Tensor], object]:
+    layer, attention = view.layers[0], view.attentions[0]
+    device = view.text_model.embed_tokens.weight.device
+    offsets = torch.tensor([0, n], dtype=torch.int32, device=device)
+    positions = torch.arange(n, device=device).expand(3, 1, n)
+    cos, sin = (
+        table[0] for table in view.text_model.rotary_emb(view.text_model.embed_tokens.weight[:1, None], positions)
+    )
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        query, key = rotate(query, key, cos, sin)
+        return varlen_attention(query, key, value.contiguous(), offsets, n, attention.scaling, causal=True)
+
+    return lambda hidden: run_layer(layer, weights, hidden, None, attend)
+
+
+def accuracy(rows: list[StoredRow], n_retained: int) -> str:
+    """Retained percent at that share of the tokens of :data:`RETAINED`'s first, of the run with most questions.
+
+    The share is the stored budget that is nearest; the cell names the model, the selector and the run.
+    """
+    if n_retained == RETAINED[0]:
+        return "100 (dense)"
+    share = n_retained / RETAINED[0]
+    fitting = [
+        row
+        for row in rows
+        if (row["suite"], row["task"], row["selector"], row["target_layers"], row["options"])
+        == ("demo", "average", "span", "default", "")
+        and row["keep"] not in ("", "adaptive")
+        and row["retained"]
+        and abs(float(row["keep"]) - share) < 0.01
+    ]
+    if not fitting:
+        return "no stored row"
+    best = max(fitting, key=lambda row: (int(row["n"]), row["timestamp"]))
+    where = f"{best['model']}, {best['selector']}, keep {best['keep']}, n = {best['n']}, {best['run']}"
+    return f"{float(best['retained']):.1f} ({where})"

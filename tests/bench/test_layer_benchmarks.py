@@ -1,0 +1,124 @@
+"""The scripts of ``benchmark/`` run, and their rows say what was measured: small shapes on a CPU."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch, tmp_path):
+    """Runs a script of ``benchmark/`` and gives its rows."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.setattr("benchmark.timed._SECONDS", 0.01)
+
+    def run(name):
+        file = tmp_path / f"{name}.csv"
+        arguments = ["--device", "cpu", "--small", "--append-to", str(file)]
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        importlib.import_module(f"benchmark.{name}").main()
+        with file.open(encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        for row in rows:
+            assert float(row["p20"]) <= float(row["p50"]) <= float(row["p80"])
+            assert row["command"].startswith(f"python -m benchmark.{name} --device cpu --small")
+            assert all(row[column] for column in ("commit", "gpu", "torch", "transformers", "timestamp", "shape"))
+        return rows
+
+    return run
+
+
+def test_kernels(script, capsys):
+    rows = script("bench_layer1")
+    operations = {row["operation"] for row in rows}
+    assert operations == {
+        *("rms_norm with residual", "swiglu", "rotate", "varlen_attention, prompts", "varlen_attention, windows"),
+        *("decode_attention", "rater attention", "products", "pivots", "rank", "decoder layer"),
+    }
+    for operation in operations - {"decoder layer"}:
+        assert len({row["provider"] for row in rows if row["operation"] == operation}) == 2, operation
+    assert all(float(row["floor"]) > 0 for row in rows if row["operation"] != "rank")
+    assert all(row["note"].startswith("0 of") for row in rows if row["provider"] == "svdvals")
+    printed = capsys.readouterr().out
+    assert [f"| {n} | " in printed for n in (256, 128, 96, 64)] == [True] * 4
+
+
+def test_ranks_that_differ_are_an_error(script, monkeypatch):
+    from benchmark import bench_layer1
+
+    monkeypatch.setattr(bench_layer1, "sketched_ranks", lambda matrices: [1] * len(matrices))
+    with pytest.raises(RuntimeError, match="are not those of the singular values"):
+        script("bench_layer1")
+
+
+def test_ranks_by_singular_values(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmark.bench_layer1 import singular_ranks, sketched_ranks
+
+    matrices = torch.stack([torch.diag(torch.tensor(values)) for values in ([3.0, 1.0, 0.0], [1.0, 1.0, 1.0])])
+    assert singular_ranks(matrices, None) == [1, 3]
+    assert sketched_ranks(matrices) == [1, 3]
+
+
+def test_packing(script):
+    rows = script("bench_layer2")
+    assert {row["provider"] for row in rows} == {"transformers", "ours", "transformers, padded", "ours, packed"}
+    waste = {row["shape"].split(",")[0]: row["note"] for row in rows if row["provider"] == "transformers, padded"}
+    assert waste["equal"].startswith("0 %")
+    assert waste["one long"].startswith("57 %")
+
+
+def test_packed_rows_that_differ_are_not_timed(script, monkeypatch):
+    from benchmark import bench_layer2
+
+    monkeypatch.setattr(bench_layer2, "rotate", lambda query, key, cos, sin: (query, key))
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        script("bench_layer2")
+
+
+def test_graphs(script):
+    rows = script("bench_layer3")
+    for operation in ("prompt", "decode step"):
+        for provider in ("one by one", "graph"):
+            found = [row for row in rows if row["operation"] == operation and row["provider"] == provider]
+            assert len(found) == 4
+            assert all(float(row["floor"]) > 0 for row in found)
+            first = [row for row in rows if row["operation"] == f"{operation}, first" and row["provider"] == provider]
+            assert {row["metric"] for row in first} == {"ms", "bytes"}
+    notes = {row["note"] for row in rows if row["operation"] == "prompt"}
+    assert notes
+    assert all(note.endswith("of the bucket's rows fill up") for note in notes)
+
+
+def test_whole_calls_go_to_their_file(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmark import bench_e2e
+
+    seen = []
+    monkeypatch.setattr(bench_e2e, "sparsevlm", lambda: seen.append(list(sys.argv)))
+    monkeypatch.setattr(sys, "argv", ["bench_e2e"])
+    bench_e2e.main(["--full"])
+    bench_e2e.main(["--append-to", "mine.csv"])
+    assert seen == [
+        ["sparsevlm", "bench", "--full", "--append-to", str(bench_e2e.E2E)],
+        ["sparsevlm", "bench", "--append-to", "mine.csv"],
+    ]
+
+
+def test_accuracy_beside_retained_tokens(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmark.retained import accuracy
+
+    row = {"suite": "demo", "task": "average", "selector": "span", "target_layers": "default", "options": ""}
+    row |= {"keep": "0.5", "retained": "97.26", "n": "100", "timestamp": "1", "model": "m", "run": "a"}
+    rows = [row, row | {"n": "900", "retained": "99.61", "run": "b"}, row | {"keep": "adaptive", "n": "2000"}]
+    assert accuracy(rows, 256) == "100 (dense)"
+    assert accuracy(rows, 128) == "99.6 (m, span, keep 0.5, n = 900, b)"
+    assert accuracy(rows, 64) == "no stored row"
