@@ -21,23 +21,28 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Joined:
-    """Projections as one.
+    """Projections as one: a view of where their weights lie, which it does not keep alive.
 
     Attributes
     ----------
-    weight : Tensor of shape (sum of sizes, n_in)
-    bias : Tensor of shape (sum of sizes,) or None
+    first : nn.Linear
+        The first of them; the others lie behind it.
     sizes : tuple of int
         Outputs of each, zeros behind its own included.
+    n_in : int
+        Inputs, zeros behind its own included.
     """
 
-    weight: Tensor
-    bias: Tensor | None
+    first: nn.Linear
     sizes: tuple[int, ...]
+    n_in: int
 
     def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
         """Outputs of all, as views of one tensor."""
-        return linear(rows, self.weight, self.bias).split(self.sizes, dim=-1)
+        n_out, bias = sum(self.sizes), self.first.bias
+        weight = self.first.weight.data.as_strided((n_out, self.n_in), (self.n_in, 1))
+        whole = None if bias is None else bias.data.as_strided((n_out,), (1,))
+        return linear(rows, weight, whole).split(self.sizes, dim=-1)
 
 
 class Weights:
@@ -81,34 +86,32 @@ class Weights:
         """The joined projections of an attention or MLP module, if they could be joined."""
         return self._joined.get(module)
 
-    def _join(self, owner: nn.Module, parts: Sequence[nn.Module], reader: nn.Module | None = None) -> None:
+    def _join(self, owner: nn.Module, parts: Sequence[nn.Linear], reader: nn.Linear | None = None) -> None:
         """Put ``parts`` side by side, with zeros up to the alignment if their ``reader`` can be widened as well."""
         everything = [*parts] if reader is None else [*parts, reader]
         if not all(_is_plain(part) for part in everything) or len({_kind(part) for part in everything}) > 1:
             return
-        weights: list[Tensor] = [part.weight.data for part in parts]  # type: ignore[union-attr,misc]
-        sizes = [weight.shape[0] for weight in weights]
+        sizes, n_in = [part.weight.shape[0] for part in parts], parts[0].weight.shape[1]
         if reader is not None:
             sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        has_bias = parts[0].bias is not None
-        joined = weights[0].new_zeros((sum(sizes), weights[0].shape[1]))
-        bias = weights[0].new_zeros(sum(sizes)) if has_bias else None
+        joined = parts[0].weight.data.new_zeros((sum(sizes), n_in))
+        bias = None if parts[0].bias is None else joined.new_zeros(sum(sizes))
         start = 0
         for part, size in zip(parts, sizes, strict=True):
-            _move(part, "weight", joined[start : start + part.weight.shape[0]])  # type: ignore[union-attr,operator,index]
+            own = slice(start, start + part.weight.shape[0])
+            _move(part.weight, joined[own])
             if bias is not None:
-                _move(part, "bias", bias[start : start + part.weight.shape[0]])  # type: ignore[union-attr,operator,index]
+                _move(part.bias, bias[own])
             start += size
         if reader is not None:
-            wide = joined.new_zeros((reader.weight.shape[0], sizes[0]))  # type: ignore[union-attr,operator,index]
-            _move(reader, "weight", wide[:, : reader.weight.shape[1]])  # type: ignore[union-attr,operator,index]
-            self._joined[reader] = Joined(wide, reader.bias, (wide.shape[0],))  # type: ignore[arg-type]
-        self._joined[owner] = Joined(joined, bias, tuple(sizes))
+            wide = joined.new_zeros((reader.weight.shape[0], sizes[0]))
+            _move(reader.weight, wide[:, : reader.weight.shape[1]])
+            self._joined[reader] = Joined(reader, (wide.shape[0],), sizes[0])
+        self._joined[owner] = Joined(parts[0], tuple(sizes), n_in)
         self._parts += everything
 
 
-def _move(module: Any, name: str, room: Tensor) -> None:
-    parameter = getattr(module, name)
+def _move(parameter: Tensor, room: Tensor) -> None:
     room.copy_(parameter.data)
     parameter.data = room
 

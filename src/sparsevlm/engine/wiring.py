@@ -73,6 +73,7 @@ class Engine:
         self._call = Call()
         self._decoding: Decoding | None = None
         self._made = False
+        self._glance = self._tower_watch = self._decoder_watch = Watch(())
         self._unfit: str | None = None
         self._tower_unfit: str | None = None
 
@@ -134,6 +135,9 @@ class Engine:
         self._arenas, self._programs, self._vision = Arenas(*shared), Programs(*shared), VisionPrograms(*shared)
         self._decoder_watch = Watch([view.model, view.base_model, view.model.lm_head, *view.text_model.modules()])
         self._tower_watch = Watch(view.vision_tower.modules())
+        # What changes with every conversion, in far less time.
+        ends: Any = view.vision_tower
+        self._glance = Watch([ends.patch_embed.proj, *ends.blocks[0].modules(), *ends.blocks[-1].modules()])
         self._made = True
 
     def _unmake(self) -> None:
@@ -143,9 +147,9 @@ class Engine:
                 kept.clear()
         self._made = False
 
-    def _keep_up(self, *watches: str) -> None:
+    def _keep_up(self, *watches: Watch) -> None:
         """Make what there is not, and make it anew if the model is not what it was."""
-        if self._made and any(getattr(self, name).changed() for name in watches):
+        if self._made and any(watch.changed() for watch in watches):
             logger.info("the model's weights or modules were replaced: the engine makes its programs anew.")
             self._unmake()
         if not self._made:
@@ -158,9 +162,9 @@ class Engine:
         self._refused, self._decoding, self._call = _UNCALLED, None, Call()
         alone = custom_generate is None and assistant_model is None
         if alone and self._host.wants_engine() and not torch.is_grad_enabled():
-            self._keep_up("_tower_watch")
+            self._keep_up(self._glance)
             self._call = Call.of(kwargs)
-            if self._sees():
+            if self._may_see():
                 self._call.look_ahead(self._view, self._vision, self._host.vision_keep(), self._stream)
         plain = self._plain["_extract_generation_mode_kwargs"]
         return plain(custom_generate, kwargs, synced_gpus, assistant_model, *args)
@@ -180,11 +184,9 @@ class Engine:
         found: dict[str, Any] = self._plain[_ENCODE](model_kwargs)
         return found
 
-    def _sees(self) -> bool:
-        """Whether the tower can run by its program now."""
-        if self._host.needs() & VISION_NEEDS or self._view.vision_tower.training:
-            return False
-        return self._made and self._tower_unfit is None and self._tower_watch.hooked() is None
+    def _may_see(self) -> bool:
+        """Whether the tower's program is what is asked for, if nothing is hooked to the tower."""
+        return self._tower_unfit is None and not (self._host.needs() & VISION_NEEDS or self._view.vision_tower.training)
 
     def _on_positions(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Positions, computed on the host where all that they depend on is."""
@@ -224,8 +226,14 @@ class Engine:
             return "gradients"
         if self._view.text_model.training:
             return "training mode"
-        self._keep_up("_decoder_watch")
+        self._look_again()
         return self._unfit or self._decoder_watch.hooked()
+
+    def _look_again(self) -> None:
+        """At all of the model, while the pictures are encoded; what was encoded by other weights does not count."""
+        if self._made and (self._tower_watch.changed() or self._tower_watch.hooked()):
+            self._call.ahead = None
+        self._keep_up(self._tower_watch, self._decoder_watch)
 
     def _on_prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -351,12 +359,12 @@ class Engine:
             return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
         ahead, self._call.ahead = self._call.ahead, None
         grids = tuple((t, h, w) for t, h, w in grid_thw.tolist())
-        if ahead is not None and ahead.grids == grids and ahead.seen.kept is None:
+        if ahead is not None and ahead.grids == grids and ahead.seen.kept is None and not self._tower_watch.hooked():
             ahead.wait()
             seen = ahead.seen
         else:
-            self._keep_up("_tower_watch")
-            if not self._sees():
+            self._keep_up(self._tower_watch)
+            if not self._may_see() or self._tower_watch.hooked():
                 return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
             seen = self._vision(hidden_states, grids)
         return BaseModelOutputWithPooling(last_hidden_state=seen.hidden.clone(), pooler_output=seen.tokens.clone())

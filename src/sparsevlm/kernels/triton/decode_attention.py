@@ -13,7 +13,7 @@ from torch import Tensor
 from ..decode_attention import RaggedCache
 
 _BLOCK = 64
-_LEAST_ROWS = 128  # of a part: fewer do not pay for a program
+_LEAST_ROWS = 64  # of a part: fewer do not pay for a program
 _MOST_PARTS = 64
 
 

@@ -8,6 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 
+# So few programs do not fill a GPU with a warp each.
+_FEW_ROWS = 256
+
+
 @triton.jit
 def _turn(x_ptr, out_ptr, cos_a, cos_b, sin_a, sin_b, N_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
     heads, columns = tl.arange(0, triton.next_power_of_2(N_HEADS))[:, None], tl.arange(0, BLOCK)[None, :]
@@ -75,7 +79,7 @@ def _launch(
             sin.contiguous(), out, keys, values, out if slot is None else slot,
             query.stride(0), key.stride(0), given.stride(0), keys.stride(0),
             n_heads, key.shape[1], half, triton.next_power_of_2(half), value is not None, slot is not None,
-            num_warps=1,
+            num_warps=4 if n_rows <= _FEW_ROWS else 1,
         )  # fmt: skip
     return out
 
