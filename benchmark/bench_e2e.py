@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from benchmark.e2e_rows import E2E
 from sparsevlm.cli import main as sparsevlm
-
-E2E = Path(__file__).parent / "results" / "e2e.csv"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

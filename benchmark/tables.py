@@ -2,7 +2,8 @@
 
 A document marks the place of a table with ``<!-- accuracy: FILTER -->`` and ``<!-- end of accuracy -->``. The filter
 names columns of ``results/accuracy.csv`` and the values that its rows must have:
-``suite=demo target_layers=default keep=0.5,0.25``.
+``suite=demo target_layers=default keep=0.5,0.25``. With ``e2e`` in the place of ``accuracy`` the table is one of
+``results/e2e.csv``.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmark.e2e_rows import e2e_table, read_e2e
 from sparsevlm.evaluation.csv_rows import read_rows
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "selectors.md", ROOT / "docs" / "ablation.md")
-_BLOCK = re.compile(r"(<!-- accuracy: (?P<filter>.*?) -->\n).*?(<!-- end of accuracy -->\n)", re.DOTALL)
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("selectors", "ablation", "engine")))
+_BLOCK = re.compile(r"(<!-- (?P<kind>accuracy|e2e):(?P<filter>.*?) -->\n).*?(<!-- end of (?P=kind) -->\n)", re.DOTALL)
 _AVERAGE = "average"
 _UNKNOWN = "–"
 
@@ -122,10 +124,12 @@ def _origin(rows: list[StoredRow]) -> str:
 
 def with_tables(text: str) -> str:
     """A document's text with its tables made anew."""
-    rows = stored_rows()
+    stored = {"accuracy": stored_rows(), "e2e": read_e2e()}
+    tables = {"accuracy": accuracy_table, "e2e": e2e_table}
 
     def table(match: re.Match[str]) -> str:
-        return match[1] + accuracy_table(chosen(rows, match["filter"])) + match[3]
+        kind = match["kind"]
+        return match[1] + tables[kind](chosen(stored[kind], match["filter"])) + match[4]
 
     return _BLOCK.sub(table, text)
 

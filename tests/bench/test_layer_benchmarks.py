@@ -53,18 +53,20 @@ def test_kernels(script, capsys):
 def test_ranks_that_differ_are_an_error(script, monkeypatch):
     from benchmark import bench_layer1
 
-    monkeypatch.setattr(bench_layer1, "sketched_ranks", lambda matrices: [1] * len(matrices))
+    monkeypatch.setattr(bench_layer1, "sketch_rank", lambda matrices, _: torch.ones(len(matrices), dtype=torch.int64))
     with pytest.raises(RuntimeError, match="are not those of the singular values"):
         script("bench_layer1")
 
 
 def test_ranks_by_singular_values(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmark.bench_layer1 import singular_ranks, sketched_ranks
+    from benchmark.bench_layer1 import check_ranks, singular_ranks
 
-    matrices = torch.stack([torch.diag(torch.tensor(values)) for values in ([3.0, 1.0, 0.0], [1.0, 1.0, 1.0])])
-    assert singular_ranks(matrices, None) == [1, 3]
-    assert sketched_ranks(matrices) == [1, 3]
+    matrices = torch.stack([torch.diag(torch.tensor(values)) for values in ([3.0, 0.9, 0.0], [1.0, 1.0, 1.0])])
+    assert singular_ranks(matrices, 0.1).tolist() == [1, 3]
+    check_ranks(matrices, torch.tensor([1, 3]))
+    with pytest.raises(RuntimeError, match="1 of 2 ranks"):
+        check_ranks(matrices, torch.tensor([1, 2]))
 
 
 def test_packing(script):

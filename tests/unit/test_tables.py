@@ -79,3 +79,66 @@ def test_what_a_row_does_not_have_is_a_dash(tables):
 def test_filters_choose_rows(tables):
     rows = [row("number"), row("number", keep="0.25"), row("number", target_layers="default")]
     assert tables.chosen(rows, "keep=0.5,0.25 target_layers=0+4") == rows[:2]
+
+
+def whole_call(provider, phase="first_token", keep="1.0", **changes):
+    made = {"case": "v256-b1-n64", "provider": provider, "keep": keep, "phase": phase, "metric": "ms", "note": ""}
+    made |= {"p50": "20", "p20": "19", "p80": "22", "floor": "10", "timestamp": "2", "gpu": "G", "dtype": "bfloat16"}
+    made |= {"torch": "2.13", "triton": "3.7", "transformers": "5.23", "commit": "abc", "model": "7b shape"}
+    return made | changes
+
+
+def test_a_table_of_whole_calls(tables):
+    rows = [whole_call("hf-dense"), whole_call("hf-dense", "total", p50="80"), whole_call("hf-dense", "vision")]
+    rows += [whole_call("ours", keep="0.25", p50="12.5"), whole_call("ours", "total", "0.25", p50="40", floor="")]
+    rows += [whole_call("ours", "total", "0.25", metric="bytes", p50="1e9")]
+    rows += [whole_call("random", "total", "0.25", note="out of memory", p50="", floor="")]
+    lines = tables.e2e_table(rows).splitlines()
+    assert lines[0].split("|")[4:7] == [" first token, ms ", " floor ", " x "]
+    assert lines[2] == "| v256-b1-n64 | hf-dense | 1.0 | 20.0 | 10.0 | 1.00 | – | – | – | 80.0 | 10.0 | 1.00 |"
+    assert lines[3] == "| v256-b1-n64 | ours | 0.25 | 12.5 | 10.0 | 1.60 | – | – | – | 40.0 | – | 2.00 |"
+    assert lines[4] == "| v256-b1-n64 | random | 0.25 | – | – | – | – | – | – | out of memory | – | – |"
+    assert len(lines) == 7
+    assert "G, torch 2.13, triton 3.7, transformers 5.23, commit abc" in lines[-1]
+
+
+def test_what_is_compared_was_measured_in_one_run(tables):
+    rows = [whole_call("hf-dense"), whole_call("ours", keep="0.25"), whole_call("hf-dense", timestamp="1", p50="90")]
+    rows += [whole_call("ours-dense", timestamp="1"), whole_call("ours", case="v576-b1-n64", timestamp="1")]
+    lines = tables.e2e_table(rows).splitlines()[2:-2]
+    assert [line.split(" | ")[:2] for line in lines] == [
+        ["| v256-b1-n64", "hf-dense"], ["| v256-b1-n64", "ours"], ["| v576-b1-n64", "ours"]
+    ]  # fmt: skip
+    assert " 20.0 | 10.0 | 1.00 |" in lines[0]
+    assert " 20.0 | 10.0 | – |" in lines[2]
+
+
+def test_documents_without_rows_of_whole_calls_say_so(tables, monkeypatch):
+    monkeypatch.setattr(tables, "read_e2e", lambda: [])
+    text = "before\n<!-- e2e: batch=1 -->\nold\n<!-- end of e2e -->\nafter\n"
+    found = tables.with_tables(text)
+    assert "old" not in found
+    assert "No rows yet" in found
+    assert found.startswith("before\n<!-- e2e: batch=1 -->\n")
+    assert found.endswith("<!-- end of e2e -->\nafter\n")
+    monkeypatch.setattr(tables, "read_e2e", lambda: [whole_call("ours", batch="1"), whole_call("hf-dense", batch="8")])
+    assert "| ours |" in tables.with_tables(text)
+    assert "hf-dense |" not in tables.with_tables(text)
+
+
+def test_whole_calls_say_where_they_come_from(tables):
+    for row in tables.read_e2e():
+        assert row["commit"] not in ("", "unknown")
+        assert "dirty" not in row["commit"]
+        assert row["command"].startswith("sparsevlm bench")
+
+
+def test_a_picture_of_whole_calls(tables, tmp_path):
+    from benchmark.plot_e2e import plot
+
+    rows = [whole_call("hf-dense"), whole_call("ours", keep="0.25"), whole_call("ours", "total", "0.25", floor="")]
+    rows += [whole_call("random", "total", "0.25", p50="", note="out of memory")]
+    plot(rows, tmp_path / "e2e.png")
+    assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no rows to draw"):
+        plot([], tmp_path / "none.png")

@@ -1,0 +1,80 @@
+"""Stored rows of ``sparsevlm bench``, the last run of each case, and tables of them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+E2E = Path(__file__).parent / "results" / "e2e.csv"
+PHASES = {"first_token": "first token", "decode_per_token": "each further token", "total": "whole generate"}
+BASE = ("hf-dense", "1.0")
+_NONE = "–"
+
+StoredRow = dict[str, str]
+Setting = tuple[str, str]  # provider and keep
+
+
+def read_e2e(file: Path = E2E) -> list[StoredRow]:
+    """All rows; none where there is no file."""
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as lines:
+        return list(csv.DictReader(lines))
+
+
+def last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[str, StoredRow]]]:
+    """By case, provider with keep, and phase: rows of time, of the run that measured the case last.
+
+    All rows of a case in one run have the same time stamp, so that what is compared was measured in turn.
+    """
+    last: dict[str, str] = {}
+    for row in rows:
+        last[row["case"]] = max(last.get(row["case"], ""), row["timestamp"])
+    found: dict[str, dict[Setting, dict[str, StoredRow]]] = {}
+    for row in rows:
+        if row["metric"] == "ms" and row["timestamp"] == last[row["case"]]:
+            of_case = found.setdefault(row["case"], {})
+            of_case.setdefault((row["provider"], row["keep"]), {})[row["phase"]] = row
+    return found
+
+
+def e2e_table(rows: list[StoredRow]) -> str:
+    """One line per case and provider: median, floor and how many times faster than hf-dense, per phase."""
+    if not rows:
+        return "No rows yet: `python -m benchmark.bench_e2e` on a GPU adds them.\n"
+    heads = ["case", "provider", "keep"]
+    for phase in PHASES.values():
+        heads += [f"{phase}, ms", "floor", "x"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    runs = last_runs(rows)
+    for case, settings in runs.items():
+        for (provider, keep), by_phase in settings.items():
+            cells = [case, provider, keep]
+            for phase in PHASES:
+                cells += _cells(by_phase.get(phase), settings.get(BASE, {}).get(phase))
+            lines.append("| " + " | ".join(cells) + " |")
+    shown = [row for settings in runs.values() for phases in settings.values() for row in phases.values()]
+    return "\n".join([*lines, "", _origin(shown)]) + "\n"
+
+
+def _cells(row: StoredRow | None, base: StoredRow | None) -> list[str]:
+    if row is None:
+        return [_NONE] * 3
+    if row["note"] or not row["p50"]:
+        return [row["note"] or _NONE, _NONE, _NONE]
+    median = float(row["p50"])
+    ratio = f"{float(base['p50']) / median:.2f}" if base and base["p50"] else _NONE
+    return [f"{median:.1f}", f"{float(row['floor']):.1f}" if row["floor"] else _NONE, ratio]
+
+
+def _origin(rows: list[StoredRow]) -> str:
+    def all_of(name: str) -> str:
+        return ", ".join(dict.fromkeys(row[name] for row in rows))
+
+    return (
+        "Medians; floor: the least that the device can take for what has to be computed and read, from its measured "
+        "ceilings; x: how many times faster than hf-dense in the same run. Cases: visual tokens, batch, new tokens. "
+        f"{all_of('model')}; {all_of('dtype')}, {all_of('gpu')}, torch {all_of('torch')}, triton {all_of('triton')}, "
+        f"transformers {all_of('transformers')}, commit {all_of('commit')}; rows with their commands: e2e.csv in "
+        "benchmark/results."
+    )
