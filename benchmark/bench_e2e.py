@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; the rows name it as it would have to be typed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not any(argument.startswith("--append-to") for argument in given):
-        given += ["--append-to", str(E2E)]
+        given += ["--append-to", os.path.relpath(E2E)]  # the rows hold it
     sys.argv = ["sparsevlm", "bench", *given]
     sparsevlm()
 

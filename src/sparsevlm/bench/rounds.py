@@ -116,7 +116,7 @@ def measure(
         for one in found.values():
             one.note = "out of memory while answers were compared"
         return found
-    _measure_peaks(case, found, inputs)
+    _measure_peaks(case, providers, found, inputs)
     # The engine moves weights when it begins, and what was compiled before has to be recorded anew.
     by_state = sorted(found, key=lambda provider: provider.state is None)
     while waiting := [provider for provider in by_state if not found[provider].is_warm(settings)]:
@@ -134,9 +134,9 @@ def measure(
     return found
 
 
-def _measure_peaks(case: Case, found: dict[Provider, Measured], inputs: Inputs) -> None:
+def _measure_peaks(case: Case, providers: list[Provider], found: dict[Provider, Measured], inputs: Inputs) -> None:
     for provider in sorted(found, key=lambda provider: provider.compiles):  # what was compiled shall stay
-        for other in found:
+        for other in providers:
             other.forget()
         if inputs["input_ids"].is_cuda:
             torch.cuda.empty_cache()
