@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -33,6 +33,7 @@ def apply_sparsevlm(
     selector: Any = None,
     config: SparseVLMConfig | None = None,
     processor: Any = None,
+    warmup: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     **options: Any,
 ) -> SparseVLMState:
     """Make an unchanged ``model.generate(**inputs)`` prune visual tokens inside the decoder.
@@ -62,9 +63,12 @@ def apply_sparsevlm(
     processor : optional
         The model's processor or tokenizer: its special tokens and what the chat template puts around a prompt are
         not taken for the user's text.
+    warmup : mapping or sequence of mapping
+        Inputs of typical requests, as the processor makes them, to run ahead (:meth:`SparseVLMState.warm_up`): what a
+        request of like size needs is compiled and recorded then, not when the first one comes.
     **options
         The other fields of :class:`SparseVLMConfig`: ``raters``, ``heads``, ``recycle``, ``merge``, ``schedule``,
-        ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``.
+        ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``, ``engine``, ``vision_keep``.
 
     Returns
     -------
@@ -105,6 +109,9 @@ def apply_sparsevlm(
         )
     remove_sparsevlm(model)
     state.attach()
+    requests = [warmup] if isinstance(warmup, Mapping) else list(warmup)
+    if requests:
+        state.warm_up(*requests)
     return state
 
 

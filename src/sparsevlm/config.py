@@ -76,8 +76,9 @@ class SparseVLMConfig:
     preset : {"paper-192", "paper-128", "paper-64"}, optional
         The paper's settings: sets ``target_layers``, ``tau``, ``theta``, ``merge``, ``schedule`` and a ``min_keep`` of
         1, so that its published averages come out, and ``selector="sparsevlm"`` unless another was named.
-    engine : bool
-        Run ``generate`` on packed samples where that is possible; the report says which path ran, and why.
+    engine : bool, optional
+        Run greedy and sampling calls of ``generate`` on packed samples, fixed shapes and CUDA graphs where that is
+        possible; the report says which path ran, and why. ``None``: on CUDA devices.
     vision_keep : float
         Share of the visual tokens, in (0, 1], that the vision tower computes under the engine: squares of patches that
         look like all their neighbours are left out before its first block, and never reach the decoder. A path without
@@ -101,7 +102,7 @@ class SparseVLMConfig:
     strict: bool = False
     seed: int = 0
     preset: str | None = None
-    engine: bool = False
+    engine: bool | None = None
     vision_keep: float = 1.0
 
     def __post_init__(self) -> None:
@@ -116,9 +117,11 @@ class SparseVLMConfig:
         _check_choice("raters", self.raters, RATER_MODES)
         _check_choice("heads", self.heads, HEADS)
         _check_choice("merge", self.merge, MERGES)
-        for name in ("recycle", "strict", "engine"):
+        for name in ("recycle", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if not (self.engine is None or isinstance(self.engine, bool)):
+            raise TypeError(f"engine must be True, False or None, got {self.engine!r}.")
         if (
             not isinstance(self.vision_keep, Real)
             or isinstance(self.vision_keep, bool)

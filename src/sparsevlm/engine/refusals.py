@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache
 
+from ..kernels.choice import takes_triton
 from ..runtime.request import Request
 from ..runtime.view import ModelView
 from ..selection.selectors.span import SpanSelector
@@ -39,7 +40,10 @@ def refuses_decoder(view: ModelView) -> str | None:
         return f"weights in {str(weight.dtype).removeprefix('torch.')} on a GPU"
     if len({parameter.device for parameter in view.text_model.parameters()}) > 1:
         return "layers on several devices"
-    for layer in view.layers:
+    if weight.is_cuda and not takes_triton(weight):
+        return "Triton is not installed"
+    layers: Any = view.layers
+    for layer in layers:
         attention, mlp, activation = layer.self_attn, layer.mlp, layer.mlp.act_fn
         if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
             return f"activation {type(activation).__name__}"

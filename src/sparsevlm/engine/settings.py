@@ -38,7 +38,7 @@ def plain_generation_config(
 
 def _may_hold(config: Any) -> bool:
     """Whether a setting of generation stands in the configuration that does not belong there."""
-    own = _keys(type(config))
+    own = _keys(type(config))  # type: ignore[arg-type]
     return any(getattr(config, key, None) is not None for key in _settings() if key not in own)
 
 
@@ -48,5 +48,5 @@ def _settings() -> tuple[str, ...]:
 
 
 @cache
-def _keys(kind: type) -> frozenset[str]:
-    return frozenset() if kind.has_no_defaults_at_init else frozenset(kind().to_dict())  # type: ignore[attr-defined]
+def _keys(kind: Any) -> frozenset[str]:
+    return frozenset() if kind.has_no_defaults_at_init else frozenset(kind().to_dict())

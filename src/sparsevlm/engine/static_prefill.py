@@ -127,7 +127,10 @@ class Inputs:
         """As parts of one tensor, which crosses to the device in one copy."""
         shapes = _shapes(bucket)
         parts = integers.split([math.prod(shape) for shape in shapes])
-        return cls(*(part.view(shape) for part, shape in zip(parts, shapes, strict=True)), features)
+        ids, positions, visual_rows, feature_rows, offsets, n_visual = (
+            part.view(shape) for part, shape in zip(parts, shapes, strict=True)
+        )
+        return cls(ids, positions, visual_rows, feature_rows, offsets, n_visual, features)
 
 
 def _shapes(bucket: Plan) -> list[tuple[int, ...]]:

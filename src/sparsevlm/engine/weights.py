@@ -60,7 +60,8 @@ class Weights:
 
     def join_decoder(self) -> None:
         """Queries, keys and values; gate and up."""
-        for layer in self._view.layers:
+        layers: Any = self._view.layers
+        for layer in layers:
             attention, mlp = layer.self_attn, layer.mlp
             self._join(attention, [attention.q_proj, attention.k_proj, attention.v_proj])
             self._join(mlp, [mlp.gate_proj, mlp.up_proj])

@@ -106,7 +106,7 @@ class Engine:
             self._take(model, name, own)
         self._take(self._view.vision_tower, "forward", self._see)
 
-    def _take(self, module: nn.Module, name: str, own: Callable[..., Any]) -> None:
+    def _take(self, module: Any, name: str, own: Any) -> None:
         self._before[module, name] = vars(module).get(name)  # accelerate, for one, sets a forward
         self._plain[name] = getattr(module, name)
         setattr(module, name, own)
@@ -142,10 +142,17 @@ class Engine:
 
     def _unmake(self) -> None:
         if self._made:
-            self._weights.separate()
             for kept in (self._arenas, self._programs, self._vision):
                 kept.clear()
+            self._weights.separate()
         self._made = False
+
+    def _forget(self) -> None:
+        """Give back the memory of all programs where it is wanting; the model's own modules take less."""
+        logger.warning("out of memory: the engine forgets its programs, the model's own modules run.")
+        self._call.ahead = None
+        self._unmake()
+        torch.cuda.empty_cache()
 
     def _keep_up(self, *watches: Watch) -> None:
         """Make what there is not, and make it anew if the model is not what it was."""
@@ -159,13 +166,17 @@ class Engine:
         self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, *args: Any
     ) -> Any:
         """The first that ``generate`` asks: encode the pictures while it goes on."""
+        self._host.claim()
         self._refused, self._decoding, self._call = _UNCALLED, None, Call()
         alone = custom_generate is None and assistant_model is None
         if alone and self._host.wants_engine() and not torch.is_grad_enabled():
             self._keep_up(self._glance)
             self._call = Call.of(kwargs)
             if self._may_see():
-                self._call.look_ahead(self._view, self._vision, self._host.vision_keep(), self._stream)
+                try:
+                    self._call.look_ahead(self._view, self._vision, self._host.vision_keep(), self._stream)
+                except torch.OutOfMemoryError:
+                    self._forget()
         plain = self._plain["_extract_generation_mode_kwargs"]
         return plain(custom_generate, kwargs, synced_gpus, assistant_model, *args)
 
@@ -216,7 +227,7 @@ class Engine:
         """
         self._decoding = None
         if not self._host.wants_engine():
-            self._refused = "engine=False"
+            self._refused = "engine=False, or no GPU"
             return False
         self._refused = refuses_generation(model_kwargs, generation_config) or self._refuses_model()
         return self._refused is None
@@ -242,7 +253,11 @@ class Engine:
         refused, self._refused = self._refused, _UNCALLED
         self.reason = refused or _UNCALLED
         if refused is None:
-            found = self._prefill(call, input_ids, generation_config, model_kwargs)
+            try:
+                found = self._prefill(call, input_ids, generation_config, model_kwargs)
+            except torch.OutOfMemoryError:
+                found, self.reason, call.ahead = None, "out of memory", None
+                self._forget()
             if found is not None:
                 return found
         self._call = call  # its pictures are encoded
@@ -366,5 +381,9 @@ class Engine:
             self._keep_up(self._tower_watch)
             if not self._may_see() or self._tower_watch.hooked():
                 return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
-            seen = self._vision(hidden_states, grids)
+            try:
+                seen = self._vision(hidden_states, grids)
+            except torch.OutOfMemoryError:
+                self._forget()
+                return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
         return BaseModelOutputWithPooling(last_hidden_state=seen.hidden.clone(), pooler_output=seen.tokens.clone())

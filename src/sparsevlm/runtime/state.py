@@ -32,6 +32,7 @@ from .request import Request
 from .threads import ThreadGuard
 from .view import ModelView
 from .vision import VisionWatch, bound_arguments
+from .warm_up import WarmUp, warm_up
 
 # Where a model's state is found; on the module whose hooks it holds, so that copies of the model carry copies of it.
 STATE_ATTRIBUTE = "_sparsevlm_state"
@@ -39,6 +40,9 @@ STATE_ATTRIBUTE = "_sparsevlm_state"
 
 class EngineHost(Protocol):
     """What an engine may ask of the state that it belongs to."""
+
+    def claim(self) -> None:
+        """Take the model for the calling thread."""
 
     def open_request(self, inputs: Mapping[str, Any]) -> Request | None:
         """Begin a request; ``None`` if it brings no picture."""
@@ -154,6 +158,31 @@ class SparseVLMState:
         finally:
             self._overrides.pop()
 
+    def warm_up(
+        self,
+        *requests: Mapping[str, Any],
+        max_new_tokens: int = 64,
+        seconds: float = 60.0,
+        largest: float = 0.9,
+    ) -> WarmUp:
+        """Run typical requests ahead, largest first: kernels are compiled and what they need is recorded.
+
+        Parameters
+        ----------
+        *requests : mapping
+            Inputs of ``generate`` each, as the processor makes them; sizes matter, not what they say.
+        max_new_tokens : int
+            As later requests will ask for.
+        seconds, largest : float
+            No request begins after so many seconds, or once this share of the GPU's memory is taken.
+
+        Returns
+        -------
+        WarmUp
+            What was run, how long it took, and what memory.
+        """
+        return warm_up(self.view.model, requests, max_new_tokens, seconds, largest)
+
     def announce(self, n_vis: int | None) -> None:
         """Set the expected number of visual tokens, inside :meth:`options` as well."""
         self.config = self.config.replace(n_vis=n_vis)
@@ -223,8 +252,11 @@ class SparseVLMState:
         return self._engine is not None and self._engine.consider(model_kwargs, generation_config)
 
     def wants_engine(self) -> bool:
-        """Whether the option ``engine`` is in force."""
-        return self._active().engine
+        """Whether the option ``engine`` is in force; unset, it is where the decoder is on a CUDA device."""
+        wanted = self._active().engine
+        if wanted is not None:
+            return wanted
+        return next(self.view.text_model.parameters()).is_cuda
 
     def vision_keep(self) -> float:
         """Share of the visual tokens that the vision tower computes under the engine."""
@@ -279,6 +311,10 @@ class SparseVLMState:
         if cache is not None and not request.drops_nothing:
             check_cache(cache, self.view.n_layers)
         return request, masks
+
+    def claim(self) -> None:
+        """Take the model for the calling thread; raises ``RuntimeError`` where it works for another."""
+        self._threads.claim()
 
     def open_request(self, inputs: Mapping[str, Any]) -> Request | None:
         """Begin a request that the engine will run; ``None`` if it brings no picture."""

@@ -82,7 +82,7 @@ def idle_options(config: SparseVLMConfig, traits: SelectorTraits, given: Collect
         read |= {"rank_lambda", "rank_tolerance", "raters", "heads"}
     if "rater_attention" in traits.needs:
         read |= {"raters", "heads"}
-    if config.engine:
+    if config.engine is not False:
         read |= {"vision_keep"}
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     return [name for name in _OF_SOME if name in given and name not in read and getattr(config, name) != defaults[name]]

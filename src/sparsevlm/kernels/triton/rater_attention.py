@@ -98,20 +98,25 @@ def _row_attention(
     dims = tl.arange(0, BLOCK_D)
     in_query, in_key = inside[:, None] & (dims < HEAD_DIM)[None, :], known[:, None] & (dims < HEAD_DIM)[None, :]
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    head = 0
-    while head < tl.where(tl.program_id(1) * BLOCK_M < n_here, N_HEADS, 0):
-        at = (keys[:, None] * N_KV_HEADS + head // groups) * HEAD_DIM + dims[None, :]
-        key = tl.load(key_ptr + at, mask=in_key, other=0.0)
-        at = (row * N_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
-        query = tl.load(query_ptr + at, mask=in_query, other=0.0)
+    kv_head = 0
+    while kv_head < tl.where(tl.program_id(1) * BLOCK_M < n_here, N_KV_HEADS, 0):
+        key_at = (keys[:, None] * N_KV_HEADS + kv_head) * HEAD_DIM + dims[None, :]
+        key = tl.load(key_ptr + key_at, mask=in_key, other=0.0)
         if EXACT:
-            scores = tl.dot(query.to(tl.float32), tl.trans(key.to(tl.float32)), input_precision="ieee") * scaling
-        else:
-            scores = tl.dot(query, tl.trans(key)) * scaling
-        lse = tl.load(lse_ptr + row * N_HEADS + head, mask=inside, other=0.0)
-        attention = tl.exp(tl.where(seen, scores - lse[:, None], float("-inf")))
-        total += attention * tl.load(weight_ptr + sample * N_HEADS + head)
-        head += 1
+            key = key.to(tl.float32)
+        head = kv_head * groups
+        while head < (kv_head + 1) * groups:
+            at = (row * N_HEADS + head)[:, None] * HEAD_DIM + dims[None, :]
+            query = tl.load(query_ptr + at, mask=in_query, other=0.0)
+            if EXACT:
+                scores = tl.dot(query.to(tl.float32), tl.trans(key), input_precision="ieee") * scaling
+            else:
+                scores = tl.dot(query, tl.trans(key)) * scaling
+            lse = tl.load(lse_ptr + row * N_HEADS + head, mask=inside, other=0.0)
+            attention = tl.exp(tl.where(seen, scores - lse[:, None], float("-inf")))
+            total += attention * tl.load(weight_ptr + sample * N_HEADS + head)
+            head += 1
+        kv_head += 1
     tl.store(out_ptr + row[:, None] * most + place[None, :], total, mask=inside[:, None] & known[None, :])
 
 

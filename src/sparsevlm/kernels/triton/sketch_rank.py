@@ -23,7 +23,9 @@ def _tridiagonal(gram_ptr, energy_ptr, diagonal_ptr, beside_ptr, n, SIZE: tl.con
     sample = tl.program_id(0)
     rows, columns = tl.arange(0, SIZE), tl.arange(0, SIZE)
     inside = (rows < n)[:, None] & (columns < n)[None, :]
-    gram = tl.load(gram_ptr + sample.to(tl.int64) * n * n + rows[:, None] * n + columns[None, :], mask=inside, other=0.0)
+    gram = tl.load(
+        gram_ptr + sample.to(tl.int64) * n * n + rows[:, None] * n + columns[None, :], mask=inside, other=0.0
+    )
     on_diagonal = rows[:, None] == columns[None, :]
     energy = tl.sum(tl.sum(tl.where(on_diagonal, gram, 0.0), axis=1), axis=0)
     tl.store(energy_ptr + sample, energy)
