@@ -58,9 +58,9 @@ def test_rows():
     )
     assert seen == [(SMALL, len(rows))]
     assert all(tuple(row) == COLUMNS for row in rows)
-    assert {row["provider"] for row in rows} == {"hf-dense", "ours-dense", "ours", "random"}
+    assert {row["provider"] for row in rows} == {"hf-dense", "ours-dense", "ours", "ours-vision", "random"}
     by = {(row["provider"], row["phase"], row["metric"]): row for row in rows}
-    for provider in ("hf-dense", "ours-dense", "ours", "random"):
+    for provider in ("hf-dense", "ours-dense", "ours", "ours-vision", "random"):
         total, first = by[provider, "total", "ms"], by[provider, "first_token", "ms"]
         assert float(total["p20"]) <= float(total["p50"]) <= float(total["p80"])
         assert 0 < float(first["p50"]) < float(total["p50"])
@@ -71,6 +71,9 @@ def test_rows():
         assert float(total["floor"]) > 0
     for provider, dense in (("ours", "ours-dense"), ("random", "ours-dense")):
         assert float(by[provider, "prefill", "ms"]["floor"]) < float(by[dense, "prefill", "ms"]["floor"])
+    vision = [by[provider, "vision", "ms"] for provider in ("ours-vision", "ours")]
+    assert [row["vision_keep"] for row in vision] == ["0.5", "1.0"]
+    assert float(vision[0]["floor"]) <= float(vision[1]["floor"])
     assert by["ours-dense", "prefill", "ms"]["floor"] == by["hf-dense", "prefill", "ms"]["floor"]
     assert not any("forward" in vars(module) for module in (model.model.language_model, model.model.visual))
 
@@ -124,7 +127,7 @@ def test_want_of_memory_is_a_row(monkeypatch):
 
     monkeypatch.setattr(gate, "check", fail)
     rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)
-    assert len(rows) == 8
+    assert len(rows) == 10
     assert all(row["note"].startswith("out of memory") and row["p50"] == "" for row in rows)
 
 

@@ -10,7 +10,7 @@ from sparsevlm import apply_sparsevlm
 from sparsevlm.bundled import bundled_path
 from sparsevlm.inputs import load_model, load_processor
 from sparsevlm.scenes import draw_scene
-from sparsevlm.selection import decide
+from sparsevlm.selection import rank
 from sparsevlm.selection.rank import sketch_rank
 
 SEEDS = range(500_000, 500_006)
@@ -39,7 +39,7 @@ def adaptive_runs(parts):
         return sketch_rank(matrix, tolerance)
 
     with pytest.MonkeyPatch.context() as patch, apply_sparsevlm(model) as state:
-        patch.setattr(decide, "sketch_rank", spy)
+        patch.setattr(rank, "sketch_rank", spy)
         for seed in SEEDS:
             scene = draw_scene(seed)
             for question in scene.questions:

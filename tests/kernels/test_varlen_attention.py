@@ -12,8 +12,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 def exact(query, key, value, lengths, scaling, causal):
     groups, mixed = query.shape[1] // key.shape[1], []
-    for q, k, v in zip(*(x.double().split(lengths) for x in (query, key, value)), strict=True):
-        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    shared = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    for q, k, v in zip(*(x.double().split(lengths) for x in (query, *shared)), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q, k) * scaling
         if causal:
             scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(1), -torch.inf)

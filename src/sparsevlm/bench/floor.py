@@ -55,7 +55,9 @@ def _best(run: Callable[[], Any], device: torch.device) -> float:
     return min(seconds[1:])
 
 
-def floors(view: ModelView, case: Case, visual_per_layer: Sequence[float], ceilings: Ceilings) -> dict[str, float]:
+def floors(
+    view: ModelView, case: Case, visual_per_layer: Sequence[float], ceilings: Ceilings, vision_keep: float = 1.0
+) -> dict[str, float]:
     """Milliseconds per phase.
 
     Parameters
@@ -65,9 +67,11 @@ def floors(view: ModelView, case: Case, visual_per_layer: Sequence[float], ceili
     visual_per_layer : sequence of float
         Visual tokens of a sample at the input of each decoder layer.
     ceilings : Ceilings
+    vision_keep : float
+        Share of the visual tokens that the tower computes.
     """
     element = next(view.text_model.parameters()).element_size()
-    patches = case.side**2 * view.spatial_merge_size**2
+    patches = round(vision_keep * case.side**2) * view.spatial_merge_size**2
     tower = sum(weight.numel() for weight in view.vision_tower.parameters())
     layers = sum(weight.numel() for weight in view.layers.parameters())
     head = view.model.lm_head.weight.numel()

@@ -17,7 +17,7 @@ from ..runtime.state import SparseVLMState
 from .cases import Case
 
 Inputs = dict[str, Tensor]
-# The engine keeps four programs of a kind, and one of them is dense: with more budgets they would drive each other out.
+# The engine keeps eight programs of a kind, of which a budget takes two: with more they would drive each other out.
 MOST_BUDGETS = 3
 
 
@@ -72,7 +72,9 @@ def shared_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def make_providers(model: Any, keeps: tuple[float, ...], *, static: bool, seed: int = 0) -> list[Provider]:
+def make_providers(
+    model: Any, keeps: tuple[float, ...], *, static: bool, seed: int = 0, vision_keep: float = 1.0
+) -> list[Provider]:
     """All providers that can run here.
 
     Parameters
@@ -82,6 +84,9 @@ def make_providers(model: Any, keeps: tuple[float, ...], *, static: bool, seed: 
         Budgets below 1.
     static : bool
         Whether transformers' compiled decoding is measured as well.
+    seed : int
+    vision_keep : float
+        Share of the visual tokens that the tower computes in ``"ours-vision"``, which is there if it is below 1.
 
     Raises
     ------
@@ -100,11 +105,13 @@ def make_providers(model: Any, keeps: tuple[float, ...], *, static: bool, seed: 
     if static:
         generate = _plain(model, cache_implementation="static")
         found.append(Provider("hf-static", 1.0, model, generate, compiles=True))
-    settings = [("ours-dense", 1.0, "span")]
+    settings = [("ours-dense", 1.0, "span", 1.0)]
     for keep in keeps:
-        settings += [("ours", keep, "span"), ("random", keep, "random")]
-    for name, keep, selector in settings:
-        config = SparseVLMConfig(keep=keep, selector=selector, engine=True, seed=seed)
+        settings += [("ours", keep, "span", 1.0), ("random", keep, "random", 1.0)]
+        if vision_keep < 1.0:
+            settings.append(("ours-vision", keep, "span", vision_keep))
+    for name, keep, selector, share in settings:
+        config = SparseVLMConfig(keep=keep, selector=selector, engine=True, seed=seed, vision_keep=share)
         found.append(Provider(name, keep, ours, _pruned(state, config), state, config))
     return found
 
@@ -122,7 +129,7 @@ def _plain(model: Any, **own: Any) -> Callable[..., Tensor]:
 
 
 def _pruned(state: SparseVLMState, config: SparseVLMConfig) -> Callable[..., Tensor]:
-    changes = {"keep": config.keep, "selector": config.selector, "seed": config.seed}
+    changes = {name: getattr(config, name) for name in ("keep", "selector", "seed", "vision_keep")}
 
     def generate(inputs: Inputs, new_tokens: int, engine: bool = True, **options: Any) -> Tensor:
         with state.options(**changes, engine=engine):

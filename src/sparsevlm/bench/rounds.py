@@ -25,6 +25,8 @@ class Settings:
     ----------
     keeps : tuple of float
         Budgets below 1.
+    vision_keep : float
+        Share of the visual tokens that the tower computes in a provider of its own; 1: no such provider.
     seconds : float
         Of each provider and case: for timed calls, of which there are three at least, and a quarter of it for calls
         before those, of which there is one at least.
@@ -36,6 +38,7 @@ class Settings:
     """
 
     keeps: tuple[float, ...] = (0.25,)
+    vision_keep: float = 0.5
     seconds: float = 8.0
     iterations: int = 10
     warmup: int = 3

@@ -23,7 +23,7 @@ from .rounds import Measured
 COLUMNS = (
     *("case", "provider", "path", "selector", "schedule", "recycle", "dtype", "batch", "n_visual", "n_text"),
     *("new_tokens", "keep", "phase", "metric", "p50", "p20", "p80", "floor", "gpu", "torch", "triton", "transformers"),
-    *("commit", "timestamp", "model", "command", "note"),
+    *("commit", "timestamp", "model", "command", "note", "vision_keep"),
 )
 Row = dict[str, str]
 
@@ -45,12 +45,13 @@ def rows_of(case: Case, provider: Provider, one: Measured, ceilings: Ceilings, s
     shared |= {"provider": provider.name, "keep": str(provider.keep)}
     if provider.config is not None:
         shared |= {"selector": str(provider.config.selector), "schedule": str(provider.config.schedule or "default")}
-        shared |= {"recycle": str(provider.config.recycle)}
+        shared |= {"recycle": str(provider.config.recycle), "vision_keep": str(provider.config.vision_keep)}
     if one.note:
         return [{**shared, "phase": "total", "metric": "ms"}]
     view = view_of(provider.model)
     shared["path"] = one.path
-    least = floors(view, case, one.layer_tokens or (case.n_visual,) * view.n_layers, ceilings)
+    share = 1.0 if provider.config is None else provider.config.vision_keep
+    least = floors(view, case, one.layer_tokens or (case.n_visual,) * view.n_layers, ceilings, share)
     found = []
     for phase in one.times[0]:
         values = [times[phase] for times in one.times]

@@ -42,7 +42,11 @@ def run(
     """
     device = model.device
     providers = make_providers(
-        model, settings.keeps, static=settings.static and device.type == "cuda", seed=settings.seed
+        model,
+        settings.keeps,
+        static=settings.static and device.type == "cuda",
+        seed=settings.seed,
+        vision_keep=settings.vision_keep,
     )
     ceilings = measure_ceilings(device, model.dtype)
     generator = torch.Generator(device=device).manual_seed(settings.seed)

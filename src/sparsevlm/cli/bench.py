@@ -36,6 +36,9 @@ def bench(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="All cases.")] = False,
     keep: Annotated[str, typer.Option("--keep", help="Budgets below 1 with commas, three at most.")] = "0.25",
+    vision_keep: Annotated[
+        float, typer.Option("--vision-keep", help="Share that the tower computes in ours-vision; 1: leave that out.")
+    ] = 0.5,
     seconds: Annotated[
         float, typer.Option("--seconds", help="For timed calls of each provider in a case; three are made in any case.")
     ] = 8.0,
@@ -60,7 +63,7 @@ def bench(
 
     names = None if cases is None else tuple(name.strip() for name in cases.split(",") if name.strip())
     chosen, keeps = named_cases(names, full=full), _budgets(keep)
-    settings = Settings(keeps, seconds, iterations, warmup, static, seed)
+    settings = Settings(keeps, vision_keep, seconds, iterations, warmup, static, seed)
     target = prepare_file(append_to, ".csv")
     if target is not None:
         check_columns(target, COLUMNS)

@@ -20,7 +20,7 @@ from .static_prefill import Inputs, Outputs, Plan
 from .weights import Weights
 
 # Graphs that are kept; each holds the caches of its bucket.
-_MOST_PROGRAMS = 4
+_MOST_PROGRAMS = 8
 # Of a prompt program, by the number of new tokens there is room for.
 _MOST_ARENAS = 2
 

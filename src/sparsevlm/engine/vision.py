@@ -24,7 +24,7 @@ from .weights import Weights
 Grids = tuple[tuple[int, int, int], ...]
 
 # Graphs that are kept; each holds the activations of its grids.
-_MOST_PROGRAMS = 4
+_MOST_PROGRAMS = 8
 
 
 @dataclass(frozen=True)

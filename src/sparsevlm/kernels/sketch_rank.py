@@ -13,17 +13,25 @@ from .choice import takes_triton
 
 # Longest short side that the Triton twin takes: it holds the Gram matrix in registers.
 LARGEST = 128
+# Smaller ones ask for more than float32 can tell.
+LEAST_TOLERANCE = 1e-4
 # Sums of equal terms must not miss a threshold that they meet exactly: relative, in float64.
 _ROUNDING = 1e-12
+
+
+def is_quick(like: Tensor, shape: tuple[int, int], tolerance: float | str) -> bool:
+    """Whether ranks of matrices of this shape, beside a tensor, are found without waiting for the device."""
+    resolved = not isinstance(tolerance, str) and tolerance >= LEAST_TOLERANCE
+    return resolved and 0 < min(shape) <= LARGEST and takes_triton(like)
 
 
 def sketch_rank(matrices: Tensor, tolerance: float | str) -> Tensor:
     """Smallest r whose top singular values hold (1 − tolerance) of the energy Σσ², of each matrix.
 
-    The ranks are those of :func:`sparsevlm.selection.rank.sketch_rank`. On a CUDA device, with a number for the
-    tolerance and a short side up to :data:`LARGEST`, nothing is waited for, and eigenvalues are found in float32: a rank
-    may then differ where the share of the energy that it holds, or that one less holds, is within 1e-5 of
-    (1 − tolerance). In all other cases eigenvalues are computed in float64, and the device is waited for.
+    The ranks are those of :func:`sparsevlm.selection.rank.sketch_rank`. On a CUDA device, with a tolerance of at least
+    :data:`LEAST_TOLERANCE` and a short side up to :data:`LARGEST`, nothing is waited for, and eigenvalues are found in
+    float32: a rank may then differ where the leading values that it counts, or one less, hold a share of the energy
+    within 1e-5 of (1 − tolerance). Otherwise eigenvalues are computed in float64, and the device is waited for.
 
     Parameters
     ----------
@@ -37,10 +45,10 @@ def sketch_rank(matrices: Tensor, tolerance: float | str) -> Tensor:
     Tensor of shape (batch,), int64
         0 for a zero matrix, -1 for one that holds NaN or infinity.
     """
-    if takes_triton(matrices) and tolerance != "machine" and 0 < min(matrices.shape[1:]) <= LARGEST:
+    if not isinstance(tolerance, str) and is_quick(matrices, (matrices.shape[1], matrices.shape[2]), tolerance):
         from .triton.sketch_rank import sketch_rank as twin
 
-        return twin(gram(matrices), float(tolerance))
+        return twin(matrices, tolerance)
     return sketch_rank_plain(matrices, tolerance)
 
 
@@ -48,7 +56,7 @@ def sketch_rank_plain(matrices: Tensor, tolerance: float | str) -> Tensor:
     """The same from all eigenvalues."""
     if matrices.numel() == 0:
         return torch.zeros(matrices.shape[0], dtype=torch.int64, device=matrices.device)
-    products = gram(matrices)
+    products = gram_matrices(matrices)
     energy = products.diagonal(dim1=1, dim2=2).sum(dim=1)
     usable = energy.isfinite() & (energy > 0)
     share = torch.where(usable[:, None, None], products / energy[:, None, None], 0.0)
@@ -62,7 +70,7 @@ def sketch_rank_plain(matrices: Tensor, tolerance: float | str) -> Tensor:
     return torch.where(usable, ranks, torch.where(energy.isfinite(), 0, -1))
 
 
-def gram(matrices: Tensor) -> Tensor:
+def gram_matrices(matrices: Tensor) -> Tensor:
     """Gram matrices of the shorter side, (batch, n, n), in float64."""
     short = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
     short = short.double()

@@ -10,7 +10,7 @@ from typing import Any
 from .budget import rank_adaptive_count
 from .check import checked_selection
 from .context import Selection, SelectionContext, Selector, SelectorTraits
-from .rank import sketch_rank
+from .rank import sketch_ranks
 
 # Elements of the states that a selector is given at once: 32 Mi float32 = 128 MiB.
 _MAX_BATCH_ELEMENTS = 1 << 25
@@ -61,7 +61,9 @@ def decide(
     ValueError, TypeError
         If the selector's answer is ill-formed, or the attention or the states hold NaN.
     """
-    policy = [_apply_budget(context, traits, n_keep) for context, n_keep in zip(contexts, n_keeps, strict=True)]
+    given = list(zip(contexts, n_keeps, strict=True))
+    ranks = _ranks(given)
+    policy = [_apply_budget(context, traits, n_keep, ranks.get(i)) for i, (context, n_keep) in enumerate(given)]
     decisions = {i: one for i, one in enumerate(policy) if isinstance(one, Decision)}
     tasks = {i: one for i, one in enumerate(policy) if isinstance(one, _Task)}
     for group in _alike(tasks) if traits.batched else [[i] for i in tasks]:
@@ -83,14 +85,28 @@ def nothing_to_drop(n_visual: int, n_keep: int | None, min_keep: int) -> str | N
     return None
 
 
-def _apply_budget(context: SelectionContext, traits: SelectorTraits, n_keep: int | None) -> _Task | Decision:
+def _ranks(given: list[tuple[SelectionContext, int | None]]) -> dict[int, int]:
+    """Ranks of the rater attention, by the places of the samples whose counts they decide."""
+    places, matrices = [], []
+    for i, (context, n_keep) in enumerate(given):
+        if n_keep is None and nothing_to_drop(context.n_visual, None, context.config.min_keep) is None:
+            assert context.rater_attention is not None
+            places.append(i)
+            matrices.append(context.rater_attention)
+    if not places:
+        return {}
+    return dict(zip(places, sketch_ranks(matrices, given[places[0]][0].config.rank_tolerance), strict=True))
+
+
+def _apply_budget(
+    context: SelectionContext, traits: SelectorTraits, n_keep: int | None, rank: int | None
+) -> _Task | Decision:
     config, n_visual = context.config, context.n_visual
     if (why := nothing_to_drop(n_visual, n_keep, config.min_keep)) is not None:
         return Decision(None, None, why)
     if n_keep is not None:
         return _Task(context, n_keep)
-    assert context.rater_attention is not None
-    rank = sketch_rank(context.rater_attention, config.rank_tolerance)
+    assert rank is not None
     n_keep, n_clusters = rank_adaptive_count(
         n_visual, rank, config.rank_lambda, config.tau, config.theta,
         config.recycle and traits.recycles, config.min_keep,

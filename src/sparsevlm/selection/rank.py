@@ -3,14 +3,53 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from ..kernels import sketch_rank as kernel
+
 _SKETCH_WIDTH = 64
 _DIRECT_SIZE = 4 * _SKETCH_WIDTH
 _POWER_STEPS = 3
+_NOT_FINITE = "the attention of the raters holds NaN or infinity; check the model's inputs and dtype."
 _ROUNDING = 1e-12  # float64 sums of equal terms must not miss a threshold that they meet exactly
+
+
+def sketch_ranks(matrices: Sequence[Tensor], tolerance: float | str) -> list[int]:
+    """:func:`sketch_rank` of several matrices.
+
+    On a CUDA device they are computed together and waited for once, in the precision that
+    :func:`sparsevlm.kernels.sketch_rank.sketch_rank` tells of.
+
+    Parameters
+    ----------
+    matrices : sequence of Tensor of shape (n_raters, n_visual)
+        On one device; shapes may differ.
+    tolerance : float in (0, 1) or "machine"
+
+    Returns
+    -------
+    list of int
+
+    Raises
+    ------
+    ValueError
+        If a matrix holds NaN or infinity.
+    """
+    if not matrices:
+        return []
+    height, width = (max(matrix.shape[side] for matrix in matrices) for side in (0, 1))
+    if isinstance(tolerance, str) or not kernel.is_quick(matrices[0], (height, width), tolerance):
+        return [sketch_rank(matrix, tolerance) for matrix in matrices]
+    together = matrices[0].new_zeros((len(matrices), height, width), dtype=torch.float32)
+    for place, matrix in zip(together, matrices, strict=True):
+        place[: matrix.shape[0], : matrix.shape[1]] = matrix
+    ranks = kernel.sketch_rank(together, tolerance).tolist()
+    if min(ranks) < 0:
+        raise ValueError(_NOT_FINITE)
+    return ranks
 
 
 def sketch_rank(matrix: Tensor, tolerance: float | str) -> int:
@@ -48,7 +87,7 @@ def sketch_rank(matrix: Tensor, tolerance: float | str) -> int:
     gram = _gram(matrix)
     energy = float(gram.diagonal().sum())
     if not math.isfinite(energy):
-        raise ValueError("the attention of the raters holds NaN or infinity; check the model's inputs and dtype.")
+        raise ValueError(_NOT_FINITE)
     if energy <= 0.0:
         return 0
     if tolerance == "machine":

@@ -1,7 +1,7 @@
 """One program per matrix, which it holds whole: Householder's tridiagonal form, then all eigenvalues by bisection.
 
-Bisection is Sturm's: the signs of the pivots of T − x tell how many eigenvalues lie below x. Every eigenvalue has its own
-points, so that all of them, and several points of each, are counted at once.
+Bisection is Sturm's: the signs of the pivots of T − x tell how many eigenvalues lie below x. Every eigenvalue has its
+own interval and several points in it, and all points are counted at once.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from ..sketch_rank import gram_matrices
 
 # Points within each interval, and how often they are set: intervals shrink to (_POINTS + 1) ** -_ROUNDS < 1e-8.
 _POINTS, _ROUNDS = 8, 9
@@ -82,15 +84,16 @@ def _rank(
     tl.store(rank_ptr + sample, tl.where(energy < float("inf"), rank, -1).to(tl.int64))
 
 
-def sketch_rank(gram: Tensor, tolerance: float) -> Tensor:
-    """See :func:`sparsevlm.kernels.sketch_rank.sketch_rank`; takes Gram matrices, (batch, n, n), in float64."""
+def sketch_rank(matrices: Tensor, tolerance: float) -> Tensor:
+    """See :func:`sparsevlm.kernels.sketch_rank.sketch_rank`."""
+    gram = gram_matrices(matrices)
     batch, n = gram.shape[:2]
     size = max(16, triton.next_power_of_2(n))
     energy = torch.empty(batch, dtype=torch.float64, device=gram.device)
     diagonal, beside = torch.empty((2, batch, size), dtype=torch.float32, device=gram.device)
     ranks = torch.empty(batch, dtype=torch.int64, device=gram.device)
     warps = 4 if size <= 64 else 8
-    _tridiagonal[(batch,)](gram.contiguous(), energy, diagonal, beside, n, size, num_warps=warps)
+    _tridiagonal[(batch,)](gram, energy, diagonal, beside, n, size, num_warps=warps)
     wanted = (1.0 - tolerance) * (1.0 - _ROUNDING)
     _rank[(batch,)](energy, diagonal, beside, ranks, wanted, n, size, _POINTS, _ROUNDS, num_warps=warps)
     return ranks
