@@ -13,7 +13,7 @@ from sparsevlm.engine import selecting
 from sparsevlm.kernels.varlen_attention import varlen_attention
 from sparsevlm.runtime import vision_varlen
 from sparsevlm.selection.raters import embedding_raters
-from toys import PROMPTS, make_inputs, tiny_model
+from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -132,6 +132,50 @@ def test_selectors_that_read_attention_choose_the_same(prompt, case, family):
     assert found.path == "engine"
     assert found.samples == report.samples
     assert (found.flops, found.decode_steps) == (report.flops, report.decode_steps)
+
+
+class Spy:
+    """Keeps what is first, whatever it is given, and remembers it."""
+
+    needs = Reads.needs
+
+    def __init__(self):
+        self.seen = []
+
+    def select(self, context, n_keep):
+        self.seen.append(context)
+        return torch.arange(n_keep, device=context.indices.device)
+
+
+@pytest.mark.parametrize("heads", ["all", "visual"])
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize(
+    ("device", "dtype", "tolerance"),
+    [
+        pytest.param("cpu", torch.float32, 1e-5, id="cpu"),
+        pytest.param("cuda", torch.float16, 2e-2, id="fp16", marks=pytest.mark.gpu),
+        pytest.param("cuda", torch.bfloat16, 1e-1, id="bf16", marks=pytest.mark.gpu),
+    ],
+)
+def test_selectors_are_given_the_same(device, dtype, tolerance, prompt, heads):
+    model = tiny_model().to(device, dtype)
+    inputs = {name: value.to(device) for name, value in make_inputs(*PROMPTS[prompt]).items()}
+    given = []
+    for engine in (False, True):
+        spy = Spy()
+        state = apply_sparsevlm(model, **OPTIONS, selector=spy, raters="all", heads=heads, engine=engine)
+        answers(model, inputs, max_new_tokens=1)
+        assert state.report.path == ("engine" if engine else "plain")
+        given.append(spy.seen)
+    places = [(context.layer, context.sample) for context in given[0]]
+    assert places == [(context.layer, context.sample) for context in given[1]]
+    first = [context for context in given[0] if context.layer == 0]  # later ones rest on more rounding
+    for wanted, found in zip(given[0] if device == "cpu" else first, given[1], strict=device == "cpu"):
+        assert torch.equal(found.indices, wanted.indices)
+        for need in Spy.needs:
+            one, other = getattr(found, need), getattr(wanted, need)
+            assert one.dtype == other.dtype
+            assert relative_error(one, other) < tolerance, need
 
 
 def test_the_cases_say_something():
