@@ -125,3 +125,10 @@ def test_accuracy_beside_retained_tokens(monkeypatch):
     assert accuracy(rows, 256) == "100 (dense)"
     assert accuracy(rows, 128) == "99.6 (m, span, keep 0.5, n = 900, b)"
     assert accuracy(rows, 64) == "no stored row"
+
+
+def test_ready(script):
+    rows = script("bench_ready")
+    assert [row["timing"] for row in rows] == ["Triton's cache empty"] * 2 + ["Triton's cache filled"] * 2
+    assert {row["operation"] for row in rows} == {"apply and warm-up", "first request after that"}
+    assert all(float(row["p50"]) > 0 for row in rows)
