@@ -33,6 +33,7 @@ ATTENTIVE = {
     "visual heads": {"selector": "sparsevlm-v2"},
     "all raters, sums": {"selector": "sparsevlm", "raters": "all", "merge": "sum", "tau": 0.8, "theta": 0.5},
     "the rank decides": {"selector": "sparsevlm", "keep": None, "tau": 0.8, "theta": 0.5, "rank_tolerance": 0.02},
+    "the rank decides for span": {"selector": "span", "keep": None, "rank_tolerance": 0.02},
     "the rank decides for random": {"selector": "random", "keep": None, "rank_tolerance": 0.3, "raters": "embedding"},
     "fastv": {"selector": "fastv"},
     "pyramiddrop": {"selector": "pyramiddrop"},

@@ -87,7 +87,6 @@ def test_what_the_engine_does_not_do_runs_on_the_plain_path(case):
     ("options", "reason"),
     [
         ({"selector": "visionzip", "target_layers": None}, "needs vision_attention, vision_keys"),
-        ({"selector": "span", "keep": None}, "the rank of the attention decides"),
     ],
 )
 def test_what_cannot_be_read_runs_on_the_plain_path(options, reason):

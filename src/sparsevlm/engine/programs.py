@@ -76,7 +76,9 @@ class Programs(Recent[Plan, Program]):
 
     @staticmethod
     def takes(request: Request, prompt: Prompt) -> bool:
-        """Whether the selector's choice waits for nothing, and there is room for the features."""
+        """Whether neither counts nor choices wait for the device, and there is room for the features."""
+        if any(sample.plan is None for sample in request.samples):
+            return False
         longest = max(sample.alive.shape[0] for sample in request.samples)
         return type(request.selector) is SpanSelector and prompt.n_features <= longest * len(request.samples)
 

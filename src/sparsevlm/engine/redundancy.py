@@ -1,8 +1,8 @@
 """Which parts of a picture its vision tower can leave out: those that look like everything around them.
 
-What stands for a visual token, a square of patches, is compared with its four neighbours by its pixels, in a video with
-its place in the frame before as well. It is left out if none of these differs much; so the edges of a plain surface stay,
-and its inside goes.
+What stands for a visual token, a square of patches, is compared with its four neighbours by its pixels, in a video
+with its place in the frame before as well. It is left out if none of these differs much; so the edges of a plain
+surface stay, and its inside goes.
 """
 
 from __future__ import annotations

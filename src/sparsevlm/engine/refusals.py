@@ -12,7 +12,6 @@ from transformers.cache_utils import DynamicCache
 from ..kernels.choice import takes_triton
 from ..runtime.request import Request
 from ..runtime.view import ModelView
-from ..selection.selectors.span import SpanSelector
 from .selecting import NOT_PROVIDED
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -72,8 +71,6 @@ def refuses_request(request: Request) -> str | None:
     """Why a request is not for the engine."""
     if missing := sorted(request.traits.needs & NOT_PROVIDED):
         return f"selector {request.traits.name!r} needs {', '.join(missing)}"
-    if type(request.selector) is SpanSelector and any(sample.plan is None for sample in request.samples):
-        return "the rank of the attention decides"  # the programs of this selector take known counts
     if request.past_len:
         return "a cache that is not empty"
     return None

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
 # So few programs do not fill a GPU with a warp each.
 _FEW_ROWS = 256
 
