@@ -10,9 +10,10 @@ from .providers import Inputs, Provider
 
 # Relative error of logits, whose sums run in another order.
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-# Tokens that both paths keep. States that differ by rounding order tokens of like gain in another way, and with random
-# weights most are of like gain: 94 % were seen in bfloat16 on the shape of 7B.
-_LEAST_SHARED = 0.9
+# Tokens that both paths keep, of which chance keeps one in six. States that differ by rounding order tokens of like
+# gain in another way, and with random weights most are of like gain: in bfloat16, on the shape of 7B, 94 % of the kept
+# were the same with 1024 visual tokens and 87 % with 4096. On equal states the choices are equal (tests/engine).
+_LEAST_SHARED = 0.7
 _MOST_STEPS = 3
 
 

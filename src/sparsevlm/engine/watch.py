@@ -22,13 +22,14 @@ class Watch:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = tuple(modules)
-        self._parts = [(vars(module)["_parameters"], vars(module)["_modules"]) for module in self._modules]
+        self._weights = [own for module in self._modules if (own := vars(module)["_parameters"])]
+        self._children = [own for module in self._modules if (own := vars(module)["_modules"])]
         self._seen = self._look()
 
     def _look(self) -> list[int]:
         """Where weights lie, and which modules there are."""
-        weights = [weight.data_ptr() for own, _ in self._parts for weight in own.values() if weight is not None]
-        return weights + [id(child) for _, children in self._parts for child in children.values()]
+        weights = [weight.data_ptr() for own in self._weights for weight in own.values() if weight is not None]
+        return weights + [id(child) for own in self._children for child in own.values()]
 
     def changed(self) -> bool:
         """Whether weights lie elsewhere (another device or dtype, other tensors) or modules were replaced.

@@ -242,9 +242,12 @@ class Engine:
 
     def _look_again(self) -> None:
         """At all of the model, while the pictures are encoded; what was encoded by other weights does not count."""
-        if self._made and (self._tower_watch.changed() or self._tower_watch.hooked()):
+        tower = self._made and self._tower_watch.changed()
+        if tower or self._tower_watch.hooked():
             self._call.ahead = None
-        self._keep_up(self._tower_watch, self._decoder_watch)
+        if tower:
+            self._unmake()
+        self._keep_up(self._decoder_watch)
 
     def _on_prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
