@@ -93,8 +93,23 @@ def test_wrong_answers_are_not_timed(monkeypatch):
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
     gate.check(providers, inputs, SMALL.new_tokens)
     model.lm_head = torch.nn.Linear(64, 96, bias=False)
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"logits of token 1 differ .* nothing was timed"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match="logits of token 1 differ"):
         gate.check(providers, inputs, SMALL.new_tokens)
+
+
+def test_a_case_that_is_not_right_is_a_row(monkeypatch):
+    check = gate.check
+
+    def fail_once(providers, inputs, new_tokens):
+        monkeypatch.setattr(gate, "check", check)
+        raise gate.Disagreement("they differ.")
+
+    monkeypatch.setattr(gate, "check", fail_once)
+    rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)
+    wrong = [row for row in rows if row["note"] == "not timed: they differ."]
+    assert len(wrong) == 5
+    assert all(row["p50"] == "" for row in wrong)
+    assert all(row["p50"] for row in rows if row not in wrong and row["metric"] == "ms")
 
 
 def test_wrong_further_tokens_are_not_timed(monkeypatch):

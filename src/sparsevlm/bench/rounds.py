@@ -13,6 +13,7 @@ from .providers import Inputs, Provider
 from .timing import time_call
 from .workload import fresh_inputs
 
+NOT_TIMED = "not timed"
 _LEAST = 3  # timed calls, however long they take
 _WARM_UP_SHARE = 0.25  # of the seconds, at most, once there was one call
 
@@ -106,18 +107,19 @@ def measure(
     generator : torch.Generator
         Of pixels and words, on the model's device.
 
-    Raises
-    ------
-    RuntimeError
-        If the engine's answers are not the model's.
+    Returns
+    -------
+    dict
+        What came of each provider; where the engine's answers are not the model's, or could not be compared, a note.
     """
     found = {provider: Measured() for provider in providers if provider.answers(case)}
     inputs = fresh_inputs(providers[0].model, case, generator)
     try:
         gate.check(list(found), inputs, case.new_tokens)
-    except torch.OutOfMemoryError:  # unchecked answers are not timed
+    except (torch.OutOfMemoryError, gate.Disagreement) as error:  # such answers are not timed
+        differ = isinstance(error, gate.Disagreement)
         for one in found.values():
-            one.note = "out of memory while answers were compared"
+            one.note = f"{NOT_TIMED}: {error}" if differ else "out of memory while answers were compared"
         return found
     _measure_peaks(case, providers, found, inputs)
     # The engine moves weights when it begins, and what was compiled before has to be recorded anew.

@@ -35,8 +35,6 @@ def run(
 
     Raises
     ------
-    RuntimeError
-        If the engine's answers are not the model's.
     ValueError
         If there are more budgets than are measured at a time.
     """

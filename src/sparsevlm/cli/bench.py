@@ -56,7 +56,7 @@ def bench(
 ) -> None:
     """Measure transformers, this library's engine dense, and pruned, in one process and in turn."""
     from ..bench.cases import named_cases
-    from ..bench.rounds import Settings
+    from ..bench.rounds import NOT_TIMED, Settings
     from ..bench.rows import COLUMNS, append_rows, check_columns
     from ..bench.run import run
     from ..evaluation.provenance import commit
@@ -78,7 +78,9 @@ def bench(
         if target is not None:
             append_rows(target, rows)
 
-    run(loaded, chosen, settings, origin, show)
+    rows = run(loaded, chosen, settings, origin, show)
+    if notes := dict.fromkeys(row["note"] for row in rows if row["note"].startswith(NOT_TIMED)):
+        raise ValueError("; ".join(notes))
     typer.echo(ABOUT.format(weights="random" if is_random else f"those of {model}"))
 
 
