@@ -90,7 +90,7 @@ class Measurement:
         floor = self._floors(request)
 
         def prefill(request: Any) -> Any:
-            return programs.prefill(request, prompt, features, case.new_tokens)
+            return programs.prefill(request, prompt, features)
 
         (_, arena), cost = self._first(lambda: prefill(request))
         requests = iter([self._request(host) for _ in range(_REPEATS)])
@@ -98,7 +98,7 @@ class Measurement:
         self._keep("prompt", values, cost, floor["prefill"], note)
         if self.provider == "one by one":
             _, arena = prefill(self._request(host))  # the last prompt's caches
-        arena.start(prompt.next_positions)
+        arena.start(prompt.next_positions, case.new_tokens)
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=self.bench.device)
         _, cost = self._first(lambda: arena.step(tokens))
         values = self._repeat(lambda: arena.step(tokens), min(_REPEATS, case.new_tokens - 1))

@@ -102,7 +102,7 @@ def test_a_case_that_is_not_right_is_a_row(monkeypatch):
 
     def fail_once(providers, inputs, new_tokens):
         monkeypatch.setattr(gate, "check", check)
-        raise gate.Disagreement("they differ.")
+        raise gate.DisagreementError("they differ.")
 
     monkeypatch.setattr(gate, "check", fail_once)
     rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_parity import run
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine import buckets, programs
-from toys import PROMPTS, make_inputs, tiny_model
+from sparsevlm.engine import arena, buckets, programs
+from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
@@ -46,3 +47,22 @@ def test_the_last_request_leaves_no_trace(selector, monkeypatch):
             for inputs, answer in zip(prompts, wanted, strict=True):
                 assert torch.equal(model.generate(**inputs, **GREEDY), answer)
     assert len(state._engine._programs if selector == "span" else state._engine._arenas) == 1
+
+
+@pytest.mark.parametrize("selector", ["span", "random"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_room_is_made_as_tokens_come(device, selector, monkeypatch):
+    monkeypatch.setattr(arena, "_FIRST_ROOM", 16)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    model = tiny_model().to(device, dtype)
+    inputs = {name: value.to(device) for name, value in make_inputs(*PROMPTS["batch, left padding"]).items()}
+    state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], selector=selector, engine=False)
+    said, wanted = run(model, inputs, 40)
+    with state.options(engine=True):
+        for n_new in (40, 5, 40):
+            _, found = run(model, inputs, n_new, said)
+            assert state.report.path == "engine"
+            for one, other in zip(found, wanted, strict=False):
+                assert relative_error(one, other) < (1e-5 if device == "cpu" else 2e-2)
+            assert len(found) == n_new
+    assert state._engine._decoding.arena._room == 64

@@ -12,12 +12,13 @@ from .providers import Inputs, Provider
 _TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 # Tokens that both paths keep, of which chance keeps one in six. States that differ by rounding order tokens of like
 # gain in another way, and with random weights most are of like gain: in bfloat16, on the shape of 7B, 94 % of the kept
-# were the same with 1024 visual tokens, 87 % with 4096 and 65 % with 16384. On equal states the choices are equal (tests/engine).
+# were the same with 1024 visual tokens, 87 % with 4096 and 65 % with 16384. On equal states the choices are equal
+# (tests/engine).
 _LEAST_SHARED = 0.5
 _MOST_STEPS = 3
 
 
-class Disagreement(RuntimeError):
+class DisagreementError(RuntimeError):
     """The engine's answers are not the model's."""
 
 
@@ -58,7 +59,7 @@ def check(providers: list[Provider], inputs: Inputs, new_tokens: int) -> None:
 
     Raises
     ------
-    Disagreement
+    DisagreementError
         If they differ by more than rounding.
     """
     plain = next(provider for provider in providers if provider.name == "hf-dense")
@@ -70,7 +71,7 @@ def check(providers: list[Provider], inputs: Inputs, new_tokens: int) -> None:
         finite = wanted.isfinite()  # tokens that options of generate forbid are not
         error = float((found - wanted)[finite].norm() / wanted[finite].norm())
         if not error <= _TOLERANCE[plain.model.dtype]:
-            raise Disagreement(
+            raise DisagreementError(
                 f"the engine's logits of token {step + 1} differ from the model's by {error:.2g} (relative)."
             )
     pruned = [provider for provider in providers if provider.name == "ours"]
@@ -92,9 +93,11 @@ def _check_kept(provider: Provider, inputs: Inputs) -> None:
     provider.generate(inputs, 1, engine=False)
     for mine, plain in zip(found, provider.state.report.samples, strict=True):
         if mine.layer_tokens != plain.layer_tokens:
-            raise Disagreement(f"the engine keeps {mine.layer_tokens} tokens, the plain path {plain.layer_tokens}.")
+            raise DisagreementError(
+                f"the engine keeps {mine.layer_tokens} tokens, the plain path {plain.layer_tokens}."
+            )
         kept, wanted = set(mine.stages[0].kept), set(plain.stages[0].kept)
         if len(kept & wanted) < _LEAST_SHARED * len(wanted):
-            raise Disagreement(
+            raise DisagreementError(
                 f"of {len(wanted)} tokens that the plain path keeps, the engine keeps {len(kept & wanted)}."
             )

@@ -116,8 +116,8 @@ def measure(
     inputs = fresh_inputs(providers[0].model, case, generator)
     try:
         gate.check(list(found), inputs, case.new_tokens)
-    except (torch.OutOfMemoryError, gate.Disagreement) as error:  # such answers are not timed
-        differ = isinstance(error, gate.Disagreement)
+    except (torch.OutOfMemoryError, gate.DisagreementError) as error:  # such answers are not timed
+        differ = isinstance(error, gate.DisagreementError)
         for one in found.values():
             one.note = f"{NOT_TIMED}: {error}" if differ else "out of memory while answers were compared"
         return found

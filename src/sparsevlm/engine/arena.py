@@ -17,6 +17,8 @@ from .weights import Weights
 
 # Graphs that are kept; each holds the caches of its bucket.
 _MOST_ARENAS = 4
+# New tokens that there is room for at first, at most.
+_FIRST_ROOM = 512
 
 
 @dataclass(frozen=True)
@@ -28,27 +30,25 @@ class Bucket:
     batch : int
     rows, longest : tuple of int
         By layer: rows of all prompts together, and of the longest.
-    room : int
-        New tokens.
     """
 
     batch: int
     rows: tuple[int, ...]
     longest: tuple[int, ...]
-    room: int
 
     @classmethod
-    def of(cls, prompt: Sequence[LayerCache], batch: int, room: int) -> Bucket:
+    def of(cls, prompt: Sequence[LayerCache], batch: int) -> Bucket:
         """The smallest bucket that holds a request."""
         rows = tuple(round_up(layer.keys.shape[0]) for layer in prompt)
         longest = tuple(round_up(layer.longest) for layer in prompt)
-        return cls(batch, rows, longest, round_up(room))
+        return cls(batch, rows, longest)
 
 
 class Arena:
     """The graph of a decode step over caches that stay in place.
 
-    On a CPU there is no graph: the step runs as it is.
+    There is room for as many new tokens as were asked for, up to a number that many answers do not reach; where one
+    does, the room is doubled and the step recorded anew. On a CPU there is no graph: the step runs as it is.
 
     Parameters
     ----------
@@ -57,23 +57,36 @@ class Arena:
     recorder : Recorder
     prompt : sequence of LayerCache
         Caches of the prompt.
-    batch, room : int
-        Samples, and new tokens.
+    batch : int
+        Samples.
     """
 
     def __init__(
-        self, view: ModelView, weights: Weights, recorder: Recorder, prompt: Sequence[LayerCache], batch: int, room: int
+        self, view: ModelView, weights: Weights, recorder: Recorder, prompt: Sequence[LayerCache], batch: int
     ) -> None:
-        self.state: DecodeState = begin_decode(prompt, batch, room)
+        self._view, self._weights, self._recorder, self._batch = view, weights, recorder, batch
         self.prompt = prompt
-        self.n_new = 0
+        self.n_new = self._room = 0
         device = prompt[0].keys.device
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._first = torch.zeros((3, batch), dtype=torch.int64, device=device)
-        state, tokens, first = self.state, self._tokens, self._first
+        self._state: DecodeState | None = None
         self._step: Callable[[], Tensor] | None = None
-        self._record = lambda: recorder.record(
-            lambda: decode_step(view, weights, state, tokens, first), rewind=state.n_new.zero_
+
+    def _widen(self, room: int) -> None:
+        """Make room for new tokens, and keep those that there are."""
+        before, n_new = self._state, self.n_new
+        self._step, self._room = None, round_up(room)
+        state = self._state = begin_decode(self.prompt, self._batch, self._room)
+        state.n_new.fill_(n_new)
+        for old, new in zip(before.caches if before else (), state.caches, strict=False):
+            new.new_keys[:, :n_new].copy_(old.new_keys[:, :n_new])
+            new.new_values[:, :n_new].copy_(old.new_values[:, :n_new])
+
+    def _record(self, state: DecodeState) -> Callable[[], Tensor]:
+        view, weights, tokens, first, n_new = self._view, self._weights, self._tokens, self._first, self.n_new
+        return self._recorder.record(
+            lambda: decode_step(view, weights, state, tokens, first), rewind=lambda: state.n_new.fill_(n_new)
         )
 
     def load(self, prompt: Sequence[LayerCache]) -> None:
@@ -86,16 +99,30 @@ class Arena:
             sources += [layer.keys, layer.values, layer.offsets]
         torch._foreach_copy_(targets, sources)
 
-    def start(self, next_positions: Tensor) -> None:
-        """Begin with the first new token, at these positions of shape (3, batch) on the host."""
+    def start(self, next_positions: Tensor, room: int) -> None:
+        """Begin with the first new token.
+
+        Parameters
+        ----------
+        next_positions : Tensor of shape (3, batch), int64
+            Its positions, on the host.
+        room : int
+            Most new tokens that will be run.
+        """
         self._first.copy_(next_positions.pin_memory() if self._first.is_cuda else next_positions, non_blocking=True)
-        self.state.n_new.zero_()
         self.n_new = 0
+        if self._state is None or self._room < min(room, _FIRST_ROOM):
+            self._widen(min(room, _FIRST_ROOM))
+        else:
+            self._state.n_new.zero_()
 
     def step(self, tokens: Tensor) -> Tensor:
         """One decode step, as :func:`~sparsevlm.engine.decode.decode_step`; the next overwrites what it gives."""
+        if self.n_new == self._room:
+            self._widen(2 * self._room)
+        assert self._state is not None  # since the start
         if self._step is None:
-            self._step = self._record()  # before the first token: recording begins anew
+            self._step = self._record(self._state)
         self._tokens.copy_(tokens)
         self.n_new += 1
         return self._step()
@@ -115,9 +142,9 @@ class Arenas(Recent[Bucket, Arena]):
         super().__init__(_MOST_ARENAS)
         self._view, self._weights, self._recorder = view, weights, recorder
 
-    def take(self, prompt: Sequence[LayerCache], batch: int, room: int) -> Arena:
+    def take(self, prompt: Sequence[LayerCache], batch: int) -> Arena:
         """An arena that holds a request."""
-        bucket = Bucket.of(prompt, batch, room)
+        bucket = Bucket.of(prompt, batch)
         arena = self.get(bucket, lambda: self._make(bucket, prompt))
         arena.load(prompt)
         return arena
@@ -132,4 +159,4 @@ class Arenas(Recent[Bucket, Arena]):
             )
             for layer, rows, longest in zip(like, bucket.rows, bucket.longest, strict=True)
         ]
-        return Arena(self._view, self._weights, self._recorder, empty, bucket.batch, bucket.room)
+        return Arena(self._view, self._weights, self._recorder, empty, bucket.batch)

@@ -12,17 +12,13 @@ from ..runtime.view import ModelView
 from ..selection.selectors.span import SpanSelector
 from . import static_prefill
 from .arena import Arena
-from .buckets import round_up
 from .graphs import Recent, Recorder
-from .prefill import LayerCache
 from .prompt import Prompt
 from .static_prefill import Inputs, Outputs, Plan
 from .weights import Weights
 
 # Graphs that are kept; each holds the caches of its bucket.
 _MOST_PROGRAMS = 8
-# Of a prompt program, by the number of new tokens there is room for.
-_MOST_ARENAS = 2
 
 
 class Program:
@@ -40,9 +36,8 @@ class Program:
             lambda: static_prefill.run(view, weights, bucket, selector, inputs)
         )
         self._bucket = bucket
-        self._make_arena = lambda caches, room: Arena(view, weights, recorder, caches, bucket.batch, room)
-        self._arenas: Recent[int, Arena] = Recent(_MOST_ARENAS)
-        self._left: list[LayerCache] = []
+        self._make_arena = lambda caches: Arena(view, weights, recorder, caches, bucket.batch)
+        self._arena: Arena | None = None
 
     def __call__(self, integers: Tensor, features: Tensor) -> Outputs:
         if self._integers.is_cuda:
@@ -51,13 +46,11 @@ class Program:
         self._features[: features.shape[0]].copy_(features)
         return self._run()
 
-    def arena(self, found: Outputs, room: int) -> Arena:
+    def arena(self, found: Outputs) -> Arena:
         """Decode steps on the caches of the last call."""
-        room = round_up(room)
-        if self._left is not found.caches:  # without a graph every call leaves caches of its own
-            self._arenas.clear()
-            self._left = found.caches
-        return self._arenas.get(room, lambda: self._make_arena(found.caches, room))
+        if self._arena is None or self._arena.prompt is not found.caches:  # without a graph every call has its own
+            self._arena = self._make_arena(found.caches)
+        return self._arena
 
 
 class Programs(Recent[Plan, Program]):
@@ -82,7 +75,7 @@ class Programs(Recent[Plan, Program]):
         longest = max(sample.alive.shape[0] for sample in request.samples)
         return type(request.selector) is SpanSelector and prompt.n_features <= longest * len(request.samples)
 
-    def prefill(self, request: Request, prompt: Prompt, features: Tensor, room: int) -> tuple[Tensor, Arena]:
+    def prefill(self, request: Request, prompt: Prompt, features: Tensor) -> tuple[Tensor, Arena]:
         """Run a prompt.
 
         Parameters
@@ -91,8 +84,6 @@ class Programs(Recent[Plan, Program]):
             Its samples are on the host; they and its records are brought up to date.
         prompt : Prompt
         features : Tensor of shape (n_features, hidden_size)
-        room : int
-            Most new tokens that will be run.
 
         Returns
         -------
@@ -109,4 +100,4 @@ class Programs(Recent[Plan, Program]):
         found = program(integers, features)
         kept = [rows.clone() for rows in found.kept]
         static_prefill.record(request, bucket, counts, kept, self._view.n_layers)
-        return found.logits, program.arena(found, room)
+        return found.logits, program.arena(found)

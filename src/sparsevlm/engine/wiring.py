@@ -67,7 +67,6 @@ class Engine:
         self._view = view
         self._before: dict[tuple[nn.Module, str], Any] = {}
         self._plain: dict[str, Callable[..., Any]] = {}
-        self._room = 0
         self.reason = _UNCALLED
         self._refused: str | None = _UNCALLED
         self._call = Call()
@@ -300,10 +299,10 @@ class Engine:
         request.path, request.path_reason = "engine", "packed samples"
         room = max(1, generation_config.max_length - ids.shape[1])
         begin = Mark.now(features.device)
-        logits, arena = self._run(request, prompt, features, room)
+        logits, arena = self._run(request, prompt, features)
         end = Mark.now(features.device)
         request.clock.add("prefill", begin, end)
-        arena.start(prompt.next_positions)
+        arena.start(prompt.next_positions, room)
         cache: Cache = model_kwargs["past_key_values"]
         cache.layers[:] = [EngineLayer(layer, arena, len(ids), ids.shape[1]) for layer in arena.prompt]
         request.rows = torch.stack([sample.last for sample in request.samples])
@@ -313,9 +312,9 @@ class Engine:
         self._decoding = Decoding(cache, arena, request, end)
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
-    def _run(self, request: Request, prompt: Prompt, features: Tensor, room: int) -> tuple[Tensor, Arena]:
+    def _run(self, request: Request, prompt: Prompt, features: Tensor) -> tuple[Tensor, Arena]:
         if self._programs.takes(request, prompt):
-            return self._programs.prefill(request, prompt, features, room)
+            return self._programs.prefill(request, prompt, features)
         embeds = prompt.embeddings(self._view, features)
         request.to(embeds.device)
         if {"features", "text_features"} & request.traits.needs:
@@ -323,7 +322,7 @@ class Engine:
         packed = pack(self._view, request, embeds, prompt.positions.to(embeds.device))
         hidden, caches = prefill(self._view, self._weights, request, packed)
         request.features = None
-        return self._view.model.lm_head(hidden), self._arenas.take(caches, request.batch, room)
+        return self._view.model.lm_head(hidden), self._arenas.take(caches, request.batch)
 
     def _features(self, call: Call, kinds: set[str], model_kwargs: Mapping[str, Any]) -> Tensor:
         """Rows of the vision tower: images before videos."""
