@@ -27,7 +27,7 @@ def test_requests_of_like_size_share_a_program():
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], engine=True)
     for seed in range(3):
         model.generate(**make_inputs(*PROMPTS["one image"], seed=seed), **GREEDY)
-    pool = state._engine._programs
+    pool = state._engine._shop.programs
     assert len(pool) == 1
     model.generate(**make_inputs([("text", 90), ("image", 4, 6), ("text", 7)]), **GREEDY)
     assert len(pool) == 2
@@ -46,7 +46,7 @@ def test_the_last_request_leaves_no_trace(selector, monkeypatch):
         for _ in range(2):
             for inputs, answer in zip(prompts, wanted, strict=True):
                 assert torch.equal(model.generate(**inputs, **GREEDY), answer)
-    assert len(state._engine._programs if selector == "span" else state._engine._arenas) == 1
+    assert len(state._engine._shop.programs if selector == "span" else state._engine._shop.arenas) == 1
 
 
 @pytest.mark.parametrize("selector", ["span", "random"])

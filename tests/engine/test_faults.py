@@ -108,14 +108,14 @@ def test_many_shapes_do_not_pile_up():
     for n in range(1, 13):
         model.generate(**make_inputs([("text", 3), ("image", 4, 2 * n), ("text", 5 * n)]), **GREEDY)
     engine = state._engine
-    assert max(len(engine._programs), len(engine._vision)) <= programs._MOST_PROGRAMS < 12
+    assert max(len(engine._shop.programs), len(engine._shop.vision)) <= programs._MOST_PROGRAMS < 12
 
 
 def test_warm_up_says_what_it_did():
     model = tiny_model()
     small, large = (make_inputs([("text", 3), ("image", 4, side), ("text", 9)]) for side in (4, 8))
     state = apply_sparsevlm(model, **OPTIONS, engine=True, warmup=[small, large])
-    assert len(state._engine._programs) == 2
+    assert len(state._engine._shop.programs) == 2
     found = state.warm_up(small, large, max_new_tokens=3)
     assert (found.n_run, found.n_left, found.n_bytes) == (2, 0, 0)
     assert found.seconds > 0
@@ -143,3 +143,30 @@ def test_on_a_gpu_the_engine_is_the_default():
     model.float()
     model.generate(**inputs, **GREEDY)
     assert "float32 on a GPU" in state.report.path_reason
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("selector", ["span", "random"])
+def test_modes_of_torch_may_change_from_call_to_call(first, selector):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, left padding"])
+    state = apply_sparsevlm(model, **OPTIONS, selector=selector)
+    wanted = model.generate(**inputs, **GREEDY)
+    other = torch.no_grad if first is torch.inference_mode else torch.inference_mode
+    with state.options(engine=True):
+        for mode in (first, other, first):
+            with mode():
+                assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+            assert state.report.path == "engine"
+    assert not any(weight.is_inference() for weight in model.parameters())
+    with state.options(engine=False):
+        assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+
+
+def test_autocast_runs_on_the_plain_path():
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.generate(**inputs, **GREEDY)
+        assert (state.report.path, "autocast" in state.report.path_reason) == ("plain", True)
+        with state.options(engine=False):
+            assert torch.equal(model.generate(**inputs, **GREEDY), found)

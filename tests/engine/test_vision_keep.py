@@ -82,10 +82,10 @@ def test_what_is_left_is_computed_in_its_windows(prompt, family):
     state = apply_sparsevlm(model, **OPTIONS, keep=1.0, vision_keep=0.5)
     engine = state._engine
     with torch.no_grad():
-        engine._keep_up()
+        engine._shop.glance()
         grids = inputs[f"{kind}_grid_thw"]
         for factor in (2, 1):
-            seen = engine._vision(pixels * factor, tuple(tuple(grid) for grid in grids.tolist()), 0.5)
+            seen = engine._shop.vision(pixels * factor, tuple(tuple(grid) for grid in grids.tolist()), 0.5)
         wanted = by_the_modules(model, state.view, pixels, grids, seen.kept)
     assert 0 < len(seen.kept) < len(pixels) // state.view.spatial_merge_size**2
     torch.testing.assert_close(seen.tokens, wanted, rtol=1e-4, atol=1e-5)
@@ -101,7 +101,7 @@ def test_the_decoder_never_sees_the_rest(prompt):
     assert report.path == "engine"
     kind = "image" if "pixel_values" in inputs else "video"
     ids = inputs["input_ids"]
-    features = state._engine._vision(
+    features = state._engine._shop.vision(
         inputs["pixel_values" if kind == "image" else "pixel_values_videos"],
         tuple(tuple(grid) for grid in inputs[f"{kind}_grid_thw"].tolist()),
         0.5,

@@ -195,7 +195,7 @@ def test_the_vision_tower_says_the_same(prompt, family):
             found = tower(pixels * factor, grid_thw=grids)
     for name in ("last_hidden_state", "pooler_output"):
         torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-5)
-    assert len(state._engine._vision) == 1
+    assert len(state._engine._shop.vision) == 1
     with torch.no_grad(), state.options(engine=False):
         assert torch.equal(tower(pixels, grid_thw=grids).pooler_output, wanted.pooler_output)
 

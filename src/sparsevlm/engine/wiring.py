@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,20 +18,15 @@ from ..runtime.request import Request
 from ..runtime.state import EngineHost
 from ..runtime.view import ModelView
 from ..selection.context import VISION_NEEDS
-from .arena import Arena, Arenas
+from .arena import Arena
 from .cache import EngineLayer
 from .call import Call, to_device
-from .graphs import Recorder
 from .prefill import pack, prefill
-from .programs import Programs
 from .prompt import Prompt, leave_out
-from .refusals import refuses_decoder, refuses_generation, refuses_request, refuses_tower
+from .refusals import refuses_generation, refuses_request
 from .settings import plain_generation_config
-from .vision import VisionPrograms
-from .watch import Watch
-from .weights import Weights
-
-logger = logging.getLogger(__name__)
+from .vision import Grids, Seen
+from .workshop import Workshop
 
 # Of newer transformers: encodes pictures before anything else is done.
 _ENCODE = "_prepare_multimodal_encoder_kwargs_for_generation"
@@ -71,10 +65,7 @@ class Engine:
         self._refused: str | None = _UNCALLED
         self._call = Call()
         self._decoding: Decoding | None = None
-        self._made = False
-        self._glance = self._tower_watch = self._decoder_watch = Watch(())
-        self._unfit: str | None = None
-        self._tower_unfit: str | None = None
+        self._shop = Workshop(view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
         """The engine of a copied model: graphs cannot be copied, it records its own."""
@@ -118,48 +109,7 @@ class Engine:
                 setattr(module, name, before)
         self._before.clear()
         self._call, self._decoding = Call(), None
-        self._unmake()
-
-    def _make(self) -> None:
-        """Programs and weights for the model as it is."""
-        view, device = self._view, self._view.text_model.embed_tokens.weight.device
-        self._unfit, self._tower_unfit = refuses_decoder(view), refuses_tower(view)
-        self._weights, self._recorder = Weights(view), Recorder(device)
-        if self._unfit is None:
-            self._weights.join_decoder()
-        if self._tower_unfit is None:
-            self._weights.join_tower()
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        shared = (view, self._weights, self._recorder)
-        self._arenas, self._programs, self._vision = Arenas(*shared), Programs(*shared), VisionPrograms(*shared)
-        self._decoder_watch = Watch([view.model, view.base_model, view.model.lm_head, *view.text_model.modules()])
-        self._tower_watch = Watch(view.vision_tower.modules())
-        # What changes with every conversion, in far less time.
-        ends: Any = view.vision_tower
-        self._glance = Watch([ends.patch_embed.proj, *ends.blocks[0].modules(), *ends.blocks[-1].modules()])
-        self._made = True
-
-    def _unmake(self) -> None:
-        if self._made:
-            for kept in (self._arenas, self._programs, self._vision):
-                kept.clear()
-            self._weights.separate()
-        self._made = False
-
-    def _forget(self) -> None:
-        """Give back the memory of all programs where it is wanting; the model's own modules take less."""
-        logger.warning("out of memory: the engine forgets its programs, the model's own modules run.")
-        self._call.ahead = None
-        self._unmake()
-        torch.cuda.empty_cache()
-
-    def _keep_up(self, *watches: Watch) -> None:
-        """Make what there is not, and make it anew if the model is not what it was."""
-        if self._made and any(watch.changed() for watch in watches):
-            logger.info("the model's weights or modules were replaced: the engine makes its programs anew.")
-            self._unmake()
-        if not self._made:
-            self._make()
+        self._shop.clear()
 
     def _on_call(
         self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, *args: Any
@@ -168,16 +118,20 @@ class Engine:
         self._host.claim()
         self._refused, self._decoding, self._call = _UNCALLED, None, Call()
         alone = custom_generate is None and assistant_model is None
-        if alone and self._host.wants_engine() and not torch.is_grad_enabled():
-            self._keep_up(self._glance)
-            self._call = Call.of(kwargs)
-            if self._may_see():
-                try:
-                    self._call.look_ahead(self._view, self._vision, self._host.vision_keep(), self._stream)
-                except torch.OutOfMemoryError:
-                    self._forget()
+        if alone and self._host.wants_engine() and self._refuses_mode() is None:
+            with self._shop.open():
+                self._begin_call(kwargs)
         plain = self._plain["_extract_generation_mode_kwargs"]
         return plain(custom_generate, kwargs, synced_gpus, assistant_model, *args)
+
+    def _begin_call(self, kwargs: dict[str, Any]) -> None:
+        self._shop.glance()
+        self._call = Call.of(kwargs)
+        if self._may_see():
+            try:
+                self._call.look_ahead(self._view, self._shop.vision, self._host.vision_keep(), self._shop.stream)
+            except torch.OutOfMemoryError:
+                self._shop.forget()
 
     def _on_config(self, generation_config: Any = None, **kwargs: Any) -> Any:
         plain = self._plain["_prepare_generation_config"]
@@ -196,7 +150,8 @@ class Engine:
 
     def _may_see(self) -> bool:
         """Whether the tower's program is what is asked for, if nothing is hooked to the tower."""
-        return self._tower_unfit is None and not (self._host.needs() & VISION_NEEDS or self._view.vision_tower.training)
+        reads = self._host.needs() & VISION_NEEDS
+        return self._shop.tower_unfit is None and not reads and not self._view.vision_tower.training
 
     def _on_positions(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Positions, computed on the host where all that they depend on is."""
@@ -231,22 +186,22 @@ class Engine:
         self._refused = refuses_generation(model_kwargs, generation_config) or self._refuses_model()
         return self._refused is None
 
-    def _refuses_model(self) -> str | None:
-        if torch.is_grad_enabled():
+    def _refuses_mode(self) -> str | None:
+        """Why nothing runs on the engine under the modes of torch that are in force."""
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             return "gradients"
+        device = self._view.text_model.embed_tokens.weight.device.type
+        return "autocast" if torch.is_autocast_enabled(device) else None
+
+    def _refuses_model(self) -> str | None:
+        if (mode := self._refuses_mode()) is not None:
+            return mode
         if self._view.text_model.training:
             return "training mode"
-        self._look_again()
-        return self._unfit or self._decoder_watch.hooked()
-
-    def _look_again(self) -> None:
-        """At all of the model, while the pictures are encoded; what was encoded by other weights does not count."""
-        tower = self._made and self._tower_watch.changed()
-        if tower or self._tower_watch.hooked():
-            self._call.ahead = None
-        if tower:
-            self._unmake()
-        self._keep_up(self._decoder_watch)
+        with self._shop.open():
+            if not self._shop.look():
+                self._call.ahead = None
+        return self._shop.decoder_unfit or self._shop.decoder_hooked()
 
     def _on_prefill(
         self, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -256,10 +211,11 @@ class Engine:
         self.reason = refused or _UNCALLED
         if refused is None:
             try:
-                found = self._prefill(call, input_ids, generation_config, model_kwargs)
+                with self._shop.open():
+                    found = self._prefill(call, input_ids, generation_config, model_kwargs)
             except torch.OutOfMemoryError:
                 found, self.reason, call.ahead = None, "out of memory", None
-                self._forget()
+                self._shop.forget()
             if found is not None:
                 return found
         self._call = call  # its pictures are encoded
@@ -313,16 +269,16 @@ class Engine:
         return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=cache)
 
     def _run(self, request: Request, prompt: Prompt, features: Tensor) -> tuple[Tensor, Arena]:
-        if self._programs.takes(request, prompt):
-            return self._programs.prefill(request, prompt, features)
+        if self._shop.programs.takes(request, prompt):
+            return self._shop.programs.prefill(request, prompt, features)
         embeds = prompt.embeddings(self._view, features)
         request.to(embeds.device)
         if {"features", "text_features"} & request.traits.needs:
             request.features = embeds
         packed = pack(self._view, request, embeds, prompt.positions.to(embeds.device))
-        hidden, caches = prefill(self._view, self._weights, request, packed)
+        hidden, caches = prefill(self._view, self._shop.weights, request, packed)
         request.features = None
-        return self._view.model.lm_head(hidden), self._arenas.take(caches, request.batch)
+        return self._view.model.lm_head(hidden), self._shop.arenas.take(caches, request.batch)
 
     def _features(self, call: Call, kinds: set[str], model_kwargs: Mapping[str, Any]) -> Tensor:
         """Rows of the vision tower: images before videos."""
@@ -362,7 +318,8 @@ class Engine:
         decoding = self._decoding
         if tokens is None or decoding is None:
             return self._view.model(**kwargs)
-        logits = decoding.arena.step(tokens)
+        with self._shop.open():
+            logits = decoding.arena.step(tokens)
         decoding.request.decode_steps += 1
         end = Mark.now(logits.device)
         decoding.request.clock.add("decode", decoding.begin, end)
@@ -372,20 +329,26 @@ class Engine:
     def _see(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         """The tower's forward pass."""
         asks = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
-        if not self._host.wants_engine() or asks or torch.is_grad_enabled():
-            return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
+        if self._host.wants_engine() and not asks and self._refuses_mode() is None:
+            with self._shop.open():
+                seen = self._seen(hidden_states, tuple((t, h, w) for t, h, w in grid_thw.tolist()))
+            if seen is not None:
+                return BaseModelOutputWithPooling(
+                    last_hidden_state=seen.hidden.clone(), pooler_output=seen.tokens.clone()
+                )
+        return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
+
+    def _seen(self, hidden_states: Tensor, grids: Grids) -> Seen | None:
+        """Pictures by the tower's program, if it can run."""
         ahead, self._call.ahead = self._call.ahead, None
-        grids = tuple((t, h, w) for t, h, w in grid_thw.tolist())
-        if ahead is not None and ahead.grids == grids and ahead.seen.kept is None and not self._tower_watch.hooked():
-            ahead.wait()
-            seen = ahead.seen
-        else:
-            self._keep_up(self._tower_watch)
-            if not self._may_see() or self._tower_watch.hooked():
-                return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
-            try:
-                seen = self._vision(hidden_states, grids)
-            except torch.OutOfMemoryError:
-                self._forget()
-                return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
-        return BaseModelOutputWithPooling(last_hidden_state=seen.hidden.clone(), pooler_output=seen.tokens.clone())
+        try:
+            same = self._shop.look()
+            if not self._may_see() or self._shop.tower_hooked():
+                return None
+            if same and ahead is not None and ahead.grids == grids and ahead.seen.kept is None:
+                ahead.wait()
+                return ahead.seen
+            return self._shop.vision(hidden_states, grids)
+        except torch.OutOfMemoryError:
+            self._shop.forget()
+            return None

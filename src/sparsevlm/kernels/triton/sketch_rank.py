@@ -93,7 +93,8 @@ def sketch_rank(matrices: Tensor, tolerance: float) -> Tensor:
     diagonal, beside = torch.empty((2, batch, size), dtype=torch.float32, device=gram.device)
     ranks = torch.empty(batch, dtype=torch.int64, device=gram.device)
     warps = 4 if size <= 64 else 8
-    _tridiagonal[(batch,)](gram, energy, diagonal, beside, n, size, num_warps=warps)
     wanted = (1.0 - tolerance) * (1.0 - _ROUNDING)
-    _rank[(batch,)](energy, diagonal, beside, ranks, wanted, n, size, _POINTS, _ROUNDS, num_warps=warps)
+    with torch.cuda.device_of(gram):  # the plain path asks from whatever device is current
+        _tridiagonal[(batch,)](gram, energy, diagonal, beside, n, size, num_warps=warps)
+        _rank[(batch,)](energy, diagonal, beside, ranks, wanted, n, size, _POINTS, _ROUNDS, num_warps=warps)
     return ranks
