@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as module_hooks
 from transformers.cache_utils import DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.choice import takes_triton
 from ..runtime.request import Request
 from ..runtime.view import ModelView
 from .selecting import NOT_PROVIDED
 
+# Methods that the engine calls none of, or goes past.
+_METHODS = frozenset(
+    {
+        "compute_3d_position_ids", "forward", "get_image_features", "get_input_embeddings", "get_placeholder_mask",
+        "get_rope_index", "get_video_features",
+    }
+)  # fmt: skip
+# By the names under which transformers and this library's plain path know them.
+_ATTENTIONS = ("eager", "sdpa", "flash_attention", "sparsevlm_")
+_STOCK = ("transformers.", "torch.nn.", f"{__name__.partition('.')[0]}.")
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -22,6 +34,7 @@ def refuses_generation(model_kwargs: Mapping[str, Any], generation_config: Any) 
     cache = model_kwargs.get("past_key_values")
     reasons = {
         "an assistant model": bool(getattr(generation_config, "is_assistant", False)),
+        "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
         "no cache": not model_kwargs.get("use_cache", True) or cache is None,
         "output_attentions": bool(generation_config.output_attentions),
         "output_hidden_states": bool(generation_config.output_hidden_states),
@@ -30,6 +43,26 @@ def refuses_generation(model_kwargs: Mapping[str, Any], generation_config: Any) 
         f"a {type(cache).__name__}": cache is not None and type(cache) is not DynamicCache,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def refuses_patches(view: ModelView) -> str | None:
+    """Why a model is not for the engine: what somebody has put in the place of what it would not call."""
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return "hooks on all modules"
+    for module in (view.model, view.base_model, view.text_model):
+        if patched := _METHODS & vars(module).keys():
+            return f"{type(module).__name__}.{min(patched)} was replaced"
+    layer: Any = view.layers[0]
+    tower: Any = view.vision_tower
+    for module in (layer, layer.self_attn, layer.mlp, layer.input_layernorm, tower, tower.blocks[0]):
+        if not _is_stock(type(module).forward):
+            return f"{type(module).__name__}.forward was replaced"
+    for module in (view.text_model, tower):
+        name = module.config._attn_implementation or "eager"
+        function = ALL_ATTENTION_FUNCTIONS.get(name)
+        if not name.startswith(_ATTENTIONS) or (function is not None and not _is_stock(function)):
+            return f"attention {name!r}"
+    return None
 
 
 def refuses_decoder(view: ModelView) -> str | None:
@@ -43,13 +76,12 @@ def refuses_decoder(view: ModelView) -> str | None:
         return "Triton is not installed"
     layers: Any = view.layers
     for layer in layers:
-        attention, mlp, activation = layer.self_attn, layer.mlp, layer.mlp.act_fn
-        if not isinstance(activation, nn.SiLU) and type(activation).__name__ != "SiLUActivation":
-            return f"activation {type(activation).__name__}"
+        attention, mlp = layer.self_attn, layer.mlp
+        parts = (layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm)
         linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        for module in (*linear, mlp.gate_proj, mlp.up_proj, mlp.down_proj):
-            if type(module) is not nn.Linear:  # an adapter can be switched, a graph of it cannot
-                return f"a {type(module).__name__} in the place of a linear layer"
+        reason = _foreign(parts, (*linear, mlp.gate_proj, mlp.up_proj, mlp.down_proj)) or _no_silu(mlp)
+        if reason is not None:
+            return reason
     return None
 
 
@@ -61,10 +93,35 @@ def refuses_tower(view: ModelView) -> str | None:
         return f"weights in {str(weight.dtype).removeprefix('torch.')} on a GPU"
     if len({parameter.device for parameter in tower.parameters()}) > 1:
         return "blocks on several devices"
-    for module in (module for block in tower.blocks for module in block.modules()):
-        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+    for block in tower.blocks:
+        parts = (block, block.attn, block.mlp, block.norm1, block.norm2)
+        linear = [module for module in block.modules() if isinstance(module, nn.Linear)]
+        is_gated = hasattr(block.mlp, "gate_proj")
+        if (reason := _foreign(parts, linear) or (_no_silu(block.mlp) if is_gated else None)) is not None:
+            return reason
+    return None
+
+
+def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | None:
+    """A module that is not transformers' own, whose work the engine would not do."""
+    for module in parts:
+        if not type(module).__module__.startswith(_STOCK):
+            return f"a {type(module).__name__}"
+    for module in linear:
+        if type(module) is not nn.Linear:  # an adapter can be switched, a graph of it cannot
             return f"a {type(module).__name__} in the place of a linear layer"
     return None
+
+
+def _no_silu(mlp: Any) -> str | None:
+    activation = mlp.act_fn
+    if isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation":
+        return None
+    return f"activation {type(activation).__name__}"
+
+
+def _is_stock(function: Any) -> bool:
+    return str(getattr(function, "__module__", "")).startswith(_STOCK)
 
 
 def refuses_request(request: Request) -> str | None:

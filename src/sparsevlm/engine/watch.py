@@ -27,9 +27,10 @@ class Watch:
         self._seen = self._look()
 
     def _look(self) -> list[int]:
-        """Where weights lie, and which modules there are."""
+        """Where weights lie, which modules there are, and of which class."""
         weights = [weight.data_ptr() for own in self._weights for weight in own.values() if weight is not None]
-        return weights + [id(child) for own in self._children for child in own.values()]
+        children = [id(child) for own in self._children for child in own.values()]
+        return weights + children + [id(type(module)) for module in self._modules]
 
     def changed(self) -> bool:
         """Whether weights lie elsewhere (another device or dtype, other tensors) or modules were replaced.

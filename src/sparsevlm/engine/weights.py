@@ -5,6 +5,7 @@ No weight is held twice: the model's own parameters become views of what is join
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,13 @@ class Weights:
 
     def __init__(self, view: ModelView) -> None:
         self._view = view
+        owners = Counter(
+            id(weight)
+            for module in view.model.modules()
+            for weight in module._parameters.values()
+            if weight is not None
+        )
+        self._shared = {weight for weight, number in owners.items() if number > 1}
         self._joined: dict[nn.Module, Joined] = {}
         self._parts: list[nn.Module] = []
 
@@ -92,6 +100,8 @@ class Weights:
         everything = [*parts] if reader is None else [*parts, reader]
         if not all(_is_plain(part) for part in everything) or len({_kind(part) for part in everything}) > 1:
             return
+        if any(id(weight) in self._shared for part in everything for weight in part.parameters()):
+            return  # a weight of two modules cannot lie beside two others
         sizes, n_in = [part.weight.shape[0] for part in parts], parts[0].weight.shape[1]
         if reader is not None:
             sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
@@ -23,8 +25,9 @@ from .cache import EngineLayer
 from .call import Call, to_device
 from .prefill import pack, prefill
 from .prompt import Prompt, leave_out
-from .refusals import refuses_generation, refuses_request
+from .refusals import refuses_generation, refuses_patches, refuses_request
 from .settings import plain_generation_config
+from .stand_ins import StandIns
 from .vision import Grids, Seen
 from .workshop import Workshop
 
@@ -41,6 +44,15 @@ class Decoding:
     arena: Arena
     request: Request
     begin: Mark
+
+    @staticmethod
+    def goes_on(model: Any) -> bool:
+        """Whether a call of generate for this model is inside of another."""
+        frame, n_calls = sys._getframe(), 0
+        while frame is not None:
+            n_calls += frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model
+            frame = frame.f_back  # type: ignore[assignment]
+        return n_calls > 1
 
 
 class Engine:
@@ -59,12 +71,13 @@ class Engine:
 
     def _begin(self, view: ModelView) -> None:
         self._view = view
-        self._before: dict[tuple[nn.Module, str], Any] = {}
-        self._plain: dict[str, Callable[..., Any]] = {}
+        self._stand_ins = StandIns()
         self.reason = _UNCALLED
         self._refused: str | None = _UNCALLED
         self._call = Call()
         self._decoding: Decoding | None = None
+        self._nested = False
+        self._encoding = False
         self._shop = Workshop(view)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Engine:
@@ -73,15 +86,13 @@ class Engine:
         memo[id(self)] = twin
         twin._host = copy.deepcopy(self._host, memo)
         twin._begin(copy.deepcopy(self._view, memo))
-        twin._plain = copy.deepcopy(self._plain, memo)
-        twin._before = copy.deepcopy(self._before, memo)
+        twin._stand_ins = copy.deepcopy(self._stand_ins, memo)
         return twin
 
     def attach(self) -> None:
         """Take the place of what generate calls."""
-        # Bound methods: copies of the model get a copy of the engine.
         model = self._view.model
-        ours = {
+        ours: dict[str, Callable[..., Any]] = {
             "_extract_generation_mode_kwargs": self._on_call,
             "_prepare_generation_config": self._on_config,
             "_prepare_position_ids_for_generation": self._on_positions,
@@ -93,48 +104,45 @@ class Engine:
         if hasattr(model, _ENCODE):
             ours[_ENCODE] = self._on_encode
         for name, own in ours.items():
-            self._take(model, name, own)
-        self._take(self._view.vision_tower, "forward", self._see)
+            self._stand_ins.take(model, name, own)
+        self._stand_ins.take(self._view.vision_tower, "forward", self._see)
 
-    def _take(self, module: Any, name: str, own: Any) -> None:
-        self._before[module, name] = vars(module).get(name)  # accelerate, for one, sets a forward
-        self._plain[name] = getattr(module, name)
-        setattr(module, name, own)
+    def _plain(self, name: str) -> Callable[..., Any]:
+        return self._stand_ins.plain(name)
 
     def detach(self) -> None:
         """Give it back, and the memory."""
-        for (module, name), before in self._before.items():
-            vars(module).pop(name, None)
-            if before is not None:
-                setattr(module, name, before)
-        self._before.clear()
+        self._stand_ins.give_back()
         self._call, self._decoding = Call(), None
-        self._shop.clear()
+        with self._shop.open():
+            self._shop.clear()
 
     def _on_call(
         self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, *args: Any
     ) -> Any:
         """The first that ``generate`` asks: encode the pictures while it goes on."""
         self._host.claim()
-        self._refused, self._decoding, self._call = _UNCALLED, None, Call()
-        alone = custom_generate is None and assistant_model is None
-        if alone and self._host.wants_engine() and self._refuses_mode() is None:
-            with self._shop.open():
-                self._begin_call(kwargs)
-        plain = self._plain["_extract_generation_mode_kwargs"]
+        self._nested = self._decoding is not None and self._decoding.goes_on(self._view.model)
+        if not self._nested:
+            self._refused, self._decoding, self._call = _UNCALLED, None, Call()
+            alone = custom_generate is None and assistant_model is None
+            if alone and self._host.wants_engine() and self._refuses_mode() is None:
+                with self._shop.open():
+                    self._begin_call(kwargs)
+        plain = self._plain("_extract_generation_mode_kwargs")
         return plain(custom_generate, kwargs, synced_gpus, assistant_model, *args)
 
     def _begin_call(self, kwargs: dict[str, Any]) -> None:
         self._shop.glance()
         self._call = Call.of(kwargs)
-        if self._may_see():
+        if self._may_see() and kwargs.get("mm_encoder_outputs") is None:
             try:
                 self._call.look_ahead(self._view, self._shop.vision, self._host.vision_keep(), self._shop.stream)
             except torch.OutOfMemoryError:
                 self._shop.forget()
 
     def _on_config(self, generation_config: Any = None, **kwargs: Any) -> Any:
-        plain = self._plain["_prepare_generation_config"]
+        plain = self._plain("_prepare_generation_config")
         found = plain_generation_config(self._view.model.config, plain, generation_config, kwargs)
         settings = found[0]
         self._call.samples_once = settings.num_beams == 1 and settings.num_return_sequences == 1
@@ -145,17 +153,29 @@ class Engine:
         """Where the pictures are under way, nobody waits for them here."""
         if self._call.ahead is not None and self._call.samples_once:
             return model_kwargs
-        found: dict[str, Any] = self._plain[_ENCODE](model_kwargs)
+        with self._expecting():
+            found: dict[str, Any] = self._plain(_ENCODE)(model_kwargs)
         return found
+
+    @contextlib.contextmanager
+    def _expecting(self) -> Iterator[None]:
+        """Where transformers encodes the pictures of this call, and no others."""
+        self._encoding = True
+        try:
+            yield
+        finally:
+            self._encoding = False
+            self._call.ahead = None
 
     def _may_see(self) -> bool:
         """Whether the tower's program is what is asked for, if nothing is hooked to the tower."""
-        reads = self._host.needs() & VISION_NEEDS
-        return self._shop.tower_unfit is None and not reads and not self._view.vision_tower.training
+        if self._host.needs() & VISION_NEEDS or self._view.vision_tower.training:
+            return False
+        return self._shop.tower_unfit is None and self._stand_ins.disturbed("forward") is None
 
     def _on_positions(self, inputs_tensor: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
         """Positions, computed on the host where all that they depend on is."""
-        plain = self._plain["_prepare_position_ids_for_generation"]
+        plain = self._plain("_prepare_position_ids_for_generation")
         ids = self._call.on_host.get("input_ids")
         cache = model_kwargs.get("past_key_values")
         if ids is None or inputs_tensor is not self._call.given["input_ids"] or cache is not None:
@@ -179,6 +199,9 @@ class Engine:
         bool
             Whether the engine will run it, as far as that is known.
         """
+        if self._nested:
+            self._refused = "a call within another that goes on"
+            return False
         self._decoding = None
         if not self._host.wants_engine():
             self._refused = "engine=False, or no GPU"
@@ -191,13 +214,17 @@ class Engine:
         if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
             return "gradients"
         device = self._view.text_model.embed_tokens.weight.device.type
-        return "autocast" if torch.is_autocast_enabled(device) else None
+        if torch.is_autocast_enabled(device):
+            return "autocast"
+        return refuses_patches(self._view)
 
     def _refuses_model(self) -> str | None:
         if (mode := self._refuses_mode()) is not None:
             return mode
         if self._view.text_model.training:
             return "training mode"
+        if (replaced := self._stand_ins.disturbed()) is not None:
+            return replaced
         with self._shop.open():
             if not self._shop.look():
                 self._call.ahead = None
@@ -219,11 +246,12 @@ class Engine:
             if found is not None:
                 return found
         self._call = call  # its pictures are encoded
-        if _ENCODE in self._plain and not model_kwargs.get("mm_encoder_outputs"):
-            encoded = self._plain[_ENCODE](dict(model_kwargs))
-            model_kwargs.clear()
-            model_kwargs.update(encoded)
-        return self._plain["_prefill"](input_ids, generation_config, model_kwargs, *args, **kwargs)
+        with self._expecting():
+            if self._stand_ins.has(_ENCODE) and not model_kwargs.get("mm_encoder_outputs"):
+                encoded = self._plain(_ENCODE)(dict(model_kwargs))
+                model_kwargs.clear()
+                model_kwargs.update(encoded)
+            return self._plain("_prefill")(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _prefill(
         self, call: Call, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any]
@@ -242,7 +270,11 @@ class Engine:
         if (refused := refuses_request(request)) is not None:
             self.reason = refused
             return None
-        prompt = Prompt.of(self._view, ids, on_host["position_ids"][-3:], kinds)
+        positions = on_host["position_ids"]
+        if positions.ndim != 3:
+            self.reason = f"position_ids of {positions.ndim} dimensions"
+            return None
+        prompt = Prompt.of(self._view, ids, positions[-3:], kinds)
         if call.ahead is not None and call.ahead.n_tokens(self._view) != prompt.n_features:
             call.ahead = None
         if call.ahead is not None and (kept := call.ahead.kept()) is not None:
@@ -253,6 +285,8 @@ class Engine:
             self.reason = "placeholders and features that differ in number"  # the model's own error follows
             return None
         request.path, request.path_reason = "engine", "packed samples"
+        if prompt.kept is None and request.config.vision_keep < 1.0:
+            request.path_reason += "; the tower computed all: pictures of two kinds, or several answers to a prompt"
         room = max(1, generation_config.max_length - ids.shape[1])
         begin = Mark.now(features.device)
         logits, arena = self._run(request, prompt, features)
@@ -297,18 +331,18 @@ class Engine:
         return torch.cat(found)
 
     def _on_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
-        return self._step if self._refused is None else self._plain["get_compiled_call"](compile_config)
+        return self._step if self._refused is None else self._plain("get_compiled_call")(compile_config)
 
     def _on_inputs(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self._decoding is not None and kwargs.get("past_key_values") is self._decoding.cache:
             return {"tokens": input_ids[:, -1]}
-        found: dict[str, Any] = self._plain["prepare_inputs_for_generation"](input_ids, *args, **kwargs)
+        found: dict[str, Any] = self._plain("prepare_inputs_for_generation")(input_ids, *args, **kwargs)
         return found
 
     def _on_update(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         if self._decoding is not None and outputs.get("past_key_values") is self._decoding.cache:
             return model_kwargs
-        found: dict[str, Any] = self._plain["_update_model_kwargs_for_generation"](
+        found: dict[str, Any] = self._plain("_update_model_kwargs_for_generation")(
             outputs, model_kwargs, *args, **kwargs
         )
         return found
@@ -329,6 +363,7 @@ class Engine:
     def _see(self, hidden_states: Tensor, grid_thw: Tensor, **kwargs: Any) -> Any:
         """The tower's forward pass."""
         asks = any(kwargs.get(name) for name in ("output_attentions", "output_hidden_states"))
+        asks |= kwargs.get("return_dict") is False
         if self._host.wants_engine() and not asks and self._refuses_mode() is None:
             with self._shop.open():
                 seen = self._seen(hidden_states, tuple((t, h, w) for t, h, w in grid_thw.tolist()))
@@ -336,11 +371,13 @@ class Engine:
                 return BaseModelOutputWithPooling(
                     last_hidden_state=seen.hidden.clone(), pooler_output=seen.tokens.clone()
                 )
-        return self._plain["forward"](hidden_states, grid_thw=grid_thw, **kwargs)
+        return self._plain("forward")(hidden_states, grid_thw=grid_thw, **kwargs)
 
     def _seen(self, hidden_states: Tensor, grids: Grids) -> Seen | None:
         """Pictures by the tower's program, if it can run."""
-        ahead, self._call.ahead = self._call.ahead, None
+        ahead = None
+        if self._encoding:
+            ahead, self._call.ahead = self._call.ahead, None
         try:
             same = self._shop.look()
             if not self._may_see() or self._shop.tower_hooked():

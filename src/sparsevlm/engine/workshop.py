@@ -1,4 +1,4 @@
-"""What the engine has made for a model as it is: joined weights, programs, and the watch that tells when they are over."""
+"""What the engine has made for a model as it is: joined weights, programs, and what tells when they are over."""
 
 from __future__ import annotations
 
