@@ -104,7 +104,7 @@ def replace(model, what):
         layers[1].mlp.up_proj.weight = layers[1].mlp.gate_proj.weight
     elif what == "encoding":
         own = model.model.get_image_features
-        model.model.get_image_features = functools.wraps(own)(lambda *args, **kwargs: own(*args, **kwargs))
+        model.model.get_image_features = functools.partial(own)
     elif what == "inputs of a step":
         own = model.prepare_inputs_for_generation
         model.prepare_inputs_for_generation = types.MethodType(
