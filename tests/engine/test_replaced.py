@@ -206,6 +206,22 @@ def test_generate_inside_of_generate():
         assert state.report.path == "engine"
 
 
+def test_a_class_with_a_generate_of_its_own():
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+
+    class Own(type(model)):
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, **kwargs)
+
+    model.__class__ = Own
+    state = apply_sparsevlm(model, **OPTIONS)
+    wanted = model.generate(**inputs, **GREEDY)
+    with state.options(engine=True):
+        for _ in range(2):
+            assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+            assert state.report.path == "engine"
+
+
 def test_positions_of_two_dimensions():
     model, inputs = tiny_model(), make_inputs(*BATCH)
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)

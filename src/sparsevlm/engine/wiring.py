@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
@@ -31,6 +33,7 @@ from .stand_ins import StandIns
 from .vision import Grids, Seen
 from .workshop import Workshop
 
+_GENERATE = inspect.unwrap(GenerationMixin.generate).__code__
 # Of newer transformers: encodes pictures before anything else is done.
 _ENCODE = "_prepare_multimodal_encoder_kwargs_for_generation"
 _UNCALLED = "no greedy or sampling call of generate"
@@ -50,7 +53,7 @@ class Decoding:
         """Whether a call of generate for this model is inside of another."""
         frame, n_calls = sys._getframe(), 0
         while frame is not None:
-            n_calls += frame.f_code.co_name == "generate" and frame.f_locals.get("self") is model
+            n_calls += frame.f_code is _GENERATE and frame.f_locals.get("self") is model
             frame = frame.f_back  # type: ignore[assignment]
         return n_calls > 1
 
