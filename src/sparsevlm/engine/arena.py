@@ -17,6 +17,7 @@ from .weights import Weights
 
 # Graphs that are kept; each holds the caches of its bucket.
 _MOST_ARENAS = 4
+_LEAST_ROWS = 64
 # New tokens that there is room for at first, at most.
 _FIRST_ROOM = 512
 
@@ -38,10 +39,14 @@ class Bucket:
 
     @classmethod
     def of(cls, prompt: Sequence[LayerCache], batch: int) -> Bucket:
-        """The smallest bucket that holds a request."""
-        rows = tuple(round_up(layer.keys.shape[0]) for layer in prompt)
-        longest = tuple(round_up(layer.longest) for layer in prompt)
+        """The bucket of a request: powers of two, as a step reads no more rows than there are."""
+        rows = tuple(_power(layer.keys.shape[0]) for layer in prompt)
+        longest = tuple(_power(layer.longest) for layer in prompt)
         return cls(batch, rows, longest)
+
+
+def _power(n: int) -> int:
+    return max(_LEAST_ROWS, 1 << (n - 1).bit_length())
 
 
 class Arena:

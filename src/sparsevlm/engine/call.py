@@ -49,7 +49,10 @@ class Ahead:
     def wait(self) -> None:
         """Let what the current stream does next come after it."""
         if self.stream is not None:
-            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+            current = torch.cuda.current_stream(self.stream.device)
+            current.wait_stream(self.stream)
+            for tensor in () if self.seen.stays else (self.seen.hidden, self.seen.tokens):
+                tensor.record_stream(current)
 
 
 @dataclass

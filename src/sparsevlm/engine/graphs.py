@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -15,6 +15,8 @@ T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
 _WARM_UP_RUNS = 2
+# What was asked for so often among the last is recorded when it is asked for again.
+SIGHTINGS, _LAST = 2, 16
 logger = logging.getLogger(__name__)
 
 
@@ -83,6 +85,23 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
+class Sightings:
+    """Tells what is asked for often enough to be recorded, which takes as long as many runs without.
+
+    With pictures of all sizes hardly any request is like another: none of them shall wait for a graph that is never
+    used again.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[Hashable] = deque(maxlen=_LAST)
+
+    def often(self, key: Hashable) -> bool:
+        """Note that something is asked for; whether it was before, twice among the last requests."""
+        n_before = self._last.count(key)
+        self._last.append(key)
+        return n_before >= SIGHTINGS
+
+
 class Recent(Generic[K, T]):
     """A few things by their keys, those used last kept.
 
@@ -97,6 +116,9 @@ class Recent(Generic[K, T]):
 
     def __len__(self) -> int:
         return len(self._things)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._things
 
     def get(self, key: K, make: Callable[[], T]) -> T:
         """The thing of a key, made if there is none."""

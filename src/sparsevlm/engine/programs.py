@@ -12,7 +12,8 @@ from ..runtime.view import ModelView
 from ..selection.selectors.span import SpanSelector
 from . import static_prefill
 from .arena import Arena
-from .graphs import Recent, Recorder
+from .graphs import Recent, Recorder, Sightings
+from .prefill import LayerCache
 from .prompt import Prompt
 from .static_prefill import Inputs, Outputs, Plan
 from .weights import Weights
@@ -22,21 +23,34 @@ _MOST_PROGRAMS = 8
 
 
 class Program:
-    """One bucket's program with its own inputs, and the decode steps on the caches that it leaves."""
+    """One bucket's program with its own inputs, and the decode steps on the caches that it leaves.
+
+    Parameters
+    ----------
+    view : ModelView
+    weights : Weights
+    recorder : Recorder or None
+        ``None``: it is run once, and not recorded.
+    bucket : Plan
+    selector : SpanSelector
+    """
 
     def __init__(
-        self, view: ModelView, weights: Weights, recorder: Recorder, bucket: Plan, selector: SpanSelector
+        self, view: ModelView, weights: Weights, recorder: Recorder | None, bucket: Plan, selector: SpanSelector
     ) -> None:
         embedding = view.text_model.embed_tokens.weight
         self._integers = torch.zeros(static_prefill.n_integers(bucket), dtype=torch.int64, device=embedding.device)
         self._features = embedding.new_zeros((bucket.n_features, embedding.shape[1]))
         inputs = Inputs.of(bucket, self._integers, self._features)
         inputs.offsets[:, -1] = torch.tensor(bucket.rows)
-        self._run: Callable[[], Outputs] = recorder.record(
-            lambda: static_prefill.run(view, weights, bucket, selector, inputs)
-        )
-        self._bucket = bucket
-        self._make_arena = lambda caches: Arena(view, weights, recorder, caches, bucket.batch)
+
+        def run() -> Outputs:
+            return static_prefill.run(view, weights, bucket, selector, inputs)
+
+        self._run: Callable[[], Outputs] = run if recorder is None else recorder.record(run)
+        self._make_arena: Callable[[list[LayerCache]], Arena] | None = None
+        if recorder is not None:
+            self._make_arena = lambda caches: Arena(view, weights, recorder, caches, bucket.batch)
         self._arena: Arena | None = None
 
     def __call__(self, integers: Tensor, features: Tensor) -> Outputs:
@@ -46,8 +60,10 @@ class Program:
         self._features[: features.shape[0]].copy_(features)
         return self._run()
 
-    def arena(self, found: Outputs) -> Arena:
-        """Decode steps on the caches of the last call."""
+    def arena(self, found: Outputs) -> Arena | None:
+        """Decode steps on the caches of the last call, where these stay in place."""
+        if self._make_arena is None:
+            return None
         if self._arena is None or self._arena.prompt is not found.caches:  # without a graph every call has its own
             self._arena = self._make_arena(found.caches)
         return self._arena
@@ -66,6 +82,7 @@ class Programs(Recent[Plan, Program]):
     def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
         super().__init__(_MOST_PROGRAMS)
         self._view, self._weights, self._recorder = view, weights, recorder
+        self._sightings = Sightings()
 
     @staticmethod
     def takes(request: Request, prompt: Prompt) -> bool:
@@ -75,7 +92,9 @@ class Programs(Recent[Plan, Program]):
         longest = max(sample.alive.shape[0] for sample in request.samples)
         return type(request.selector) is SpanSelector and prompt.n_features <= longest * len(request.samples)
 
-    def prefill(self, request: Request, prompt: Prompt, features: Tensor) -> tuple[Tensor, Arena]:
+    def prefill(
+        self, request: Request, prompt: Prompt, features: Tensor
+    ) -> tuple[Tensor, list[LayerCache], Arena | None]:
         """Run a prompt.
 
         Parameters
@@ -89,15 +108,20 @@ class Programs(Recent[Plan, Program]):
         -------
         logits : Tensor of shape (batch, vocab_size)
             Overwritten by the next call.
-        arena : Arena
-            To go on with.
+        caches : list of LayerCache
+        arena : Arena or None
+            To go on with on these caches, where they stay in place.
         """
         bucket, counts = static_prefill.plan(request)
         integers = static_prefill.make_integers(request, prompt, bucket, counts)
         selector = request.selector
         assert isinstance(selector, SpanSelector)
-        program = self.get(bucket, lambda: Program(self._view, self._weights, self._recorder, bucket, selector))
+        often = self._sightings.often(bucket)
+        if often or bucket in self:
+            program = self.get(bucket, lambda: Program(self._view, self._weights, self._recorder, bucket, selector))
+        else:
+            program = Program(self._view, self._weights, None, bucket, selector)
         found = program(integers, features)
         kept = [rows.clone() for rows in found.kept]
         static_prefill.record(request, bucket, counts, kept, self._view.n_layers)
-        return found.logits, program.arena(found)
+        return found.logits, found.caches, program.arena(found)

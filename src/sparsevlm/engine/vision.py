@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotate
 from ..kernels.varlen_attention import equal_attention, varlen_attention
 from ..runtime.view import ModelView
-from .graphs import Recent, Recorder
+from .graphs import Recent, Recorder, Sightings
 from .layer import summed
 from .redundancy import Kept, choose, n_kept
 from .weights import Weights
 
+T = TypeVar("T")
 Grids = tuple[tuple[int, int, int], ...]
 
 # Graphs that are kept; each holds the activations of its grids.
@@ -201,12 +202,15 @@ class Seen:
     kept : Tensor of shape (n_tokens,), int64, or None
         Which visual tokens these are, in reading order, if not all; on the host, once ``ready`` is over.
     ready : torch.cuda.Event or None
+    stays : bool
+        Whether the tensors are the program's, in place from call to call.
     """
 
     hidden: Tensor
     tokens: Tensor
     kept: Tensor | None = None
     ready: torch.cuda.Event | None = None
+    stays: bool = True
 
 
 class VisionProgram:
@@ -216,7 +220,8 @@ class VisionProgram:
     ----------
     view : ModelView
     weights : Weights
-    recorder : Recorder
+    recorder : Recorder or None
+        ``None``: it is run once, and not recorded.
     grids : tuple of (t, h, w)
     share : float
         Of the visual tokens that is computed.
@@ -225,12 +230,23 @@ class VisionProgram:
     """
 
     def __init__(
-        self, view: ModelView, weights: Weights, recorder: Recorder, grids: Grids, share: float, like: Tensor
+        self,
+        view: ModelView,
+        weights: Weights,
+        recorder: Recorder | None,
+        grids: Grids,
+        share: float,
+        like: Tensor,
     ) -> None:
         weight: Any = view.vision_tower.patch_embed
         tables, per_token = make_tables(view, grids), view.spatial_merge_size**2
         patches = torch.zeros_like(like, dtype=weight.proj.weight.dtype)
         self._patches = patches
+        self._is_recorded = recorder is not None
+
+        def record(run: Callable[[], T]) -> Callable[[], T]:
+            return run if recorder is None else recorder.record(run)
+
         self._choose: Callable[[], Tensor] | None = None
         if share < 1.0:
             kept = Kept.empty(sum(n_kept(in_tokens(view, grids), share)), like.shape[0] // per_token, like.device)
@@ -240,25 +256,23 @@ class VisionProgram:
                 kept.become(choose(tokens, in_tokens(view, grids), share, tables.order))
                 return kept.tokens
 
-            self._choose = recorder.record(choose_again)
-            self._run = recorder.record(
-                lambda: see(view, weights, left_tables(view, tables, grids, share, kept), patches)
-            )
+            self._choose = record(choose_again)
+            self._run = record(lambda: see(view, weights, left_tables(view, tables, grids, share, kept), patches))
         else:
-            self._run = recorder.record(lambda: see(view, weights, tables, patches))
+            self._run = record(lambda: see(view, weights, tables, patches))
 
     def __call__(self, patches: Tensor) -> Seen:
         self._patches.copy_(patches)
         if self._choose is None:
-            return Seen(*self._run())
+            return Seen(*self._run(), stays=self._is_recorded)
         kept = self._choose()
         if not kept.is_cuda:
-            return Seen(*self._run(), kept)
+            return Seen(*self._run(), kept, stays=self._is_recorded)
         on_host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
         on_host.copy_(kept, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Seen(*self._run(), on_host, ready)
+        return Seen(*self._run(), on_host, ready, self._is_recorded)
 
 
 class VisionPrograms(Recent[tuple[Grids, float], VisionProgram]):
@@ -274,11 +288,15 @@ class VisionPrograms(Recent[tuple[Grids, float], VisionProgram]):
     def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
         super().__init__(_MOST_PROGRAMS)
         self._view, self._weights, self._recorder = view, weights, recorder
+        self._sightings = Sightings()
 
     def __call__(self, patches: Tensor, grids: Grids, share: float = 1.0) -> Seen:
         """Encode pictures."""
 
-        def make() -> VisionProgram:
-            return VisionProgram(self._view, self._weights, self._recorder, grids, share, patches)
+        def make(recorder: Recorder | None) -> VisionProgram:
+            return VisionProgram(self._view, self._weights, recorder, grids, share, patches)
 
-        return self.get((grids, share), make)(patches)
+        key = (grids, share)
+        if self._sightings.often(key) or key in self:
+            return self.get(key, lambda: make(self._recorder))(patches)
+        return make(None)(patches)

@@ -307,7 +307,8 @@ class Engine:
 
     def _run(self, request: Request, prompt: Prompt, features: Tensor) -> tuple[Tensor, Arena]:
         if self._shop.programs.takes(request, prompt):
-            return self._shop.programs.prefill(request, prompt, features)
+            logits, caches, arena = self._shop.programs.prefill(request, prompt, features)
+            return logits, arena or self._shop.arenas.take(caches, request.batch)
         embeds = prompt.embeddings(self._view, features)
         request.to(embeds.device)
         if {"features", "text_features"} & request.traits.needs:
