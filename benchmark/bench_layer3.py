@@ -22,8 +22,9 @@ from sparsevlm.bench.floor import floors
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.bench.workload import fresh_inputs
 from sparsevlm.engine import static_prefill
+from sparsevlm.engine.arena import Arena
 from sparsevlm.engine.graphs import Recorder
-from sparsevlm.engine.programs import Programs
+from sparsevlm.engine.programs import Program
 from sparsevlm.engine.prompt import Prompt
 from sparsevlm.engine.weights import Weights
 from sparsevlm.runtime.state import SparseVLMState
@@ -79,7 +80,6 @@ class Measurement:
         """Time the prompt and the steps, by programs that ``recorder`` makes."""
         view, case = self.state.view, self.case
         gc.collect()  # programs of the case before
-        programs = Programs(view, self.weights, recorder)
         prompt, host = self._prompt()
         size = view.text_model.config.hidden_size
         features = self.bench.random(case.batch * case.n_visual, size)
@@ -89,15 +89,22 @@ class Measurement:
         note = f"{100 * (1 - full):.1f} % of the bucket's rows fill up"
         floor = self._floors(request)
 
-        def prefill(request: Any) -> Any:
-            return programs.prefill(request, prompt, features)
+        made: list[Program] = []
 
-        (_, arena), cost = self._first(lambda: prefill(request))
+        def prefill(request: Any) -> Arena:
+            if not made:
+                made.append(Program(view, self.weights, recorder, bucket, request.selector))
+            integers = static_prefill.make_integers(request, prompt, bucket, counts)
+            arena = made[0].arena(made[0](integers, features))
+            assert arena is not None  # of a program that is recorded
+            return arena
+
+        arena, cost = self._first(lambda: prefill(request))
         requests = iter([self._request(host) for _ in range(_REPEATS)])
         values = self._repeat(lambda: prefill(next(requests)))
         self._keep("prompt", values, cost, floor["prefill"], note)
         if self.provider == "one by one":
-            _, arena = prefill(self._request(host))  # the last prompt's caches
+            arena = prefill(self._request(host))  # the last prompt's caches
         arena.start(prompt.next_positions, case.new_tokens)
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=self.bench.device)
         _, cost = self._first(lambda: arena.step(tokens))
