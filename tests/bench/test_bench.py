@@ -256,3 +256,20 @@ def test_random_weights_work():
     assert len(shapes.random_model("tiny", "cpu", torch.float32, "sdpa", layers=3).model.language_model.layers) == 3
     with pytest.raises(ValueError, match="there is no shape '13b'"):
         shapes.random_model("13b", "cpu", torch.float32, "sdpa")
+
+
+def test_words_are_no_pictures():
+    model = tiny_model()
+    config = model.config
+    special = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for _ in range(200):
+        ids = fresh_inputs(model, SMALL, generator)["input_ids"][0].tolist()
+        start = ids.index(config.vision_start_token_id)
+        end = start + SMALL.side**2 + 1
+        assert ids[start + 1 : end] == [config.image_token_id] * SMALL.side**2
+        words = ids[:start] + ids[end + 1 :]
+        assert not special & set(words)
+        seen |= set(words)
+    assert len(seen) == config.text_config.vocab_size - len(special)

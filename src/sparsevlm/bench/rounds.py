@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..engine.graphs import SIGHTINGS
 from . import gate
 from .cases import Case
 from .providers import Inputs, Provider
@@ -30,9 +31,9 @@ class Settings:
         Share of the visual tokens that the tower computes in a provider of its own; 1: no such provider.
     seconds : float
         Of each provider and case: for timed calls, of which there are three at least, and a quarter of it for calls
-        before those, of which there is one at least.
+        before those, of which there is one at least (of the engine as many as it takes until all is recorded).
     iterations, warmup : int
-        Timed calls and calls before, at most.
+        Timed calls and calls before, at most, but for these.
     static : bool
         Whether transformers' compiled decoding is measured as well.
     seed : int
@@ -64,6 +65,8 @@ class Measured:
         Visual tokens of a sample at the input of each decoder layer, where this library ran.
     note : str
         Why its times do not count, if they do not.
+    least_warm : int
+        Calls before those that are timed, at least: the engine records what it has been asked for often.
     """
 
     times: list[dict[str, float]] = field(default_factory=list)
@@ -71,13 +74,16 @@ class Measured:
     path: str = "dense"
     layer_tokens: tuple[int, ...] = ()
     note: str = ""
+    least_warm: int = 1
     _warm: list[float] = field(default_factory=list)
     _timed: list[float] = field(default_factory=list)
 
     def is_warm(self, settings: Settings) -> bool:
         """Whether it needs no more calls before those that are timed."""
+        if self.note:
+            return True
         long_enough = sum(self._warm) >= _WARM_UP_SHARE * settings.seconds
-        return bool(self.note) or len(self._warm) >= settings.warmup or (bool(self._warm) and long_enough)
+        return len(self._warm) >= self.least_warm and (len(self._warm) >= settings.warmup or long_enough)
 
     def is_done(self, settings: Settings) -> bool:
         """Whether it needs no more calls."""
@@ -112,7 +118,11 @@ def measure(
     dict
         What came of each provider; where the engine's answers are not the model's, or could not be compared, a note.
     """
-    found = {provider: Measured() for provider in providers if provider.answers(case)}
+    found = {
+        provider: Measured(least_warm=1 if provider.state is None else SIGHTINGS + 1)
+        for provider in providers
+        if provider.answers(case)
+    }
     inputs = fresh_inputs(providers[0].model, case, generator)
     try:
         gate.check(list(found), inputs, case.new_tokens)

@@ -25,8 +25,10 @@ def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str
     config, device = model.config, model.device
     vision = config.vision_config
     special = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
-    n_words = min(special) if min(special) > N_TEXT else config.text_config.vocab_size
+    n_words = config.text_config.vocab_size - len(special)
     words = torch.randint(0, n_words, (case.batch, N_TEXT - 2), generator=generator, device=device)
+    for token_id in sorted(special):
+        words += words >= token_id  # none of them is a word
 
     def column(token: int, n: int = 1) -> Tensor:
         return torch.full((case.batch, n), token, dtype=torch.int64, device=device)
