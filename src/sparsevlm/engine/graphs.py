@@ -60,8 +60,9 @@ class Recorder:
         try:
             with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = run()
-        except torch.OutOfMemoryError:
-            logger.warning("out of memory while a CUDA graph was recorded: this bucket runs without one.")
+        except RuntimeError as error:  # out of memory is one
+            logger.warning("a CUDA graph could not be recorded, it runs operation by operation: %s", error)
+            torch.cuda.synchronize(self._device)  # where the device itself has failed, this says so
             return run
         rewind()
 

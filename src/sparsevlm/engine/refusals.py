@@ -11,7 +11,7 @@ from torch.nn.modules import module as module_hooks
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..kernels.choice import takes_triton
+from ..kernels.choice import trouble
 from ..runtime.request import Request
 from ..runtime.view import ModelView
 from .selecting import NOT_PROVIDED
@@ -72,8 +72,8 @@ def refuses_decoder(view: ModelView) -> str | None:
         return f"weights in {str(weight.dtype).removeprefix('torch.')} on a GPU"
     if len({parameter.device for parameter in view.text_model.parameters()}) > 1:
         return "layers on several devices"
-    if weight.is_cuda and not takes_triton(weight):
-        return "Triton is not installed"
+    if weight.is_cuda and (reason := trouble()) is not None:
+        return reason
     layers: Any = view.layers
     for layer in layers:
         attention, mlp = layer.self_attn, layer.mlp
@@ -89,6 +89,8 @@ def refuses_tower(view: ModelView) -> str | None:
     """Why a vision tower is not for the engine, likewise."""
     tower: Any = view.vision_tower
     weight = tower.patch_embed.proj.weight
+    if weight.is_cuda and (trouble_here := trouble()) is not None:
+        return trouble_here
     if weight.is_cuda and weight.dtype not in _HALF:
         return f"weights in {str(weight.dtype).removeprefix('torch.')} on a GPU"
     if len({parameter.device for parameter in tower.parameters()}) > 1:

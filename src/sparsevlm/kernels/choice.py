@@ -3,16 +3,39 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from functools import cache
 
+import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 
 def takes_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels run on a tensor. (In Triton's interpreter they run anywhere: tests call them by name.)"""
-    return tensor.is_cuda and _is_installed()
+    return tensor.is_cuda and trouble() is None
 
 
 @cache
-def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def flash_runs() -> bool:
+    """Whether FlashAttention as torch carries it runs on this machine's GPU, as far as was ever tried."""
+    return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
+
+
+@cache
+def trouble() -> str | None:
+    """Why Triton kernels do not run on this machine's GPU, tried once: Triton wants a C compiler, for one."""
+    if not flash_runs():
+        return "a GPU older than Ampere, or no NVIDIA one"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        from .triton.norm import rms_norm
+
+        rows = torch.ones(2, 16, device="cuda")
+        rms_norm(rows, rows[0], 1e-6, None)
+    except Exception as error:  # whatever it is, torch's own operations do the same
+        logger.warning("Triton does not work here, torch's own operations run instead: %s", error)
+        return f"Triton does not work here ({type(error).__name__})"
+    return None

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .choice import flash_runs
+
 _ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -41,7 +43,7 @@ def varlen_attention(
     -------
     Tensor of shape (n_rows, heads, head_dim)
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and flash_runs():
         out = torch.ops.aten._flash_attention_forward(
             query, key, value, offsets, offsets, longest, longest, 0.0, causal, False, scale=scaling
         )
