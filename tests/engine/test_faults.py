@@ -31,7 +31,9 @@ def test_want_of_memory_is_the_plain_path(where, monkeypatch, caplog):
             patch.setattr(
                 *((programs.Program, "__call__") if where == "prompt" else (vision.VisionProgram, "__init__")), full
             )
-            assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+            with torch.inference_mode():
+                assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+            assert not any(weight.is_inference() for weight in model.parameters())
             assert "out of memory" in caplog.text
             assert state.report.path == ("plain" if where == "prompt" else "engine")
             assert ("out of memory" in state.report.path_reason) == (where == "prompt")

@@ -245,7 +245,8 @@ class Engine:
                     found = self._prefill(call, input_ids, generation_config, model_kwargs)
             except torch.OutOfMemoryError:
                 found, self.reason, call.ahead = None, "out of memory", None
-                self._shop.forget()
+                with self._shop.open():
+                    self._shop.forget()
             if found is not None:
                 return found
         self._call = call  # its pictures are encoded
