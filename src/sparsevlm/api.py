@@ -109,9 +109,8 @@ def apply_sparsevlm(
         )
     remove_sparsevlm(model)
     state.attach()
-    requests = [warmup] if isinstance(warmup, Mapping) else list(warmup)
-    if requests:
-        state.warm_up(*requests)
+    if warmup:
+        state.warm_up(*([warmup] if isinstance(warmup, Mapping) else warmup))
     return state
 
 

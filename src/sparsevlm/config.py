@@ -112,8 +112,10 @@ class SparseVLMConfig:
             _check_int("n_vis", self.n_vis, 0)
         _check_int("min_keep", self.min_keep, 1)
         _check_int("seed", self.seed, 0, MAX_SEED)
-        for name in ("tau", "theta", "rank_lambda"):
+        for name in ("tau", "theta", "rank_lambda", "vision_keep"):
             _check_unit_interval(name, getattr(self, name))
+        if not self.vision_keep:
+            raise ValueError("vision_keep must be above 0: the vision tower has to compute something.")
         _check_choice("raters", self.raters, RATER_MODES)
         _check_choice("heads", self.heads, HEADS)
         _check_choice("merge", self.merge, MERGES)
@@ -122,12 +124,6 @@ class SparseVLMConfig:
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if not (self.engine is None or isinstance(self.engine, bool)):
             raise TypeError(f"engine must be True, False or None, got {self.engine!r}.")
-        if (
-            not isinstance(self.vision_keep, Real)
-            or isinstance(self.vision_keep, bool)
-            or not 0 < self.vision_keep <= 1
-        ):
-            raise ValueError(f"vision_keep must be in (0, 1], got {self.vision_keep!r}.")
         self._check_target_layers()
         self._check_keep()
         self._check_schedule()

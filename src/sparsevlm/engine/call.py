@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,17 +111,13 @@ class Call:
         device = next(view.vision_tower.parameters()).device
         if patches.device != device or patches.shape[0] != sum(t * h * w for t, h, w in grids):
             return
-        if stream is None:
-            begin = Mark.now(device)
-            seen = programs(patches, grids, share)
-            self.ahead = Ahead(grids, seen, begin, Mark.now(device), None)
-            return
-        stream.wait_stream(torch.cuda.current_stream(device))  # the last request is done with what is overwritten
-        with torch.cuda.stream(stream):
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))  # the last request is done with what is overwritten
+            patches.record_stream(stream)
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             begin = Mark.now(device)
             seen = programs(patches, grids, share)
             self.ahead = Ahead(grids, seen, begin, Mark.now(device), stream)
-        patches.record_stream(stream)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

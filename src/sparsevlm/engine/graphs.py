@@ -118,9 +118,6 @@ class Recent(Generic[K, T]):
     def __len__(self) -> int:
         return len(self._things)
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._things
-
     def get(self, key: K, make: Callable[[], T]) -> T:
         """The thing of a key, made if there is none."""
         if key in self._things:
@@ -134,3 +131,23 @@ class Recent(Generic[K, T]):
     def clear(self) -> None:
         """Free them all."""
         self._things.clear()
+
+
+class Recorded(Recent[K, T]):
+    """Programs by their keys: what is asked for often is recorded and kept, the rest is made for once.
+
+    Parameters
+    ----------
+    most : int
+    recorder : Recorder
+    """
+
+    def __init__(self, most: int, recorder: Recorder) -> None:
+        super().__init__(most)
+        self._recorder, self._sightings = recorder, Sightings()
+
+    def pick(self, key: K, make: Callable[[Recorder | None], T]) -> T:
+        """The program of a key, by ``make(recorder)``, or by ``make(None)`` if it shall not be recorded."""
+        if self._sightings.often(key) or key in self._things:
+            return self.get(key, lambda: make(self._recorder))
+        return make(None)

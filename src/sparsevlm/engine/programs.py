@@ -12,7 +12,7 @@ from ..runtime.view import ModelView
 from ..selection.selectors.span import SpanSelector
 from . import static_prefill
 from .arena import Arena
-from .graphs import Recent, Recorder, Sightings
+from .graphs import Recorded, Recorder
 from .prefill import LayerCache
 from .prompt import Prompt
 from .static_prefill import Inputs, Outputs, Plan
@@ -42,14 +42,15 @@ class Program:
         self._integers = torch.zeros(static_prefill.n_integers(bucket), dtype=torch.int64, device=embedding.device)
         self._features = embedding.new_zeros((bucket.n_features, embedding.shape[1]))
         inputs = Inputs.of(bucket, self._integers, self._features)
-        inputs.offsets[:, -1] = torch.tensor(bucket.rows)
 
         def run() -> Outputs:
             return static_prefill.run(view, weights, bucket, selector, inputs)
 
-        self._run: Callable[[], Outputs] = run if recorder is None else recorder.record(run)
+        self._run: Callable[[], Outputs] = run
         self._make_arena: Callable[[list[LayerCache]], Arena] | None = None
         if recorder is not None:
+            inputs.offsets[:, -1] = torch.tensor(bucket.rows)  # it runs before a request is filled in
+            self._run = recorder.record(run)
             self._make_arena = lambda caches: Arena(view, weights, recorder, caches, bucket.batch)
         self._arena: Arena | None = None
 
@@ -69,7 +70,7 @@ class Program:
         return self._arena
 
 
-class Programs(Recent[Plan, Program]):
+class Programs(Recorded[Plan, Program]):
     """Runs prompts whose choices are made on the device.
 
     Parameters
@@ -80,9 +81,8 @@ class Programs(Recent[Plan, Program]):
     """
 
     def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
-        super().__init__(_MOST_PROGRAMS)
-        self._view, self._weights, self._recorder = view, weights, recorder
-        self._sightings = Sightings()
+        super().__init__(_MOST_PROGRAMS, recorder)
+        self._view, self._weights = view, weights
 
     @staticmethod
     def takes(request: Request, prompt: Prompt) -> bool:
@@ -116,11 +116,7 @@ class Programs(Recent[Plan, Program]):
         integers = static_prefill.make_integers(request, prompt, bucket, counts)
         selector = request.selector
         assert isinstance(selector, SpanSelector)
-        often = self._sightings.often(bucket)
-        if often or bucket in self:
-            program = self.get(bucket, lambda: Program(self._view, self._weights, self._recorder, bucket, selector))
-        else:
-            program = Program(self._view, self._weights, None, bucket, selector)
+        program = self.pick(bucket, lambda recorder: Program(self._view, self._weights, recorder, bucket, selector))
         found = program(integers, features)
         kept = [rows.clone() for rows in found.kept]
         static_prefill.record(request, bucket, counts, kept, self._view.n_layers)

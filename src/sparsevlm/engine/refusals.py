@@ -67,12 +67,7 @@ def refuses_patches(view: ModelView) -> str | None:
 
 def refuses_decoder(view: ModelView) -> str | None:
     """Why a decoder is not for the engine; holds until its modules or weights change."""
-    weight = view.text_model.embed_tokens.weight
-    if weight.is_cuda and weight.dtype not in _HALF:
-        return f"weights in {str(weight.dtype).removeprefix('torch.')} on a GPU"
-    if len({parameter.device for parameter in view.text_model.parameters()}) > 1:
-        return "layers on several devices"
-    if weight.is_cuda and (reason := trouble()) is not None:
+    if (reason := _misplaced(view.text_model)) is not None:
         return reason
     layers: Any = view.layers
     for layer in layers:
@@ -88,13 +83,8 @@ def refuses_decoder(view: ModelView) -> str | None:
 def refuses_tower(view: ModelView) -> str | None:
     """Why a vision tower is not for the engine, likewise."""
     tower: Any = view.vision_tower
-    weight = tower.patch_embed.proj.weight
-    if weight.is_cuda and (trouble_here := trouble()) is not None:
-        return trouble_here
-    if weight.is_cuda and weight.dtype not in _HALF:
-        return f"weights in {str(weight.dtype).removeprefix('torch.')} on a GPU"
-    if len({parameter.device for parameter in tower.parameters()}) > 1:
-        return "blocks on several devices"
+    if (reason := _misplaced(tower)) is not None:
+        return reason
     for block in tower.blocks:
         parts = (block, block.attn, block.mlp, block.norm1, block.norm2)
         linear = [module for module in block.modules() if isinstance(module, nn.Linear)]
@@ -102,6 +92,18 @@ def refuses_tower(view: ModelView) -> str | None:
         if (reason := _foreign(parts, linear) or (_no_silu(block.mlp) if is_gated else None)) is not None:
             return reason
     return None
+
+
+def _misplaced(module: nn.Module) -> str | None:
+    """Weights where, or in what, the kernels do not take them."""
+    weights = list(module.parameters())
+    if len({weight.device for weight in weights}) > 1:
+        return "weights on several devices"
+    if not weights[0].is_cuda:
+        return None
+    if weights[0].dtype not in _HALF:
+        return f"weights in {str(weights[0].dtype).removeprefix('torch.')} on a GPU"
+    return trouble()
 
 
 def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | None:

@@ -16,7 +16,7 @@ from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotate
 from ..kernels.varlen_attention import equal_attention, varlen_attention
 from ..runtime.view import ModelView
-from .graphs import Recent, Recorder, Sightings
+from .graphs import Recorded, Recorder
 from .layer import summed
 from .redundancy import Kept, choose, n_kept
 from .weights import Weights
@@ -275,7 +275,7 @@ class VisionProgram:
         return Seen(*self._run(), on_host, ready, self._is_recorded)
 
 
-class VisionPrograms(Recent[tuple[Grids, float], VisionProgram]):
+class VisionPrograms(Recorded[tuple[Grids, float], VisionProgram]):
     """The vision programs of a model, by grids and share.
 
     Parameters
@@ -286,9 +286,8 @@ class VisionPrograms(Recent[tuple[Grids, float], VisionProgram]):
     """
 
     def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
-        super().__init__(_MOST_PROGRAMS)
-        self._view, self._weights, self._recorder = view, weights, recorder
-        self._sightings = Sightings()
+        super().__init__(_MOST_PROGRAMS, recorder)
+        self._view, self._weights = view, weights
 
     def __call__(self, patches: Tensor, grids: Grids, share: float = 1.0) -> Seen:
         """Encode pictures."""
@@ -296,7 +295,4 @@ class VisionPrograms(Recent[tuple[Grids, float], VisionProgram]):
         def make(recorder: Recorder | None) -> VisionProgram:
             return VisionProgram(self._view, self._weights, recorder, grids, share, patches)
 
-        key = (grids, share)
-        if self._sightings.often(key) or key in self:
-            return self.get(key, lambda: make(self._recorder))(patches)
-        return make(None)(patches)
+        return self.pick((grids, share), make)(patches)

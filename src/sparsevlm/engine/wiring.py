@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
 from ..runtime.clock import Mark
+from ..runtime.engine_host import EngineHost
 from ..runtime.prompt import PIXELS
 from ..runtime.request import Request
-from ..runtime.state import EngineHost
 from ..runtime.view import ModelView
 from ..selection.context import VISION_NEEDS
 from .arena import Arena
@@ -48,14 +48,14 @@ class Decoding:
     request: Request
     begin: Mark
 
-    @staticmethod
-    def goes_on(model: Any) -> bool:
-        """Whether a call of generate for this model is inside of another."""
-        frame, n_calls = sys._getframe(), 0
-        while frame is not None:
-            n_calls += frame.f_code is _GENERATE and frame.f_locals.get("self") is model
-            frame = frame.f_back  # type: ignore[assignment]
-        return n_calls > 1
+
+def _is_nested(model: Any) -> bool:
+    """Whether a call of generate for this model is inside of another."""
+    frame, n_calls = sys._getframe(), 0
+    while frame is not None:
+        n_calls += frame.f_code is _GENERATE and frame.f_locals.get("self") is model
+        frame = frame.f_back  # type: ignore[assignment]
+    return n_calls > 1
 
 
 class Engine:
@@ -125,7 +125,7 @@ class Engine:
     ) -> Any:
         """The first that ``generate`` asks: encode the pictures while it goes on."""
         self._host.claim()
-        self._nested = self._decoding is not None and self._decoding.goes_on(self._view.model)
+        self._nested = self._decoding is not None and _is_nested(self._view.model)
         if not self._nested:
             self._refused, self._decoding, self._call = _UNCALLED, None, Call()
             alone = custom_generate is None and assistant_model is None

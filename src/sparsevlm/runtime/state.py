@@ -7,7 +7,7 @@ import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from . import prompt
 from .cache import check_cache
 from .clock import Mark
 from .costs import cache_bytes, static_note
+from .engine_host import Engine, EngineHost
 from .forward import Forward
 from .pruner import before_layer
 from .recorder import make_report
@@ -36,45 +37,6 @@ from .warm_up import WarmUp, warm_up
 
 # Where a model's state is found; on the module whose hooks it holds, so that copies of the model carry copies of it.
 STATE_ATTRIBUTE = "_sparsevlm_state"
-
-
-class EngineHost(Protocol):
-    """What an engine may ask of the state that it belongs to."""
-
-    def claim(self) -> None:
-        """Take the model for the calling thread."""
-
-    def open_request(self, inputs: Mapping[str, Any]) -> Request | None:
-        """Begin a request; ``None`` if it brings no picture."""
-
-    def close_request(self, request: Request, cache: Cache) -> None:
-        """End the prompt of a request."""
-
-    def wants_engine(self) -> bool:
-        """Whether the option ``engine`` is in force."""
-
-    def vision_keep(self) -> float:
-        """Share of the visual tokens that the vision tower computes."""
-
-    def needs(self) -> frozenset[str]:
-        """What the selector in force needs."""
-
-
-class Engine(Protocol):
-    """What may take the place of the forward passes of the vision tower and of ``generate``."""
-
-    @property
-    def reason(self) -> str:
-        """Why the plain path runs."""
-
-    def attach(self) -> None:
-        """Take the place."""
-
-    def detach(self) -> None:
-        """Give it back."""
-
-    def consider(self, model_kwargs: Mapping[str, Any], generation_config: Any) -> bool:
-        """Whether it will run what ``generate`` begins."""
 
 
 class SparseVLMState:
@@ -287,6 +249,8 @@ class SparseVLMState:
         request, masks = opened
         if self._engine is not None and self.wants_engine():
             request.path_reason += f" ({self._engine.reason})"
+        if request.config.vision_keep < 1.0:
+            request.path_reason += "; the tower computed all, vision_keep is the engine's"
         self._forward = Forward(cache, request, masks)
 
     def _open(self, inputs: Mapping[str, Any], logits_to_keep: int) -> tuple[Request, dict[str, Tensor]] | None:
