@@ -12,7 +12,7 @@ nox.options.default_venv_backend = "venv"
 
 # Both ends of the supported range. SPARSEVLM_TORCH picks another build, e.g. "torch==2.11.0".
 TORCH = os.environ.get("SPARSEVLM_TORCH", "torch==2.13.0")
-NEWEST, OLDEST = "transformers==5.23.0", "transformers==5.17.0"
+NEWEST, OLDEST = "transformers==5.24.0", "transformers==5.17.0"
 
 
 def run_tests(session: nox.Session, transformers: str) -> None:

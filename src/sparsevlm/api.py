@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .collision import check_collision
+from .compat import check_transformers
 from .config import SparseVLMConfig
 from .inputs import torchvision_works
 from .template import template_of
@@ -34,6 +35,7 @@ def apply_sparsevlm(
     config: SparseVLMConfig | None = None,
     processor: Any = None,
     warmup: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
+    allow_untested: bool = False,
     **options: Any,
 ) -> SparseVLMState:
     """Make an unchanged ``model.generate(**inputs)`` prune visual tokens inside the decoder.
@@ -66,6 +68,8 @@ def apply_sparsevlm(
     warmup : mapping or sequence of mapping
         Inputs of typical requests, as the processor makes them, to run ahead (:meth:`SparseVLMState.warm_up`): what a
         request of like size needs is compiled and recorded then, not when the first one comes.
+    allow_untested : bool
+        Warn, instead of raising, where transformers is a version that this library was not tested on.
     **options
         The other fields of :class:`SparseVLMConfig`: ``raters``, ``heads``, ``recycle``, ``merge``, ``schedule``,
         ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``, ``engine``, ``vision_keep``.
@@ -79,11 +83,14 @@ def apply_sparsevlm(
     ------
     NotImplementedError
         For models without an adapter; the message lists those supported.
+    ImportError
+        For versions of transformers outside of the tested range.
     ValueError, TypeError
         For options out of range, layers that do not exist, budgets that cannot hold, and a checkpoint that was
         loaded with the wrong class. Nothing is attached then.
     """
     check_collision()
+    check_transformers(allow_untested)
     named = {
         "n_vis": n_vis,
         "target_layers": target_layers,

@@ -17,6 +17,7 @@ LEVELS = {
     "config": 0,
     "report": 0,
     "collision": 0,
+    "compat": 0,
     "template": 0,
     "scenes": 0,
     "bundled": 0,

@@ -11,6 +11,7 @@ from torch.nn.modules import module as module_hooks
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..compat import cache_of
 from ..kernels.choice import trouble
 from ..runtime.request import Request
 from ..runtime.view import ModelView
@@ -31,7 +32,7 @@ _HALF = (torch.float16, torch.bfloat16)
 
 def refuses_generation(model_kwargs: Mapping[str, Any], generation_config: Any) -> str | None:
     """Why a call of ``generate`` is not for the engine, by its options."""
-    cache = model_kwargs.get("past_key_values")
+    cache = cache_of(model_kwargs)
     reasons = {
         "an assistant model": bool(getattr(generation_config, "is_assistant", False)),
         "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,

@@ -16,6 +16,7 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast
 
+from ..compat import cache_of
 from ..runtime.clock import Mark
 from ..runtime.engine_host import EngineHost
 from ..runtime.prompt import PIXELS
@@ -180,7 +181,7 @@ class Engine:
         """Positions, computed on the host where all that they depend on is."""
         plain = self._plain("_prepare_position_ids_for_generation")
         ids = self._call.on_host.get("input_ids")
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_of(model_kwargs)
         if ids is None or inputs_tensor is not self._call.given["input_ids"] or cache is not None:
             found: Tensor = plain(inputs_tensor, model_kwargs)
             return found
@@ -297,7 +298,7 @@ class Engine:
         end = Mark.now(features.device)
         request.clock.add("prefill", begin, end)
         arena.start(prompt.next_positions, room)
-        cache: Cache = model_kwargs["past_key_values"]
+        cache: Cache = cache_of(model_kwargs)
         cache.layers[:] = [EngineLayer(layer, arena, len(ids), ids.shape[1]) for layer in arena.prompt]
         request.rows = torch.stack([sample.last for sample in request.samples])
         self._host.close_request(request, cache)
@@ -339,13 +340,13 @@ class Engine:
         return self._step if self._refused is None else self._plain("get_compiled_call")(compile_config)
 
     def _on_inputs(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if self._decoding is not None and kwargs.get("past_key_values") is self._decoding.cache:
+        if self._decoding is not None and cache_of(kwargs) is self._decoding.cache:
             return {"tokens": input_ids[:, -1]}
         found: dict[str, Any] = self._plain("prepare_inputs_for_generation")(input_ids, *args, **kwargs)
         return found
 
     def _on_update(self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        if self._decoding is not None and outputs.get("past_key_values") is self._decoding.cache:
+        if self._decoding is not None and cache_of(outputs) is self._decoding.cache:
             return model_kwargs
         found: dict[str, Any] = self._plain("_update_model_kwargs_for_generation")(
             outputs, model_kwargs, *args, **kwargs

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache
 
+from ..compat import cache_of
 from ..config import SparseVLMConfig
 from ..report import Report
 from ..selection.context import VISION_NEEDS, Selector, SelectorTraits
@@ -239,7 +240,7 @@ class SparseVLMState:
         self._threads.claim()
         inputs = bound_arguments(module, args, kwargs)
         logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self._begin = Mark.now(ids.device)
         opened = self._open(inputs, logits_to_keep)
@@ -261,7 +262,7 @@ class SparseVLMState:
         masks = prompt.visual_masks(self.view, inputs)
         if not masks:
             return None
-        cache = inputs.get("past_key_values")
+        cache = cache_of(inputs)
         mask = torch.stack(list(masks.values())).any(dim=0)
         request = self._new_request(cache, mask.shape[0], mask.shape[1])
         request.logits_to_keep = logits_to_keep
@@ -382,7 +383,7 @@ class _LayerHook:
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if forward.cache is None:  # without one given, the text model has just made its own
-            forward.cache = kwargs.get("past_key_values")
+            forward.cache = cache_of(kwargs)
         pruned, changed = before_layer(self.state.view, forward, self.layer_idx, hidden_states, kwargs)
         if args:
             return (pruned, *args[1:]), changed
