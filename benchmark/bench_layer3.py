@@ -27,7 +27,9 @@ from sparsevlm.engine.graphs import Recorder
 from sparsevlm.engine.programs import Program
 from sparsevlm.engine.prompt import Prompt
 from sparsevlm.engine.weights import Weights
-from sparsevlm.runtime.state import SparseVLMState
+from sparsevlm.runtime.opening import open_request
+from sparsevlm.runtime.prompt import visual_masks
+from sparsevlm.state import SparseVLMState
 
 CASES = (Case(256, 1, 64), Case(1024, 1, 64), Case(256, 8, 64))
 SMALL_CASES = (Case(36, 1, 8), Case(36, 2, 8))
@@ -119,9 +121,7 @@ class Measurement:
         return Prompt.of(view, host["input_ids"], positions, {"image"}), host
 
     def _request(self, host: dict[str, Tensor]) -> Any:
-        request = self.state.open_request(host)
-        assert request is not None  # it brings a picture
-        return request
+        return open_request(self.state._session, host, visual_masks(self.state.view, host))
 
     def _floors(self, request: Any) -> dict[str, float]:
         """By the visual tokens at each layer that the plan of the first sample gives."""

@@ -9,8 +9,8 @@ if TYPE_CHECKING:
     from .api import apply_sparsevlm, remove_sparsevlm, reset_n_vis
     from .config import SparseVLMConfig
     from .report import Report, ReportTotal
-    from .runtime.state import SparseVLMState
     from .selection.context import Selection, SelectionContext
+    from .state import SparseVLMState
 
 __version__ = "1.0.0.dev0"
 
@@ -22,7 +22,7 @@ _HOME = {
     "SparseVLMConfig": "config",
     "Report": "report",
     "ReportTotal": "report",
-    "SparseVLMState": "api",
+    "SparseVLMState": "state",
     "Selection": "selection.context",
     "SelectionContext": "selection.context",
 }

@@ -17,9 +17,8 @@ from .template import template_of
 # The imports below are the first of transformers' modelling modules, which die of a torchvision that is broken.
 torchvision_works()
 
-from .engine.wiring import Engine  # noqa: E402
 from .models import view_of  # noqa: E402
-from .runtime.state import STATE_ATTRIBUTE, SparseVLMState  # noqa: E402
+from .state import STATE_ATTRIBUTE, SparseVLMState  # noqa: E402
 
 
 def apply_sparsevlm(
@@ -108,7 +107,7 @@ def apply_sparsevlm(
         raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
     view = view_of(model)
     template = template_of(processor)
-    state = SparseVLMState(view.with_special_tokens(template.special), config, template, Engine)
+    state = SparseVLMState(view.with_special_tokens(template.special), config, template)
     before = _state_of(model)
     if before is not None and before.view.model is not model:
         raise ValueError(
@@ -132,7 +131,7 @@ def reset_n_vis(state: SparseVLMState, n_vis: int | None = None) -> None:
     """
     if not isinstance(state, SparseVLMState):
         raise TypeError(f"expected the state that apply_sparsevlm returned, got {type(state).__name__}.")
-    state.announce(n_vis)
+    state.expect_n_visual(n_vis)
 
 
 def remove_sparsevlm(model: nn.Module) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
+import transformers
 from packaging.version import Version
+from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList, StopStringCriteria
+from transformers.generation.utils import GENERATION_MODES_MAPPING
 
 OLDEST, NEWEST = "5.17.0", "5.24.0"  # both ends of the range that the tests run on
 logger = logging.getLogger(__name__)
@@ -29,10 +34,7 @@ def check_transformers(allow_untested: bool = False, version: str | None = None)
     ImportError
         With the command that installs a tested version.
     """
-    if version is None:
-        import transformers
-
-        version = transformers.__version__
+    version = version or transformers.__version__
     found, oldest, newest = Version(version), Version(OLDEST), Version(NEWEST)
     if oldest <= found <= newest:
         return
@@ -44,12 +46,150 @@ def check_transformers(allow_untested: bool = False, version: str | None = None)
     else:
         raise ImportError(
             f"transformers {version} is installed; sparsevlm was tested on {tested}, and other versions can answer "
-            f"wrongly without an error. Run `pip install \"transformers>={oldest.major}.{oldest.minor},"
+            f'wrongly without an error. Run `pip install "transformers>={oldest.major}.{oldest.minor},'
             f'<{newest.major}.{newest.minor + 1}"`, or pass allow_untested=True to apply_sparsevlm at your own risk.'
         )
 
 
 def cache_of(arguments: Mapping[str, Any]) -> Any:
-    """The key-value cache among the arguments or outputs of a model: ``cache`` since 5.24, ``past_key_values`` before."""
+    """The key-value cache among a model's arguments or outputs: ``cache`` since 5.24, ``past_key_values`` before."""
     cache = arguments.get("cache")
     return arguments.get("past_key_values") if cache is None else cache
+
+
+def other_generation(model: Any, plain: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Why a call of ``generate`` does not run by a loop that we choose; ``None``: it does.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    plain : callable
+        The ``generate`` that is called.
+    arguments : mapping
+        Of the call.
+    """
+    heals = getattr(arguments.get("generation_config"), "token_healing", None) or arguments.get("token_healing")
+    parameters = inspect.signature(plain).parameters.values()
+    reasons = {
+        "custom_generate": arguments.get("custom_generate") is not None,
+        "trust_remote_code": bool(arguments.get("trust_remote_code")),
+        "continuous batching": arguments.get("cache_implementation") == "paged",
+        # transformers has the tokenizer that these need only where it chooses the loop
+        "token healing": bool(heals),
+        "stop_strings in the model's generation_config": model.generation_config.stop_strings is not None,
+        "a generate that takes no custom_generate": not any(
+            one.name == "custom_generate" or one.kind is one.VAR_KEYWORD for one in parameters
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def split_mode_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of ``generate`` without those that transformers drops where it is given a callable, and these.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    arguments : mapping
+
+    Returns
+    -------
+    arguments, modes : dict
+        ``modes`` may hold streamer, synced_gpus, assistant_model, tokenizer and assistant_tokenizer.
+    """
+    rest = dict(arguments)
+    given = [rest.pop(name, None) for name in ("synced_gpus", "assistant_model", "streamer")]
+    modes: dict[str, Any] = model._extract_generation_mode_kwargs(None, rest, *given)
+    if "tokenizer" in modes:
+        _move_stop_strings(rest, modes["tokenizer"])
+    return rest, modes
+
+
+def _move_stop_strings(arguments: dict[str, Any], tokenizer: Any) -> None:
+    """Turn ``stop_strings`` into the stopping criterion that transformers makes of them with the tokenizer."""
+    config = arguments.get("generation_config")
+    if (strings := arguments.pop("stop_strings", None)) is None and config is not None:
+        strings = config.stop_strings
+        arguments["generation_config"] = config = copy.deepcopy(config)
+        config.stop_strings = None
+    if strings is not None:
+        criterion = StopStringCriteria(strings, tokenizer)
+        arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), criterion])
+
+
+def decoding_method(model: Any, generation_config: Any, modes: Mapping[str, Any]) -> tuple[Any, bool]:
+    """The loop that transformers would run, and whether it drafts tokens (assisted decoding).
+
+    Raises
+    ------
+    ValueError
+        For what transformers refuses, decoding methods that it has moved to the hub among it.
+    """
+    mode = generation_config.get_generation_mode(modes.get("assistant_model"))
+    model._get_deprecated_gen_repo(mode, trust_remote_code=False, custom_generate=None)
+    model._validate_generation_mode(mode, generation_config, modes)
+    is_assisted = mode == GenerationMode.ASSISTED_GENERATION
+    return getattr(type(model), GENERATION_MODES_MAPPING[mode]), is_assisted
+
+
+def samples_or_greedy(generation_config: Any, modes: Mapping[str, Any]) -> bool:
+    """Whether a call generates greedily or by sampling, one token at a time."""
+    mode = generation_config.get_generation_mode(modes.get("assistant_model"))
+    return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+class GenerationSettings:
+    """Settings of a call of ``generate``, before transformers has put them together.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    arguments : mapping
+        Of the call.
+    """
+
+    def __init__(self, model: Any, arguments: Mapping[str, Any]) -> None:
+        self._sources = (arguments.get("generation_config"), model.generation_config)
+        self._arguments = arguments
+
+    def __getitem__(self, name: str) -> Any:
+        """A setting by its name; ``None``: nobody has set it."""
+        if self._arguments.get(name) is not None:
+            return self._arguments[name]
+        found = (getattr(source, name, None) for source in self._sources)
+        return next((value for value in found if value is not None), None)
+
+
+def with_generation_config(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same call of ``generate`` with its settings in a ``generation_config``.
+
+    Where none is given, transformers 5.17 builds a default configuration of the model on every call, for milliseconds,
+    to look for settings of generation in the model's own. Where there are none, that can be spared.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    arguments : dict
+    """
+    own: Any = model.config
+    settings = _settings()
+    if arguments.get("generation_config") is not None or not hasattr(own, "has_no_defaults_at_init"):
+        return arguments
+    if any(name in settings and value is None for name, value in arguments.items()):
+        return arguments  # None takes a setting of the model's generation_config back, which a configuration cannot say
+    if any(getattr(own, name, None) is not None for name in settings - _fields(type(own))):  # type: ignore[arg-type]
+        return arguments  # that transformers refuses
+    config = GenerationConfig()
+    rest = config.update(**arguments)
+    return {**rest, "generation_config": config}
+
+
+@functools.cache
+def _settings() -> frozenset[str]:
+    return frozenset(GenerationConfig._get_default_generation_params()) - {"use_cache"}
+
+
+@functools.cache
+def _fields(kind: Hashable) -> frozenset[str]:
+    of: Any = kind
+    return frozenset() if of.has_no_defaults_at_init else frozenset(of().to_dict())

@@ -83,6 +83,9 @@ class SparseVLMConfig:
         Share of the visual tokens, in (0, 1], that the vision tower computes under the engine: squares of patches that
         look like all their neighbours are left out before its first block, and never reach the decoder. A path without
         the engine computes all.
+    timeout : float, optional
+        Seconds that a call waits for the call of another thread to end before it raises ``TimeoutError``; ``None``: as
+        long as it takes. A model serves one call at a time, in the order in which they came.
     """
 
     n_vis: int | None = None
@@ -104,6 +107,7 @@ class SparseVLMConfig:
     preset: str | None = None
     engine: bool | None = None
     vision_keep: float = 1.0
+    timeout: float | None = None
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -122,6 +126,10 @@ class SparseVLMConfig:
         for name in ("recycle", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        if self.timeout is not None and (isinstance(self.timeout, bool) or not isinstance(self.timeout, Real)):
+            raise TypeError(f"timeout must be a number of seconds or None, got {self.timeout!r}.")
+        if self.timeout is not None and not self.timeout >= 0:
+            raise ValueError(f"timeout must not be negative, got {self.timeout}.")
         if not (self.engine is None or isinstance(self.engine, bool)):
             raise TypeError(f"engine must be True, False or None, got {self.engine!r}.")
         self._check_target_layers()

@@ -60,6 +60,9 @@ def test_room_is_made_as_tokens_come(device, selector, monkeypatch):
     inputs = {name: value.to(device) for name, value in make_inputs(*PROMPTS["batch, left padding"]).items()}
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], selector=selector, engine=False)
     said, wanted = run(model, inputs, 40)
+    rooms = []
+    widen = arena.Arena._widen
+    monkeypatch.setattr(arena.Arena, "_widen", lambda self, room: (rooms.append(room), widen(self, room)))
     with state.options(engine=True):
         for n_new in (40, 5, 40, 40):
             _, found = run(model, inputs, n_new, said)
@@ -67,4 +70,4 @@ def test_room_is_made_as_tokens_come(device, selector, monkeypatch):
             for one, other in zip(found, wanted, strict=False):
                 assert relative_error(one, other) < (1e-5 if device == "cpu" else 2e-2)
             assert len(found) == n_new
-    assert state._engine._decoding.arena._room == 64
+    assert rooms[:3] == [16, 32, 64]

@@ -90,16 +90,17 @@ class Pause(BaseStreamer):
         pass
 
 
-def test_a_second_thread_is_refused():
+def test_a_second_thread_waits_its_turn():
     model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
-    apply_sparsevlm(model, **OPTIONS, engine=True)
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
     wanted, pause, found = model.generate(**inputs, **GREEDY), Pause(), []
     worker = threading.Thread(target=lambda: found.append(model.generate(**inputs, **GREEDY, streamer=pause)))
     worker.start()
     assert pause.begun.wait(20)
-    with pytest.raises(RuntimeError, match="another thread"):
+    with state.options(timeout=0.05), pytest.raises(TimeoutError, match="another thread"):
         model.generate(**inputs, **GREEDY)
-    pause.may_go_on.set()
+    threading.Timer(0.1, pause.may_go_on.set).start()
+    assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
     worker.join()
     assert torch.equal(found[0], wanted)
 

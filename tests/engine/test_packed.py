@@ -35,7 +35,7 @@ def captured(model, state):
     def hook(module, args, kwargs):
         if not seen:
             seen.update(embeds=kwargs["inputs_embeds"], positions=kwargs["position_ids"][-3:])
-            seen["request"] = copy.deepcopy(state._forward.request)
+            seen["request"] = copy.deepcopy(state._hooks._forward.request)
             seen["request"].features = kwargs["inputs_embeds"]
 
     handle = model.model.language_model.register_forward_pre_hook(hook, with_kwargs=True)

@@ -43,7 +43,7 @@ def test_wrong_n_vis_is_warned_about_once(caplog):
         model.generate(**inputs, max_new_tokens=2)
         model.generate(**inputs, max_new_tokens=2)
     assert [record.message for record in caplog.records].count(
-        "n_vis=256 was announced, the inputs hold [24] visual tokens: these are used."
+        "sparsevlm: n_vis=256 was announced, the inputs hold [24] visual tokens: these are used."
     ) == 1
     assert state.report.samples[0].n_visual == 24
     reset_n_vis(state, n_vis=24)
@@ -540,7 +540,7 @@ def test_which_text_voted():
     inputs = make_inputs([("text", 4), ("image", 4, 6), ("text", 8)])
     suffix = tuple(inputs["input_ids"][0, -3:].tolist())
     state = apply_sparsevlm(model, selector="sparsevlm", keep=0.6, min_keep=4, target_layers=[1])
-    state._template = Template(suffix=suffix)
+    state._session.template = Template(suffix=suffix)
     model.generate(**inputs, max_new_tokens=1)
     end = inputs["input_ids"].shape[1]
     raters = state.report.samples[0].stages[0].raters
@@ -570,7 +570,7 @@ def test_text_features_are_of_all_the_text():
         (Template(prefix=tuple(first[:3]), suffix=tuple(first[-2:])), [first[3:4] + after[:-2], second[26:]]),
         (Template(prefix=tuple(second[-3:]), suffix=tuple(second[-3:])), [first[:4] + after, second[-1:]]),
     ):
-        state._template = template
+        state._session.template = template
         model.generate(**inputs, max_new_tokens=1)
         for b in range(2):
             assert torch.equal(seen[b], embedding(torch.tensor(words[b])))
@@ -621,7 +621,7 @@ def test_options_without_effect_are_warned_about_once(caplog):
                 model.generate(**inputs, max_new_tokens=1)
         apply_sparsevlm(tiny_model(n_layers=18), preset="paper-64", selector="fastv")
     told = [record.message for record in caplog.records if "no effect" in record.message]
-    assert told == [f"{option}: no effect under selector={name!r} and this budget." for option, name in TOLD]
+    assert told == [f"sparsevlm: {option}: no effect under selector={name!r} and this budget." for option, name in TOLD]
 
 
 def test_all_that_may_vote_are_raters_on_request():
@@ -671,10 +671,10 @@ def test_a_variant_sets_its_own_options_and_leaves_the_others_alone(model):
     inputs = make_inputs([("image", 6, 6), ("text", 9)])
     state = apply_sparsevlm(model, selector="sparsevlm-paper", keep=0.6, min_keep=4, target_layers=[1])
     model(**inputs)
-    assert state._request.config.raters == "embedding"
+    assert state._session.request.config.raters == "embedding"
     with state.options(selector="sparsevlm"):
         model(**inputs)
-        assert state._request.config.raters == "attention"
+        assert state._session.request.config.raters == "attention"
     assert state.config.raters == "attention"
 
 

@@ -120,11 +120,11 @@ def test_nested_options_restore_what_was_in_force():
         with state.options(keep=0.6):
             pass
         reset_n_vis(state, 24)
-        assert state._active().keep == 0.75
-        assert state._active().n_vis == 24
+        assert state._session.options.given.keep == 0.75
+        assert state._session.options.given.n_vis == 24
         model.generate(**inputs, max_new_tokens=1)
         assert 0.6 * 24 < state.report.average_in <= 0.75 * 24
-    assert state._active() == state.config
+    assert state._session.options.given == state.config
     with state.options(preset=None, keep=0.9):
         pass
 
@@ -136,7 +136,7 @@ def test_options_of_a_replaced_state_are_refused():
         with pytest.raises(RuntimeError, match="removed or replaced"), first.options(keep=0.9):
             pass
     assert second.attached  # leaving the first context does not touch the second state
-    assert "_valid_auto_compile_criteria" in model.__dict__
+    assert model.generate is second._generate
 
 
 def test_budgets_of_another_number_of_samples_are_refused():

@@ -494,7 +494,7 @@ def test_visual_heads_are_those_of_whole_matrices(prompt):
     for context in options["selector"].seen:
         if context.layer != 1:
             continue
-        sample = state._request.samples[context.sample]
+        sample = state._session.request.samples[context.sample]
         whole = attentions[1][context.sample][:, sample.voters][:, :, sample.visual]
         heads = whole.sum(dim=(1, 2)).topk(2).indices
         wanted = whole[heads].mean(dim=0)

@@ -18,7 +18,9 @@ def test_the_tested_range_is_taken_silently(version, caplog):
 
 @pytest.mark.parametrize("version", ["5.16.4", "5.25.0", "6.0.0", "5.25.0.dev0", "4.57.0"])
 def test_other_versions_are_refused_with_the_remedy(version, caplog):
-    with pytest.raises(ImportError, match=rf'{version} is installed.*pip install "transformers>=5.17,<5.25".*allow_unt'):
+    with pytest.raises(
+        ImportError, match=rf'{version} is installed.*pip install "transformers>=5.17,<5.25".*allow_unt'
+    ):
         check_transformers(version=version)
     check_transformers(True, version)
     assert version in caplog.text

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import api
 from ..config import SparseVLMConfig
-from ..runtime.state import SparseVLMState
+from ..state import SparseVLMState
 from .cases import Case
 
 Inputs = dict[str, Tensor]

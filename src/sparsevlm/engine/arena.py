@@ -104,6 +104,12 @@ class Arena:
             sources += [layer.keys, layer.values, layer.offsets]
         torch._foreach_copy_(targets, sources)
 
+    def cache_bytes(self, dense_length: int) -> tuple[int, int]:
+        """Bytes of the prompts' keys and values, as they would be with ``dense_length`` rows and as they are."""
+        per_row = [2 * layer.keys[0].numel() * layer.keys.element_size() for layer in self.prompt]
+        rows = (layer.keys.shape[0] for layer in self.prompt)
+        return sum(per_row) * dense_length, sum(size * n for size, n in zip(per_row, rows, strict=True))
+
     def start(self, next_positions: Tensor, room: int) -> None:
         """Begin with the first new token.
 

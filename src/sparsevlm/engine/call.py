@@ -1,10 +1,10 @@
-"""One call of ``generate``: what it brings, read before the device has work, and its pictures, encoded ahead."""
+"""One call of ``generate``: what it brings, read before the device has work, and its images, encoded ahead."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,11 +16,12 @@ from ..runtime.view import ModelView
 from .vision import Grids, Seen, VisionPrograms
 
 _READ = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw", "mm_token_type_ids", "second_per_grid_ts")
+_ENCODED = "mm_encoder_outputs"
 
 
 @dataclass
-class Ahead:
-    """Pictures whose encoding is under way, on a stream of its own where there are streams.
+class PendingVision:
+    """Images whose encoding is under way, on a stream of its own where there are streams.
 
     Attributes
     ----------
@@ -38,7 +39,7 @@ class Ahead:
     stream: torch.cuda.Stream | None
 
     def n_tokens(self, view: ModelView) -> int:
-        """Visual tokens of the pictures."""
+        """Visual tokens of the images."""
         return sum(t * h * w for t, h, w in self.grids) // view.spatial_merge_size**2
 
     def kept(self) -> Tensor | None:
@@ -62,52 +63,83 @@ class Call:
 
     Attributes
     ----------
-    given : dict
-        Its arguments.
+    arguments : dict
+        For transformers to prepare: without the images, which are the engine's to encode.
+    visual : dict
+        Pixels, or what was encoded of them, by argument.
     on_host : dict
-        Copies of those that say where the pictures are.
-    ahead : Ahead or None
-    samples_once : bool
-        Whether every row of the batch is answered once, without beams or drafts.
+        Copies of the arguments that say where the images are.
+    copies : int
+        Answers to each prompt: how often transformers repeats every row.
+    pending : PendingVision or None
     """
 
-    given: dict[str, Any] = field(default_factory=dict)
-    on_host: dict[str, Tensor] = field(default_factory=dict)
-    ahead: Ahead | None = None
-    samples_once: bool = False
+    arguments: dict[str, Any]
+    visual: dict[str, Any]
+    on_host: dict[str, Tensor]
+    copies: int
+    pending: PendingVision | None = None
 
     @classmethod
-    def of(cls, given: dict[str, Any]) -> Call:
+    def of(cls, given: Mapping[str, Any], copies: int) -> Call:
         """Read the arguments of a call; waits for what the device does."""
-        tensors = {name: given.get(name) for name in _READ}
-        return cls(given, {name: tensor.cpu() for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
+        visual = {name: given[name] for name in (*PIXELS.values(), _ENCODED) if given.get(name) is not None}
+        arguments = {name: value for name, value in given.items() if name not in visual}
+        if isinstance(arguments.get("inputs"), Tensor):
+            arguments["input_ids"] = arguments.pop("inputs")
+        tensors = {name: arguments.get(name) for name in _READ}
+        on_host = {name: tensor.cpu() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+        return cls(arguments, visual, on_host, copies)
 
-    def read(self, name: str, tensor: Any) -> Any:
-        """A tensor on the host, without waiting where it is the one that the call was given."""
-        if not isinstance(tensor, Tensor):
-            return tensor
-        return self.on_host[name] if name in self.on_host and tensor is self.given[name] else tensor.cpu()
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of images that it brings: images before videos."""
+        encoded = self.visual.get(_ENCODED) or {}
+        return [kind for kind, name in PIXELS.items() if name in self.visual or encoded.get(kind) is not None]
 
-    def note(self, name: str, tensor: Tensor, device: torch.device) -> Tensor:
-        """Send a tensor to the device, and remember what it holds."""
-        self.on_host[name], self.given[name] = tensor, to_device(tensor, device)
-        sent: Tensor = self.given[name]
-        return sent
+    def encoded(self, kind: str) -> Any:
+        """What the caller has encoded already, if anything."""
+        return (self.visual.get(_ENCODED) or {}).get(kind)
 
-    def read_all(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Arguments on the host, pixels left out."""
-        pixels = PIXELS.values()
-        return {name: self.read(name, value) for name, value in arguments.items() if name not in pixels}
+    def prepared(self, name: str, value: Any, dim: int = 0) -> Any:
+        """An argument on the host as transformers has prepared it, each row repeated; waits only where it is another.
 
-    def look_ahead(
+        Parameters
+        ----------
+        name : str
+        value : Any
+            What transformers hands on.
+        dim : int
+            Of the batch.
+        """
+        if not isinstance(value, Tensor):
+            return value
+        if name not in self.on_host:
+            return value.cpu()
+        before = self.on_host[name]
+        if self.copies == 1 and value is not self.arguments.get(name):
+            return value.cpu()
+        return before if self.copies == 1 else before.repeat_interleave(self.copies, dim=dim)
+
+    def position_on_host(self, model: Any, base_model: Any) -> None:
+        """Compute the positions on the host, where all that they depend on is, and send them to the device."""
+        if "attention_mask" not in self.on_host or self.arguments.get("position_ids") is not None:
+            return
+        ids, device = self.on_host["input_ids"], self.arguments["input_ids"].device
+        positions = model._prepare_position_ids_for_generation(ids, {**self.arguments, **self.on_host})
+        if isinstance(deltas := getattr(base_model, "rope_deltas", None), Tensor):
+            base_model.rope_deltas = to_device(deltas, device)
+        self.on_host["position_ids"] = positions
+        self.arguments["position_ids"] = to_device(positions, device)
+
+    def prefetch_vision(
         self, view: ModelView, programs: VisionPrograms, share: float, stream: torch.cuda.Stream | None
     ) -> None:
-        """Encode its pictures, or this share of their tokens, if it has pictures of one kind."""
-        kinds = [kind for kind, name in PIXELS.items() if isinstance(self.given.get(name), Tensor)]
-        if len(kinds) != 1 or f"{kinds[0]}_grid_thw" not in self.on_host:
+        """Encode its images, or this share of their tokens, if they are of one kind."""
+        if len(self.kinds) != 1 or _ENCODED in self.visual or f"{self.kinds[0]}_grid_thw" not in self.on_host:
             return
-        patches = self.given[PIXELS[kinds[0]]]
-        grids: Grids = tuple((t, h, w) for t, h, w in self.on_host[f"{kinds[0]}_grid_thw"].tolist())
+        patches = self.visual[PIXELS[self.kinds[0]]]
+        grids: Grids = tuple((t, h, w) for t, h, w in self.on_host[f"{self.kinds[0]}_grid_thw"].tolist())
         device = next(view.vision_tower.parameters()).device
         if patches.device != device or patches.shape[0] != sum(t * h * w for t, h, w in grids):
             return
@@ -117,7 +149,7 @@ class Call:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             begin = Mark.now(device)
             seen = programs(patches, grids, share)
-            self.ahead = Ahead(grids, seen, begin, Mark.now(device), stream)
+            self.pending = PendingVision(grids, seen, begin, Mark.now(device), stream)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

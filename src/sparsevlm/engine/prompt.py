@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..runtime.prompt import plan_samples
+from ..runtime.planning import plan_samples
 from ..runtime.request import Request, StageRecord
 from ..runtime.view import ModelView
 
@@ -35,16 +36,18 @@ class Prompt:
     kept: Tensor | None = None
 
     @classmethod
-    def of(cls, view: ModelView, ids: Tensor, positions: Tensor, kinds: set[str]) -> Prompt:
-        """Read a prompt that brings pictures of ``kinds`` ("image", "video")."""
-        feature_rows, so_far = torch.full_like(ids, -1), 0
+    def of(cls, view: ModelView, ids: Tensor, positions: Tensor, kinds: Collection[str], copies: int = 1) -> Prompt:
+        """Read a prompt that brings images of ``kinds`` ("image", "video"), its rows in groups of ``copies`` equal ones
+        that share them."""
+        once = torch.full_like(ids[::copies], -1)
+        so_far = 0
         for kind, token_id in (("image", view.image_token_id), ("video", view.video_token_id)):
             if kind in kinds:
-                found = ids == token_id
+                found = ids[::copies] == token_id
                 number = int(found.sum())
-                feature_rows[found] = torch.arange(so_far, so_far + number)
+                once[found] = torch.arange(so_far, so_far + number)
                 so_far += number
-        return cls(ids, positions, feature_rows, so_far)
+        return cls(ids, positions, once.repeat_interleave(copies, dim=0), so_far)
 
     def only(self, kept: Tensor) -> Prompt:
         """The same where the tower computes these rows only."""

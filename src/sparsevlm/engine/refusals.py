@@ -6,22 +6,24 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import cache_of
+from ..compat import GenerationSettings, cache_of, samples_or_greedy
 from ..kernels.choice import trouble
 from ..runtime.request import Request
 from ..runtime.view import ModelView
 from .selecting import NOT_PROVIDED
 
+_UNSUITED = "no greedy or sampling call of generate"
 # Methods that the engine calls none of, or goes past.
 _METHODS = frozenset(
     {
-        "compute_3d_position_ids", "forward", "get_image_features", "get_input_embeddings", "get_placeholder_mask",
-        "get_rope_index", "get_video_features",
+        "_prefill", "_sample", "_update_model_kwargs_for_generation", "compute_3d_position_ids", "forward",
+        "get_image_features", "get_input_embeddings", "get_placeholder_mask", "get_rope_index", "get_video_features",
+        "prepare_inputs_for_generation",
     }
 )  # fmt: skip
 # By the names under which transformers and this library's plain path know them.
@@ -30,20 +32,51 @@ _STOCK = ("transformers.", "torch.nn.", f"{__name__.partition('.')[0]}.")
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def refuses_generation(model_kwargs: Mapping[str, Any], generation_config: Any) -> str | None:
-    """Why a call of ``generate`` is not for the engine, by its options."""
-    cache = cache_of(model_kwargs)
+def refuses_arguments(
+    arguments: Mapping[str, Any], settings: GenerationSettings, modes: Mapping[str, Any]
+) -> str | None:
+    """Why a call of ``generate`` is not for the engine, by what it is given.
+
+    Parameters
+    ----------
+    arguments : mapping
+    settings : GenerationSettings
+    modes : mapping
+        From :func:`~sparsevlm.compat.split_mode_arguments`.
+    """
+    cache, implementation = cache_of(arguments), settings["cache_implementation"]
     reasons = {
-        "an assistant model": bool(getattr(generation_config, "is_assistant", False)),
-        "inputs_embeds": model_kwargs.get("inputs_embeds") is not None,
-        "no cache": not model_kwargs.get("use_cache", True) or cache is None,
-        "output_attentions": bool(generation_config.output_attentions),
-        "output_hidden_states": bool(generation_config.output_hidden_states),
-        "a cache that is handed out (return_dict_in_generate)": bool(generation_config.return_dict_in_generate),
-        "a cache of the user's": bool(getattr(cache, "_is_user_defined", False)),
-        f"a {type(cache).__name__}": cache is not None and type(cache) is not DynamicCache,
+        "an assistant model": modes.get("assistant_model") is not None or bool(settings["is_assistant"]),
+        "inputs_embeds": arguments.get("inputs_embeds") is not None,
+        "no input_ids": not isinstance(arguments.get("input_ids", arguments.get("inputs")), Tensor),
+        "no cache": settings["use_cache"] is False,
+        "output_attentions": bool(settings["output_attentions"]),
+        "output_hidden_states": bool(settings["output_hidden_states"]),
+        "a cache that is handed out (return_dict_in_generate)": bool(settings["return_dict_in_generate"]),
+        "a cache of the user's": cache is not None,
+        f"cache_implementation={implementation!r}": implementation not in (None, "dynamic"),
+        _UNSUITED: (settings["num_beams"] or 1) > 1 or settings["prompt_lookup_num_tokens"] is not None,
+        "generating in step on several devices (synced_gpus)": bool(modes.get("synced_gpus")),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def refuses_prepared(prepared: Mapping[str, Any], generation_config: Any, modes: Mapping[str, Any]) -> str | None:
+    """Why a call is not for the engine, by what transformers has made of it."""
+    if not samples_or_greedy(generation_config, modes) or generation_config.prefill_chunk_size is not None:
+        return _UNSUITED
+    if type(cache := cache_of(prepared)) is not DynamicCache:
+        return f"a {type(cache).__name__}"
+    return None
+
+
+def refuses_mode(view: ModelView) -> str | None:
+    """Why nothing runs on the engine as torch and the model are at present."""
+    if torch.is_autocast_enabled(view.text_model.embed_tokens.weight.device.type):
+        return "autocast"
+    if view.text_model.training:
+        return "training mode"
+    return refuses_patches(view)
 
 
 def refuses_patches(view: ModelView) -> str | None:
@@ -53,6 +86,9 @@ def refuses_patches(view: ModelView) -> str | None:
     for module in (view.model, view.base_model, view.text_model):
         if patched := _METHODS & vars(module).keys():
             return f"{type(module).__name__}.{min(patched)} was replaced"
+    for name in _METHODS:
+        if not _is_stock(getattr(type(view.model), name, None) or _is_stock):
+            return f"{type(view.model).__name__}.{name} was replaced"
     layer: Any = view.layers[0]
     tower: Any = view.vision_tower
     for module in (layer, layer.self_attn, layer.mlp, layer.input_layernorm, tower, tower.blocks[0]):

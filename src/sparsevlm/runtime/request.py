@@ -14,7 +14,7 @@ from ..report import StageReport
 from ..selection.budget import Plan
 from ..selection.context import Selector, SelectorTraits
 from .cache import DEAD
-from .clock import Clock
+from .clock import Clock, Mark
 
 
 @dataclass
@@ -113,6 +113,8 @@ class Request:
         Rows at the end that the caller wants logits of; 0: all.
     path, path_reason : str
         Which implementation runs, and why.
+    failed : str, optional
+        The error that the call ended in.
     """
 
     config: SparseVLMConfig
@@ -137,6 +139,27 @@ class Request:
     kv_note: str | None = None
     path: str = "plain"
     path_reason: str = "hooks on the model's own modules"
+    failed: str | None = None
+
+    def finish(self, cache: Cache | None, kv_bytes: tuple[int, int] = (0, 0), kv_note: str | None = None) -> None:
+        """End the prompt; ``cache`` holds it from now on."""
+        if cache is not None:
+            self.cache = weakref.ref(cache)
+        self.kv_bytes, self.kv_note, self.finished = kv_bytes, kv_note, True
+
+    def run_on(self, path: str, reason: str) -> None:
+        """Note which implementation runs it."""
+        self.path, self.path_reason = path, reason
+
+    def add_decode_step(self, begin: Mark, end: Mark) -> None:
+        """Count one more new token of every sample."""
+        self.decode_steps += 1
+        self.clock.add("decode", begin, end)
+
+    def fail(self, error: BaseException) -> None:
+        """Note that the call ended in an error."""
+        self.failed = f"{type(error).__name__}: {error}"
+        self.features = None
 
     @property
     def prunes(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..selection.context import VISION_NEEDS, SelectorTraits
 from .clock import Clock, Mark
 from .prompt import PIXELS
-from .threads import ThreadGuard
-from .view import ModelView
+from .session import Session
 from .vision_probe import VisionProbe, VisionRows, hand_out
 from .vision_varlen import VarlenVision
 
@@ -37,51 +36,42 @@ class VisionWatch:
 
     Parameters
     ----------
-    view : ModelView
-    needs : callable
-        Tells what the selector in force needs.
-    threads : ThreadGuard
-    in_one_call : callable
-        Tells whether the option ``engine`` is in force.
+    session : Session
     """
 
-    def __init__(
-        self,
-        view: ModelView,
-        needs: Callable[[], frozenset[str]],
-        threads: ThreadGuard,
-        in_one_call: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._view = view
-        self._in_one_call = in_one_call
+    def __init__(self, session: Session) -> None:
+        self._session = session
         self._varlen: VarlenVision | None = None
-        self._needs = needs
-        self._threads = threads
         self._running: tuple[VisionCall, VisionProbe | None] | None = None
         self._runs = WeakTensorKeyDictionary()
         self._expected: list[str] = []
         self._ours: dict[str, VisionCall] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles know of no run."""
+        return {"_session": self._session}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["_session"])  # type: ignore[misc]
+
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        self._threads.claim()
         self._stop_reading()
         grid_thw = bound_arguments(module, args, kwargs).get("grid_thw")
         if grid_thw is None:  # the tower itself refuses this
             return
+        view = self._session.view
         call = VisionCall(Mark.now(next(module.parameters()).device), grid_thw)
-        if self._in_one_call() and VarlenVision.suits(self._view):
-            self._varlen = VarlenVision(self._view)
-        needs, probe = self._needs() & VISION_NEEDS, None
+        if self._session.wants_engine and VarlenVision.suits(view):
+            self._varlen = VarlenVision(view)
+        needs, probe = self._session.options.traits.needs & VISION_NEEDS, None
         if needs:
-            order = None if self._view.vision_windows is None else self._view.vision_windows(grid_thw)[0]
-            probe = VisionProbe(self._view, needs, order)
+            order = None if view.vision_windows is None else view.vision_windows(grid_thw)[0]
+            probe = VisionProbe(view, needs, order)
         self._running = (call, probe)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook, to be called after an exception as well."""
-        if not self._threads.is_mine:  # torch calls this for a refused thread as well
-            return
         running = self._running
         self._stop_reading()
         if running is None or output is None:

@@ -1,0 +1,167 @@
+"""``generate`` of a model under SparseVLM: owns a call from its first step to its last."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from . import compat
+from .engine.generate import Engine, UnsupportedByEngineError
+from .runtime.hooks import ModelHooks
+from .runtime.refusals import check_prefill
+from .runtime.session import Session
+
+
+class Generate:
+    """Stands on the model in the place of ``generate``; the only thing of it that is replaced.
+
+    A call takes its turn, is prepared by transformers, and then runs on the engine or on the hooks: transformers hands
+    what it has prepared to a callable (its ``custom_generate``), which decides.
+
+    Parameters
+    ----------
+    session : Session
+    hooks : ModelHooks
+    engine : Engine
+    """
+
+    def __init__(self, session: Session, hooks: ModelHooks, engine: Engine) -> None:
+        self._session, self._hooks, self._engine = session, hooks, engine
+        self._before: Callable[..., Any] | None = None
+        self._is_attached = False
+
+    @property
+    def plain(self) -> Callable[..., Any]:
+        """The ``generate`` whose place this takes."""
+        model = self._session.view.model
+        return self._before or getattr(type(model), "generate").__get__(model)  # noqa: B009
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.plain)
+
+    def attach(self) -> None:
+        """Take the place."""
+        model = self._session.view.model
+        self._before = vars(model).get("generate")
+        model.generate, self._is_attached = self, True
+
+    def detach(self) -> None:
+        """Give it back, unless somebody else has taken it since; whoever still calls this reaches the plain one."""
+        model, self._is_attached = self._session.view.model, False
+        if vars(model).get("generate") is self:
+            del model.generate
+            if self._before is not None:
+                model.generate = self._before
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_attached:
+            return self.plain(*args, **kwargs)
+        session, arguments = self._session, _named(self.plain, args, kwargs)
+        self._hooks.drop_interrupted()
+        timeout = session.options.config.timeout
+        with (
+            _ends_streamer(arguments.get("streamer")),
+            session.lock.hold(timeout) as depth,
+            contextlib.ExitStack() as own,
+        ):
+            if depth > 1:
+                own.enter_context(session.interrupted())
+            own.enter_context(self._hooks.generating())
+            session.begin_call()
+            session.expect_images(arguments)
+            try:
+                return self._run(arguments, is_nested=depth > 1)
+            except BaseException as error:
+                session.fail(error)
+                raise
+
+    def _run(self, arguments: dict[str, Any], *, is_nested: bool) -> Any:
+        session, given = self._session, arguments
+        wants_engine = session.wants_engine
+        if (other := compat.other_generation(session.view.model, self.plain, arguments)) is not None:
+            session.plain_reason = other if wants_engine else ""
+            return self.plain(**arguments)
+        arguments, modes = compat.split_mode_arguments(session.view.model, arguments)
+        if wants_engine:
+            call = self._engine.begin(arguments, modes, is_nested=is_nested)
+            if call is not None:
+                with contextlib.suppress(UnsupportedByEngineError):
+                    return self._prepare(call.arguments, modes, self._engine.run, call)
+                session.expect_images(given)
+                if modes.get("streamer") is not None:
+                    modes["streamer"] = _WithoutPrompt(modes["streamer"])
+            session.plain_reason = self._engine.reason
+        return self._prepare(arguments, modes, self._run_hooks)
+
+    def _prepare(self, arguments: dict[str, Any], modes: dict[str, Any], run: Callable[..., Any], *own: Any) -> Any:
+        """Let transformers prepare the inputs, and ``run`` with them."""
+        handed_on = {name: modes[name] for name in ("streamer", "assistant_model") if name in modes}
+        return self.plain(**arguments, **handed_on, custom_generate=functools.partial(run, *own, modes))
+
+    def _run_hooks(
+        self,
+        modes: dict[str, Any],
+        model: Any,
+        input_ids: Tensor,
+        *,
+        generation_config: Any,
+        inputs_tensor: Tensor | None = None,
+        **prepared: Any,
+    ) -> Any:
+        """Decode by transformers' own loops, with the hooks in the model."""
+        check_prefill(generation_config)
+        decode, is_assisted = compat.decoding_method(model, generation_config, modes)
+        self._session.is_drafting = is_assisted
+        generation_config.disable_compile = True  # hooks would break the graph at every layer
+        if is_assisted:
+            modes = {**modes, "inputs_tensor": inputs_tensor}
+        else:
+            modes = {name: modes[name] for name in ("streamer", "synced_gpus") if name in modes}
+        return decode(model, input_ids, generation_config=generation_config, **modes, **prepared)
+
+
+class _WithoutPrompt:
+    """A streamer that has been given the prompt already, in a call that begins anew."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer, self._is_first = streamer, True
+
+    def put(self, value: Any) -> None:
+        """Hand on what comes after the prompt."""
+        if not self._is_first:
+            self._streamer.put(value)
+        self._is_first = False
+
+    def end(self) -> None:
+        """Hand on the end."""
+        self._streamer.end()
+
+
+class _ends_streamer(contextlib.AbstractContextManager[None]):  # noqa: N801
+    """Ends a streamer where an error ends the call: whoever reads it would wait for ever."""
+
+    def __init__(self, streamer: Any) -> None:
+        self._streamer = streamer
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and self._streamer is not None:
+            with contextlib.suppress(Exception):
+                self._streamer.end()
+
+
+def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a call by name."""
+    if not args:
+        return kwargs
+    bound = inspect.signature(function).bind_partial(*args, **kwargs)
+    arguments = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+    return arguments

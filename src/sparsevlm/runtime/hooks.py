@@ -1,0 +1,240 @@
+"""The plain path: hooks on the model's own modules, which prune while these run."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..compat import cache_of
+from ..selection.context import VISION_NEEDS
+from . import prompt
+from .cache import check_cache
+from .clock import Mark
+from .costs import cache_bytes, static_note
+from .forward import Forward
+from .opening import open_request
+from .pruner import before_layer
+from .refusals import check_call, check_mode, check_packing
+from .request import Request
+from .session import Session
+from .vision import VisionWatch, bound_arguments
+
+_DIRECT = "a direct call of the model"
+
+
+class ModelHooks:
+    """Hooks of one model; all of them see every call, of ``generate`` and of the modules themselves.
+
+    A direct call holds the model's lock from its outermost module's first hook to the last.
+
+    Parameters
+    ----------
+    session : Session
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._view = session.view
+        self._vision = VisionWatch(session)
+        self._forward: Forward | None = None
+        self._logits_to_keep = 0
+        self._begin: Mark | None = None
+        self._inside: list[nn.Module] = []
+        self._handles: list[RemovableHandle] = []
+        self.in_generate = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are in no call."""
+        return {**vars(self), "_forward": None, "_begin": None, "_inside": [], "in_generate": False}
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are registered."""
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Register the hooks; nothing of the model is replaced."""
+        view, add = self._view, self._handles.append
+        add(view.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        add(view.model.register_forward_hook(self._leave, always_call=True))
+        add(view.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True))
+        add(view.base_model.register_forward_hook(self._after_base, always_call=True))
+        add(view.vision_tower.register_forward_pre_hook(self._before_tower, with_kwargs=True))
+        add(view.vision_tower.register_forward_hook(self._after_tower, always_call=True))
+        add(view.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
+        add(view.text_model.register_forward_hook(self._leave, always_call=True))
+        for layer_idx, layer in enumerate(view.layers):
+            add(layer.register_forward_pre_hook(_LayerHook(self, layer_idx), with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove every hook; harmless when done already."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._end_forward()
+        self._vision.release()
+
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """Where ``generate`` owns the call: the hooks leave the lock and its failures to it."""
+        before = (self.in_generate, self._forward, self._inside, self._logits_to_keep)
+        self.in_generate, self._forward, self._inside = True, None, []
+        try:
+            yield
+        finally:
+            self._end_forward()
+            self.in_generate, self._forward, self._inside, self._logits_to_keep = before
+
+    def drop_interrupted(self) -> None:
+        """Give back the lock of a direct call of this thread that Ctrl-C has ended, which torch tells no hook."""
+        if self._inside and self._session.lock.is_mine and not self.in_generate:
+            self._inside = []
+            self._session.lock.release()
+
+    def _enter(self, module: nn.Module) -> None:
+        """Take the lock for a direct call that begins at ``module``."""
+        session = self._session
+        if session.lock.is_mine and self.in_generate:
+            return
+        if session.lock.is_mine and module in self._inside:  # of a call that was interrupted by Ctrl-C
+            del self._inside[self._inside.index(module) :]
+        if not session.lock.is_mine:
+            session.lock.acquire(session.options.config.timeout)
+            self._inside.clear()
+        if not self._inside:
+            session.begin_call(_DIRECT if session.wants_engine else "")
+        self._inside.append(module)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._session.lock.is_mine or self.in_generate or module not in self._inside:
+            return
+        del self._inside[self._inside.index(module) :]
+        if not self._inside:
+            if (error := sys.exc_info()[1]) is not None and output is None:
+                self._session.fail(error)
+            self._session.lock.release()
+
+    def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._enter(module)
+        inputs = bound_arguments(module, args, kwargs)
+        check_call(inputs)
+        if not self.in_generate:
+            self._session.expect_images(inputs)
+        keep = inputs.get("logits_to_keep")
+        self._logits_to_keep = keep if isinstance(keep, int) else 0
+
+    def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._enter(module)
+        inputs = bound_arguments(module, args, kwargs)
+        logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
+        cache = cache_of(inputs)
+        ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        self._begin = Mark.now(ids.device)
+        self._end_forward()
+        check_mode(self._view)
+        self._vision.begin_pass(inputs)
+        masks = prompt.visual_masks(self._view, inputs)
+        self._session.check_images_found(inputs, bool(masks))
+        if not masks:
+            self._begin_dense(cache, ids, inputs.get("attention_mask"))
+            return
+        inputs = {**inputs, **self._vision.grids(inputs)}
+        request = open_request(self._session, inputs, masks, logits_to_keep)
+        if cache is not None and not request.drops_nothing:
+            check_cache(cache, self._view.n_layers)
+        if request.config.vision_keep < 1.0:
+            request.path_reason += "; the tower computed all, vision_keep is the engine's"
+        self._forward = Forward(cache, request, masks)
+
+    def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
+        """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
+        self._forward = Forward(cache)
+        request = self._session.request
+        if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
+            request.decode_steps += 1
+            return
+        request = self._session.new_request(cache, ids.shape[0], ids.shape[1])
+        request.skipped_because = "no image or video in the input"
+        request.n_valid = [ids.shape[1]] * ids.shape[0]
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+            request.n_valid = attention_mask[:, -ids.shape[1] :].sum(dim=-1).tolist()
+
+    def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._enter(module)
+        forward = self._forward
+        request = forward.request if forward is not None else None
+        if forward is None or request is None:
+            return
+        if request.traits.needs & VISION_NEEDS and not request.drops_nothing:
+            visual = [sample.visual for sample in request.samples]
+            forward.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
+        positions = kwargs.get("position_ids")
+        if isinstance(positions, Tensor) and positions.ndim == 3:
+            check_packing(positions, kwargs.get("attention_mask"))
+            request.coordinates = positions[-3:].expand(3, *positions.shape[1:])
+        if {"features", "text_features"} & request.traits.needs or request.config.raters == "embedding":
+            request.features = kwargs["inputs_embeds"]
+
+    def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._session.lock.is_mine:  # torch calls this for a thread that gave up waiting as well
+            return
+        forward, request = self._forward, self._session.request
+        if forward is not None and request is not None and output is not None:
+            device = next(iter(self._view.layers[-1].parameters())).device
+            assert self._begin is not None
+            request.clock.add("decode" if request.decode_steps else "prefill", self._begin, Mark.now(device))
+            if not request.decode_steps:
+                self._finish_prefill(request, forward.cache)
+        self._vision.end_pass(comes_again=forward is not None and forward.cache is None)
+        self._end_forward()
+        self._leave(module, args, output)
+
+    def _finish_prefill(self, request: Request, cache: Any) -> None:
+        self._vision.book(request.clock)
+        if cache is None:
+            request.finish(None)
+            return
+        layers = cache.layers[: self._view.n_layers]
+        request.finish(cache, cache_bytes(layers, request.past_len + request.q_len), static_note(layers))
+
+    def _before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._enter(module)
+        self._vision.before(module, args, kwargs)
+
+    def _after_tower(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._session.lock.is_mine:
+            self._vision.after(module, args, output)
+            self._leave(module, args, output)
+
+    def _end_forward(self) -> None:
+        """Drop what belongs to one pass; after an exception as well."""
+        forward, self._forward = self._forward, None
+        if forward is not None:
+            forward.disarm()
+            if forward.request is not None:
+                forward.request.features = None
+
+
+class _LayerHook:
+    """Forward pre-hook of one decoder layer."""
+
+    def __init__(self, hooks: ModelHooks, layer_idx: int):
+        self.hooks = hooks
+        self.layer_idx = layer_idx
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = self.hooks._forward
+        if forward is None or not self.hooks._session.lock.is_mine:
+            return None
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        if forward.cache is None:  # without one given, the text model has just made its own
+            forward.cache = cache_of(kwargs)
+        pruned, changed = before_layer(self.hooks._view, forward, self.layer_idx, hidden_states, kwargs)
+        if args:
+            return (pruned, *args[1:]), changed
+        return args, {**changed, "hidden_states": pruned}

@@ -1,0 +1,229 @@
+"""What the calls of one model share: its options by context, its lock, its requests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import weakref
+from collections.abc import Collection, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import SparseVLMConfig
+from ..selection.context import Selector, SelectorTraits
+from ..selection.overrides import effective_config, idle_options
+from ..selection.selectors import make_selector
+from ..template import Template
+from .lock import GenerationLock
+from .planning import check_budget, check_needs, resolved_target_layers
+from .request import Request
+from .view import ModelView
+
+logger = logging.getLogger(__name__)
+
+# By session; contexts (threads, tasks) do not see each other's.
+_OVERRIDES: ContextVar[tuple[_Override, ...]] = ContextVar("sparsevlm_overrides", default=())
+_LAST: ContextVar[tuple[tuple[weakref.ref[Session], Request], ...]] = ContextVar("sparsevlm_last", default=())
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of requests, checked against the model.
+
+    Attributes
+    ----------
+    given : SparseVLMConfig
+        As the user chose them.
+    config : SparseVLMConfig
+        In force: with what the selector sets.
+    selector, traits, target_layers
+        That follow from them.
+    """
+
+    given: SparseVLMConfig
+    config: SparseVLMConfig
+    selector: Selector
+    traits: SelectorTraits
+    target_layers: tuple[int, ...]
+
+    @classmethod
+    def of(cls, view: ModelView, config: SparseVLMConfig) -> Options:
+        """Resolve a configuration; raises where it does not fit the model."""
+        selector = make_selector(config)
+        effective, traits = effective_config(config, selector), SelectorTraits.of(selector)
+        check_needs(view, traits)
+        layers = resolved_target_layers(view, effective, traits)
+        check_budget(view, effective, layers)
+        return cls(config, effective, selector, traits, layers)
+
+
+@dataclass(eq=False)
+class _Override:
+    """Options of a session within a context."""
+
+    session: weakref.ref[Session]
+    options: Options
+
+
+class Session:
+    """The calls of one model.
+
+    Parameters
+    ----------
+    view : ModelView
+    config : SparseVLMConfig
+        Options outside of :meth:`override`.
+    template : Template
+
+    Attributes
+    ----------
+    lock : GenerationLock
+    is_drafting : bool
+        Whether the running call verifies drafted tokens (assisted decoding).
+    plain_reason : str
+        Why the running call is not for the engine; empty without an engine.
+    """
+
+    def __init__(self, view: ModelView, config: SparseVLMConfig, template: Template) -> None:
+        self.view, self.template = view, template
+        self.lock = GenerationLock()
+        self.plain_reason = ""
+        self.is_drafting = self._is_open = self._expects_images = False
+        self._n_overrides, self._warned = 0, set[str]()
+        self._current: Request | None = None
+        self._base = Options.of(view, config)
+        self.warn_idle(config, [] if config.preset else [f.name for f in dataclasses.fields(config)])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin without requests."""
+        return {**vars(self), "_n_overrides": 0, "_current": None}
+
+    @property
+    def options(self) -> Options:
+        """Options in force in the calling context."""
+        return next((one.options for one in reversed(_OVERRIDES.get()) if one.session() is self), self._base)
+
+    @property
+    def config(self) -> SparseVLMConfig:
+        """Options in force outside of :meth:`override`."""
+        return self._base.given
+
+    @contextlib.contextmanager
+    def override(self, changes: Mapping[str, Any]) -> Iterator[None]:
+        """Other options for the calls inside, in this context alone."""
+        options = Options.of(self.view, self.options.given.replace(**changes))
+        self.warn_idle(options.given, changes)
+        own = _Override(weakref.ref(self), options)
+        _OVERRIDES.set((*_OVERRIDES.get(), own))
+        self._n_overrides += 1
+        try:
+            yield
+        finally:
+            self._n_overrides -= 1
+            # By itself, not as the last: contexts of generators and tasks end in any order.
+            _OVERRIDES.set(tuple(one for one in _OVERRIDES.get() if one is not own))
+
+    def expect_n_visual(self, n_vis: int | None) -> None:
+        """Set the number of visual tokens that requests are expected to have, inside of :meth:`override` as well."""
+
+        def expecting(options: Options) -> Options:
+            return Options.of(self.view, options.given.replace(n_vis=n_vis))
+
+        self._base = expecting(self._base)
+        for one in _OVERRIDES.get():
+            if one.session() is self:
+                one.options = expecting(one.options)
+
+    @property
+    def wants_engine(self) -> bool:
+        """Whether the option ``engine`` is in force; unset, it is where the decoder is on a CUDA device."""
+        wanted = self.options.config.engine
+        if wanted is not None:
+            return wanted
+        return next(self.view.text_model.parameters()).is_cuda
+
+    @property
+    def request(self) -> Request | None:
+        """The request that is running, or the one that ran last."""
+        return self._current
+
+    @property
+    def last(self) -> Request | None:
+        """The last request of the calling context, or of any where it made none."""
+        return next((request for of, request in _LAST.get() if of() is self), self._current)
+
+    def new_request(self, cache: Any, batch: int, q_len: int) -> Request:
+        """Begin a request under the options in force."""
+        options = self.options
+        if self._n_overrides and options is self._base:
+            self.warn_once(
+                "context",
+                "options(...) is open in another thread or task and does not hold in this one. To hand it on, start "
+                "the thread with contextvars.copy_context().run.",
+            )
+        past_len = 0 if cache is None else int(cache.get_seq_length())
+        request = Request(
+            options.config, options.selector, options.traits, options.target_layers, q_len, past_len, batch
+        )
+        request.cache = None if cache is None else weakref.ref(cache)
+        if self.plain_reason:
+            request.path_reason += f" ({self.plain_reason})"
+        self._current, self._is_open = request, True
+        of_others = (entry for entry in _LAST.get() if entry[0]() not in (None, self))
+        _LAST.set((*of_others, (weakref.ref(self), request)))
+        return request
+
+    def begin_call(self, plain_reason: str = "") -> None:
+        """Begin a call of ``generate``, or a direct one; ``plain_reason`` tells why the engine does not run it."""
+        self.plain_reason = plain_reason
+        self.is_drafting = self._is_open = self._expects_images = False
+
+    def expect_images(self, arguments: Mapping[str, Any]) -> None:
+        """Note whether the running call was given images or videos, under whatever name transformers has for them."""
+        self._expects_images = any("pixel" in name and value is not None for name, value in arguments.items())
+
+    @contextlib.contextmanager
+    def interrupted(self) -> Iterator[None]:
+        """Where another call runs inside of one that goes on: what belongs to that one comes back at the end."""
+        names = ("_current", "_is_open", "_expects_images", "is_drafting", "plain_reason")
+        before = {name: getattr(self, name) for name in names}
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def check_images_found(self, inputs: Mapping[str, Any], found: bool) -> None:
+        """Refuse to go on dense where the call was given images and its first pass shows none.
+
+        Raises
+        ------
+        RuntimeError
+        """
+        expects, self._expects_images = self._expects_images, False
+        if expects and not found:
+            raise RuntimeError(
+                f"images were given, but the first pass of the model brings none ({', '.join(sorted(inputs))}): this "
+                "version of transformers hands them on in another way than those that were tested, and nothing would "
+                "be pruned. Install a tested version, or call remove_sparsevlm(model)."
+            )
+
+    def fail(self, error: BaseException) -> None:
+        """Note that the running call ended in an error, for its report."""
+        request = self._current if self._is_open else self.new_request(None, 0, 0)
+        assert request is not None
+        request.fail(error)
+
+    def warn_idle(self, config: SparseVLMConfig, given: Collection[str]) -> None:
+        """Warn of options that were given and change nothing."""
+        traits = SelectorTraits.of(make_selector(config))
+        if idle := idle_options(config, traits, given):
+            message = f"{', '.join(idle)}: no effect under selector={traits.name!r} and this budget."
+            self.warn_once(message, message)
+
+    def warn_once(self, kind: str, message: str) -> None:
+        """Log the first warning of a kind."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("sparsevlm: %s", message)

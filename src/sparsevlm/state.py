@@ -1,0 +1,140 @@
+"""The user's handle of a model under SparseVLM: its options, its reports, warm-up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from .config import SparseVLMConfig
+from .engine.generate import Engine
+from .generate import Generate
+from .report import Report
+from .runtime.hooks import ModelHooks
+from .runtime.recorder import make_report
+from .runtime.session import Session
+from .runtime.view import ModelView
+from .runtime.warm_up import WarmUp, warm_up
+from .template import Template
+
+# Where a model's state is found: on the module whose hooks it holds, so that copies of the model carry copies of it.
+STATE_ATTRIBUTE = "_sparsevlm_state"
+
+
+class SparseVLMState:
+    """One model's pruning: made by :func:`sparsevlm.apply_sparsevlm`, undone by :func:`sparsevlm.remove_sparsevlm`.
+
+    Used as a context manager, it removes itself at the end.
+    """
+
+    def __init__(self, view: ModelView, config: SparseVLMConfig, template: Template | None = None):
+        self._session = Session(view, config, template or Template())
+        self._hooks = ModelHooks(self._session)
+        self._engine = Engine(self._session)
+        self._generate = Generate(self._session, self._hooks, self._engine)
+        self._report: tuple[Any, Report] | None = None
+
+    @property
+    def view(self) -> ModelView:
+        """The parts of the model."""
+        return self._session.view
+
+    @property
+    def config(self) -> SparseVLMConfig:
+        """Options in force outside of :meth:`options`."""
+        return self._session.config
+
+    @property
+    def attached(self) -> bool:
+        """Whether the model prunes."""
+        return self._hooks.attached
+
+    @property
+    def report(self) -> Report:
+        """Report of the last request of this thread or task (of the running one, as far as it is).
+
+        A thread or task that made none gets the last of any.
+
+        Raises
+        ------
+        RuntimeError
+            If there was none yet.
+        """
+        request = self._session.last
+        if request is None:
+            raise RuntimeError("no request yet: call model.generate(**inputs) first.")
+        so_far = (id(request), request.finished, request.decode_steps, request.failed)
+        if self._report is None or self._report[0] != so_far:
+            self._report = (so_far, make_report(self.view, request))
+        return self._report[1]
+
+    @contextlib.contextmanager
+    def options(self, **changes: Any) -> Iterator[SparseVLMState]:
+        """Other options for the requests inside: ``with state.options(keep=0.25): model.generate(...)``.
+
+        They hold in the calling thread or task alone. ``keep`` may be a list with one budget per sample.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As :func:`sparsevlm.apply_sparsevlm`, before anything runs.
+        RuntimeError
+            If the model does not prune under this state (any more).
+        """
+        if not self.attached:
+            raise RuntimeError(
+                "this state was removed or replaced by another apply_sparsevlm: its options would change nothing. "
+                "Use the state that the last apply_sparsevlm returned."
+            )
+        with self._session.override(changes):
+            yield self
+
+    def warm_up(
+        self,
+        *requests: Mapping[str, Any],
+        max_new_tokens: int = 64,
+        seconds: float = 60.0,
+        largest: float = 0.9,
+    ) -> WarmUp:
+        """Run typical requests ahead, largest first: kernels are compiled and what they need is recorded.
+
+        Parameters
+        ----------
+        *requests : mapping
+            Inputs of ``generate`` each, as the processor makes them; sizes matter, not what they say.
+        max_new_tokens : int
+            As later requests will ask for.
+        seconds, largest : float
+            No request begins after so many seconds, or once this share of the GPU's memory is taken.
+
+        Returns
+        -------
+        WarmUp
+            What was run, how long it took, and what memory.
+        """
+        return warm_up(self.view.model, requests, max_new_tokens, seconds, largest)
+
+    def expect_n_visual(self, n_vis: int | None) -> None:
+        """Set the expected number of visual tokens, inside :meth:`options` as well."""
+        self._session.expect_n_visual(n_vis)
+
+    def __enter__(self) -> SparseVLMState:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    def attach(self) -> None:
+        """Register the hooks and take ``generate``: nothing else of the model is replaced."""
+        setattr(self.view.base_model, STATE_ATTRIBUTE, self)
+        self._hooks.attach()
+        self._generate.attach()
+
+    def detach(self) -> None:
+        """Give the untouched model back; harmless when done already."""
+        if not self.attached:
+            return
+        self._generate.detach()
+        self._hooks.detach()
+        self._engine.detach()
+        vars(self.view.base_model).pop(STATE_ATTRIBUTE, None)
