@@ -11,7 +11,7 @@ from sparsevlm.bundled import bundled_path
 from sparsevlm.inputs import load_model, load_processor
 from sparsevlm.scenes import TASKS, draw_example
 from sparsevlm.selection.greedy import dpp_order, dpp_order_by_gram
-from sparsevlm.selection.selectors.span import SpanSelector
+from sparsevlm.selection.selectors.span import SpanSelector, _centre
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
@@ -44,7 +44,7 @@ def run(model, inputs, n_new, said=None, **options):
     return output[:, inputs["input_ids"].shape[1] :], teacher.scores
 
 
-def chosen_without_values(self, states, valid, n_keep, search=None):
+def chosen_without_values(self, states, valid, n_keep):
     """The same rows whatever the states are: what rounding changes is seen in the logits alone."""
     n = states.shape[1]
     score = (torch.arange(n, device=states.device) * 7919) % 1009
@@ -107,9 +107,9 @@ def orders(monkeypatch):
     """What span was asked in a run of the plain path, and said."""
     seen, order = [], SpanSelector.order
 
-    def noted(self, states, valid, n_keep, search=dpp_order):
+    def noted(self, states, valid, n_keep):
         seen.append((states.float().clone(), valid, n_keep))
-        return order(self, states, valid, n_keep, search)
+        return order(self, states, valid, n_keep)
 
     monkeypatch.setattr(SpanSelector, "order", noted)
     return seen
@@ -126,8 +126,9 @@ def test_the_kernels_choose_as_the_plain_search(orders):
         orders.clear()
         answer(model, inputs.to("cuda"))
         for states, valid, n_keep in list(orders):
-            plain = SpanSelector().order(states.clone(), valid, n_keep)
-            found = SpanSelector().order(states.clone(), valid, n_keep, dpp_order_by_gram)
+            centred, quality = _centre(states.clone(), valid), valid.float()
+            plain = dpp_order(centred, quality, n_keep, True)
+            found = dpp_order_by_gram(centred, quality, n_keep, True)
             for b in range(len(states)):
                 one, other = set(plain[b].tolist()), set(found[b].tolist())
                 n_kept, n_alike = n_kept + n_keep, n_alike + len(one & other)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine import selecting
+from sparsevlm.runtime import step
 from sparsevlm.selection.raters import embedding_raters
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
@@ -25,6 +25,33 @@ class Reads:
         likeness = (context.features @ context.text_features.T).softmax(dim=-1).amax(dim=-1)
         score = context.rater_attention.mean(dim=0) * change + context.last_attention * likeness
         return score.argsort(descending=True)[:n_keep].sort().values
+
+
+class Looks:
+    """Keeps the first rows, and remembers where all of them are."""
+
+    def __init__(self):
+        self.seen = []
+
+    def select(self, context, n_keep):
+        self.seen.append((context.coordinates, context.indices))
+        return torch.arange(n_keep, device=context.hidden_states.device)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_coordinates_are_the_same_on_both_paths(prompt):
+    model, inputs, seen = tiny_model(), make_inputs(*PROMPTS[prompt]), []
+    state = apply_sparsevlm(model, **OPTIONS)
+    for engine in (False, True):
+        with state.options(engine=engine, selector=Looks()):
+            model.generate(**inputs, **GREEDY)
+            assert state.report.path == ("engine" if engine else "plain")
+            seen.append(state._session.options.selector.seen)
+    assert len(seen[0]) == len(seen[1]) > 1
+    for plain, packed in zip(*seen, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(plain, packed, strict=True))
+    time, height, width = seen[0][0][0]
+    assert len(set(zip(time.tolist(), height.tolist(), width.tolist(), strict=True))) == len(time)
 
 
 ATTENTIVE = {
@@ -134,7 +161,7 @@ def test_attention_is_read_where_the_tower_leaves_out_tokens(case, monkeypatch):
         asked.append(visual.shape[0])
         return embedding_raters(visual, voters)
 
-    monkeypatch.setattr(selecting, "embedding_raters", spy)
+    monkeypatch.setattr(step, "embedding_raters", spy)
     model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 8, 8), ("text", 9)])
     state = apply_sparsevlm(model, **{**OPTIONS, "keep": 0.35, **ATTENTIVE[case]}, vision_keep=0.5, engine=True)
     model.generate(**inputs, **GREEDY)

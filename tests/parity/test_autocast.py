@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.runtime import reading, vision_probe
+from sparsevlm.runtime import reading, step, vision_probe
 from sparsevlm.selection.selectors import SELECTORS
 from toys import PROMPTS, make_inputs, tiny_model
 
@@ -79,7 +79,7 @@ def test_every_selector_chooses_as_without_it(name):
 
 def test_embedding_raters_are_chosen_as_without_it(monkeypatch):
     chosen = []
-    choose = reading.embedding_raters
+    choose = step.embedding_raters
 
     def both(*states):
         chosen.append(choose(*states))
@@ -88,7 +88,7 @@ def test_embedding_raters_are_chosen_as_without_it(monkeypatch):
         assert not torch.is_autocast_enabled("cpu")
         return chosen[-1]
 
-    monkeypatch.setattr(reading, "embedding_raters", both)
+    monkeypatch.setattr(step, "embedding_raters", both)
     model = tiny_model()
     apply_sparsevlm(model, min_keep=3, raters="embedding")
     with HALF:

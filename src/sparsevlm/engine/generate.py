@@ -41,7 +41,8 @@ class Decoding:
         """Logits after one more token of every sample, (batch, vocab_size)."""
         logits = self.arena.step(tokens)
         end = Mark.now(logits.device)
-        self.request.add_decode_step(self.begin, end)
+        self.request.begin_decode_step()
+        self.request.add_time("decode", self.begin, end)
         self.begin = end
         return logits
 
@@ -193,6 +194,7 @@ class Engine:
         request = open_request(self._session, inputs, visual_masks(view, inputs))
         if (refused := refuses_request(request)) is not None:
             raise self._refuse(refused)
+        request.see_positions(positions)
         prompt = Prompt.of(view, ids, positions[-3:], call.kinds, call.copies)
         if call.pending is not None and call.pending.n_tokens(view) != prompt.n_features:
             call.pending = None
@@ -204,15 +206,15 @@ class Engine:
             raise self._refuse("placeholders and features that differ in number")  # the model's own error follows
         request.run_on("engine", "packed samples")
         if prompt.kept is None and request.config.vision_keep < 1.0:
-            request.path_reason += "; the tower computed all: images and videos in one call, or images given encoded"
+            request.remark("; the tower computed all: images and videos in one call, or images given encoded")
         begin = Mark.now(features.device)
         logits, arena = self._run(request, prompt, features)
         end = Mark.now(features.device)
-        request.clock.add("prefill", begin, end)
+        request.add_time("prefill", begin, end)
         if call.pending is not None:
-            request.clock.add("vision", call.pending.begin, call.pending.end)
+            request.add_time("vision", call.pending.begin, call.pending.end)
         arena.start(prompt.next_positions, room)
-        request.rows = torch.stack([sample.last for sample in request.samples])
+        request.place(torch.stack([sample.last for sample in request.samples]))
         request.finish(None, arena.cache_bytes(len(ids) * ids.shape[1]))
         return logits, Decoding(arena, request, end)
 
@@ -222,11 +224,10 @@ class Engine:
             return logits, arena or self._shop.arenas.take(caches, request.batch)
         embeds = prompt.embeddings(self._view, features)
         request.to(embeds.device)
-        if {"features", "text_features"} & request.traits.needs:
-            request.features = embeds
+        request.see_embeddings(embeds)
         packed = pack(self._view, request, embeds, prompt.positions.to(embeds.device))
         hidden, caches = prefill(self._view, self._shop.weights, request, packed)
-        request.features = None
+        request.forget_embeddings()
         return self._view.model.lm_head(hidden), self._shop.arenas.take(caches, request.batch)
 
     def _features(self, call: Call) -> Tensor:

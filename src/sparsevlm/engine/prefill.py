@@ -10,10 +10,10 @@ from torch import Tensor
 from ..kernels.rotary import rotate
 from ..kernels.varlen_attention import varlen_attention
 from ..runtime.request import Request
+from ..runtime.step import Readout, choose_embedding_raters, prune_step
 from ..runtime.view import ModelView
-from ..selection.recycle import merge_hidden_states
 from .layer import Attend, run_layer, summed
-from .selecting import Read, note_embedding_raters, read, select
+from .selecting import read
 from .weights import Weights
 
 
@@ -69,7 +69,7 @@ def pack(view: ModelView, request: Request, embeds: Tensor, position_ids: Tensor
         Visual features in their places.
     position_ids : Tensor of shape (3, batch, q_len)
     """
-    positions = [torch.cat([sample.other, sample.positions]).sort().values for sample in request.samples]
+    positions = [sample.all_positions for sample in request.samples]
     q_len = embeds.shape[1]
     rows = torch.cat([b * q_len + own for b, own in enumerate(positions)])
     hidden = embeds.flatten(0, 1)[rows]
@@ -96,14 +96,14 @@ def prefill(view: ModelView, weights: Weights, request: Request, packed: Packed)
     caches : list of LayerCache
     """
     caches: list[LayerCache] = []
-    note_embedding_raters(request, packed)
+    choose_embedding_raters(request, lambda b, tokens: packed.hidden[packed.local(b, tokens)])
     if -1 in request.target_layers:
-        _drop(request, packed, -1, Read())
+        _prune(request, packed, -1, Readout())
     addend: Tensor | None = None
     for layer_idx, layer in enumerate(view.layers):
         for sample in request.samples:
-            sample.layer_tokens.append(sample.alive.shape[0])
-        reads: list[Read] = []
+            sample.enter_layer()
+        reads: list[Readout] = []
         target = None
         if layer_idx in request.target_layers:
             target = layer_idx
@@ -112,13 +112,13 @@ def prefill(view: ModelView, weights: Weights, request: Request, packed: Packed)
         packed.hidden, addend = run_layer(layer, weights, packed.hidden, addend, attend)
         if target is not None:
             packed.hidden, addend = summed(packed.hidden, addend), None
-            _drop(request, packed, target, reads[0])
+            _prune(request, packed, target, reads[0])
     last = summed(packed.hidden, addend)[packed.offsets[1:].long() - 1]
     return view.text_model.norm(last), caches
 
 
 def _attention(
-    request: Request, packed: Packed, caches: list[LayerCache], scaling: float, target: int | None, reads: list[Read]
+    request: Request, packed: Packed, caches: list[LayerCache], scaling: float, target: int | None, reads: list[Readout]
 ) -> Attend:
     """Attention of a layer, which keeps keys and values; a ``target`` is read on the way, into ``reads``."""
 
@@ -132,24 +132,18 @@ def _attention(
     return attend
 
 
-def _drop(request: Request, packed: Packed, target: int, found: Read) -> None:
+def _prune(request: Request, packed: Packed, target: int, readout: Readout) -> None:
     """Decide for every sample what goes on, and gather it."""
-    selections = select(request, packed, target, found)
-    if all(selection is None for selection in selections):
+    visual = [packed.local(b, sample.positions) for b, sample in enumerate(request.samples)]
+    survivors = prune_step(request, target, lambda b: packed.hidden[visual[b]], readout)
+    if survivors is None:
         return
-    rows, positions = [], []
-    for b, (sample, selection) in enumerate(zip(request.samples, selections, strict=True)):
-        before = packed.local(b, sample.positions)
-        if selection is not None:
-            sample.alive = sample.alive[selection.keep_idx]
-            if selection.merge_target is not None and selection.weight is not None:
-                packed.hidden[before[selection.keep_idx]] = merge_hidden_states(
-                    packed.hidden[before], selection.keep_idx, selection.merge_target, selection.weight
-                )
-        positions.append(torch.cat([sample.other, sample.positions]).sort().values)
-        rows.append(packed.local(b, positions[-1]))
-    kept = torch.cat(rows)
-    packed.hidden, packed.cos, packed.sin = packed.hidden[kept], packed.cos[kept], packed.sin[kept]
+    for b, kept in enumerate(survivors):
+        if kept.merges:
+            packed.hidden[packed.local(b, kept.after)] = kept.merged(packed.hidden[visual[b]])
+    positions = [sample.all_positions for sample in request.samples]
+    rows = torch.cat([packed.local(b, own) for b, own in enumerate(positions)])
+    packed.hidden, packed.cos, packed.sin = packed.hidden[rows], packed.cos[rows], packed.sin[rows]
     packed.positions, packed.offsets = positions, _offsets(positions)
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..runtime.request import Request
 from ..runtime.view import ModelView
-from ..selection.selectors.span import SpanSelector
+from ..selection.context import OrderedSelector
 from . import static_prefill
 from .arena import Arena
 from .graphs import Recorded, Recorder
@@ -32,11 +33,11 @@ class Program:
     recorder : Recorder or None
         ``None``: it is run once, and not recorded.
     bucket : Plan
-    selector : SpanSelector
+    selector : OrderedSelector
     """
 
     def __init__(
-        self, view: ModelView, weights: Weights, recorder: Recorder | None, bucket: Plan, selector: SpanSelector
+        self, view: ModelView, weights: Weights, recorder: Recorder | None, bucket: Plan, selector: OrderedSelector
     ) -> None:
         embedding = view.text_model.embed_tokens.weight
         self._integers = torch.zeros(static_prefill.n_integers(bucket), dtype=torch.int64, device=embedding.device)
@@ -70,7 +71,7 @@ class Program:
         return self._arena
 
 
-class Programs(Recorded[Plan, Program]):
+class Programs(Recorded[tuple[Plan, Hashable], Program]):
     """Runs prompts whose choices are made on the device.
 
     Parameters
@@ -90,7 +91,7 @@ class Programs(Recorded[Plan, Program]):
         if any(sample.plan is None for sample in request.samples):
             return False
         longest = max(sample.alive.shape[0] for sample in request.samples)
-        return type(request.selector) is SpanSelector and prompt.n_features <= longest * len(request.samples)
+        return request.traits.ordered and prompt.n_features <= longest * len(request.samples)
 
     def prefill(
         self, request: Request, prompt: Prompt, features: Tensor
@@ -115,8 +116,10 @@ class Programs(Recorded[Plan, Program]):
         bucket, counts = static_prefill.plan(request)
         integers = static_prefill.make_integers(request, prompt, bucket, counts)
         selector = request.selector
-        assert isinstance(selector, SpanSelector)
-        program = self.pick(bucket, lambda recorder: Program(self._view, self._weights, recorder, bucket, selector))
+        assert isinstance(selector, OrderedSelector)
+        # Objects without attributes of their own are as good as any other of their class.
+        key: Any = (bucket, selector if vars(selector) else type(selector))
+        program = self.pick(key, lambda recorder: Program(self._view, self._weights, recorder, bucket, selector))
         found = program(integers, features)
         kept = [rows.clone() for rows in found.kept]
         static_prefill.record(request, bucket, counts, kept, self._view.n_layers)

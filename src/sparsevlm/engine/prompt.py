@@ -81,7 +81,7 @@ def leave_out(view: ModelView, request: Request, prompt: Prompt) -> None:
     """
     for b, sample in enumerate(request.samples):
         n_in = sample.visual.shape[0]
-        sample.alive = (prompt.feature_rows[b, sample.visual] >= 0).nonzero()[:, 0]
+        sample.keep_only((prompt.feature_rows[b, sample.visual] >= 0).nonzero()[:, 0])
         if n_in:
-            sample.stages.append(StageRecord(-1, n_in, None, None, kept=sample.alive))
+            sample.add_stage(StageRecord(-1, n_in, None, None, kept=sample.alive))
     plan_samples(view, request, prompt.ids)

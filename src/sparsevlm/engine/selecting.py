@@ -1,19 +1,16 @@
-"""Selection over packed rows: what is read at a target layer, and what goes on behind it."""
+"""Reads what a selector needs of a target layer over packed rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..kernels.rater_attention import Columns, Rows, row_attention, row_statistics
-from ..runtime.pruner import record_decisions, record_without_visual
-from ..runtime.reading import make_context, raters_of, reads_text
 from ..runtime.request import Request
-from ..selection.context import VISION_NEEDS, Selection
-from ..selection.raters import embedding_raters
+from ..runtime.step import Readout, reads_text
+from ..selection.context import VISION_NEEDS
 from ..selection.scoring import top_k, visual_head_count
 
 if TYPE_CHECKING:
@@ -23,35 +20,7 @@ if TYPE_CHECKING:
 NOT_PROVIDED = VISION_NEEDS
 
 
-@dataclass
-class Read:
-    """What was read at a target layer, per sample; empty where nothing was.
-
-    Attributes
-    ----------
-    text : list of Tensor
-        Attention of the text that may vote to the visual tokens that are left, (n_voters, n_visual).
-    last : list of Tensor
-        That of the prompt's last token, (n_visual,).
-    previous : list of Tensor
-        The layer's input, (n_visual, hidden_size).
-    """
-
-    text: list[Tensor] = field(default_factory=list)
-    last: list[Tensor] = field(default_factory=list)
-    previous: list[Tensor] = field(default_factory=list)
-
-
-def note_embedding_raters(request: Request, packed: Packed) -> None:
-    """Choose the raters that are chosen once, while the rows are the prompt's embeddings."""
-    if request.config.raters != "embedding" or not reads_text(request) or request.drops_nothing:
-        return
-    for b, sample in enumerate(request.samples):
-        visual, voters = (packed.hidden[packed.local(b, own)] for own in (sample.positions, sample.voters))
-        sample.embedding_raters = embedding_raters(visual, voters)
-
-
-def read(request: Request, packed: Packed, target: int, query: Tensor, key: Tensor, scaling: float) -> Read:
+def read(request: Request, packed: Packed, target: int, query: Tensor, key: Tensor, scaling: float) -> Readout:
     """Take what the selector needs of a layer while it runs.
 
     Parameters
@@ -68,9 +37,9 @@ def read(request: Request, packed: Packed, target: int, query: Tensor, key: Tens
 
     Returns
     -------
-    Read
+    Readout
     """
-    needs, found = request.traits.needs, Read()
+    needs, found = request.traits.needs, Readout()
     if request.keeps_all(target):
         return found
     visual = [packed.local(b, sample.positions) for b, sample in enumerate(request.samples)]
@@ -117,24 +86,3 @@ def _share(mass: Tensor, n_top_heads: int) -> Tensor:
     weight = torch.zeros_like(mass)
     weight[top_k(mass, n_top_heads)] = 1 / n_top_heads
     return weight
-
-
-def select(request: Request, packed: Packed, target: int, found: Read) -> list[Selection | None]:
-    """Selections of all samples at a target layer, recorded."""
-    with_visual = [b for b, sample in enumerate(request.samples) if sample.alive.shape[0]]
-    raters = [raters_of(request, b, found.text[b]) if found.text else None for b in with_visual]
-    contexts = [
-        make_context(
-            request, b, target, packed.hidden[packed.local(b, request.samples[b].positions)],
-            rater_attention=None if mask is None else found.text[b][mask],
-            last_attention=found.last[b] if found.last else None,
-            previous_hidden_states=found.previous[b] if found.previous else None,
-        )
-        for b, mask in zip(with_visual, raters, strict=True)
-    ]  # fmt: skip
-    selected = record_decisions(request, target, with_visual, contexts, raters)
-    record_without_visual(request, target)
-    selections: list[Selection | None] = [None] * len(request.samples)
-    for b, selection in zip(with_visual, selected, strict=True):
-        selections[b] = selection
-    return selections

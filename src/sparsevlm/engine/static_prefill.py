@@ -17,9 +17,8 @@ from ..kernels.rotary import rotate_into
 from ..kernels.varlen_attention import equal_attention, varlen_attention
 from ..runtime.request import Request, StageRecord
 from ..runtime.view import ModelView
+from ..selection.context import OrderedSelector
 from ..selection.decide import nothing_to_drop
-from ..selection.greedy import dpp_order, dpp_order_by_gram
-from ..selection.selectors.span import SpanSelector
 from .buckets import round_up, step_of
 from .call import to_device
 from .layer import Attend, run_layer, summed
@@ -184,7 +183,7 @@ class Outputs:
     kept: list[Tensor]
 
 
-def run(view: ModelView, weights: Weights, bucket: Plan, selector: SpanSelector, given: Inputs) -> Outputs:
+def run(view: ModelView, weights: Weights, bucket: Plan, selector: OrderedSelector, given: Inputs) -> Outputs:
     """The program of a bucket: a fixed list of operations."""
     hidden = view.text_model.embed_tokens(given.ids)
     pictures = given.features[given.feature_rows.flatten()].to(hidden.dtype)
@@ -205,8 +204,7 @@ def run(view: ModelView, weights: Weights, bucket: Plan, selector: SpanSelector,
         hidden, addend = summed(hidden, addend), None
         stage += 1
         left, room = given.n_visual[stage], bucket.visual[stage]
-        search = dpp_order_by_gram if hidden.is_cuda else dpp_order
-        picks = selector.order(hidden[visual_rows], valid, min(room, visual_rows.shape[1]), search)
+        picks = selector.order(hidden[visual_rows], valid, min(room, visual_rows.shape[1]))
         chosen = _ascending(picks, left, visual_rows.shape[1])
         rows, visual_rows = _compact(visual_rows, valid, chosen, left, bucket.rows[stage], hidden.shape[0])
         valid = torch.arange(chosen.shape[1], device=hidden.device) < left[:, None]
@@ -262,20 +260,19 @@ def _compact(
 
 
 def record(request: Request, bucket: Plan, counts: Counts, kept: Sequence[Tensor], n_layers: int) -> None:
-    """Bring a request's samples up to date, as the plain path does, without waiting for the device."""
+    """Bring a request's samples up to date, as a prune step does, without waiting for the device."""
     by_layer = [sum(target < layer_idx for target in bucket.targets) for layer_idx in range(n_layers)]
     for b, sample in enumerate(request.samples):
         assert sample.plan is not None  # of a fixed budget
         n_first = sample.alive.shape[0]
         first = to_device(sample.alive, kept[0].device) if kept and n_first < sample.visual.shape[0] else None
-        sample.layer_tokens += [counts.visual[stage][b] for stage in by_layer]
+        for stage in by_layer:
+            sample.enter_layer(counts.visual[stage][b])
         for target, n_keep in zip(request.target_layers, sample.plan.counts, strict=True):
             n_in = sample.alive.shape[0]
             skipped = nothing_to_drop(n_in, n_keep, request.config.min_keep)
             if skipped is None:
                 stage = bucket.targets.index(target)
                 left = kept[stage][b, : counts.visual[stage + 1][b]]
-                sample.alive = left if first is None else first[left]
-            record = StageRecord(target, n_in, None, skipped)
-            record.kept = sample.alive if n_in else None
-            sample.stages.append(record)
+                sample.keep_only(left if first is None else first[left])
+            sample.add_stage(StageRecord(target, n_in, None, skipped, kept=sample.alive if n_in else None))

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from .cache import SlotTable
 from .probe import AttentionProbe
 from .request import Request
-from .vision_probe import VisionRows
+from .step import Readout
 
 
 @dataclass
@@ -34,10 +34,8 @@ class Forward:
         Whether ``request.rows`` holds fillers.
     probe : AttentionProbe or None
         Of the target layer that was the last to be read.
-    text_attention, last_attention, previous : list of Tensor
-        Per sample, what was read at the target layer that has just run.
-    vision : list of VisionRows
-        Per sample, what was read in the vision tower, of all its visual tokens.
+    readout : Readout
+        What was read at the target layer that has just run, and in the vision tower.
     """
 
     cache: Cache | None
@@ -48,10 +46,7 @@ class Forward:
     memo: dict[Any, Any] = field(default_factory=dict)
     rows_dead: bool = False
     probe: AttentionProbe | None = None
-    text_attention: list[Tensor] = field(default_factory=list)
-    last_attention: list[Tensor] = field(default_factory=list)
-    previous: list[Tensor] = field(default_factory=list)
-    vision: list[VisionRows] = field(default_factory=list)
+    readout: Readout = field(default_factory=Readout)
 
     def note_tables(self) -> None:
         """Remember how far every table of the cache has come."""
@@ -68,7 +63,13 @@ class Forward:
 
     def forget_layer(self) -> None:
         """Drop what was read at the target layer that has just run."""
-        self.text_attention, self.last_attention, self.previous = [], [], []
+        self.readout = Readout(vision=self.readout.vision)
+
+    def begin_stage(self, *, has_dead: bool) -> None:
+        """Forget what the layers before a cut shared; ``has_dead``: the rows that are left hold fillers."""
+        self.tables.clear()
+        self.memo.clear()
+        self.rows_dead = has_dead
 
     def disarm(self) -> None:
         """End the reading of a layer that has run, or failed."""

@@ -18,10 +18,12 @@ from .clock import Mark
 from .costs import cache_bytes, static_note
 from .forward import Forward
 from .opening import open_request
+from .precision import no_autocast
 from .pruner import before_layer
 from .refusals import check_call, check_mode, check_packing
 from .request import Request
 from .session import Session
+from .step import choose_embedding_raters
 from .vision import VisionWatch, bound_arguments
 
 _DIRECT = "a direct call of the model"
@@ -148,7 +150,7 @@ class ModelHooks:
         if cache is not None and not request.drops_nothing:
             check_cache(cache, self._view.n_layers)
         if request.config.vision_keep < 1.0:
-            request.path_reason += "; the tower computed all, vision_keep is the engine's"
+            request.remark("; the tower computed all, vision_keep is the engine's")
         self._forward = Forward(cache, request, masks)
 
     def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
@@ -156,13 +158,13 @@ class ModelHooks:
         self._forward = Forward(cache)
         request = self._session.request
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
-            request.decode_steps += 1
+            request.begin_decode_step()
             return
         request = self._session.new_request(cache, ids.shape[0], ids.shape[1])
-        request.skipped_because = "no image or video in the input"
-        request.n_valid = [ids.shape[1]] * ids.shape[0]
+        n_valid = [ids.shape[1]] * ids.shape[0]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            request.n_valid = attention_mask[:, -ids.shape[1] :].sum(dim=-1).tolist()
+            n_valid = attention_mask[:, -ids.shape[1] :].sum(dim=-1).tolist()
+        request.skip("no image or video in the input", n_valid)
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
@@ -172,13 +174,15 @@ class ModelHooks:
             return
         if request.traits.needs & VISION_NEEDS and not request.drops_nothing:
             visual = [sample.visual for sample in request.samples]
-            forward.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
+            forward.readout.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 3:
             check_packing(positions, kwargs.get("attention_mask"))
-            request.coordinates = positions[-3:].expand(3, *positions.shape[1:])
-        if {"features", "text_features"} & request.traits.needs or request.config.raters == "embedding":
-            request.features = kwargs["inputs_embeds"]
+            request.see_positions(positions)
+        embeds = kwargs["inputs_embeds"]
+        request.see_embeddings(embeds)
+        with no_autocast(embeds.device):
+            choose_embedding_raters(request, lambda b, tokens: embeds[b, tokens.to(embeds.device)])
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._session.lock.is_mine:  # torch calls this for a thread that gave up waiting as well
@@ -187,7 +191,7 @@ class ModelHooks:
         if forward is not None and request is not None and output is not None:
             device = next(iter(self._view.layers[-1].parameters())).device
             assert self._begin is not None
-            request.clock.add("decode" if request.decode_steps else "prefill", self._begin, Mark.now(device))
+            request.add_time("decode" if request.decode_steps else "prefill", self._begin, Mark.now(device))
             if not request.decode_steps:
                 self._finish_prefill(request, forward.cache)
         self._vision.end_pass(comes_again=forward is not None and forward.cache is None)
@@ -217,7 +221,7 @@ class ModelHooks:
         if forward is not None:
             forward.disarm()
             if forward.request is not None:
-                forward.request.features = None
+                forward.request.forget_embeddings()
 
 
 class _LayerHook:

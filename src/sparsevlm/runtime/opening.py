@@ -36,13 +36,11 @@ def open_request(
         If a prompt ends in a visual token, or a budget cannot hold (with ``strict``).
     """
     mask = torch.stack(list(masks.values())).any(dim=0)
-    request = session.new_request(cache_of(inputs), mask.shape[0], mask.shape[1])
-    request.logits_to_keep = logits_to_keep
+    request = session.new_request(cache_of(inputs), mask.shape[0], mask.shape[1], logits_to_keep)
     # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them.
     n_drafted = max(0, logits_to_keep - 1) if session.is_drafting else 0
-    request.samples = prompt.make_samples(session.view, inputs, mask, session.template, n_drafted)
+    request.begin_prompt(prompt.make_samples(session.view, inputs, mask, session.template, n_drafted))
     plan_samples(session.view, request, inputs.get("input_ids"))
-    request.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in request.samples]
     _warn(session, request)
     return request
 

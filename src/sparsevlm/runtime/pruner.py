@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..selection.context import Selection, SelectionContext
-from ..selection.decide import decide, nothing_to_drop
-from ..selection.recycle import merge_hidden_states
 from .cache import DEAD, SlotTable, adopt
 from .clock import Mark
 from .forward import Forward
 from .masks import pruned_mask
 from .precision import no_autocast
-from .reading import context_of, raters_of, read_target_layer
-from .request import Request, StageRecord, stack_rows
+from .reading import read_target_layer
+from .request import Request, stack_rows
+from .step import Survivors, prune_step
 from .view import ModelView
 
 
@@ -43,7 +40,7 @@ def before_layer(
     kwargs = _gathered_kwargs(view, forward, layer_idx, rows, hidden_states, kwargs)
     if request is not None:
         for sample in request.samples:
-            sample.layer_tokens.append(sample.alive.shape[0])
+            sample.enter_layer()
         if layer_idx in request.target_layers and not request.keeps_all(layer_idx):
             read_target_layer(view, forward, request, layer_idx, hidden_states)
     return hidden_states, kwargs
@@ -126,90 +123,28 @@ def _placed_table(forward: Forward, cache: Cache, layer_idx: int, rows: Tensor, 
 
 
 def _prune(forward: Forward, request: Request, target: int, hidden_states: Tensor) -> Tensor:
-    """Decide for every sample what goes on, and gather it."""
+    """Decide what goes on of every sample, and gather it: fillers on the left for unequal counts."""
     begin = Mark.now(hidden_states.device)
-    selections: list[Selection | None] = [None] * len(request.samples)
-    with_visual = [b for b, sample in enumerate(request.samples) if sample.alive.shape[0]]
-    # One by one where the selector takes no more, so that what it is given exists for one sample at a time.
-    for some in [with_visual] if request.traits.batched else [[b] for b in with_visual]:
-        for b, selection in zip(some, _decide(forward, request, some, target, hidden_states), strict=True):
-            selections[b] = selection
-    record_without_visual(request, target)
+    visual = [request.local_rows(b, sample.positions) for b, sample in enumerate(request.samples)]
+    survivors = prune_step(request, target, lambda b: hidden_states[b, visual[b]], forward.readout)
     forward.forget_layer()
-    if any(selection is not None for selection in selections):
-        hidden_states = _gather(forward, request, selections, hidden_states)
-    request.clock.add("pruning", begin, Mark.now(hidden_states.device))
+    if survivors is not None:
+        hidden_states = _gather(forward, request, survivors, hidden_states)
+    request.add_time("pruning", begin, Mark.now(hidden_states.device))
     return hidden_states
 
 
-def _decide(
-    forward: Forward, request: Request, samples: list[int], target: int, hidden: Tensor
-) -> list[Selection | None]:
-    """Selections of some samples, given by their rows of the batch."""
-    attention = forward.text_attention  # empty where none was read
-    rater_masks = [raters_of(request, b, attention[b]) if attention else None for b in samples]
-    contexts = [
-        context_of(forward, request, b, target, hidden, mask) for b, mask in zip(samples, rater_masks, strict=True)
-    ]
-    return record_decisions(request, target, samples, contexts, rater_masks)
-
-
-def record_without_visual(request: Request, target: int) -> None:
-    """The stage of samples that have nothing to drop."""
-    for sample in request.samples:
-        if not sample.alive.shape[0]:
-            why = nothing_to_drop(0, None, request.config.min_keep)
-            sample.stages.append(StageRecord(target, 0, None, why))
-
-
-def record_decisions(
-    request: Request,
-    target: int,
-    samples: Sequence[int],
-    contexts: Sequence[SelectionContext],
-    rater_masks: Sequence[Tensor | None],
-) -> list[Selection | None]:
-    """Decide for some samples, given by their rows of the batch, and record it as a stage of each."""
-    place = request.target_layers.index(target)
-    plans = [request.samples[b].plan for b in samples]
-    n_keeps = [None if plan is None else plan.counts[place] for plan in plans]
-    decisions = decide(contexts, request.selector, request.traits, n_keeps)
-    for b, rater_mask, context, decision in zip(samples, rater_masks, contexts, decisions, strict=True):
-        sample, selection = request.samples[b], decision.selection
-        raters = None if rater_mask is None else sample.voters[rater_mask]
-        record = StageRecord(target, context.n_visual, decision.rank, decision.skipped_because, raters)
-        record.kept = sample.alive
-        if selection is not None:
-            record.kept = sample.alive[selection.keep_idx]
-            if selection.recycled_idx is not None:
-                record.recycled = sample.alive[selection.recycled_idx]
-        sample.stages.append(record)
-    return [decision.selection for decision in decisions]
-
-
-def _gather(forward: Forward, request: Request, selections: list[Selection | None], hidden_states: Tensor) -> Tensor:
-    """New rows, fillers on the left for unequal counts, merged states in their centres' places."""
-    gathered, new_rows = [], []
-    for b, (sample, selection) in enumerate(zip(request.samples, selections, strict=True)):
-        before = sample.positions
-        if selection is not None:
-            sample.alive = sample.alive[selection.keep_idx]
-        after = sample.positions
-        positions = torch.cat([sample.other, after]).sort().values
-        states = hidden_states[b, request.local_rows(b, positions)]
-        if selection is not None and selection.merge_target is not None and selection.weight is not None:
-            states[torch.searchsorted(positions, after)] = merge_hidden_states(
-                hidden_states[b, request.local_rows(b, before)],
-                selection.keep_idx,
-                selection.merge_target,
-                selection.weight,
-            )
+def _gather(forward: Forward, request: Request, survivors: list[Survivors], hidden_states: Tensor) -> Tensor:
+    rows = [sample.all_positions for sample in request.samples]
+    gathered = []
+    for b, (own, kept) in enumerate(zip(rows, survivors, strict=True)):
+        states = hidden_states[b, request.local_rows(b, own)]
+        if kept.merges:
+            before = hidden_states[b, request.local_rows(b, kept.before)]
+            states[torch.searchsorted(own, kept.after)] = kept.merged(before)
         gathered.append(states)
-        new_rows.append(positions)
-    request.rows = stack_rows(new_rows)
-    lengths = [len(row) for row in new_rows]
+    lengths = [len(own) for own in rows]
     width = max(lengths)
-    forward.tables.clear()
-    forward.memo.clear()
-    forward.rows_dead = min(lengths) < width
+    request.place(stack_rows(rows))
+    forward.begin_stage(has_dead=min(lengths) < width)
     return torch.stack([torch.nn.functional.pad(states, (0, 0, width - len(states), 0)) for states in gathered])

@@ -59,6 +59,27 @@ class Sample:
         """Positions of the visual tokens that are left."""
         return self.visual[self.alive]
 
+    @property
+    def all_positions(self) -> Tensor:
+        """Positions of all tokens that are left, ascending."""
+        return torch.cat([self.other, self.positions]).sort().values
+
+    def keep(self, keep_idx: Tensor) -> None:
+        """Leave out all visual tokens but these, given as indices into what is left."""
+        self.alive = self.alive[keep_idx]
+
+    def keep_only(self, alive: Tensor) -> None:
+        """Leave out all visual tokens but these, given as indices among all of them."""
+        self.alive = alive
+
+    def enter_layer(self, n_visual: int | None = None) -> None:
+        """Count the visual tokens at the input of one more layer: what is left, or ``n_visual``."""
+        self.layer_tokens.append(self.alive.shape[0] if n_visual is None else n_visual)
+
+    def add_stage(self, record: StageRecord) -> None:
+        """Record what was decided at a target layer."""
+        self.stages.append(record)
+
     def to(self, device: torch.device) -> None:
         """Follow the hidden states to another device."""
         for name in ("visual", "other", "text", "voters", "last", "alive"):
@@ -141,6 +162,39 @@ class Request:
     path_reason: str = "hooks on the model's own modules"
     failed: str | None = None
 
+    def begin_prompt(self, samples: list[Sample]) -> None:
+        """Take the samples of a prompt with images or videos."""
+        self.samples = samples
+        self.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in samples]
+
+    def skip(self, reason: str, n_valid: list[int]) -> None:
+        """Note that it is lawfully left dense, and how many tokens its samples hold."""
+        self.skipped_because, self.n_valid = reason, n_valid
+
+    def see_positions(self, position_ids: Tensor) -> None:
+        """Take the coordinates of its tokens, (3, batch, q_len), from position ids of three axes or four."""
+        self.coordinates = position_ids[-3:].expand(3, *position_ids.shape[1:])
+
+    def see_embeddings(self, embeds: Tensor) -> None:
+        """Take the prompt's embeddings, (batch, q_len, hidden_size), where the selector needs them."""
+        if {"features", "text_features"} & self.traits.needs:
+            self.features = embeds
+
+    def forget_embeddings(self) -> None:
+        """Drop what only the prompt needs."""
+        self.features = None
+
+    def coordinates_of(self, b: int, device: torch.device) -> Tensor:
+        """Coordinates (time, height, width) of a sample's visual tokens that are left, (3, n_visual)."""
+        positions = self.samples[b].positions
+        if self.coordinates is None:
+            return positions.expand(3, -1)
+        return self.coordinates[:, b].to(device)[:, positions.to(device)]
+
+    def place(self, rows: Tensor) -> None:
+        """Take the position of each row that is left in the hidden states, (batch, n_rows); -1: a filler."""
+        self.rows = rows
+
     def finish(self, cache: Cache | None, kv_bytes: tuple[int, int] = (0, 0), kv_note: str | None = None) -> None:
         """End the prompt; ``cache`` holds it from now on."""
         if cache is not None:
@@ -148,18 +202,25 @@ class Request:
         self.kv_bytes, self.kv_note, self.finished = kv_bytes, kv_note, True
 
     def run_on(self, path: str, reason: str) -> None:
-        """Note which implementation runs it."""
+        """Note which implementation runs it, and why."""
         self.path, self.path_reason = path, reason
 
-    def add_decode_step(self, begin: Mark, end: Mark) -> None:
+    def remark(self, remark: str) -> None:
+        """Add to the reason."""
+        self.path_reason += remark
+
+    def begin_decode_step(self) -> None:
         """Count one more new token of every sample."""
         self.decode_steps += 1
-        self.clock.add("decode", begin, end)
+
+    def add_time(self, phase: str, begin: Mark, end: Mark) -> None:
+        """Book the time of a part of the work: ``"vision"``, ``"prefill"``, ``"pruning"`` or ``"decode"``."""
+        self.clock.add(phase, begin, end)
 
     def fail(self, error: BaseException) -> None:
         """Note that the call ended in an error."""
         self.failed = f"{type(error).__name__}: {error}"
-        self.features = None
+        self.forget_embeddings()
 
     @property
     def prunes(self) -> bool:

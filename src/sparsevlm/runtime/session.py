@@ -154,7 +154,7 @@ class Session:
         """The last request of the calling context, or of any where it made none."""
         return next((request for of, request in _LAST.get() if of() is self), self._current)
 
-    def new_request(self, cache: Any, batch: int, q_len: int) -> Request:
+    def new_request(self, cache: Any, batch: int, q_len: int, logits_to_keep: int = 0) -> Request:
         """Begin a request under the options in force."""
         options = self.options
         if self._n_overrides and options is self._base:
@@ -165,11 +165,11 @@ class Session:
             )
         past_len = 0 if cache is None else int(cache.get_seq_length())
         request = Request(
-            options.config, options.selector, options.traits, options.target_layers, q_len, past_len, batch
-        )
-        request.cache = None if cache is None else weakref.ref(cache)
+            options.config, options.selector, options.traits, options.target_layers, q_len, past_len, batch,
+            logits_to_keep=logits_to_keep, cache=None if cache is None else weakref.ref(cache),
+        )  # fmt: skip
         if self.plain_reason:
-            request.path_reason += f" ({self.plain_reason})"
+            request.remark(f" ({self.plain_reason})")
         self._current, self._is_open = request, True
         of_others = (entry for entry in _LAST.get() if entry[0]() not in (None, self))
         _LAST.set((*of_others, (weakref.ref(self), request)))

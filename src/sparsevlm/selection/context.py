@@ -116,10 +116,33 @@ class Selector(Protocol):
     ``reads`` (``()``: other options that it reads), ``overrides`` (``{}``, see
     :func:`~sparsevlm.selection.overrides.effective_config`). An optional method ``select_batch(contexts, n_keep)``
     answers one or several samples with as many rows each, in their order, and is then called in place of ``select``,
-    unless a subclass of its class has defined ``select`` anew."""
+    unless a subclass of its class has defined ``select`` anew. So is an optional method
+    ``order(states, valid, n_keep)``, see :class:`OrderedSelector`, which lets the engine capture the choice."""
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
         """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""
+        ...
+
+
+@runtime_checkable
+class OrderedSelector(Selector, Protocol):
+    """A selector that needs nothing but the states, and chooses without waiting for any value of the device."""
+
+    def order(self, states: Tensor, valid: Tensor, n_keep: int) -> Tensor:
+        """Rows in the order in which they are picked: fewer are a part from the left.
+
+        Parameters
+        ----------
+        states : Tensor of shape (n_samples, n_visual, hidden_size)
+            May be overwritten.
+        valid : Tensor of shape (n_samples, n_visual), bool
+            False for rows that only fill a sample up; to be picked last.
+        n_keep : int
+
+        Returns
+        -------
+        Tensor of shape (n_samples, n_keep), int64
+        """
         ...
 
 
@@ -135,6 +158,7 @@ class SelectorTraits:
     draws: bool
     reads: frozenset[str]
     batched: bool
+    ordered: bool
 
     @classmethod
     def of(cls, selector: Any) -> SelectorTraits:
@@ -167,14 +191,16 @@ class SelectorTraits:
             raise ValueError(f"selector {name!r}: default_schedule must be one of {SCHEDULES}, got {schedule!r}.")
         recycles, draws = bool(getattr(selector, "recycles", False)), bool(getattr(selector, "draws", False))
         reads = frozenset(getattr(selector, "reads", ())) | (_OF_RECYCLING if recycles else frozenset())
-        return cls(str(name), placement, needs, schedule, recycles, draws, reads, _answers_batches(type(selector)))
+        ordered = placement == TARGET_LAYERS and not needs and _has_method(type(selector), "order")
+        batched = _has_method(type(selector), "select_batch")
+        return cls(str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered)
 
 
-def _answers_batches(selector: type) -> bool:
-    """Whether ``select_batch`` is a method, and none that a subclass left behind when it defined ``select`` anew."""
+def _has_method(selector: type, name: str) -> bool:
+    """Whether this is a method, and none that a subclass left behind when it defined ``select`` anew."""
     for cls in selector.__mro__:
-        if "select_batch" in vars(cls):
-            return callable(vars(cls)["select_batch"])
+        if name in vars(cls):
+            return callable(vars(cls)[name])
         if "select" in vars(cls):
             return False
     return False

@@ -8,16 +8,14 @@ Runs at target layers. ``docs/ablation.md`` has its measurements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..context import TARGET_LAYERS, Selection, SelectionContext
-from ..greedy import dpp_map, dpp_order
+from ..greedy import dpp_map, dpp_order, dpp_order_by_gram
 from ..similarity import finite, nearest_rows, unit_rows
-
-Search = Callable[[Tensor, Tensor, int, bool], Tensor]
 
 
 class SpanSelector:
@@ -42,23 +40,13 @@ class SpanSelector:
         valid = torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
         return self.order(finite(states), valid, n_keep).sort(dim=-1).values.unbind()
 
-    def order(self, states: Tensor, valid: Tensor, n_keep: int, search: Search = dpp_order) -> Tensor:
-        """The search itself, which waits for no value: rows in the order in which they are picked.
+    def order(self, states: Tensor, valid: Tensor, n_keep: int) -> Tensor:
+        """The search itself: see :class:`~sparsevlm.selection.context.OrderedSelector`.
 
-        Parameters
-        ----------
-        states : Tensor of shape (n_samples, n_visual, hidden_size)
-            In float32 it is overwritten: a whole batch of states is not held twice.
-        valid : Tensor of shape (n_samples, n_visual), bool
-            False for rows that only fill a sample up; picked last.
-        n_keep : int
-        search : callable
-            :func:`~sparsevlm.selection.greedy.dpp_order` or another way to the same picks.
-
-        Returns
-        -------
-        Tensor of shape (n_samples, n_keep), int64
+        On a GPU it works on the products of all rows, in one kernel; states in float32 are overwritten, so that a whole
+        batch of them is not held twice.
         """
+        search = dpp_order_by_gram if states.is_cuda else dpp_order
         return search(_centre(states.float(), valid), valid.float(), n_keep, True)
 
 

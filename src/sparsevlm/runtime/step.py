@@ -1,0 +1,193 @@
+"""The prune step at a target layer: reads, decides, records. Both paths take it; they only gather what goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..selection.context import Selection, SelectionContext
+from ..selection.decide import decide, nothing_to_drop
+from ..selection.raters import attention_raters, embedding_raters
+from ..selection.recycle import merge_hidden_states
+from .request import Request, Sample, StageRecord
+from .vision_probe import VisionRows
+
+
+@dataclass
+class Readout:
+    """What was read for a target layer, by sample; empty where nothing was.
+
+    Attributes
+    ----------
+    text : list of Tensor of shape (n_voters, n_visual), float32
+        Attention of the text that may vote to the visual tokens that are left.
+    last : list of Tensor of shape (n_visual,), float32
+        That of the prompt's last token.
+    previous : list of Tensor of shape (n_visual, hidden_size)
+        The layer's input.
+    vision : list of VisionRows
+        What the vision tower told of all visual tokens of the sample.
+    """
+
+    text: list[Tensor] = field(default_factory=list)
+    last: list[Tensor] = field(default_factory=list)
+    previous: list[Tensor] = field(default_factory=list)
+    vision: list[VisionRows] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """Visual tokens of a sample that go on from a target layer.
+
+    Attributes
+    ----------
+    before, after : Tensor
+        Positions of the visual tokens that reached it, and of those that go on; ascending.
+    selection : Selection or None
+        ``None``: all of them.
+    """
+
+    before: Tensor
+    after: Tensor
+    selection: Selection | None
+
+    @property
+    def merges(self) -> bool:
+        """Whether states are merged, so that :meth:`merged` takes the place of those that go on."""
+        return self.selection is not None and self.selection.merge_target is not None
+
+    def merged(self, states: Tensor) -> Tensor:
+        """States of those that go on, out of the states of those that reached the layer."""
+        selection = self.selection
+        assert selection is not None
+        assert selection.merge_target is not None
+        assert selection.weight is not None
+        return merge_hidden_states(states, selection.keep_idx, selection.merge_target, selection.weight)
+
+
+def prune_step(
+    request: Request, target: int, states: Callable[[int], Tensor], readout: Readout
+) -> list[Survivors] | None:
+    """Decide at a target layer what goes on, and record it.
+
+    Parameters
+    ----------
+    request : Request
+        Its samples are brought up to date.
+    target : int
+        Layer whose output is pruned; -1: before the decoder.
+    states : callable
+        ``states(b)`` gives the visual rows of sample b in that output, (n_visual, hidden_size).
+    readout : Readout
+
+    Returns
+    -------
+    list of Survivors or None
+        By sample; ``None``: nothing is dropped.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If a selector's answer is ill-formed, or what it judges by holds NaN.
+    """
+    selections: list[Selection | None] = [None] * len(request.samples)
+    with_visual = [b for b, sample in enumerate(request.samples) if sample.alive.shape[0]]
+    # One by one where the selector takes no more, so that what it is given exists for one sample at a time.
+    for group in [with_visual] if request.traits.batched else [[b] for b in with_visual]:
+        for b, selection in zip(group, _decide(request, target, group, states, readout), strict=True):
+            selections[b] = selection
+    for sample in request.samples:
+        if not sample.alive.shape[0]:
+            sample.add_stage(StageRecord(target, 0, None, nothing_to_drop(0, None, request.config.min_keep)))
+    survivors = []
+    for sample, selection in zip(request.samples, selections, strict=True):
+        before = sample.positions
+        if selection is not None:
+            sample.keep(selection.keep_idx)
+        survivors.append(Survivors(before, sample.positions, selection))
+    return None if all(selection is None for selection in selections) else survivors
+
+
+def reads_text(request: Request) -> bool:
+    """Whether the attention of the text that may vote is needed: by the selector, or by the rank that decides."""
+    return "rater_attention" in request.traits.needs or any(sample.plan is None for sample in request.samples)
+
+
+def choose_embedding_raters(request: Request, states: Callable[[int, Tensor], Tensor]) -> None:
+    """Choose the raters that are chosen once, from the prompt's embeddings, if they are needed.
+
+    Parameters
+    ----------
+    request : Request
+    states : callable
+        ``states(b, positions)`` gives the embeddings of sample b at some positions.
+    """
+    if request.config.raters != "embedding" or not reads_text(request) or request.drops_nothing:
+        return
+    for b, sample in enumerate(request.samples):
+        sample.embedding_raters = embedding_raters(states(b, sample.positions), states(b, sample.voters))
+
+
+def _decide(
+    request: Request, target: int, group: Sequence[int], states: Callable[[int], Tensor], readout: Readout
+) -> list[Selection | None]:
+    """Selections of some samples, given by their rows of the batch, recorded as a stage of each."""
+    raters = [_raters(request, request.samples[b], readout.text[b]) if readout.text else None for b in group]
+    contexts = [_context(request, b, target, states(b), readout, mask) for b, mask in zip(group, raters, strict=True)]
+    place = request.target_layers.index(target)
+    plans = [request.samples[b].plan for b in group]
+    n_keeps = [None if plan is None else plan.counts[place] for plan in plans]
+    decisions = decide(contexts, request.selector, request.traits, n_keeps)
+    for b, mask, context, decision in zip(group, raters, contexts, decisions, strict=True):
+        sample, selection = request.samples[b], decision.selection
+        record = StageRecord(target, context.n_visual, decision.rank, decision.skipped_because, kept=sample.alive)
+        record.raters = None if mask is None else sample.voters[mask]
+        if selection is not None:
+            record.kept = sample.alive[selection.keep_idx]
+            if selection.recycled_idx is not None:
+                record.recycled = sample.alive[selection.recycled_idx]
+        sample.add_stage(record)
+    return [decision.selection for decision in decisions]
+
+
+def _raters(request: Request, sample: Sample, attention: Tensor) -> Tensor:
+    """Which of a sample's voters are raters, (n_voters,) bool, by their attention to its visual tokens."""
+    if request.config.raters == "all":
+        return attention.new_ones(attention.shape[0], dtype=torch.bool)
+    if request.config.raters == "attention":
+        return attention_raters(attention)
+    assert sample.embedding_raters is not None  # chosen before the decoder
+    return sample.embedding_raters.to(attention.device)
+
+
+def _context(
+    request: Request, b: int, target: int, hidden_states: Tensor, readout: Readout, raters: Tensor | None
+) -> SelectionContext:
+    """What the selector is given of one sample: what the request knows of it, and what was read."""
+    sample, needs, device = request.samples[b], request.traits.needs, hidden_states.device
+    read: dict[str, Any] = {}
+    if request.features is not None:
+        features = request.features[b].to(device)
+        if "features" in needs:
+            read["features"] = features[sample.positions]
+        if "text_features" in needs:
+            read["text_features"] = features[sample.text]
+    vision = readout.vision[b].at(sample.alive) if readout.vision else VisionRows()
+    return SelectionContext(
+        layer=target,
+        sample=b,
+        config=request.config,
+        hidden_states=hidden_states,
+        coordinates=request.coordinates_of(b, device),
+        indices=sample.alive.clone(),  # a selector may write into what it is given
+        rater_attention=None if raters is None else readout.text[b][raters],
+        last_attention=readout.last[b] if readout.last else None,
+        previous_hidden_states=readout.previous[b] if readout.previous else None,
+        vision_attention=vision.vision_attention,
+        vision_keys=vision.vision_keys,
+        **read,
+    )
