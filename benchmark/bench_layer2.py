@@ -20,9 +20,8 @@ from sparsevlm.engine.vision import Grids, make_tables, see
 from sparsevlm.engine.weights import Weights
 from sparsevlm.kernels.rotary import rotate
 from sparsevlm.kernels.varlen_attention import varlen_attention
-from sparsevlm.models import view_of
+from sparsevlm.models import ModelAdapter, adapter_for
 from sparsevlm.runtime.costs import prefill_flops
-from sparsevlm.runtime.view import ModelView
 
 LAYERS, BLOCKS = (
     4,
@@ -47,35 +46,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     shape, layers, blocks = ("tiny", 2, 2) if bench.small else ("7b", LAYERS, BLOCKS)
     with torch.no_grad():
         model = random_model(shape, str(bench.device), bench.dtype, "sdpa", layers=layers, blocks=blocks)
-        view = view_of(copy.deepcopy(model))  # whose weights are put side by side
-        weights = Weights(view)
+        adapter = adapter_for(copy.deepcopy(model))  # whose weights are put side by side
+        weights = Weights(adapter)
         weights.join_decoder()
         weights.join_tower()
-        tower(bench, model, view, weights, _SMALL_GRIDS if bench.small else _GRIDS)
-        prompts(bench, model, view, weights, _SMALL_LENGTHS if bench.small else _LENGTHS)
+        tower(bench, model, adapter, weights, _SMALL_GRIDS if bench.small else _GRIDS)
+        prompts(bench, model, adapter, weights, _SMALL_LENGTHS if bench.small else _LENGTHS)
     bench.end()
 
 
-def tower(bench: Bench, model: Any, view: ModelView, weights: Weights, cases: dict[str, Grids]) -> None:
+def tower(bench: Bench, model: Any, adapter: ModelAdapter, weights: Weights, cases: dict[str, Grids]) -> None:
     """Some blocks of the vision tower."""
-    vision = model.model.visual
+    vision, program = model.model.visual, adapter.vision.program
+    assert program is not None  # of a family with a tower that the engine runs
     size = vision.patch_embed.proj.weight[0].numel()
     n_weights = sum(weight.numel() for weight in vision.blocks.parameters())
     for what, grids in cases.items():
+        tokens = tuple((t, h // program.side, w // program.side) for t, h, w in grids)
         n = sum(t * h * w for t, h, w in grids)
         sets = bench.sets(lambda n=n: (bench.random(n, size),))
-        on_device, tables = torch.tensor(grids, device=bench.device), make_tables(view, grids)
+        on_device, tables = torch.tensor(grids, device=bench.device), make_tables(program, tokens)
         theirs = partial(vision, grid_thw=on_device)
-        ours = partial(see, view, weights, tables)
+        ours = partial(see, program, weights, tables)
         _compare(theirs(*sets[0]).pooler_output, ours(*sets[0])[1], bench.dtype)
-        shape, work = f"{what}, {n} patches, {view.n_vision_blocks} blocks", Work(2 * n * n_weights)
+        shape, work = f"{what}, {n} patches, {adapter.vision.n_blocks} blocks", Work(2 * n * n_weights)
         bench.time("vision tower", shape, "transformers", theirs, sets, graph=False, work=work)
         bench.time_both("vision tower", shape, "ours", ours, sets, work)
 
 
-def prompts(bench: Bench, model: Any, view: ModelView, weights: Weights, cases: dict[str, list[int]]) -> None:
+def prompts(bench: Bench, model: Any, adapter: ModelAdapter, weights: Weights, cases: dict[str, list[int]]) -> None:
     """Some decoder layers over a batch of prompts, padded and packed."""
-    size = view.text_model.config.hidden_size
+    size = adapter.decoder.module.config.hidden_size
     for what, lengths in cases.items():
         batch, longest = len(lengths), max(lengths)
         begins = longest - torch.tensor(lengths, device=bench.device)
@@ -85,10 +86,10 @@ def prompts(bench: Bench, model: Any, view: ModelView, weights: Weights, cases: 
         padded = bench.sets(lambda b=batch, n=longest: (bench.random(b, n, size),))
         packed = [(embeds.flatten(0, 1)[rows],) for (embeds,) in padded]
         theirs = partial(_padded, model.model.language_model, mask.long(), positions)
-        ours = _packed(view, weights, lengths, positions.flatten(1)[:, rows])
+        ours = _packed(adapter, weights, lengths, positions.flatten(1)[:, rows])
         _compare(theirs(*padded[0]).flatten(0, 1)[rows], ours(*packed[0]), bench.dtype)
-        shape = f"{what}, {batch} x {longest}, {sum(lengths)} rows, {view.n_layers} layers"
-        work = Work(sum(prefill_flops(view, [length] * view.n_layers, 0) for length in lengths))
+        shape = f"{what}, {batch} x {longest}, {sum(lengths)} rows, {adapter.n_layers} layers"
+        work = Work(sum(prefill_flops(adapter, [length] * adapter.n_layers, 0) for length in lengths))
         waste = f"{100 * (1 - sum(lengths) / (batch * longest)):.0f} % of the padded rows are padding"
         bench.time("prompt", shape, "transformers, padded", theirs, padded, graph=False, work=work, note=waste)
         bench.time_both("prompt", shape, "ours, packed", ours, packed, work)
@@ -101,21 +102,23 @@ def _padded(decoder: Any, mask: Tensor, positions: Tensor, embeds: Tensor) -> Te
     return found
 
 
-def _packed(view: ModelView, weights: Weights, lengths: list[int], positions: Tensor) -> Callable[[Tensor], Tensor]:
+def _packed(
+    adapter: ModelAdapter, weights: Weights, lengths: list[int], positions: Tensor
+) -> Callable[[Tensor], Tensor]:
     offsets = torch.tensor([0, *lengths], device=positions.device).cumsum(0).to(torch.int32)
-    like = view.text_model.embed_tokens.weight[:1, None]
-    cos, sin = (table[0] for table in view.text_model.rotary_emb(like, positions[:, None]))
+    like = adapter.decoder.embed.weight[:1, None]
+    cos, sin = (table[0] for table in adapter.decoder.rotary(like, positions[:, None]))
 
     def run(hidden: Tensor) -> Tensor:
         addend: Tensor | None = None
-        for layer, attention in zip(view.layers, view.attentions, strict=True):
+        for block in weights.blocks:
 
-            def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float = attention.scaling) -> Tensor:
+            def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float = block.scaling) -> Tensor:
                 query, key = rotate(query, key, cos, sin)
                 return varlen_attention(query, key, value.contiguous(), offsets, max(lengths), scaling, causal=True)
 
-            hidden, addend = run_layer(layer, weights, hidden, addend, attend)
-        found: Tensor = view.text_model.norm(summed(hidden, addend))
+            hidden, addend = run_layer(block, weights, hidden, addend, attend)
+        found: Tensor = adapter.decoder.norm(summed(hidden, addend))
         return found
 
     return run

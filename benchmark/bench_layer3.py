@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         model = random_model(shape, str(bench.device), bench.dtype, "sdpa")
         state = apply_sparsevlm(model, keep=1.0)
-        weights = Weights(state.view)
+        weights = Weights(state.adapter)
         weights.join_decoder()
         for case in cases:
             for keep in KEEPS:
@@ -80,10 +80,10 @@ class Measurement:
 
     def run(self, recorder: Recorder) -> None:
         """Time the prompt and the steps, by programs that ``recorder`` makes."""
-        view, case = self.state.view, self.case
+        adapter, case = self.state.adapter, self.case
         gc.collect()  # programs of the case before
         prompt, host = self._prompt()
-        size = view.text_model.config.hidden_size
+        size = adapter.decoder.module.config.hidden_size
         features = self.bench.random(case.batch * case.n_visual, size)
         request = self._request(host)
         bucket, counts = static_prefill.plan(request)
@@ -95,7 +95,7 @@ class Measurement:
 
         def prefill(request: Any) -> Arena:
             if not made:
-                made.append(Program(view, self.weights, recorder, bucket, request.selector))
+                made.append(Program(adapter, self.weights, recorder, bucket, request.selector))
             integers = static_prefill.make_integers(request, prompt, bucket, counts)
             arena = made[0].arena(made[0](integers, features))
             assert arena is not None  # of a program that is recorded
@@ -114,21 +114,23 @@ class Measurement:
         self._keep("decode step", values, cost, floor["decode_per_token"])
 
     def _prompt(self) -> tuple[Prompt, dict[str, Tensor]]:
-        view = self.state.view
-        inputs = fresh_inputs(view.model, self.case, self.bench.generator)
+        adapter = self.state.adapter
+        inputs = fresh_inputs(adapter.model, self.case, self.bench.generator)
         host = {name: tensor.cpu() for name, tensor in inputs.items()}
         positions = torch.arange(host["input_ids"].shape[1]).expand(3, self.case.batch, -1)
-        return Prompt.of(view, host["input_ids"], positions, {"image"}), host
+        return Prompt.of(adapter, host["input_ids"], positions, {"image"}), host
 
     def _request(self, host: dict[str, Tensor]) -> Any:
-        return open_request(self.state._session, host, visual_masks(self.state.view, host))
+        adapter = self.state.adapter
+        grids = {"image": adapter.family.grids(adapter, "image", host)}
+        return open_request(self.state._session, host, visual_masks(adapter, host), grids)
 
     def _floors(self, request: Any) -> dict[str, float]:
         """By the visual tokens at each layer that the plan of the first sample gives."""
         targets, counts = static_prefill.count(request)
-        view = self.state.view
-        visual = [counts.visual[sum(target < layer for target in targets)][0] for layer in range(view.n_layers)]
-        return floors(view, self.case, visual, self.bench.ceilings)
+        adapter = self.state.adapter
+        visual = [counts.visual[sum(target < layer for target in targets)][0] for layer in range(adapter.n_layers)]
+        return floors(adapter, self.case, visual, self.bench.ceilings)
 
     def _first(self, call: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
         """What the first call gives, its milliseconds, and the bytes that it takes from the device for good."""

@@ -14,8 +14,7 @@ from sparsevlm.engine.layer import run_layer
 from sparsevlm.engine.weights import Weights
 from sparsevlm.kernels.rotary import rotate
 from sparsevlm.kernels.varlen_attention import varlen_attention
-from sparsevlm.models import view_of
-from sparsevlm.runtime.view import ModelView
+from sparsevlm.models import ModelAdapter, adapter_for
 
 RETAINED = (256, 128, 96, 64)
 
@@ -23,37 +22,38 @@ RETAINED = (256, 128, 96, 64)
 def print_retained(bench: Bench, n_text: int) -> None:
     """Time a decoder layer at each number of retained tokens and print the table; the rows are kept."""
     model = random_model("tiny" if bench.small else "7b", str(bench.device), bench.dtype, "sdpa", layers=1)
-    view = view_of(model)
-    weights = Weights(view)
+    adapter = adapter_for(model)
+    weights = Weights(adapter)
     weights.join_decoder()
-    size, layer_bytes = view.text_model.config.hidden_size, sum(p.nbytes for p in view.layers.parameters())
+    size, layer_bytes = (
+        adapter.decoder.module.config.hidden_size,
+        sum(p.nbytes for p in adapter.decoder.layers.parameters()),
+    )
     lines, dense = ["| retained tokens | decoder layer, ms | speed-up | accuracy |", "|---|---|---|---|"], 0.0
     for n_visual in RETAINED:
         n = n_visual + n_text
-        work = Work(2 * n * sum(p.numel() for p in view.layers.parameters()), layer_bytes)
+        work = Work(2 * n * sum(p.numel() for p in adapter.decoder.layers.parameters()), layer_bytes)
         sets = bench.sets(lambda n=n: (bench.random(n, size),))
         took = bench.time(
-            "decoder layer", f"{n_visual} visual + {n_text}", "ours", _layer(view, weights, n), sets, work=work
+            "decoder layer", f"{n_visual} visual + {n_text}", "ours", _layer(adapter, weights, n), sets, work=work
         )
         dense = dense or took
         lines.append(f"| {n_visual} | {took:.3f} | {dense / took:.2f} | {accuracy(stored_rows(), n_visual)} |")
     print("\n".join([*lines, ""]))
 
 
-def _layer(view: ModelView, weights: Weights, n: int) -> Callable[[Tensor], object]:
-    layer, attention = view.layers[0], view.attentions[0]
-    device = view.text_model.embed_tokens.weight.device
+def _layer(adapter: ModelAdapter, weights: Weights, n: int) -> Callable[[Tensor], object]:
+    block = weights.blocks[0]
+    device = adapter.decoder.embed.weight.device
     offsets = torch.tensor([0, n], dtype=torch.int32, device=device)
     positions = torch.arange(n, device=device).expand(3, 1, n)
-    cos, sin = (
-        table[0] for table in view.text_model.rotary_emb(view.text_model.embed_tokens.weight[:1, None], positions)
-    )
+    cos, sin = (table[0] for table in adapter.decoder.rotary(adapter.decoder.embed.weight[:1, None], positions))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key = rotate(query, key, cos, sin)
-        return varlen_attention(query, key, value.contiguous(), offsets, n, attention.scaling, causal=True)
+        return varlen_attention(query, key, value.contiguous(), offsets, n, block.scaling, causal=True)
 
-    return lambda hidden: run_layer(layer, weights, hidden, None, attend)
+    return lambda hidden: run_layer(block, weights, hidden, None, attend)
 
 
 def accuracy(rows: list[StoredRow], n_retained: int) -> str:

@@ -17,7 +17,7 @@ from .template import template_of
 # The imports below are the first of transformers' modelling modules, which die of a torchvision that is broken.
 torchvision_works()
 
-from .models import view_of  # noqa: E402
+from .models import adapter_for  # noqa: E402
 from .state import STATE_ATTRIBUTE, SparseVLMState  # noqa: E402
 
 
@@ -105,11 +105,11 @@ def apply_sparsevlm(
         config = single
     elif given := [f.name for f in fields(single) if getattr(single, f.name) != getattr(SparseVLMConfig(), f.name)]:
         raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
-    view = view_of(model)
+    adapter = adapter_for(model)
     template = template_of(processor)
-    state = SparseVLMState(view.with_special_tokens(template.special), config, template)
+    state = SparseVLMState(adapter.with_special_tokens(template.special), config, template)
     before = _state_of(model)
-    if before is not None and before.view.model is not model:
+    if before is not None and before.adapter.model is not model:
         raise ValueError(
             "another model that shares these modules is under SparseVLM already: call remove_sparsevlm on it first."
         )

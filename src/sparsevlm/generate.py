@@ -38,7 +38,7 @@ class Generate:
     @property
     def plain(self) -> Callable[..., Any]:
         """The ``generate`` whose place this takes."""
-        model = self._session.view.model
+        model = self._session.adapter.model
         return self._before or getattr(type(model), "generate").__get__(model)  # noqa: B009
 
     @property
@@ -47,13 +47,13 @@ class Generate:
 
     def attach(self) -> None:
         """Take the place."""
-        model = self._session.view.model
+        model = self._session.adapter.model
         self._before = vars(model).get("generate")
         model.generate, self._is_attached = self, True
 
     def detach(self) -> None:
         """Give it back, unless somebody else has taken it since; whoever still calls this reaches the plain one."""
-        model, self._is_attached = self._session.view.model, False
+        model, self._is_attached = self._session.adapter.model, False
         if vars(model).get("generate") is self:
             del model.generate
             if self._before is not None:
@@ -84,10 +84,10 @@ class Generate:
     def _run(self, arguments: dict[str, Any], *, is_nested: bool) -> Any:
         session, given = self._session, arguments
         wants_engine = session.wants_engine
-        if (other := compat.other_generation(session.view.model, self.plain, arguments)) is not None:
+        if (other := compat.other_generation(session.adapter.model, self.plain, arguments)) is not None:
             session.plain_reason = other if wants_engine else ""
             return self.plain(**arguments)
-        arguments, modes = compat.split_mode_arguments(session.view.model, arguments)
+        arguments, modes = compat.split_mode_arguments(session.adapter.model, arguments)
         if wants_engine:
             call = self._engine.begin(arguments, modes, is_nested=is_nested)
             if call is not None:

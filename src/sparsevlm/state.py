@@ -9,11 +9,11 @@ from typing import Any
 from .config import SparseVLMConfig
 from .engine.generate import Engine
 from .generate import Generate
+from .models import ModelAdapter
 from .report import Report
 from .runtime.hooks import ModelHooks
 from .runtime.recorder import make_report
 from .runtime.session import Session
-from .runtime.view import ModelView
 from .runtime.warm_up import WarmUp, warm_up
 from .template import Template
 
@@ -27,17 +27,17 @@ class SparseVLMState:
     Used as a context manager, it removes itself at the end.
     """
 
-    def __init__(self, view: ModelView, config: SparseVLMConfig, template: Template | None = None):
-        self._session = Session(view, config, template or Template())
+    def __init__(self, adapter: ModelAdapter, config: SparseVLMConfig, template: Template | None = None):
+        self._session = Session(adapter, config, template or Template())
         self._hooks = ModelHooks(self._session)
         self._engine = Engine(self._session)
         self._generate = Generate(self._session, self._hooks, self._engine)
         self._report: tuple[Any, Report] | None = None
 
     @property
-    def view(self) -> ModelView:
-        """The parts of the model."""
-        return self._session.view
+    def adapter(self) -> ModelAdapter:
+        """The model, its decoder and its vision tower."""
+        return self._session.adapter
 
     @property
     def config(self) -> SparseVLMConfig:
@@ -65,7 +65,7 @@ class SparseVLMState:
             raise RuntimeError("no request yet: call model.generate(**inputs) first.")
         so_far = (id(request), request.finished, request.decode_steps, request.failed)
         if self._report is None or self._report[0] != so_far:
-            self._report = (so_far, make_report(self.view, request))
+            self._report = (so_far, make_report(self.adapter, request))
         return self._report[1]
 
     @contextlib.contextmanager
@@ -112,7 +112,7 @@ class SparseVLMState:
         WarmUp
             What was run, how long it took, and what memory.
         """
-        return warm_up(self.view.model, requests, max_new_tokens, seconds, largest)
+        return warm_up(self.adapter.model, requests, max_new_tokens, seconds, largest)
 
     def expect_n_visual(self, n_vis: int | None) -> None:
         """Set the expected number of visual tokens, inside :meth:`options` as well."""
@@ -126,7 +126,7 @@ class SparseVLMState:
 
     def attach(self) -> None:
         """Register the hooks and take ``generate``: nothing else of the model is replaced."""
-        setattr(self.view.base_model, STATE_ATTRIBUTE, self)
+        setattr(self.adapter.base_model, STATE_ATTRIBUTE, self)
         self._hooks.attach()
         self._generate.attach()
 
@@ -137,4 +137,4 @@ class SparseVLMState:
         self._generate.detach()
         self._hooks.detach()
         self._engine.detach()
-        vars(self.view.base_model).pop(STATE_ATTRIBUTE, None)
+        vars(self.adapter.base_model).pop(STATE_ATTRIBUTE, None)

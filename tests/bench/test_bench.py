@@ -18,7 +18,7 @@ from sparsevlm.bench.run import run
 from sparsevlm.bench.timing import time_call
 from sparsevlm.bench.workload import fresh_inputs
 from sparsevlm.engine import arena, static_prefill
-from sparsevlm.models import view_of
+from sparsevlm.models import adapter_for
 from toys import tiny_model
 
 ORIGIN = {"commit": "abc", "model": "tiny", "command": "sparsevlm bench"}
@@ -127,13 +127,10 @@ def test_other_tokens_kept_are_not_timed(monkeypatch):
     model = tiny_model(n_layers=12)
     providers = make_providers(model, (0.5,), static=False)
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
-    monkeypatch.setattr(static_prefill, "dpp_order", lambda states, quality, n, rounds: _first(states, n))
+    first = lambda picks, left, n: torch.arange(picks.shape[1]).expand_as(picks)  # noqa: E731
+    monkeypatch.setattr(static_prefill, "_ascending", first)
     with pytest.raises(RuntimeError, match="that the plain path keeps, the engine keeps"):
         gate.check(providers, inputs, SMALL.new_tokens)
-
-
-def _first(states, n):
-    return torch.arange(n).expand(states.shape[0], n)
 
 
 def test_want_of_memory_is_a_row(monkeypatch):
@@ -239,11 +236,11 @@ def test_floors_of_the_7b_shape():
     """As worked out once by hand: 5.5 TFLOP for the tower and 14.1 GB for a token at 1024 visual tokens."""
     with torch.device("meta"):
         model = shapes.empty_model("7b", torch.bfloat16, "sdpa")
-    least = floors(view_of(model), Case(1024, 1, 2), [1024.0] * 28, Ceilings(773e12, 4.15e12))
+    least = floors(adapter_for(model), Case(1024, 1, 2), [1024.0] * 28, Ceilings(773e12, 4.15e12))
     assert least["vision"] == pytest.approx(7.3, rel=0.06)
     assert least["prefill"] == pytest.approx(18.3, rel=0.05)
     assert least["decode_per_token"] == pytest.approx(3.4, rel=0.02)
-    pruned = floors(view_of(model), Case(1024, 1, 2), [1024.0] * 3 + [164.0] * 25, Ceilings(773e12, 4.15e12))
+    pruned = floors(adapter_for(model), Case(1024, 1, 2), [1024.0] * 3 + [164.0] * 25, Ceilings(773e12, 4.15e12))
     assert pruned["vision"] + pruned["prefill"] == pytest.approx(12.6, rel=0.05)
 
 

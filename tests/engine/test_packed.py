@@ -59,16 +59,16 @@ def test_the_engine_says_what_the_plain_path_says(prompt, name, family):
     report = state.report
     with torch.no_grad():
         request = seen["request"]
-        weights = Weights(state.view)
-        packed = pack(state.view, request, seen["embeds"], seen["positions"])
-        hidden, caches = prefill(state.view, weights, request, packed)
+        weights = Weights(state.adapter)
+        packed = pack(state.adapter, request, seen["embeds"], seen["positions"])
+        hidden, caches = prefill(state.adapter, weights, request, packed)
         logits = [model.lm_head(hidden)]
         first = seen["positions"].amax(dim=(0, 2)).expand(3, -1) + 1
         decoding = begin_decode(caches, first.shape[1], NEW_TOKENS - 1)
         weights.join_decoder()  # nothing changes by that
         for _ in range(NEW_TOKENS - 1):
-            logits.append(decode_step(state.view, weights, decoding, logits[-1].argmax(dim=-1), first))
-    found = make_report(state.view, request)
+            logits.append(decode_step(state.adapter, weights, decoding, logits[-1].argmax(dim=-1), first))
+    found = make_report(state.adapter, request)
     assert found.samples == report.samples
     new = wanted.sequences[:, inputs["input_ids"].shape[1] :]
     for step, one in enumerate(logits):

@@ -26,21 +26,21 @@ def both(prompt, **options):
         model(**inputs)
     twin = copy.deepcopy(seen["request"])
     kinds = {kind for kind in ("image", "video") if f"{kind}_grid_thw" in inputs}
-    prompt = Prompt.of(state.view, inputs["input_ids"], seen["positions"], kinds)
-    weights = Weights(state.view)
+    prompt = Prompt.of(state.adapter, inputs["input_ids"], seen["positions"], kinds)
+    weights = Weights(state.adapter)
     with torch.no_grad():
-        packed = pack(state.view, seen["request"], seen["embeds"], seen["positions"])
-        hidden, caches = prefill(state.view, weights, seen["request"], packed)
+        packed = pack(state.adapter, seen["request"], seen["embeds"], seen["positions"])
+        hidden, caches = prefill(state.adapter, weights, seen["request"], packed)
         bucket, counts = static_prefill.plan(twin)
         features = seen["embeds"].new_zeros((bucket.n_features, seen["embeds"].shape[-1]))
         visual = prompt.feature_rows >= 0
         features[prompt.feature_rows[visual]] = seen["embeds"][visual]
         integers = static_prefill.make_integers(twin, prompt, bucket, counts)
         given = static_prefill.Inputs.of(bucket, integers, features)
-        found = static_prefill.run(state.view, weights, bucket, twin.selector, given)
+        found = static_prefill.run(state.adapter, weights, bucket, twin.selector, given)
         exact = model.lm_head(hidden), caches
-    static_prefill.record(twin, bucket, counts, found.kept, state.view.n_layers)
-    reports = [make_report(state.view, request) for request in (seen["request"], twin)]
+    static_prefill.record(twin, bucket, counts, found.kept, state.adapter.n_layers)
+    reports = [make_report(state.adapter, request) for request in (seen["request"], twin)]
     return exact, found, reports
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from test_parity import run
-from transformers.vision_utils import get_vision_position_ids
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.redundancy import choose, n_kept, novelty
@@ -48,18 +48,18 @@ def test_the_choice_keeps_its_numbers_and_orders(share):
     assert kept.before.tolist() == [int(mask[:place].sum()) for place in range(41)]
 
 
-def by_the_modules(model, view, pixels, grids, kept):
+def by_the_modules(model, adapter, pixels, grids, kept):
     """The model's own blocks over the patches that are left, window by window."""
-    tower, per_token = model.model.visual, view.spatial_merge_size**2
-    windows = view.vision_windows is not None
+    tower, per_token = model.model.visual, adapter.vision.patches_per_token
+    windows = adapter.vision.program.window is not None
     order = torch.arange(len(pixels) // per_token)
     starts = frames = torch.repeat_interleave(grids[:, 1] * grids[:, 2], grids[:, 0]).cumsum(0).tolist()
     if windows:
-        order, starts = view.vision_windows(grids)
+        order, starts = get_vision_window_index(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)
         starts = torch.as_tensor(starts).tolist()[1:]
     stays = torch.isin(order, kept).repeat_interleave(per_token)
     hidden = tower.patch_embed(pixels).unflatten(0, (-1, per_token))[order].flatten(0, 1)[stays]
-    position_ids = get_vision_position_ids(grids, view.spatial_merge_size)
+    position_ids = get_vision_position_ids(grids, tower.spatial_merge_size)
     cos, sin = tower.rotary_pos_emb(hidden, position_ids)
     cos, sin = (t.unflatten(0, (-1, per_token))[order].flatten(0, 1)[stays] for t in (cos, sin))
 
@@ -67,7 +67,7 @@ def by_the_modules(model, view, pixels, grids, kept):
         return torch.tensor([0, *(int(stays[:end].sum()) for end in ends)]).unique().to(torch.int32)
 
     for index, block in enumerate(tower.blocks):
-        full = index in view.vision_block_indices
+        full = index in dict(adapter.vision.readable)
         hidden = block(hidden, cu_seqlens=offsets(frames if full else starts), position_embeddings=(cos, sin))
     tokens = tower.merger(hidden)
     return tokens[torch.argsort(order[torch.isin(order, kept)])]
@@ -85,9 +85,11 @@ def test_what_is_left_is_computed_in_its_windows(prompt, family):
         engine._shop.glance()
         grids = inputs[f"{kind}_grid_thw"]
         for factor in (3, 2, 4, 1):  # the last two by what was recorded
-            seen = engine._shop.vision(pixels * factor, tuple(tuple(grid) for grid in grids.tolist()), 0.5)
-        wanted = by_the_modules(model, state.view, pixels, grids, seen.kept)
-    assert 0 < len(seen.kept) < len(pixels) // state.view.spatial_merge_size**2
+            seen = engine._shop.vision(
+                pixels * factor, tuple(state.adapter.family.grids(state.adapter, kind, inputs)), 0.5
+            )
+        wanted = by_the_modules(model, state.adapter, pixels, grids, seen.kept)
+    assert 0 < len(seen.kept) < len(pixels) // state.adapter.vision.patches_per_token
     torch.testing.assert_close(seen.tokens, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -103,7 +105,7 @@ def test_the_decoder_never_sees_the_rest(prompt):
     ids = inputs["input_ids"]
     features = state._engine._shop.vision(
         inputs["pixel_values" if kind == "image" else "pixel_values_videos"],
-        tuple(tuple(grid) for grid in inputs[f"{kind}_grid_thw"].tolist()),
+        tuple(state.adapter.family.grids(state.adapter, kind, inputs)),
         0.5,
     ).tokens
     given = {name: value for name, value in inputs.items() if not name.startswith("pixel")}

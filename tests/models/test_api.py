@@ -423,17 +423,21 @@ def test_an_exception_inside_generate_restores_everything():
     model, inputs = tiny_model(), make_inputs(*ONE)
     state = apply_sparsevlm(model, keep=0.6, min_keep=4, target_layers=[1, 3])
     wanted = model.generate(**inputs, max_new_tokens=4)
-    configs = [attention.config for attention in state.view.attentions]
+    configs = [attention.config for attention in state.adapter.decoder.attentions]
 
     def fail(module, args):
         raise RuntimeError("a layer failed")
 
-    for place in (state.view.attentions[1].q_proj, state.view.attentions[1].o_proj, state.view.layers[3].mlp):
+    for place in (
+        state.adapter.decoder.attentions[1].q_proj,
+        state.adapter.decoder.attentions[1].o_proj,
+        state.adapter.decoder.layers[3].mlp,
+    ):
         handle = place.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="a layer failed"):
             model.generate(**inputs, max_new_tokens=4)
         handle.remove()
-        assert all(a.config is b for a, b in zip(state.view.attentions, configs, strict=True))
+        assert all(a.config is b for a, b in zip(state.adapter.decoder.attentions, configs, strict=True))
         assert torch.equal(model.generate(**inputs, max_new_tokens=4), wanted)
 
 

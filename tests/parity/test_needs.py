@@ -12,6 +12,7 @@ import vision_reference
 from oracle import dropped_from, layer_masks, masked_layers, prompt_valid
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm.models import adapter_for
 from sparsevlm.runtime import vision
 from sparsevlm.runtime.probe import AttentionProbe
 from sparsevlm.runtime.vision_probe import VisionProbe, VisionRows
@@ -156,7 +157,8 @@ def test_order_of_windows_matters_here():
     model, _ = build("qwen2_5_vl", *PROMPTS["one image"])
     order = vision_reference.window_order(model, 1, 3, 5)
     assert order == [0, 1, 5, 6, 2, 3, 7, 8, 4, 9, 10, 11, 12, 13, 14]
-    found = apply_sparsevlm(model, min_keep=4).view.vision_windows(torch.tensor([[1, 6, 10]]))[0]
+    adapter = adapter_for(model)
+    found = adapter.family.reading_order(adapter, {"grid_thw": torch.tensor([[1, 6, 10]])})
     assert found.tolist() == order
 
 
@@ -183,8 +185,8 @@ def test_the_middle_of_one_block_is_that_block():
 def test_the_middle_block_is_the_nearest_to_half_the_depth(depth, full, middle):
     model = tiny_model(vision_options={"depth": depth, "fullatt_block_indexes": full})
     state = apply_sparsevlm(model, **spied())
-    probe = VisionProbe(state.view, frozenset(VISION), None)
-    armed = {block for block in state.view.vision_attentions if block in AttentionProbe._armed}
+    probe = VisionProbe(state.adapter.vision, frozenset(VISION), None)
+    armed = {block for _, block in state.adapter.vision.readable if block in AttentionProbe._armed}
     probe.disarm()
     assert armed == {model.model.visual.blocks[middle].attn, model.model.visual.blocks[full[-1]].attn}
 
@@ -270,7 +272,7 @@ def test_nothing_is_kept_after_the_prefill(family):
     model, inputs = build(family, *PROMPTS["two images"])
     options = spied()
     state = apply_sparsevlm(model, **options)
-    configs = [block.config for block in state.view.vision_attentions]
+    configs = [id(block.config) for _, block in state.adapter.vision.readable]
     kept = []
 
     def look(module, args, kwargs):
@@ -283,7 +285,7 @@ def test_nothing_is_kept_after_the_prefill(family):
     handle.remove()
     assert kept == [[], []]
     assert not AttentionProbe._armed
-    assert all(block.config is config for block, config in zip(state.view.vision_attentions, configs, strict=True))
+    assert [id(block.config) for _, block in state.adapter.vision.readable] == configs
 
 
 def test_nothing_is_read_for_a_selector_that_does_not_need_it(monkeypatch):
@@ -330,7 +332,7 @@ def test_an_exception_inside_the_tower_leaves_it_as_it_was(family, error):
     state = apply_sparsevlm(model, **options)
     wanted = model.generate(**inputs, max_new_tokens=3)
     contexts = list(options["selector"].seen)
-    blocks = state.view.vision_attentions
+    blocks = [block for _, block in state.adapter.vision.readable]
     configs = [block.config for block in blocks]
 
     def fail(module, args):

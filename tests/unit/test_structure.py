@@ -24,7 +24,7 @@ LEVELS = {
     "kernels": 0,
     "selection": 1,
     "runtime": 2,
-    "models": 3,
+    "models": 1,
     "engine": 3,
     "generate": 4,
     "inputs": 4,

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from ..models import ModelAdapter
 from ..runtime.costs import prefill_flops
-from ..runtime.view import ModelView
 from .cases import N_TEXT, Case
 
 _REPEATS = 5
@@ -56,13 +56,13 @@ def _best(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def floors(
-    view: ModelView, case: Case, visual_per_layer: Sequence[float], ceilings: Ceilings, vision_keep: float = 1.0
+    adapter: ModelAdapter, case: Case, visual_per_layer: Sequence[float], ceilings: Ceilings, vision_keep: float = 1.0
 ) -> dict[str, float]:
     """Milliseconds per phase.
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     case : Case
     visual_per_layer : sequence of float
         Visual tokens of a sample at the input of each decoder layer.
@@ -70,18 +70,18 @@ def floors(
     vision_keep : float
         Share of the visual tokens that the tower computes.
     """
-    element = next(view.text_model.parameters()).element_size()
-    patches = round(vision_keep * case.side**2) * view.spatial_merge_size**2
-    tower = sum(weight.numel() for weight in view.vision_tower.parameters())
-    layers = sum(weight.numel() for weight in view.layers.parameters())
-    head = view.model.lm_head.weight.numel()
+    element = next(adapter.decoder.module.parameters()).element_size()
+    patches = round(vision_keep * case.side**2) * adapter.vision.patches_per_token
+    tower = sum(weight.numel() for weight in adapter.vision.module.parameters())
+    layers = sum(weight.numel() for weight in adapter.decoder.layers.parameters())
+    head = adapter.decoder.head.weight.numel()
     tokens = [round(visual) + N_TEXT for visual in visual_per_layer]
-    kv = sum(tokens) * _kv_bytes(view, element)
+    kv = sum(tokens) * _kv_bytes(adapter, element)
     vision = max(
-        case.batch * _vision_flops(view, patches) / ceilings.flops_per_s, tower * element / ceilings.bytes_per_s
+        case.batch * _vision_flops(adapter, patches) / ceilings.flops_per_s, tower * element / ceilings.bytes_per_s
     )
     prefill = max(
-        case.batch * (prefill_flops(view, tokens, 0) + 2 * head) / ceilings.flops_per_s,
+        case.batch * (prefill_flops(adapter, tokens, 0) + 2 * head) / ceilings.flops_per_s,
         (layers + head) * element / ceilings.bytes_per_s,
     )
     decode = ((layers + head) * element + case.batch * kv) / ceilings.bytes_per_s
@@ -92,21 +92,22 @@ def floors(
     return {phase: 1e3 * seconds for phase, seconds in found.items()}
 
 
-def _kv_bytes(view: ModelView, element: int) -> int:
+def _kv_bytes(adapter: ModelAdapter, element: int) -> int:
     """Of one token in one layer."""
-    attention = view.attentions[0]
-    return 2 * attention.k_proj.out_features * element
+    config = adapter.decoder.module.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_key_value_heads * head_dim * element
 
 
-def _vision_flops(view: ModelView, patches: int) -> float:
+def _vision_flops(adapter: ModelAdapter, patches: int) -> float:
     """Of one picture: two per weight and patch (a quarter of that in the merger), attention in windows and whole."""
-    tower: Any = view.vision_tower
+    tower = adapter.vision.program
+    if tower is None:
+        raise NotImplementedError(f"no floor is known for the vision tower of a {adapter.name}.")
     merger = sum(weight.numel() for weight in tower.merger.parameters())
-    weights = sum(weight.numel() for weight in tower.parameters()) - merger
-    width = tower.blocks[0].attn.proj.in_features
-    window = patches
-    if view.vision_windows is not None:
-        window = min(patches, (tower.window_size // tower.patch_size) ** 2)
-    n_full = len(view.vision_block_indices)
-    pairs = n_full * patches**2 + (view.n_vision_blocks - n_full) * patches * window
-    return 2.0 * weights * patches + 2.0 * merger * patches / view.spatial_merge_size**2 + 4.0 * width * pairs
+    weights = sum(weight.numel() for weight in adapter.vision.module.parameters()) - merger
+    width = tower.blocks[0].output.in_features
+    window = patches if tower.window is None else min(patches, (tower.window * tower.side) ** 2)
+    n_full = sum(block.is_full for block in tower.blocks)
+    pairs = n_full * patches**2 + (len(tower.blocks) - n_full) * patches * window
+    return 2.0 * weights * patches + 2.0 * merger * patches / adapter.vision.patches_per_token + 4.0 * width * pairs

@@ -133,7 +133,7 @@ def _pruned(state: SparseVLMState, config: SparseVLMConfig) -> Callable[..., Ten
 
     def generate(inputs: Inputs, new_tokens: int, engine: bool = True, **options: Any) -> Tensor:
         with state.options(**changes, engine=engine):
-            found: Tensor = state.view.model.generate(**inputs, **_length(new_tokens), **options)
+            found: Tensor = state.adapter.model.generate(**inputs, **_length(new_tokens), **options)
             return found
 
     return generate

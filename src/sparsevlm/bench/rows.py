@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..models import view_of
+from ..models import adapter_for
 from .cases import N_TEXT, Case
 from .floor import Ceilings, floors
 from .providers import Provider
@@ -48,10 +48,10 @@ def rows_of(case: Case, provider: Provider, one: Measured, ceilings: Ceilings, s
         shared |= {"recycle": str(provider.config.recycle), "vision_keep": str(provider.config.vision_keep)}
     if one.note:
         return [{**shared, "phase": "total", "metric": "ms"}]
-    view = view_of(provider.model)
+    adapter = adapter_for(provider.model)
     shared["path"] = one.path
     share = 1.0 if provider.config is None else provider.config.vision_keep
-    least = floors(view, case, one.layer_tokens or (case.n_visual,) * view.n_layers, ceilings, share)
+    least = floors(adapter, case, one.layer_tokens or (case.n_visual,) * adapter.n_layers, ceilings, share)
     found = []
     for phase in one.times[0]:
         values = [times[phase] for times in one.times]

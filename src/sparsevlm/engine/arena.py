@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..runtime.view import ModelView
+from ..models import ModelAdapter
 from .buckets import round_up
 from .decode import DecodeState, begin_decode, decode_step
 from .graphs import Recent, Recorder
@@ -57,7 +57,7 @@ class Arena:
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     weights : Weights
     recorder : Recorder
     prompt : sequence of LayerCache
@@ -67,9 +67,9 @@ class Arena:
     """
 
     def __init__(
-        self, view: ModelView, weights: Weights, recorder: Recorder, prompt: Sequence[LayerCache], batch: int
+        self, adapter: ModelAdapter, weights: Weights, recorder: Recorder, prompt: Sequence[LayerCache], batch: int
     ) -> None:
-        self._view, self._weights, self._recorder, self._batch = view, weights, recorder, batch
+        self._adapter, self._weights, self._recorder, self._batch = adapter, weights, recorder, batch
         self.prompt = prompt
         self.n_new = self._room = 0
         device = prompt[0].keys.device
@@ -89,9 +89,9 @@ class Arena:
             new.new_values[:, :n_new].copy_(old.new_values[:, :n_new])
 
     def _record(self, state: DecodeState) -> Callable[[], Tensor]:
-        view, weights, tokens, first, n_new = self._view, self._weights, self._tokens, self._first, self.n_new
+        adapter, weights, tokens, first, n_new = self._adapter, self._weights, self._tokens, self._first, self.n_new
         return self._recorder.record(
-            lambda: decode_step(view, weights, state, tokens, first), rewind=lambda: state.n_new.fill_(n_new)
+            lambda: decode_step(adapter, weights, state, tokens, first), rewind=lambda: state.n_new.fill_(n_new)
         )
 
     def load(self, prompt: Sequence[LayerCache]) -> None:
@@ -144,14 +144,14 @@ class Arenas(Recent[Bucket, Arena]):
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     weights : Weights
     recorder : Recorder
     """
 
-    def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
+    def __init__(self, adapter: ModelAdapter, weights: Weights, recorder: Recorder) -> None:
         super().__init__(_MOST_ARENAS)
-        self._view, self._weights, self._recorder = view, weights, recorder
+        self._adapter, self._weights, self._recorder = adapter, weights, recorder
 
     def take(self, prompt: Sequence[LayerCache], batch: int) -> Arena:
         """An arena that holds a request."""
@@ -170,4 +170,4 @@ class Arenas(Recent[Bucket, Arena]):
             )
             for layer, rows, longest in zip(like, bucket.rows, bucket.longest, strict=True)
         ]
-        return Arena(self._view, self._weights, self._recorder, empty, bucket.batch)
+        return Arena(self._adapter, self._weights, self._recorder, empty, bucket.batch)

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models import Grid, ModelAdapter
 from ..runtime.clock import Mark
-from ..runtime.prompt import PIXELS
-from ..runtime.view import ModelView
 from .vision import Grids, Seen, VisionPrograms
 
-_READ = ("input_ids", "attention_mask", "image_grid_thw", "video_grid_thw", "mm_token_type_ids", "second_per_grid_ts")
+_READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
 _ENCODED = "mm_encoder_outputs"
 
 
@@ -26,7 +25,7 @@ class PendingVision:
     Attributes
     ----------
     grids : tuple of (t, h, w)
-        In patches.
+        In visual tokens.
     seen : Seen
     begin, end : Mark
     stream : torch.cuda.Stream or None
@@ -38,9 +37,10 @@ class PendingVision:
     end: Mark
     stream: torch.cuda.Stream | None
 
-    def n_tokens(self, view: ModelView) -> int:
+    @property
+    def n_tokens(self) -> int:
         """Visual tokens of the images."""
-        return sum(t * h * w for t, h, w in self.grids) // view.spatial_merge_size**2
+        return sum(t * h * w for t, h, w in self.grids)
 
     def kept(self) -> Tensor | None:
         """Which of them are encoded, on the host, if not all; waits for the choice alone."""
@@ -69,6 +69,8 @@ class Call:
         Pixels, or what was encoded of them, by argument.
     on_host : dict
         Copies of the arguments that say where the images are.
+    grids : dict
+        Of its images in visual tokens, by kind, where they are known.
     copies : int
         Answers to each prompt: how often transformers repeats every row.
     pending : PendingVision or None
@@ -77,25 +79,29 @@ class Call:
     arguments: dict[str, Any]
     visual: dict[str, Any]
     on_host: dict[str, Tensor]
+    grids: dict[str, list[Grid] | None]
     copies: int
     pending: PendingVision | None = None
 
     @classmethod
-    def of(cls, given: Mapping[str, Any], copies: int) -> Call:
+    def of(cls, adapter: ModelAdapter, given: Mapping[str, Any], copies: int) -> Call:
         """Read the arguments of a call; waits for what the device does."""
-        visual = {name: given[name] for name in (*PIXELS.values(), _ENCODED) if given.get(name) is not None}
+        modalities = adapter.modalities
+        names = (*(modality.pixels for modality in modalities.values()), _ENCODED)
+        visual = {name: given[name] for name in names if given.get(name) is not None}
         arguments = {name: value for name, value in given.items() if name not in visual}
         if isinstance(arguments.get("inputs"), Tensor):
             arguments["input_ids"] = arguments.pop("inputs")
-        tensors = {name: arguments.get(name) for name in _READ}
+        read = (*_READ, *(name for modality in modalities.values() for name in modality.size_inputs))
+        tensors = {name: arguments.get(name) for name in read}
         on_host = {name: tensor.cpu() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-        return cls(arguments, visual, on_host, copies)
-
-    @property
-    def kinds(self) -> list[str]:
-        """Kinds of images that it brings: images before videos."""
-        encoded = self.visual.get(_ENCODED) or {}
-        return [kind for kind, name in PIXELS.items() if name in self.visual or encoded.get(kind) is not None]
+        encoded = visual.get(_ENCODED) or {}
+        grids = {
+            kind: adapter.family.grids(adapter, kind, on_host)
+            for kind, modality in modalities.items()
+            if modality.pixels in visual or encoded.get(kind) is not None
+        }
+        return cls(arguments, visual, on_host, grids, copies)
 
     def encoded(self, kind: str) -> Any:
         """What the caller has encoded already, if anything."""
@@ -133,23 +139,35 @@ class Call:
         self.arguments["position_ids"] = to_device(positions, device)
 
     def prefetch_vision(
-        self, view: ModelView, programs: VisionPrograms, share: float, stream: torch.cuda.Stream | None
+        self, adapter: ModelAdapter, programs: VisionPrograms, share: float, stream: torch.cuda.Stream | None
     ) -> None:
         """Encode its images, or this share of their tokens, if they are of one kind."""
-        if len(self.kinds) != 1 or _ENCODED in self.visual or f"{self.kinds[0]}_grid_thw" not in self.on_host:
+        kind = next(iter(self.grids))
+        grids = self.grids[kind]
+        if len(self.grids) != 1 or _ENCODED in self.visual or grids is None:
             return
-        patches = self.visual[PIXELS[self.kinds[0]]]
-        grids: Grids = tuple((t, h, w) for t, h, w in self.on_host[f"{self.kinds[0]}_grid_thw"].tolist())
-        device = next(view.vision_tower.parameters()).device
-        if patches.device != device or patches.shape[0] != sum(t * h * w for t, h, w in grids):
+        patches = self.visual[adapter.modalities[kind].pixels]
+        device = next(adapter.vision.module.parameters()).device
+        if patches.device != device:
             return
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))  # the last request is done with what is overwritten
             patches.record_stream(stream)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             begin = Mark.now(device)
-            seen = programs(patches, grids, share)
-            self.pending = PendingVision(grids, seen, begin, Mark.now(device), stream)
+            seen = programs(patches, tuple(grids), share)
+            self.pending = PendingVision(tuple(grids), seen, begin, Mark.now(device), stream)
+
+    def misfit(self, adapter: ModelAdapter) -> str | None:
+        """Images whose pixels are not as many as their grids say, which the model itself refuses."""
+        for kind, grids in self.grids.items():
+            pixels = self.visual.get(adapter.modalities[kind].pixels)
+            if pixels is None:
+                continue
+            n_patches = sum(t * h * w for t, h, w in grids or ()) * adapter.vision.patches_per_token
+            if grids is None or pixels.ndim != 2 or pixels.shape[0] != n_patches:
+                return f"{kind} pixels of shape {tuple(pixels.shape)} for {n_patches} patches"
+        return None
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.decode_attention import RaggedCache, decode_attention
 from ..kernels.rotary import rotate_into
-from ..runtime.view import ModelView
+from ..models import ModelAdapter
 from .layer import run_layer, summed
 from .prefill import LayerCache
 from .weights import Weights
@@ -54,12 +54,12 @@ def begin_decode(prompt: Sequence[LayerCache], batch: int, room: int) -> DecodeS
     return DecodeState(caches, [layer.longest for layer in prompt], n_new)
 
 
-def decode_step(view: ModelView, weights: Weights, state: DecodeState, tokens: Tensor, first: Tensor) -> Tensor:
+def decode_step(adapter: ModelAdapter, weights: Weights, state: DecodeState, tokens: Tensor, first: Tensor) -> Tensor:
     """Run one token of every sample through the model.
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     weights : Weights
     state : DecodeState
         Moved on by one token; it must have room.
@@ -72,23 +72,22 @@ def decode_step(view: ModelView, weights: Weights, state: DecodeState, tokens: T
     Tensor of shape (batch, vocab_size)
         Logits of the next token.
     """
-    hidden = view.text_model.embed_tokens(tokens)
+    hidden = adapter.decoder.embed(tokens)
     slot = state.n_new.clone()
-    cos, sin = view.text_model.rotary_emb(hidden[:, None], (first + slot)[:, :, None])
+    cos, sin = adapter.decoder.rotary(hidden[:, None], (first + slot)[:, :, None])
     cos, sin = cos[:, 0], sin[:, 0]
     state.n_new.add_(1)
     addend: Tensor | None = None
-    for layer_idx, layer in enumerate(view.layers):
+    for layer_idx, block in enumerate(weights.blocks):
         cache, longest = state.caches[layer_idx], state.longest[layer_idx]
-        scaling = view.attentions[layer_idx].scaling
 
         def attend(
             query: Tensor, key: Tensor, value: Tensor, cache: RaggedCache = cache, longest: int = longest,
-            scaling: float = scaling,
+            scaling: float = block.scaling,
         ) -> Tensor:  # fmt: skip
             query = rotate_into(query, key, value, cos, sin, cache.new_keys, cache.new_values, slot)
             return decode_attention(query, cache, scaling, longest)
 
-        hidden, addend = run_layer(layer, weights, hidden, addend, attend)
-    logits: Tensor = view.model.lm_head(view.text_model.norm(summed(hidden, addend)))
+        hidden, addend = run_layer(block, weights, hidden, addend, attend)
+    logits: Tensor = adapter.decoder.head(adapter.decoder.norm(summed(hidden, addend)))
     return logits

@@ -10,18 +10,19 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..models import ModelAdapter
 from ..runtime.clock import Mark
 from ..runtime.opening import open_request
-from ..runtime.prompt import PIXELS, visual_masks
+from ..runtime.prompt import visual_masks
 from ..runtime.request import Request
 from ..runtime.session import Session
-from ..runtime.view import ModelView
 from ..selection.context import VISION_NEEDS
 from .arena import Arena
 from .call import Call
 from .prefill import pack, prefill
 from .prompt import Prompt, leave_out
 from .refusals import refuses_arguments, refuses_mode, refuses_prepared, refuses_request
+from .vision import Grids
 from .workshop import Workshop
 
 
@@ -70,13 +71,13 @@ class Engine:
         return {**vars(self), "_made": None}
 
     @property
-    def _view(self) -> ModelView:
-        return self._session.view
+    def _adapter(self) -> ModelAdapter:
+        return self._session.adapter
 
     @property
     def _shop(self) -> Workshop:
         if self._made is None:
-            self._made = Workshop(self._view)
+            self._made = Workshop(self._session.adapter)
         return self._made
 
     def detach(self) -> None:
@@ -102,22 +103,22 @@ class Engine:
         Call or None
             ``None``: it is not for the engine, as :attr:`reason` tells.
         """
-        settings = compat.GenerationSettings(self._view.model, arguments)
+        settings = compat.GenerationSettings(self._adapter.model, arguments)
         self.reason = "a call within another that goes on" if is_nested else ""
-        self.reason = self.reason or refuses_arguments(arguments, settings, modes) or refuses_mode(self._view) or ""
+        self.reason = self.reason or refuses_arguments(arguments, settings, modes) or refuses_mode(self._adapter) or ""
         if self.reason:
             return None
-        arguments = compat.with_generation_config(self._view.model, arguments)
+        arguments = compat.with_generation_config(self._adapter.model, arguments)
         with self._shop.open():
             self._shop.glance()
-            call = Call.of(arguments, settings["num_return_sequences"] or 1)
-            if not call.kinds:
-                self.reason = "no image or video"
+            call = Call.of(self._adapter, arguments, settings["num_return_sequences"] or 1)
+            self.reason = ("no image or video" if not call.grids else call.misfit(self._adapter)) or ""
+            if self.reason:
                 return None
             if self._may_see():
                 try:
                     share = self._session.options.config.vision_keep
-                    call.prefetch_vision(self._view, self._shop.vision, share, self._shop.stream)
+                    call.prefetch_vision(self._adapter, self._shop.vision, share, self._shop.stream)
                 except torch.OutOfMemoryError:
                     self._shop.forget()
             if not self._shop.look():
@@ -125,12 +126,12 @@ class Engine:
             self.reason = self._shop.decoder_unfit or self._shop.decoder_hooked() or ""
         if self.reason:
             return None
-        call.position_on_host(self._view.model, self._view.base_model)
+        call.position_on_host(self._adapter.model, self._adapter.base_model)
         return call
 
     def _may_see(self) -> bool:
         """Whether the tower's program may take the place of its modules, if nothing is hooked to them."""
-        if self._session.options.traits.needs & VISION_NEEDS or self._view.vision_tower.training:
+        if self._session.options.traits.needs & VISION_NEEDS or self._adapter.vision.module.training:
             return False
         return self._shop.tower_unfit is None
 
@@ -182,25 +183,24 @@ class Engine:
         self, call: Call, input_ids: Tensor, prepared: Mapping[str, Any], room: int
     ) -> tuple[Tensor, Decoding]:
         """Run a prompt."""
-        view = self._view
+        adapter = self._adapter
         ids = call.prepared("input_ids", input_ids)
         positions = prepared.get("position_ids")
         if not isinstance(positions, Tensor) or positions.ndim != 3:
             raise self._refuse(f"position_ids of {getattr(positions, 'ndim', 0)} dimensions")
         positions = call.prepared("position_ids", positions, dim=1)
-        inputs = {name: tensor for name, tensor in call.on_host.items() if name.endswith("_grid_thw")}
-        inputs["attention_mask"] = call.prepared("attention_mask", prepared.get("attention_mask"))
-        inputs |= {"input_ids": ids, **call.visual}
-        request = open_request(self._session, inputs, visual_masks(view, inputs))
+        mask = call.prepared("attention_mask", prepared.get("attention_mask"))
+        inputs = {"input_ids": ids, "attention_mask": mask, **call.visual}
+        request = open_request(self._session, inputs, visual_masks(adapter, inputs), call.grids)
         if (refused := refuses_request(request)) is not None:
             raise self._refuse(refused)
-        request.see_positions(positions)
-        prompt = Prompt.of(view, ids, positions[-3:], call.kinds, call.copies)
-        if call.pending is not None and call.pending.n_tokens(view) != prompt.n_features:
+        request.see_positions(adapter, positions)
+        prompt = Prompt.of(adapter, ids, positions[-3:], call.grids, call.copies)
+        if call.pending is not None and call.pending.n_tokens != prompt.n_features:
             call.pending = None
         if call.pending is not None and (kept := call.pending.kept()) is not None:
             prompt = prompt.only(kept)
-            leave_out(view, request, prompt)
+            leave_out(adapter, request, prompt)
         features = self._features(call)
         if features.shape[0] != prompt.n_features:
             raise self._refuse("placeholders and features that differ in number")  # the model's own error follows
@@ -222,13 +222,13 @@ class Engine:
         if self._shop.programs.takes(request, prompt):
             logits, caches, arena = self._shop.programs.prefill(request, prompt, features)
             return logits, arena or self._shop.arenas.take(caches, request.batch)
-        embeds = prompt.embeddings(self._view, features)
+        embeds = prompt.embeddings(self._adapter, features)
         request.to(embeds.device)
         request.see_embeddings(embeds)
-        packed = pack(self._view, request, embeds, prompt.positions.to(embeds.device))
-        hidden, caches = prefill(self._view, self._shop.weights, request, packed)
+        packed = pack(self._adapter, request, embeds, prompt.positions.to(embeds.device))
+        hidden, caches = prefill(self._adapter, self._shop.weights, request, packed)
         request.forget_embeddings()
-        return self._view.model.lm_head(hidden), self._shop.arenas.take(caches, request.batch)
+        return self._adapter.decoder.head(hidden), self._shop.arenas.take(caches, request.batch)
 
     def _features(self, call: Call) -> Tensor:
         """Rows of the vision tower: images before videos."""
@@ -236,24 +236,25 @@ class Engine:
             call.pending.wait()
             return call.pending.seen.tokens
         found: list[Tensor] = []
-        for kind in call.kinds:
-            output = call.encoded(kind)
+        for kind, grids in call.grids.items():
+            output, modality = call.encoded(kind), self._adapter.modalities[kind]
             if output is None:
-                pixels, grid = call.visual[PIXELS[kind]], f"{kind}_grid_thw"
-                if (tokens := self._see(pixels, call.on_host[grid])) is not None:
+                pixels = call.visual[modality.pixels]
+                if grids is not None and (tokens := self._see(pixels, tuple(grids))) is not None:
                     found.append(tokens)
                     continue
-                output = getattr(self._view.base_model, f"get_{kind}_features")(pixels, call.arguments[grid])
+                sizes = {name: call.arguments.get(name) for name in modality.size_inputs}
+                output = getattr(self._adapter.base_model, f"get_{kind}_features")(pixels, **sizes)
             found += output.pooler_output
         return torch.cat(found)
 
-    def _see(self, pixels: Tensor, grid: Tensor) -> Tensor | None:
+    def _see(self, pixels: Tensor, grids: Grids) -> Tensor | None:
         """Images by the tower's program, if it can run."""
         try:
             self._shop.look()
             if not self._may_see() or self._shop.tower_hooked():
                 return None
-            return self._shop.vision(pixels, tuple((t, h, w) for t, h, w in grid.tolist())).tokens.clone()
+            return self._shop.vision(pixels, grids).tokens.clone()
         except torch.OutOfMemoryError:
             self._shop.forget()
             self._shop.look()

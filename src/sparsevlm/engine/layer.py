@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
 from ..kernels.activation import swiglu
 from ..kernels.norm import rms_norm
+from ..models.base import BlockModules
 from .weights import Weights
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def run_layer(
-    layer: Any, weights: Weights, hidden: Tensor, addend: Tensor | None, attend: Attend
+    block: BlockModules, weights: Weights, hidden: Tensor, addend: Tensor | None, attend: Attend
 ) -> tuple[Tensor, Tensor]:
     """One layer's output, in two parts that are still to be added: the next norm does that on its way.
 
     Parameters
     ----------
-    layer : nn.Module
-        Of a Qwen2 decoder.
+    block : BlockModules
     weights : Weights
     hidden : Tensor of shape (n_rows, hidden_size)
     addend : Tensor of shape (n_rows, hidden_size), optional
@@ -36,21 +35,18 @@ def run_layer(
     -------
     hidden, addend : Tensor of shape (n_rows, hidden_size)
     """
-    attention, mlp = layer.self_attn, layer.mlp
-    norm = layer.input_layernorm
+    norm = block.attention_norm
     normed, hidden = rms_norm(hidden, norm.weight, norm.variance_epsilon, residual=addend)
     n_rows = hidden.shape[0]
-    joined = weights.of(attention)
-    projected = (
-        joined(normed) if joined else [p(normed) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
-    )
-    query, key, value = (rows.unflatten(-1, (-1, attention.head_dim)) for rows in projected)
-    mixed = attention.o_proj(attend(query, key, value).reshape(n_rows, -1))
-    norm = layer.post_attention_layernorm
+    joined = weights.of(block.attention)
+    projected = joined(normed) if joined else [p(normed) for p in (block.query, block.key, block.value)]
+    query, key, value = (rows.unflatten(-1, (-1, block.head_dim)) for rows in projected)
+    mixed = block.output(attend(query, key, value).reshape(n_rows, -1))
+    norm = block.mlp_norm
     normed, hidden = rms_norm(mixed, norm.weight, norm.variance_epsilon, residual=hidden)
-    joined = weights.of(mlp)
-    gate, up = joined(normed) if joined else (mlp.gate_proj(normed), mlp.up_proj(normed))
-    return hidden, mlp.down_proj(swiglu(gate, up))
+    joined = weights.of(block.mlp)
+    gate, up = joined(normed) if joined else (block.gate(normed), block.up(normed))
+    return hidden, block.down(swiglu(gate, up))
 
 
 def summed(hidden: Tensor, addend: Tensor | None) -> Tensor:

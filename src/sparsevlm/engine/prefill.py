@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..kernels.rotary import rotate
 from ..kernels.varlen_attention import varlen_attention
+from ..models import ModelAdapter
 from ..runtime.request import Request
 from ..runtime.step import Readout, choose_embedding_raters, prune_step
-from ..runtime.view import ModelView
 from .layer import Attend, run_layer, summed
 from .selecting import read
 from .weights import Weights
@@ -57,12 +57,12 @@ class LayerCache:
     longest: int
 
 
-def pack(view: ModelView, request: Request, embeds: Tensor, position_ids: Tensor) -> Packed:
+def pack(adapter: ModelAdapter, request: Request, embeds: Tensor, position_ids: Tensor) -> Packed:
     """Leave out the padding.
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     request : Request
         Its samples are on the device of ``embeds``.
     embeds : Tensor of shape (batch, q_len, hidden_size)
@@ -73,16 +73,18 @@ def pack(view: ModelView, request: Request, embeds: Tensor, position_ids: Tensor
     q_len = embeds.shape[1]
     rows = torch.cat([b * q_len + own for b, own in enumerate(positions)])
     hidden = embeds.flatten(0, 1)[rows]
-    cos, sin = view.text_model.rotary_emb(hidden[None], position_ids.flatten(1)[:, None, rows])
+    cos, sin = adapter.decoder.rotary(hidden[None], position_ids.flatten(1)[:, None, rows])
     return Packed(hidden, cos[0], sin[0], positions, _offsets(positions))
 
 
-def prefill(view: ModelView, weights: Weights, request: Request, packed: Packed) -> tuple[Tensor, list[LayerCache]]:
+def prefill(
+    adapter: ModelAdapter, weights: Weights, request: Request, packed: Packed
+) -> tuple[Tensor, list[LayerCache]]:
     """Run the decoder over the prompt and drop tokens behind the target layers.
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     weights : Weights
     request : Request
         Its samples and records are brought up to date, as on the plain path.
@@ -100,7 +102,7 @@ def prefill(view: ModelView, weights: Weights, request: Request, packed: Packed)
     if -1 in request.target_layers:
         _prune(request, packed, -1, Readout())
     addend: Tensor | None = None
-    for layer_idx, layer in enumerate(view.layers):
+    for layer_idx, block in enumerate(weights.blocks):
         for sample in request.samples:
             sample.enter_layer()
         reads: list[Readout] = []
@@ -108,13 +110,13 @@ def prefill(view: ModelView, weights: Weights, request: Request, packed: Packed)
         if layer_idx in request.target_layers:
             target = layer_idx
             packed.hidden, addend = summed(packed.hidden, addend), None
-        attend = _attention(request, packed, caches, view.attentions[layer_idx].scaling, target, reads)
-        packed.hidden, addend = run_layer(layer, weights, packed.hidden, addend, attend)
+        attend = _attention(request, packed, caches, block.scaling, target, reads)
+        packed.hidden, addend = run_layer(block, weights, packed.hidden, addend, attend)
         if target is not None:
             packed.hidden, addend = summed(packed.hidden, addend), None
             _prune(request, packed, target, reads[0])
     last = summed(packed.hidden, addend)[packed.offsets[1:].long() - 1]
-    return view.text_model.norm(last), caches
+    return adapter.decoder.norm(last), caches
 
 
 def _attention(

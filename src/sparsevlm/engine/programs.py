@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models import ModelAdapter
 from ..runtime.request import Request
-from ..runtime.view import ModelView
 from ..selection.context import OrderedSelector
 from . import static_prefill
 from .arena import Arena
@@ -28,7 +28,7 @@ class Program:
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     weights : Weights
     recorder : Recorder or None
         ``None``: it is run once, and not recorded.
@@ -37,22 +37,27 @@ class Program:
     """
 
     def __init__(
-        self, view: ModelView, weights: Weights, recorder: Recorder | None, bucket: Plan, selector: OrderedSelector
+        self,
+        adapter: ModelAdapter,
+        weights: Weights,
+        recorder: Recorder | None,
+        bucket: Plan,
+        selector: OrderedSelector,
     ) -> None:
-        embedding = view.text_model.embed_tokens.weight
+        embedding = adapter.decoder.embed.weight
         self._integers = torch.zeros(static_prefill.n_integers(bucket), dtype=torch.int64, device=embedding.device)
         self._features = embedding.new_zeros((bucket.n_features, embedding.shape[1]))
         inputs = Inputs.of(bucket, self._integers, self._features)
 
         def run() -> Outputs:
-            return static_prefill.run(view, weights, bucket, selector, inputs)
+            return static_prefill.run(adapter, weights, bucket, selector, inputs)
 
         self._run: Callable[[], Outputs] = run
         self._make_arena: Callable[[list[LayerCache]], Arena] | None = None
         if recorder is not None:
             inputs.offsets[:, -1] = torch.tensor(bucket.rows)  # it runs before a request is filled in
             self._run = recorder.record(run)
-            self._make_arena = lambda caches: Arena(view, weights, recorder, caches, bucket.batch)
+            self._make_arena = lambda caches: Arena(adapter, weights, recorder, caches, bucket.batch)
         self._arena: Arena | None = None
 
     def __call__(self, integers: Tensor, features: Tensor) -> Outputs:
@@ -76,14 +81,14 @@ class Programs(Recorded[tuple[Plan, Hashable], Program]):
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     weights : Weights
     recorder : Recorder
     """
 
-    def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
+    def __init__(self, adapter: ModelAdapter, weights: Weights, recorder: Recorder) -> None:
         super().__init__(_MOST_PROGRAMS, recorder)
-        self._view, self._weights = view, weights
+        self._adapter, self._weights = adapter, weights
 
     @staticmethod
     def takes(request: Request, prompt: Prompt) -> bool:
@@ -119,8 +124,8 @@ class Programs(Recorded[tuple[Plan, Hashable], Program]):
         assert isinstance(selector, OrderedSelector)
         # Objects without attributes of their own are as good as any other of their class.
         key: Any = (bucket, selector if vars(selector) else type(selector))
-        program = self.pick(key, lambda recorder: Program(self._view, self._weights, recorder, bucket, selector))
+        program = self.pick(key, lambda recorder: Program(self._adapter, self._weights, recorder, bucket, selector))
         found = program(integers, features)
         kept = [rows.clone() for rows in found.kept]
-        static_prefill.record(request, bucket, counts, kept, self._view.n_layers)
+        static_prefill.record(request, bucket, counts, kept, self._adapter.n_layers)
         return found.logits, found.caches, program.arena(found)

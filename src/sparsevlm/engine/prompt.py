@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..models import ModelAdapter
 from ..runtime.planning import plan_samples
 from ..runtime.request import Request, StageRecord
-from ..runtime.view import ModelView
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,16 @@ class Prompt:
     kept: Tensor | None = None
 
     @classmethod
-    def of(cls, view: ModelView, ids: Tensor, positions: Tensor, kinds: Collection[str], copies: int = 1) -> Prompt:
+    def of(
+        cls, adapter: ModelAdapter, ids: Tensor, positions: Tensor, kinds: Collection[str], copies: int = 1
+    ) -> Prompt:
         """Read a prompt that brings images of ``kinds`` ("image", "video"), its rows in groups of ``copies`` equal ones
         that share them."""
         once = torch.full_like(ids[::copies], -1)
         so_far = 0
-        for kind, token_id in (("image", view.image_token_id), ("video", view.video_token_id)):
+        for kind, modality in adapter.modalities.items():
             if kind in kinds:
-                found = ids[::copies] == token_id
+                found = ids[::copies] == modality.token_id
                 number = int(found.sum())
                 once[found] = torch.arange(so_far, so_far + number)
                 so_far += number
@@ -63,10 +65,10 @@ class Prompt:
         """Of the first new token, of shape (3, batch)."""
         return self.positions[:, :, -1] + 1
 
-    def embeddings(self, view: ModelView, features: Tensor) -> Tensor:
+    def embeddings(self, adapter: ModelAdapter, features: Tensor) -> Tensor:
         """Of shape (batch, q_len, hidden_size), on the device of ``features``."""
         device = features.device
-        embeds: Tensor = view.text_model.embed_tokens(self.ids.to(device))
+        embeds: Tensor = adapter.decoder.embed(self.ids.to(device))
         rows = self.feature_rows.flatten()
         visual = (rows >= 0).nonzero()[:, 0]
         flat = embeds.flatten(0, 1)
@@ -74,7 +76,7 @@ class Prompt:
         return flat.view_as(embeds)
 
 
-def leave_out(view: ModelView, request: Request, prompt: Prompt) -> None:
+def leave_out(adapter: ModelAdapter, request: Request, prompt: Prompt) -> None:
     """Leave out of a request what the vision tower does not compute, and plan with what is left.
 
     The budgets stay what they are, averages over all layers in the tokens of the whole picture.
@@ -84,4 +86,4 @@ def leave_out(view: ModelView, request: Request, prompt: Prompt) -> None:
         sample.keep_only((prompt.feature_rows[b, sample.visual] >= 0).nonzero()[:, 0])
         if n_in:
             sample.add_stage(StageRecord(-1, n_in, None, None, kept=sample.alive))
-    plan_samples(view, request, prompt.ids)
+    plan_samples(adapter, request, prompt.ids)

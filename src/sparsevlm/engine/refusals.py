@@ -13,8 +13,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import GenerationSettings, cache_of, samples_or_greedy
 from ..kernels.choice import trouble
+from ..models import ModelAdapter
 from ..runtime.request import Request
-from ..runtime.view import ModelView
 from .selecting import NOT_PROVIDED
 
 _UNSUITED = "no greedy or sampling call of generate"
@@ -70,31 +70,36 @@ def refuses_prepared(prepared: Mapping[str, Any], generation_config: Any, modes:
     return None
 
 
-def refuses_mode(view: ModelView) -> str | None:
+def refuses_mode(adapter: ModelAdapter) -> str | None:
     """Why nothing runs on the engine as torch and the model are at present."""
-    if torch.is_autocast_enabled(view.text_model.embed_tokens.weight.device.type):
+    if torch.is_autocast_enabled(adapter.device.type):
         return "autocast"
-    if view.text_model.training:
+    if adapter.decoder.module.training:
         return "training mode"
-    return refuses_patches(view)
+    return refuses_patches(adapter)
 
 
-def refuses_patches(view: ModelView) -> str | None:
+def refuses_patches(adapter: ModelAdapter) -> str | None:
     """Why a model is not for the engine: what somebody has put in the place of what it would not call."""
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return "hooks on all modules"
-    for module in (view.model, view.base_model, view.text_model):
+    for module in (adapter.model, adapter.base_model, adapter.decoder.module):
         if patched := _METHODS & vars(module).keys():
             return f"{type(module).__name__}.{min(patched)} was replaced"
     for name in _METHODS:
-        if not _is_stock(getattr(type(view.model), name, None) or _is_stock):
-            return f"{type(view.model).__name__}.{name} was replaced"
-    layer: Any = view.layers[0]
-    tower: Any = view.vision_tower
-    for module in (layer, layer.self_attn, layer.mlp, layer.input_layernorm, tower, tower.blocks[0]):
+        if not _is_stock(getattr(type(adapter.model), name, None) or _is_stock):
+            return f"{type(adapter.model).__name__}.{name} was replaced"
+    tower, layer = adapter.vision.module, adapter.decoder.layers[0]
+    called = [tower, layer]
+    if adapter.decoder.block is not None:
+        block = adapter.decoder.block.modules_of(layer)
+        called += [block.attention, block.mlp, block.attention_norm]
+    if adapter.vision.program is not None:
+        called.append(adapter.vision.program.blocks[0].module)
+    for module in called:
         if not _is_stock(type(module).forward):
             return f"{type(module).__name__}.forward was replaced"
-    for module in (view.text_model, tower):
+    for module in (adapter.decoder.module, tower):
         name = module.config._attn_implementation or "eager"
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         if not name.startswith(_ATTENTIONS) or (function is not None and not _is_stock(function)):
@@ -102,31 +107,34 @@ def refuses_patches(view: ModelView) -> str | None:
     return None
 
 
-def refuses_decoder(view: ModelView) -> str | None:
+def refuses_decoder(adapter: ModelAdapter) -> str | None:
     """Why a decoder is not for the engine; holds until its modules or weights change."""
-    if (reason := _misplaced(view.text_model)) is not None:
+    decoder = adapter.decoder
+    if decoder.block is None:
+        return f"the decoder layers of a {adapter.name}"
+    if (reason := _misplaced(decoder.module)) is not None:
         return reason
-    layers: Any = view.layers
-    for layer in layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        parts = (layer, attention, mlp, layer.input_layernorm, layer.post_attention_layernorm)
-        linear = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        reason = _foreign(parts, (*linear, mlp.gate_proj, mlp.up_proj, mlp.down_proj)) or _no_silu(mlp)
-        if reason is not None:
+    for layer in decoder.layers:
+        block = decoder.block.modules_of(layer)
+        parts = (layer, block.attention, block.mlp, block.attention_norm, block.mlp_norm)
+        linear = (block.query, block.key, block.value, block.output, block.gate, block.up, block.down)
+        if (reason := _foreign(parts, linear) or _no_silu(block.activation)) is not None:
             return reason
     return None
 
 
-def refuses_tower(view: ModelView) -> str | None:
+def refuses_tower(adapter: ModelAdapter) -> str | None:
     """Why a vision tower is not for the engine, likewise."""
-    tower: Any = view.vision_tower
-    if (reason := _misplaced(tower)) is not None:
+    vision = adapter.vision
+    if vision.program is None:
+        return f"the vision tower of a {adapter.name}"
+    if (reason := _misplaced(vision.module)) is not None:
         return reason
-    for block in tower.blocks:
-        parts = (block, block.attn, block.mlp, block.norm1, block.norm2)
-        linear = [module for module in block.modules() if isinstance(module, nn.Linear)]
-        is_gated = hasattr(block.mlp, "gate_proj")
-        if (reason := _foreign(parts, linear) or (_no_silu(block.mlp) if is_gated else None)) is not None:
+    for block in vision.program.blocks:
+        parts = (block.module, block.attention, block.mlp, block.attention_norm, block.mlp_norm)
+        linear = [module for module in block.module.modules() if isinstance(module, nn.Linear)]
+        gated = None if block.gate is None else _no_silu(block.mlp.act_fn)
+        if (reason := _foreign(parts, linear) or gated) is not None:
             return reason
     return None
 
@@ -154,8 +162,7 @@ def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | N
     return None
 
 
-def _no_silu(mlp: Any) -> str | None:
-    activation = mlp.act_fn
+def _no_silu(activation: Any) -> str | None:
     if isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation":
         return None
     return f"activation {type(activation).__name__}"

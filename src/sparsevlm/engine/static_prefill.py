@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..kernels.rotary import rotate_into
 from ..kernels.varlen_attention import equal_attention, varlen_attention
+from ..models import ModelAdapter
 from ..runtime.request import Request, StageRecord
-from ..runtime.view import ModelView
 from ..selection.context import OrderedSelector
 from ..selection.decide import nothing_to_drop
 from .buckets import round_up, step_of
@@ -183,12 +183,12 @@ class Outputs:
     kept: list[Tensor]
 
 
-def run(view: ModelView, weights: Weights, bucket: Plan, selector: OrderedSelector, given: Inputs) -> Outputs:
+def run(adapter: ModelAdapter, weights: Weights, bucket: Plan, selector: OrderedSelector, given: Inputs) -> Outputs:
     """The program of a bucket: a fixed list of operations."""
-    hidden = view.text_model.embed_tokens(given.ids)
+    hidden = adapter.decoder.embed(given.ids)
     pictures = given.features[given.feature_rows.flatten()].to(hidden.dtype)
     hidden = hidden.index_copy(0, given.visual_rows.flatten(), pictures)
-    cos, sin = (table[0] for table in view.text_model.rotary_emb(hidden[None], given.positions[:, None]))
+    cos, sin = (table[0] for table in adapter.decoder.rotary(hidden[None], given.positions[:, None]))
     visual_rows, offsets = given.visual_rows, given.offsets.to(torch.int32)
     everyone = torch.arange(bucket.visual[0], device=hidden.device)
     alive, valid = everyone.expand_as(visual_rows), everyone < given.n_visual[0][:, None]
@@ -196,9 +196,9 @@ def run(view: ModelView, weights: Weights, bucket: Plan, selector: OrderedSelect
     kept: list[Tensor] = []
     addend: Tensor | None = None
     stage = 0
-    for layer_idx, layer in enumerate(view.layers):
-        attend = _attention(caches, cos, sin, offsets[stage], bucket.longest[stage], view.attentions[layer_idx].scaling)
-        hidden, addend = run_layer(layer, weights, hidden, addend, attend)
+    for layer_idx, block in enumerate(weights.blocks):
+        attend = _attention(caches, cos, sin, offsets[stage], bucket.longest[stage], block.scaling)
+        hidden, addend = run_layer(block, weights, hidden, addend, attend)
         if layer_idx not in bucket.targets:
             continue
         hidden, addend = summed(hidden, addend), None
@@ -212,7 +212,7 @@ def run(view: ModelView, weights: Weights, bucket: Plan, selector: OrderedSelect
         kept.append(alive)
         hidden, cos, sin = hidden[rows], cos[rows], sin[rows]
     last = summed(hidden, addend)[offsets[stage][1:-1].long() - 1]
-    return Outputs(view.model.lm_head(view.text_model.norm(last)), caches, kept)
+    return Outputs(adapter.decoder.head(adapter.decoder.norm(last)), caches, kept)
 
 
 def _attention(

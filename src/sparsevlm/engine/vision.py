@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.vision_utils import get_vision_position_ids
+from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from ..kernels.activation import swiglu
 from ..kernels.norm import rms_norm
 from ..kernels.rotary import rotate
 from ..kernels.varlen_attention import equal_attention, varlen_attention
-from ..runtime.view import ModelView
+from ..models import ModelAdapter
+from ..models.base import PackedTower, TowerBlock
 from .graphs import Recorded, Recorder
 from .layer import summed
 from .redundancy import Kept, choose, n_kept
@@ -96,31 +97,30 @@ class Tables:
     windows: Sequences
 
 
-def make_tables(view: ModelView, grids: Grids) -> Tables:
-    """Tables of a set of grids (t, h, w), in patches."""
-    tower: Any = view.vision_tower
-    weight = tower.patch_embed.proj.weight
-    on_cpu = torch.tensor(grids, dtype=torch.int64)
-    positions = get_vision_position_ids(on_cpu, view.spatial_merge_size).to(weight.device)
-    cos, sin = tower.rotary_pos_emb(weight.new_zeros(0, dtype=torch.float32), positions)
+def make_tables(tower: PackedTower, grids: Grids) -> Tables:
+    """Tables of a set of grids (t, h, w), in visual tokens."""
+    weight, side = tower.projection.weight, tower.side
+    on_cpu = torch.tensor([(t, h * side, w * side) for t, h, w in grids], dtype=torch.int64)
+    positions = get_vision_position_ids(on_cpu, side).to(weight.device)
+    cos, sin = tower.rotary(weight.new_zeros(0, dtype=torch.float32), positions)
     sizes = torch.repeat_interleave(on_cpu[:, 1] * on_cpu[:, 2], on_cpu[:, 0])
     frames = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
     order = back = None
     windows = frames
-    if view.vision_windows is not None:
-        index, starts = view.vision_windows(on_cpu)
+    if tower.window is not None:
+        index, starts = get_vision_window_index(on_cpu, side, tower.window * side, 1)
         order, windows = index.to(weight.device), torch.as_tensor(starts, dtype=torch.int32)
         back = torch.argsort(order)
-        cos, sin = _reordered(view, cos, order), _reordered(view, sin, order)
+        cos, sin = _reordered(tower, cos, order), _reordered(tower, sin, order)
     return Tables(order, back, cos, sin, Sequences.of(frames, weight.device), Sequences.of(windows, weight.device))
 
 
-def see(view: ModelView, weights: Weights, tables: Tables, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode pictures.
+def see(tower: PackedTower, weights: Weights, tables: Tables, patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode images.
 
     Parameters
     ----------
-    view : ModelView
+    tower : PackedTower
     weights : Weights
     tables : Tables
     patches : Tensor of shape (n_patches, channels · frames · side²)
@@ -133,39 +133,31 @@ def see(view: ModelView, weights: Weights, tables: Tables, patches: Tensor) -> t
     tokens : Tensor of shape (n_tokens, text hidden_size)
         Merged, in reading order.
     """
-    tower: Any = view.vision_tower
     if tables.order is not None:
-        patches = _reordered(view, patches, tables.order)
-    hidden = linear(patches, tower.patch_embed.proj.weight.flatten(1))  # kernel and stride are the same
+        patches = _reordered(tower, patches, tables.order)
+    hidden = linear(patches, tower.projection.weight.flatten(1))  # kernel and stride are the same
     addend: Tensor | None = None
-    for index, block in enumerate(tower.blocks):
-        sequences = tables.frames if index in view.vision_block_indices else tables.windows
-        attention = block.attn
-        normed, hidden = _normed(block.norm1, hidden, addend)
-        query, key, value = attention.qkv(normed).unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+    for block in tower.blocks:
+        sequences = tables.frames if block.is_full else tables.windows
+        normed, hidden = _normed(block.attention_norm, hidden, addend)
+        query, key, value = block.qkv(normed).unflatten(-1, (3, block.n_heads, -1)).unbind(1)
         query, key = rotate(query, key, tables.cos, tables.sin)
-        mixed = sequences.attend(query, key, value, attention.scaling)
-        normed, hidden = _normed(block.norm2, attention.proj(mixed.flatten(1)), hidden)
-        addend = _mlp(block.mlp, weights, normed)
+        mixed = sequences.attend(query, key, value, block.scaling)
+        normed, hidden = _normed(block.mlp_norm, block.output(mixed.flatten(1)), hidden)
+        addend = _mlp(block, weights, normed)
     hidden = summed(hidden, addend)
     tokens = tower.merger(hidden)
     return hidden, tokens if tables.back is None else tokens[tables.back]
 
 
-def left_tables(view: ModelView, tables: Tables, grids: Grids, share: float, kept: Kept) -> Tables:
+def left_tables(tower: PackedTower, tables: Tables, grids: Grids, share: float, kept: Kept) -> Tables:
     """Tables of the tokens that are kept; windows and frames stay what they are, with fewer patches in each."""
-    per_token, sizes = view.spatial_merge_size**2, n_kept(in_tokens(view, grids), share)
+    per_token, sizes = tower.side**2, n_kept(grids, share)
     alone = len(set(sizes)) == 1 and all(t == 1 for t, _, _ in grids)
-    cos, sin = (_reordered(view, table, kept.places) for table in (tables.cos, tables.sin))
+    cos, sin = (_reordered(tower, table, kept.places) for table in (tables.cos, tables.sin))
     frames = tables.frames.left(kept.before, per_token, per_token * sizes[0] if alone else None)
-    windows = frames if view.vision_windows is None else tables.windows.left(kept.before, per_token, None)
+    windows = frames if tower.window is None else tables.windows.left(kept.before, per_token, None)
     return Tables(kept.working, kept.back, cos, sin, frames, windows)
-
-
-def in_tokens(view: ModelView, grids: Grids) -> Grids:
-    """Grids of patches as grids of visual tokens."""
-    side = view.spatial_merge_size
-    return tuple((t, h // side, w // side) for t, h, w in grids)
 
 
 def _normed(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -175,20 +167,19 @@ def _normed(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor,
     return norm(total), total
 
 
-def _mlp(mlp: Any, weights: Weights, hidden: Tensor) -> Tensor:
-    if not hasattr(mlp, "gate_proj"):
-        out: Tensor = mlp(hidden)
+def _mlp(block: TowerBlock, weights: Weights, hidden: Tensor) -> Tensor:
+    if block.gate is None:
+        out: Tensor = block.mlp(hidden)
         return out
-    joined, down = weights.of(mlp), weights.of(mlp.down_proj)
+    joined, down = weights.of(block.mlp), weights.of(block.down)
     if joined is None or down is None:
-        out = mlp.down_proj(swiglu(mlp.gate_proj(hidden), mlp.up_proj(hidden)))
+        out = block.down(swiglu(block.gate(hidden), block.up(hidden)))
         return out
     return down(swiglu(*joined(hidden)))[0]
 
 
-def _reordered(view: ModelView, patches: Tensor, order: Tensor) -> Tensor:
-    per_token = view.spatial_merge_size**2
-    return patches.unflatten(0, (-1, per_token))[order].flatten(0, 1)
+def _reordered(tower: PackedTower, patches: Tensor, order: Tensor) -> Tensor:
+    return patches.unflatten(0, (-1, tower.side**2))[order].flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -218,11 +209,12 @@ class VisionProgram:
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     weights : Weights
     recorder : Recorder or None
         ``None``: it is run once, and not recorded.
     grids : tuple of (t, h, w)
+        In visual tokens.
     share : float
         Of the visual tokens that is computed.
     like : Tensor
@@ -231,16 +223,17 @@ class VisionProgram:
 
     def __init__(
         self,
-        view: ModelView,
+        adapter: ModelAdapter,
         weights: Weights,
         recorder: Recorder | None,
         grids: Grids,
         share: float,
         like: Tensor,
     ) -> None:
-        weight: Any = view.vision_tower.patch_embed
-        tables, per_token = make_tables(view, grids), view.spatial_merge_size**2
-        patches = torch.zeros_like(like, dtype=weight.proj.weight.dtype)
+        tower = adapter.vision.program
+        assert tower is not None  # else refused
+        tables, per_token = make_tables(tower, grids), tower.side**2
+        patches = torch.zeros_like(like, dtype=tower.projection.weight.dtype)
         self._patches = patches
         self._is_recorded = recorder is not None
 
@@ -249,17 +242,17 @@ class VisionProgram:
 
         self._choose: Callable[[], Tensor] | None = None
         if share < 1.0:
-            kept = Kept.empty(sum(n_kept(in_tokens(view, grids), share)), like.shape[0] // per_token, like.device)
+            kept = Kept.empty(sum(n_kept(grids, share)), like.shape[0] // per_token, like.device)
 
             def choose_again() -> Tensor:
                 tokens = patches.unflatten(0, (-1, per_token)).flatten(1)
-                kept.become(choose(tokens, in_tokens(view, grids), share, tables.order))
+                kept.become(choose(tokens, grids, share, tables.order))
                 return kept.tokens
 
             self._choose = record(choose_again)
-            self._run = record(lambda: see(view, weights, left_tables(view, tables, grids, share, kept), patches))
+            self._run = record(lambda: see(tower, weights, left_tables(tower, tables, grids, share, kept), patches))
         else:
-            self._run = record(lambda: see(view, weights, tables, patches))
+            self._run = record(lambda: see(tower, weights, tables, patches))
 
     def __call__(self, patches: Tensor) -> Seen:
         self._patches.copy_(patches)
@@ -280,19 +273,19 @@ class VisionPrograms(Recorded[tuple[Grids, float], VisionProgram]):
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     weights : Weights
     recorder : Recorder
     """
 
-    def __init__(self, view: ModelView, weights: Weights, recorder: Recorder) -> None:
+    def __init__(self, adapter: ModelAdapter, weights: Weights, recorder: Recorder) -> None:
         super().__init__(_MOST_PROGRAMS, recorder)
-        self._view, self._weights = view, weights
+        self._adapter, self._weights = adapter, weights
 
     def __call__(self, patches: Tensor, grids: Grids, share: float = 1.0) -> Seen:
         """Encode pictures."""
 
         def make(recorder: Recorder | None) -> VisionProgram:
-            return VisionProgram(self._view, self._weights, recorder, grids, share, patches)
+            return VisionProgram(self._adapter, self._weights, recorder, grids, share, patches)
 
         return self.pick((grids, share), make)(patches)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..runtime.view import ModelView
+from ..models import ModelAdapter
 
 # Widths that fast matrix kernels take.
 _ALIGNMENT = 64
@@ -51,14 +51,21 @@ class Weights:
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
+
+    Attributes
+    ----------
+    blocks : list of BlockModules
+        Of the decoder, by layer; empty where the family does not describe them.
     """
 
-    def __init__(self, view: ModelView) -> None:
-        self._view = view
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self._adapter = adapter
+        block = adapter.decoder.block
+        self.blocks = [] if block is None else [block.modules_of(layer) for layer in adapter.decoder.layers]
         owners = Counter(
             id(weight)
-            for module in view.model.modules()
+            for module in adapter.model.modules()
             for weight in module._parameters.values()
             if weight is not None
         )
@@ -68,18 +75,16 @@ class Weights:
 
     def join_decoder(self) -> None:
         """Queries, keys and values; gate and up."""
-        layers: Any = self._view.layers
-        for layer in layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            self._join(attention, [attention.q_proj, attention.k_proj, attention.v_proj])
-            self._join(mlp, [mlp.gate_proj, mlp.up_proj])
+        for block in self.blocks:
+            self._join(block.attention, [block.query, block.key, block.value])
+            self._join(block.mlp, [block.gate, block.up])
 
     def join_tower(self) -> None:
         """Gate and up, with zeros between and behind them up to a width that fast kernels take."""
-        tower: Any = self._view.vision_tower
-        for block in tower.blocks:
-            if hasattr(block.mlp, "gate_proj"):
-                self._join(block.mlp, [block.mlp.gate_proj, block.mlp.up_proj], block.mlp.down_proj)
+        program = self._adapter.vision.program
+        for block in () if program is None else program.blocks:
+            if block.gate is not None:
+                self._join(block.mlp, [block.gate, block.up], block.down)
 
     def separate(self) -> None:
         """Give every module a weight of its own again."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
-from ..runtime.view import ModelView
+from ..models import ModelAdapter
 from .arena import Arenas
 from .graphs import Recorder
 from .programs import Programs
@@ -26,7 +25,7 @@ class Workshop:
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
 
     Attributes
     ----------
@@ -34,30 +33,34 @@ class Workshop:
         Why the model's parts cannot run by programs.
     """
 
-    def __init__(self, view: ModelView) -> None:
-        self.view = view
+    def __init__(self, adapter: ModelAdapter) -> None:
+        self.adapter = adapter
         self._made = False
         self._glance = self._tower_watch = self._decoder_watch = Watch(())
         self.decoder_unfit: str | None = None
         self.tower_unfit: str | None = None
 
     def _make(self) -> None:
-        view = self.view
-        device = self.device = view.text_model.embed_tokens.weight.device
-        self.decoder_unfit, self.tower_unfit = refuses_decoder(view), refuses_tower(view)
-        self.weights, recorder = Weights(view), Recorder(device)
+        adapter = self.adapter = self.adapter.refreshed()
+        device = self.device = adapter.device
+        self.decoder_unfit, self.tower_unfit = refuses_decoder(adapter), refuses_tower(adapter)
+        self.weights, recorder = Weights(adapter), Recorder(device)
         if self.decoder_unfit is None:
             self.weights.join_decoder()
         if self.tower_unfit is None:
             self.weights.join_tower()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        shared = (view, self.weights, recorder)
+        shared = (adapter, self.weights, recorder)
         self.arenas, self.programs, self.vision = Arenas(*shared), Programs(*shared), VisionPrograms(*shared)
-        self._decoder_watch = Watch([view.model, view.base_model, view.model.lm_head, *view.text_model.modules()])
-        self._tower_watch = Watch(view.vision_tower.modules())
+        self._decoder_watch = Watch(
+            [adapter.model, adapter.base_model, adapter.decoder.head, *adapter.decoder.module.modules()]
+        )
+        self._tower_watch = Watch(adapter.vision.module.modules())
         # What changes with every conversion, in far less time.
-        ends: Any = view.vision_tower
-        self._glance = Watch([ends.patch_embed.proj, *ends.blocks[0].modules(), *ends.blocks[-1].modules()])
+        program, ends = adapter.vision.program, [adapter.vision.module]
+        if program is not None:
+            ends = [program.projection, *program.blocks[0].module.modules(), *program.blocks[-1].module.modules()]
+        self._glance = Watch(ends)
         self._made = True
 
     def clear(self) -> None:
@@ -110,7 +113,7 @@ class Workshop:
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Where programs are made and run: on their device, and with tensors that live on outside of inference mode."""
-        device = self.view.text_model.embed_tokens.weight.device
+        device = self.adapter.device
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with torch.inference_mode(False), torch.no_grad(), on_device:
             yield

@@ -13,7 +13,7 @@ import torch
 
 from .. import api
 from ..inputs import load_model, load_processor
-from ..models import view_of
+from ..models import adapter_for
 from ..report import SampleReport
 from ..runtime.costs import prefill_flops
 from .downsample import shrunk
@@ -64,8 +64,8 @@ class Answerer:
         self.processor = load_processor(place.folder)
         self.instruction = config.instruction
         self.max_new_tokens = max_new_tokens
-        self._view = view_of(self.model)
-        self._flops = lru_cache(maxsize=None)(lambda tokens: prefill_flops(self._view, tokens, 0))
+        self._adapter = adapter_for(self.model)
+        self._flops = lru_cache(maxsize=None)(lambda tokens: prefill_flops(self._adapter, tokens, 0))
         self._last_inputs: tuple[Sequence[Sample], Any] | None = None
         self._state: Any = None
 
@@ -87,7 +87,7 @@ class Answerer:
         reports: Sequence[SampleReport | None] = [None] * len(samples) if report is None else report.samples
         answers = []
         for text, visual, length, found in zip(texts, n_visual, lengths, reports, strict=True):
-            layer_tokens = (visual,) * self._view.n_layers if found is None else found.layer_tokens
+            layer_tokens = (visual,) * self._adapter.n_layers if found is None else found.layer_tokens
             tflops = self._flops(tuple(length - visual + tokens for tokens in layer_tokens)) / 1e12
             average = sum(layer_tokens) / len(layer_tokens)
             path = "dense" if report is None else report.path

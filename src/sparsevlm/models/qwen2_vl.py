@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from ..runtime.view import ModelView
+from .base import Decoder, DecoderBlock, Family, Grid, Modality, ModelAdapter, PackedTower, TowerBlock, Vision
 
 # The vision configuration of Qwen2.5-VL has these, that of Qwen2-VL does not.
 _ONLY_IN_2_5 = ("fullatt_block_indexes", "window_size")
@@ -18,65 +18,116 @@ _CLASS_OF_TYPE = {
 }
 
 
-def view(model: Any) -> ModelView:
-    """Look at a Qwen2-VL or Qwen2.5-VL model.
+class Qwen2VLFamily(Family):
+    """Qwen2 decoder with M-RoPE, and a tower over packed patches, of Qwen2.5-VL with windows."""
 
-    Raises
-    ------
-    ValueError
-        If the checkpoint is of the other family than the class it was loaded with.
-    NotImplementedError
-        For sliding-window layers and tensor-parallel models.
-    """
-    _check_class(model)
-    base_model = model.model
-    text_model = base_model.language_model
-    if "sliding_attention" in (getattr(text_model.config, "layer_types", None) or ()):
-        raise NotImplementedError(
-            "decoder layers with a sliding window are not supported: a pruned sequence would move what the window "
-            "covers. Load the model with use_sliding_window=False in its text configuration."
+    model_types = tuple(_CLASS_OF_TYPE)
+    class_names = tuple(_CLASS_OF_TYPE.values())
+
+    def check(self, model: Any) -> None:
+        """Refuse checkpoints of the other class, sliding-window layers and tensor-parallel models."""
+        _check_class(model)
+        if "sliding_attention" in (getattr(model.model.language_model.config, "layer_types", None) or ()):
+            raise NotImplementedError(
+                "decoder layers with a sliding window are not supported: a pruned sequence would move what the window "
+                "covers. Load the model with use_sliding_window=False in its text configuration."
+            )
+        if getattr(model, "_tp_size", None) not in (None, 1):
+            raise NotImplementedError(
+                "tensor-parallel models are not supported: each rank would choose other tokens. Load without tp_plan."
+            )
+
+    def decoder(self, model: Any) -> Decoder:
+        """The decoder of a model."""
+        module = model.model.language_model
+        return Decoder(
+            module=module,
+            layers=module.layers,
+            attentions=tuple(layer.self_attn for layer in module.layers),
+            embed=module.embed_tokens,
+            norm=module.norm,
+            rotary=module.rotary_emb,
+            head=model.lm_head,
+            n_position_axes=3,
+            block=DecoderBlock(),
         )
-    if getattr(model, "_tp_size", None) not in (None, 1):
-        raise NotImplementedError(
-            "tensor-parallel models are not supported: each rank would choose other tokens. Load without tp_plan."
+
+    def vision(self, model: Any) -> Vision:
+        """The vision tower of a model."""
+        tower = model.model.visual
+        named = getattr(tower, "fullatt_block_indexes", None)  # Qwen2-VL has none: every block has full attention
+        full = [i for i in range(len(tower.blocks)) if named is None or i in named]
+        side = model.config.vision_config.spatial_merge_size
+        program = PackedTower(
+            projection=tower.patch_embed.proj,
+            rotary=tower.rotary_pos_emb,
+            blocks=tuple(_tower_block(block, i in full) for i, block in enumerate(tower.blocks)),
+            merger=tower.merger,
+            side=side,
+            window=None if named is None else tower.window_size // side // tower.patch_size,
         )
-    layers: Any = text_model.layers
-    tower = base_model.visual
-    named = getattr(tower, "fullatt_block_indexes", None)  # Qwen2-VL has none: every block has full attention
-    full = tuple(i for i in range(len(tower.blocks)) if named is None or i in named)
-    return ModelView(
-        model=model,
-        base_model=base_model,
-        text_model=text_model,
-        layers=layers,
-        attentions=tuple(layer.self_attn for layer in layers),
-        vision_tower=tower,
-        vision_attentions=tuple(tower.blocks[i].attn for i in full),
-        vision_block_indices=full,
-        n_vision_blocks=len(tower.blocks),
-        vision_windows=None if named is None else partial(_windows, tower),
-        image_token_id=model.config.image_token_id,
-        video_token_id=model.config.video_token_id,
-        special_token_ids=_special_token_ids(model),
-        spatial_merge_size=model.config.vision_config.spatial_merge_size,
+        return Vision(
+            module=tower,
+            readable=tuple((i, tower.blocks[i].attn) for i in full),
+            n_blocks=len(tower.blocks),
+            patches_per_token=side**2,
+            program=program,
+        )
+
+    def modalities(self, model: Any) -> dict[str, Modality]:
+        """Images and videos."""
+        return {
+            "image": Modality("pixel_values", model.config.image_token_id, ("image_grid_thw",)),
+            "video": Modality("pixel_values_videos", model.config.video_token_id, ("video_grid_thw",)),
+        }
+
+    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
+        """From ``image_grid_thw`` and ``video_grid_thw``."""
+        return _merged(adapter, inputs.get(f"{kind}_grid_thw"))
+
+    def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
+        """From ``grid_thw``."""
+        return _merged(adapter, arguments.get("grid_thw"))
+
+    def reading_order(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Windows of Qwen2.5-VL come one behind the other."""
+        tower: Any = adapter.vision.module
+        if not hasattr(tower, "fullatt_block_indexes"):
+            return None
+        order, _ = get_vision_window_index(
+            arguments["grid_thw"], tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        return order
+
+    def coordinates(self, grids: Iterable[Grid], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+        """M-RoPE's positions."""
+        if position_ids is None or position_ids.shape[0] != 3:
+            return super().coordinates(grids, position_ids, visual)
+        return position_ids[:, visual]
+
+
+def _tower_block(block: Any, is_full: bool) -> TowerBlock:
+    gated = {name: getattr(block.mlp, f"{name}_proj", None) for name in ("gate", "up", "down")}
+    return TowerBlock(
+        module=block,
+        attention=block.attn,
+        mlp=block.mlp,
+        attention_norm=block.norm1,
+        mlp_norm=block.norm2,
+        qkv=block.attn.qkv,
+        output=block.attn.proj,
+        n_heads=block.attn.num_heads,
+        scaling=block.attn.scaling,
+        is_full=is_full,
+        **gated,
     )
 
 
-def _windows(tower: Any, grid_thw: Tensor) -> tuple[Tensor, Tensor]:
-    return get_vision_window_index(grid_thw, tower.spatial_merge_size, tower.window_size, tower.patch_size)
-
-
-def _special_token_ids(model: Any) -> frozenset[int]:
-    found: set[int] = set()
-    text_config = model.config.get_text_config()
-    for config in (model.config, text_config, model.generation_config):
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id"):
-            value = getattr(config, name, None)
-            if isinstance(value, (list, tuple)):
-                found.update(value)
-            elif value is not None:
-                found.add(value)
-    return frozenset(found)
+def _merged(adapter: ModelAdapter, grid_thw: Any) -> list[Grid] | None:
+    if grid_thw is None:
+        return None
+    side = adapter.model.config.vision_config.spatial_merge_size
+    return [(t, h // side, w // side) for t, h, w in grid_thw.tolist()]
 
 
 def _check_class(model: Any) -> None:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from ..models import ModelAdapter
 from .cache import PrunedStaticLayer
-from .view import ModelView
 
 
-def prefill_flops(view: ModelView, tokens_per_layer: Sequence[int], past_len: int) -> float:
+def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_len: int) -> float:
     """FLOPs of the decoder layers over one sample's prefill.
 
     Two per weight and token in the projections and the MLP, ``4 · heads · head_dim`` per pair of query and visible
@@ -19,16 +19,17 @@ def prefill_flops(view: ModelView, tokens_per_layer: Sequence[int], past_len: in
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     tokens_per_layer : sequence of int
         Tokens of the sample that each layer computes.
     past_len : int
         Tokens cached before (taken as dense).
     """
-    total = 0.0
-    for layer, attention, tokens in zip(view.layers, view.attentions, tokens_per_layer, strict=True):
+    total, config = 0.0, adapter.decoder.module.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    width = config.num_attention_heads * head_dim
+    for layer, tokens in zip(adapter.decoder.layers, tokens_per_layer, strict=True):
         weights = sum(module.weight.numel() for module in layer.modules() if isinstance(module, nn.Linear))
-        width = attention.q_proj.out_features
         pairs = tokens * past_len + tokens * (tokens + 1) / 2
         total += 2.0 * weights * tokens + 4.0 * width * pairs
     return total

@@ -41,7 +41,7 @@ class ModelHooks:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._view = session.view
+        self._adapter = session.adapter
         self._vision = VisionWatch(session)
         self._forward: Forward | None = None
         self._logits_to_keep = 0
@@ -61,16 +61,16 @@ class ModelHooks:
 
     def attach(self) -> None:
         """Register the hooks; nothing of the model is replaced."""
-        view, add = self._view, self._handles.append
-        add(view.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        add(view.model.register_forward_hook(self._leave, always_call=True))
-        add(view.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True))
-        add(view.base_model.register_forward_hook(self._after_base, always_call=True))
-        add(view.vision_tower.register_forward_pre_hook(self._before_tower, with_kwargs=True))
-        add(view.vision_tower.register_forward_hook(self._after_tower, always_call=True))
-        add(view.text_model.register_forward_pre_hook(self._before_text, with_kwargs=True))
-        add(view.text_model.register_forward_hook(self._leave, always_call=True))
-        for layer_idx, layer in enumerate(view.layers):
+        adapter, add = self._adapter, self._handles.append
+        add(adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
+        add(adapter.model.register_forward_hook(self._leave, always_call=True))
+        add(adapter.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True))
+        add(adapter.base_model.register_forward_hook(self._after_base, always_call=True))
+        add(adapter.vision.module.register_forward_pre_hook(self._before_tower, with_kwargs=True))
+        add(adapter.vision.module.register_forward_hook(self._after_tower, always_call=True))
+        add(adapter.decoder.module.register_forward_pre_hook(self._before_text, with_kwargs=True))
+        add(adapter.decoder.module.register_forward_hook(self._leave, always_call=True))
+        for layer_idx, layer in enumerate(adapter.decoder.layers):
             add(layer.register_forward_pre_hook(_LayerHook(self, layer_idx), with_kwargs=True))
 
     def detach(self) -> None:
@@ -124,7 +124,7 @@ class ModelHooks:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
-        check_call(inputs)
+        check_call(self._adapter, inputs)
         if not self.in_generate:
             self._session.expect_images(inputs)
         keep = inputs.get("logits_to_keep")
@@ -138,17 +138,16 @@ class ModelHooks:
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self._begin = Mark.now(ids.device)
         self._end_forward()
-        check_mode(self._view)
+        check_mode(self._adapter)
         self._vision.begin_pass(inputs)
-        masks = prompt.visual_masks(self._view, inputs)
+        masks = prompt.visual_masks(self._adapter, inputs)
         self._session.check_images_found(inputs, bool(masks))
         if not masks:
             self._begin_dense(cache, ids, inputs.get("attention_mask"))
             return
-        inputs = {**inputs, **self._vision.grids(inputs)}
-        request = open_request(self._session, inputs, masks, logits_to_keep)
+        request = open_request(self._session, inputs, masks, self._vision.grids(inputs, masks), logits_to_keep)
         if cache is not None and not request.drops_nothing:
-            check_cache(cache, self._view.n_layers)
+            check_cache(cache, self._adapter.n_layers)
         if request.config.vision_keep < 1.0:
             request.remark("; the tower computed all, vision_keep is the engine's")
         self._forward = Forward(cache, request, masks)
@@ -178,7 +177,7 @@ class ModelHooks:
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 3:
             check_packing(positions, kwargs.get("attention_mask"))
-            request.see_positions(positions)
+        request.see_positions(self._adapter, positions)
         embeds = kwargs["inputs_embeds"]
         request.see_embeddings(embeds)
         with no_autocast(embeds.device):
@@ -189,7 +188,7 @@ class ModelHooks:
             return
         forward, request = self._forward, self._session.request
         if forward is not None and request is not None and output is not None:
-            device = next(iter(self._view.layers[-1].parameters())).device
+            device = next(iter(self._adapter.decoder.layers[-1].parameters())).device
             assert self._begin is not None
             request.add_time("decode" if request.decode_steps else "prefill", self._begin, Mark.now(device))
             if not request.decode_steps:
@@ -203,7 +202,7 @@ class ModelHooks:
         if cache is None:
             request.finish(None)
             return
-        layers = cache.layers[: self._view.n_layers]
+        layers = cache.layers[: self._adapter.n_layers]
         request.finish(cache, cache_bytes(layers, request.past_len + request.q_len), static_note(layers))
 
     def _before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -238,7 +237,7 @@ class _LayerHook:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         if forward.cache is None:  # without one given, the text model has just made its own
             forward.cache = cache_of(kwargs)
-        pruned, changed = before_layer(self.hooks._view, forward, self.layer_idx, hidden_states, kwargs)
+        pruned, changed = before_layer(self.hooks._adapter, forward, self.layer_idx, hidden_states, kwargs)
         if args:
             return (pruned, *args[1:]), changed
         return args, {**changed, "hidden_states": pruned}

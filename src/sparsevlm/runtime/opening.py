@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..compat import cache_of
+from ..models import Grid
 from . import prompt
 from .planning import plan_samples
 from .request import Request
@@ -16,7 +17,11 @@ from .session import Session
 
 
 def open_request(
-    session: Session, inputs: Mapping[str, Any], masks: Mapping[str, Tensor], logits_to_keep: int = 1
+    session: Session,
+    inputs: Mapping[str, Any],
+    masks: Mapping[str, Tensor],
+    grids: Mapping[str, Sequence[Grid] | None],
+    logits_to_keep: int = 1,
 ) -> Request:
     """Begin the request of a prompt with images or videos.
 
@@ -24,9 +29,11 @@ def open_request(
     ----------
     session : Session
     inputs : mapping
-        Keyword arguments of the base model, with the grids of its images.
+        Keyword arguments of the base model.
     masks : mapping
         Placeholders by kind, (batch, q_len), from :func:`~.prompt.visual_masks`.
+    grids : mapping
+        Of all images in order, by kind, where they are known.
     logits_to_keep : int
         Rows at the end that the caller wants logits of; 0: all.
 
@@ -39,8 +46,8 @@ def open_request(
     request = session.new_request(cache_of(inputs), mask.shape[0], mask.shape[1], logits_to_keep)
     # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them.
     n_drafted = max(0, logits_to_keep - 1) if session.is_drafting else 0
-    request.begin_prompt(prompt.make_samples(session.view, inputs, mask, session.template, n_drafted))
-    plan_samples(session.view, request, inputs.get("input_ids"))
+    request.begin_prompt(prompt.make_samples(session.adapter, inputs, mask, grids, session.template, n_drafted))
+    plan_samples(session.adapter, request, inputs.get("input_ids"))
     _warn(session, request)
     return request
 

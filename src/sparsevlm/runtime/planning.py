@@ -7,13 +7,13 @@ from typing import Any
 from torch import Tensor
 
 from ..config import SparseVLMConfig
+from ..models import ModelAdapter
 from ..selection.budget import least_keep, plan_budget, plan_schedule
 from ..selection.context import BEFORE_DECODER, EVERYWHERE, TARGET_LAYERS, VISION_NEEDS, SelectorTraits
 from .request import Request
-from .view import ModelView
 
 
-def plan_samples(view: ModelView, request: Request, input_ids: Tensor | None) -> None:
+def plan_samples(adapter: ModelAdapter, request: Request, input_ids: Tensor | None) -> None:
     """Give every sample of a request the counts of its budget.
 
     Raises
@@ -31,7 +31,7 @@ def plan_samples(view: ModelView, request: Request, input_ids: Tensor | None) ->
         elif keep is not None:
             of_left = isinstance(keep, float) and 0 < n_left < n_visual
             budget = min(1.0, keep * n_visual / n_left) if of_left else keep
-            sample.plan = plan_budget(budget, schedule, n_left, target_layers, view.n_layers, config.min_keep)
+            sample.plan = plan_budget(budget, schedule, n_left, target_layers, adapter.n_layers, config.min_keep)
         if sample.plan is not None and sample.plan.clamped and config.strict:
             raise ValueError(f"{sample.plan.clamped} (strict=True refuses this).")
 
@@ -51,7 +51,7 @@ def per_sample_budgets(keep: Any, batch: int, input_ids: Tensor | None) -> list[
     return [value for value in keep for _ in range(copies)]
 
 
-def resolved_target_layers(view: ModelView, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:
+def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:
     """Target layers in force: the given ones or every 4th from layer 2; for a selector before the decoder -1, alone or
     in front of them.
 
@@ -60,7 +60,7 @@ def resolved_target_layers(view: ModelView, config: SparseVLMConfig, traits: Sel
     ValueError
         If a layer is out of range, or the budget cannot hold on these layers.
     """
-    n_layers = view.n_layers
+    n_layers = adapter.n_layers
     if traits.placement != TARGET_LAYERS and config.keep is None and isinstance(config.schedule, (str, type(None))):
         raise ValueError(f"selector {traits.name!r} runs before the decoder, where no rank is known: set keep.")
     if traits.placement == BEFORE_DECODER:
@@ -70,32 +70,32 @@ def resolved_target_layers(view: ModelView, config: SparseVLMConfig, traits: Sel
     layers = tuple(config.target_layers) if config.target_layers is not None else tuple(range(2, n_layers - 1, 4))
     if not layers:
         raise ValueError(
-            f"{view.name} has {n_layers} decoder layers, too few for the default target layers (every 4th from 2); "
+            f"{adapter.name} has {n_layers} decoder layers, too few for the default target layers (every 4th from 2); "
             f"name target_layers in 0..{n_layers - 2}."
         )
     if outside := [layer for layer in layers if layer > n_layers - 2]:
         raise ValueError(
-            f"target_layers {outside} are out of range: {view.name} has {n_layers} decoder layers, and tokens can be "
-            f"dropped after layers 0..{n_layers - 2}."
+            f"target_layers {outside} are out of range: {adapter.name} has {n_layers} decoder layers, and tokens can "
+            f"be dropped after layers 0..{n_layers - 2}."
         )
     return (-1, *layers) if traits.placement == EVERYWHERE else layers
 
 
-def check_needs(view: ModelView, traits: SelectorTraits) -> None:
+def check_needs(adapter: ModelAdapter, traits: SelectorTraits) -> None:
     """Refuse a selector that asks for what the model does not have.
 
     Raises
     ------
     NotImplementedError
     """
-    if traits.needs & VISION_NEEDS and not view.vision_attentions:
+    if traits.needs & VISION_NEEDS and not adapter.vision.readable:
         raise NotImplementedError(
             f"selector {traits.name!r} needs {', '.join(sorted(traits.needs & VISION_NEEDS))}, which is read in blocks "
-            f"with full attention, and the vision tower of this {view.name} has none. Choose another selector."
+            f"with full attention, and the vision tower of this {adapter.name} has none. Choose another selector."
         )
 
 
-def check_budget(view: ModelView, config: SparseVLMConfig, target_layers: tuple[int, ...]) -> None:
+def check_budget(adapter: ModelAdapter, config: SparseVLMConfig, target_layers: tuple[int, ...]) -> None:
     """Refuse, before anything runs, a budget that no image can meet on these layers.
 
     Raises
@@ -109,14 +109,14 @@ def check_budget(view: ModelView, config: SparseVLMConfig, target_layers: tuple[
             "(-1 is before the decoder)."
         )
     budgets = config.keep if isinstance(config.keep, tuple) else (config.keep,)
-    dense = least_keep(target_layers, view.n_layers)
+    dense = least_keep(target_layers, adapter.n_layers)
     for keep in budgets:
         fraction = keep
         if isinstance(keep, int) and config.n_vis:
             fraction = keep / config.n_vis
         if isinstance(fraction, float) and fraction < dense:
             raise ValueError(
-                f"keep={keep} cannot hold on target layers {target_layers} of {view.n_layers}: layers "
+                f"keep={keep} cannot hold on target layers {target_layers} of {adapter.n_layers}: layers "
                 f"0..{target_layers[0]} see every visual token, so the average is at least {dense:.3f} (plus what "
                 f"min_keep={config.min_keep} takes). Feasible: keep in ({dense:.3f}, 1.0]; or choose earlier layers."
             )

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models import Grid, ModelAdapter
 from ..template import Template
 from .request import Sample
-from .view import ModelView
-
-Grid = tuple[int, int, int]
-PIXELS = {"image": "pixel_values", "video": "pixel_values_videos"}
 
 
-def visual_masks(view: ModelView, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     """Which tokens of the forward stand for image or video features, per kind that it brings.
 
     Only a forward that brings pixels (or features computed from them) has visual tokens: a model can generate the
@@ -24,7 +21,7 @@ def visual_masks(view: ModelView, inputs: Mapping[str, Any]) -> dict[str, Tensor
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     inputs : mapping
         Keyword arguments of the base model.
 
@@ -39,41 +36,50 @@ def visual_masks(view: ModelView, inputs: Mapping[str, Any]) -> dict[str, Tensor
         If there are pixels, but no token to hold them.
     """
     encoded = inputs.get("mm_encoder_outputs") or {}
-    brought = [kind for kind, name in PIXELS.items() if inputs.get(name) is not None or encoded.get(kind) is not None]
-    ids = {"image": view.image_token_id, "video": view.video_token_id}
+    brought = [
+        kind
+        for kind, modality in adapter.modalities.items()
+        if inputs.get(modality.pixels) is not None or encoded.get(kind) is not None
+    ]
     input_ids = inputs.get("input_ids")
     masks = {}
     for kind in brought:
+        token_id = adapter.modalities[kind].token_id
         if input_ids is not None:
-            found = input_ids == ids[kind]
+            found = input_ids == token_id
         else:
-            embedding: Any = view.model.get_input_embeddings()
-            placeholder = embedding(torch.tensor(ids[kind], device=embedding.weight.device))
+            embedding: Any = adapter.model.get_input_embeddings()
+            placeholder = embedding(torch.tensor(token_id, device=embedding.weight.device))
             found = (inputs["inputs_embeds"] == placeholder).all(dim=-1)
         if not bool(found.any()):
             raise ValueError(
-                f"the inputs bring {kind} features but no {kind} token (id {ids[kind]}) to put them in. Build the "
+                f"the inputs bring {kind} features but no {kind} token (id {token_id}) to put them in. Build the "
                 "prompt with the processor, e.g. processor.apply_chat_template, so that it holds the placeholders."
             )
         masks[kind] = found
     return masks
 
 
-def visual_grids(view: ModelView, inputs: Mapping[str, Any], input_ids: Tensor | None) -> list[list[Grid]]:
-    """Merged grid (t, h, w) of each image or video, per sample in prompt order; empty where it cannot be told.
+def visual_grids(
+    adapter: ModelAdapter, grids: Mapping[str, Sequence[Grid] | None], input_ids: Tensor | None
+) -> list[list[Grid]]:
+    """Grid (t, h, w) in tokens of each image or video, per sample in prompt order; empty where it cannot be told.
 
     Grids may be those of a batch before it was expanded for beams: then every group of equal rows shares them.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    grids : mapping
+        Of all images of the batch in order, by kind.
+    input_ids : Tensor of shape (batch, q_len), int64, optional
     """
     if input_ids is None:
         return []
-    side = view.spatial_merge_size
-    grids: dict[int, list[Grid]] = {}
-    for name, token_id in (("image_grid_thw", view.image_token_id), ("video_grid_thw", view.video_token_id)):
-        given = inputs.get(name)
-        grids[token_id] = [] if given is None else [(t, h // side, w // side) for t, h, w in given.tolist()]
+    by_token = {modality.token_id: list(grids.get(kind) or ()) for kind, modality in adapter.modalities.items()}
     rows = input_ids.tolist()
     for copies in (n for n in range(1, len(rows) + 1) if len(rows) % n == 0):
-        found = _grids_of_rows(rows[::copies], grids)
+        found = _grids_of_rows(rows[::copies], by_token)
         if found is not None:
             return [row for row in found for _ in range(copies)]
     return []
@@ -103,9 +109,10 @@ def _grids_of_rows(rows: list[list[int]], grids: dict[int, list[Grid]]) -> list[
 
 
 def make_samples(
-    view: ModelView,
+    adapter: ModelAdapter,
     inputs: Mapping[str, Any],
     mask: Tensor,
+    grids: Mapping[str, Sequence[Grid] | None],
     template: Template,
     n_drafted: int,
 ) -> list[Sample]:
@@ -116,11 +123,13 @@ def make_samples(
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     inputs : mapping
         Keyword arguments of the base model.
     mask : Tensor of shape (batch, q_len), bool
         Visual tokens.
+    grids : mapping
+        Of all images of the batch in order, by kind, where they are known.
     template : Template
         Token ids that the chat template puts around a prompt.
     n_drafted : int
@@ -138,10 +147,10 @@ def make_samples(
         valid = attention_mask[:, -q_len:].bool().cpu()
     input_ids = inputs.get("input_ids")
     ids = None if input_ids is None else input_ids.cpu()
-    special_ids = sorted(view.special_token_ids | {view.image_token_id, view.video_token_id})
+    special_ids = sorted(adapter.special_token_ids | {modality.token_id for modality in adapter.modalities.values()})
     special = torch.tensor(special_ids, device="cpu")
     on_cpu = mask.cpu() & valid
-    grids = visual_grids(view, inputs, ids)
+    by_row = visual_grids(adapter, grids, ids)
     samples = []
     for b in range(mask.shape[0]):
         visual = on_cpu[b].nonzero().squeeze(-1)
@@ -166,7 +175,7 @@ def make_samples(
             last=last,
             alive=torch.arange(visual.shape[0], device="cpu"),
             tail=_tail_length(visual, other, q_len),
-            grids=tuple(grids[b]) if grids else (),
+            grids=tuple(by_row[b]) if by_row else (),
         )
         sample.to(mask.device)
         samples.append(sample)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from ..models import ModelAdapter
 from .cache import DEAD, SlotTable, adopt
 from .clock import Mark
 from .forward import Forward
@@ -16,11 +17,10 @@ from .precision import no_autocast
 from .reading import read_target_layer
 from .request import Request, stack_rows
 from .step import Survivors, prune_step
-from .view import ModelView
 
 
 def before_layer(
-    view: ModelView, forward: Forward, layer_idx: int, hidden_states: Tensor, kwargs: dict[str, Any]
+    adapter: ModelAdapter, forward: Forward, layer_idx: int, hidden_states: Tensor, kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     """Everything that has to happen before decoder layer ``layer_idx`` runs.
 
@@ -37,23 +37,23 @@ def before_layer(
         with no_autocast(hidden_states.device):
             hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
     rows = None if request is None else request.rows
-    kwargs = _gathered_kwargs(view, forward, layer_idx, rows, hidden_states, kwargs)
+    kwargs = _gathered_kwargs(adapter, forward, layer_idx, rows, hidden_states, kwargs)
     if request is not None:
         for sample in request.samples:
             sample.enter_layer()
         if layer_idx in request.target_layers and not request.keeps_all(layer_idx):
-            read_target_layer(view, forward, request, layer_idx, hidden_states)
+            read_target_layer(adapter, forward, request, layer_idx, hidden_states)
     return hidden_states, kwargs
 
 
 def _gathered_kwargs(
-    view: ModelView, forward: Forward, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
+    adapter: ModelAdapter, forward: Forward, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     table = forward.table_of(layer_idx)
     mask = kwargs.get("attention_mask")
     if rows is None and (table is None or (mask is None and not table.has_dead)):
         return kwargs
-    flash = "flash" in view.attn_implementation
+    flash = "flash" in adapter.attn_implementation
     if rows is None:
         assert table is not None
         past_len, q_len = table.logical_length(forward.appended[table]), hidden.shape[1]

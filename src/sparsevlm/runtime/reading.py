@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..models import ModelAdapter
 from ..selection.scoring import text_to_visual_attention, visual_head_count
 from .forward import Forward
 from .probe import AttentionInputs, AttentionProbe
 from .request import Request
 from .step import reads_text
-from .view import ModelView
 
 
-def read_target_layer(view: ModelView, forward: Forward, request: Request, layer_idx: int, hidden: Tensor) -> None:
+def read_target_layer(
+    adapter: ModelAdapter, forward: Forward, request: Request, layer_idx: int, hidden: Tensor
+) -> None:
     """Take what is needed of the layer's input, and prepare to read the attention to come."""
     needs, config = request.traits.needs, request.config
     if "previous_hidden_states" in needs:
@@ -42,7 +44,7 @@ def read_target_layer(view: ModelView, forward: Forward, request: Request, layer
                 _rows_attention(request, b, sample.last, offset, inputs)[0] for b, sample in samples
             ]
 
-    forward.probe = AttentionProbe(view.attentions[layer_idx], read)
+    forward.probe = AttentionProbe(adapter.decoder.attentions[layer_idx], read)
 
 
 def _rows_attention(

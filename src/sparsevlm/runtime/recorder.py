@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+from ..models import ModelAdapter
 from ..report import Cost, Report, SampleReport
 from .costs import prefill_flops
 from .request import Request, Sample
-from .view import ModelView
 
 
-def make_report(view: ModelView, request: Request) -> Report:
+def make_report(adapter: ModelAdapter, request: Request) -> Report:
     """Report of a request; waits for the device, as counts and times are read from it."""
     samples = tuple(_sample_report(request, sample) for sample in request.samples)
     dense = sparse = 0.0
     for b, n_valid in enumerate(request.n_valid):
-        per_sample = prefill_flops(view, [n_valid] * view.n_layers, request.past_len)
+        per_sample = prefill_flops(adapter, [n_valid] * adapter.n_layers, request.past_len)
         dense += per_sample
-        if request.samples and len(request.samples[b].layer_tokens) == view.n_layers:
+        if request.samples and len(request.samples[b].layer_tokens) == adapter.n_layers:
             n_other = n_valid - request.samples[b].visual.shape[0]
             tokens = [n_other + visual for visual in request.samples[b].layer_tokens]
-            sparse += prefill_flops(view, tokens, request.past_len)
+            sparse += prefill_flops(adapter, tokens, request.past_len)
         else:
             sparse += per_sample
     rows = () if request.rows is None else tuple(tuple(row[-request.logits_to_keep :]) for row in request.rows.tolist())
     return Report(
-        model=view.name,
+        model=adapter.name,
         selector=request.traits.name,
         path=request.path,
         path_reason=request.path_reason,

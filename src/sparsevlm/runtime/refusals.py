@@ -7,11 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .prompt import PIXELS
-from .view import ModelView
+from ..models import ModelAdapter
 
 
-def check_call(inputs: Mapping[str, Any]) -> None:
+def check_call(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
     """Refuse arguments of the model that speak of the whole sequence.
 
     Raises
@@ -23,7 +22,7 @@ def check_call(inputs: Mapping[str, Any]) -> None:
             "labels= needs a loss over the whole sequence, of which pruning leaves a part. Compute the loss "
             "after remove_sparsevlm(model)."
         )
-    has_pixels = any(inputs.get(name) is not None for name in PIXELS.values())
+    has_pixels = any(inputs.get(modality.pixels) is not None for modality in adapter.modalities.values())
     if isinstance(inputs.get("logits_to_keep"), Tensor) and has_pixels:
         raise NotImplementedError(
             "logits_to_keep as a tensor names rows of the whole sequence, of which pruning leaves a part. Pass an "
@@ -45,19 +44,19 @@ def check_prefill(generation_config: Any) -> None:
         )
 
 
-def check_mode(view: ModelView) -> None:
+def check_mode(adapter: ModelAdapter) -> None:
     """Refuse gradient checkpointing, and attentions whose masks cannot be gathered.
 
     Raises
     ------
     NotImplementedError
     """
-    if view.text_model.training and getattr(view.text_model, "gradient_checkpointing", False):
+    if adapter.decoder.module.training and getattr(adapter.decoder.module, "gradient_checkpointing", False):
         raise NotImplementedError(
             "gradient checkpointing runs layers a second time, outside of the pass that chose the tokens. Call "
             "model.gradient_checkpointing_disable(), or train after remove_sparsevlm(model)."
         )
-    name = view.attn_implementation
+    name = adapter.attn_implementation
     if "flex" in name or name.startswith("paged"):
         raise NotImplementedError(
             f"attention {name!r} is not supported under SparseVLM. Call "

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..config import SparseVLMConfig
+from ..models import ModelAdapter
 from ..report import StageReport
 from ..selection.budget import Plan
 from ..selection.context import Selector, SelectorTraits
@@ -39,6 +40,8 @@ class Sample:
         Contiguous tokens at the end of the sequence, behind the last visual one.
     plan : Plan or None
         Counts per target layer; ``None``: the rank decides.
+    coordinates : Tensor of shape (3, n_visual), int64, optional
+        Time, height and width of all visual tokens.
     """
 
     visual: Tensor
@@ -51,6 +54,7 @@ class Sample:
     grids: tuple[tuple[int, int, int], ...] = ()
     plan: Plan | None = None
     embedding_raters: Tensor | None = None
+    coordinates: Tensor | None = None
     stages: list[StageRecord] = field(default_factory=list)
     layer_tokens: list[int] = field(default_factory=list)
 
@@ -58,6 +62,12 @@ class Sample:
     def positions(self) -> Tensor:
         """Positions of the visual tokens that are left."""
         return self.visual[self.alive]
+
+    def coordinates_on(self, device: torch.device) -> Tensor:
+        """Coordinates of what is left, (3, n_alive)."""
+        if self.coordinates is None:
+            return self.positions.expand(3, -1)
+        return self.coordinates.to(device)[:, self.alive.to(device)]
 
     @property
     def all_positions(self) -> Tensor:
@@ -150,7 +160,6 @@ class Request:
     n_valid: list[int] = field(default_factory=list)
     rows: Tensor | None = None
     features: Tensor | None = None
-    coordinates: Tensor | None = None
     clock: Clock = field(default_factory=Clock)
     decode_steps: int = 0
     finished: bool = False
@@ -171,9 +180,15 @@ class Request:
         """Note that it is lawfully left dense, and how many tokens its samples hold."""
         self.skipped_because, self.n_valid = reason, n_valid
 
-    def see_positions(self, position_ids: Tensor) -> None:
-        """Take the coordinates of its tokens, (3, batch, q_len), from position ids of three axes or four."""
-        self.coordinates = position_ids[-3:].expand(3, *position_ids.shape[1:])
+    def see_positions(self, adapter: ModelAdapter, position_ids: Tensor | None) -> None:
+        """Take the coordinates of all visual tokens from the prompt's position ids, (n_axes, batch, q_len) or fewer
+        dimensions, and from the grids of the images."""
+        n_axes, batched = adapter.decoder.n_position_axes, None
+        if position_ids is not None and position_ids.ndim == 3:
+            batched = position_ids[-n_axes:].expand(n_axes, self.batch, -1)
+        for b, sample in enumerate(self.samples):
+            own = None if batched is None else batched[:, b].to(sample.visual.device)
+            sample.coordinates = adapter.family.coordinates(sample.grids, own, sample.visual)
 
     def see_embeddings(self, embeds: Tensor) -> None:
         """Take the prompt's embeddings, (batch, q_len, hidden_size), where the selector needs them."""
@@ -183,13 +198,6 @@ class Request:
     def forget_embeddings(self) -> None:
         """Drop what only the prompt needs."""
         self.features = None
-
-    def coordinates_of(self, b: int, device: torch.device) -> Tensor:
-        """Coordinates (time, height, width) of a sample's visual tokens that are left, (3, n_visual)."""
-        positions = self.samples[b].positions
-        if self.coordinates is None:
-            return positions.expand(3, -1)
-        return self.coordinates[:, b].to(device)[:, positions.to(device)]
 
     def place(self, rows: Tensor) -> None:
         """Take the position of each row that is left in the hidden states, (batch, n_rows); -1: a filler."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import SparseVLMConfig
+from ..models import ModelAdapter
 from ..selection.context import Selector, SelectorTraits
 from ..selection.overrides import effective_config, idle_options
 from ..selection.selectors import make_selector
@@ -19,7 +20,6 @@ from ..template import Template
 from .lock import GenerationLock
 from .planning import check_budget, check_needs, resolved_target_layers
 from .request import Request
-from .view import ModelView
 
 logger = logging.getLogger(__name__)
 
@@ -49,13 +49,13 @@ class Options:
     target_layers: tuple[int, ...]
 
     @classmethod
-    def of(cls, view: ModelView, config: SparseVLMConfig) -> Options:
+    def of(cls, adapter: ModelAdapter, config: SparseVLMConfig) -> Options:
         """Resolve a configuration; raises where it does not fit the model."""
         selector = make_selector(config)
         effective, traits = effective_config(config, selector), SelectorTraits.of(selector)
-        check_needs(view, traits)
-        layers = resolved_target_layers(view, effective, traits)
-        check_budget(view, effective, layers)
+        check_needs(adapter, traits)
+        layers = resolved_target_layers(adapter, effective, traits)
+        check_budget(adapter, effective, layers)
         return cls(config, effective, selector, traits, layers)
 
 
@@ -72,7 +72,7 @@ class Session:
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     config : SparseVLMConfig
         Options outside of :meth:`override`.
     template : Template
@@ -86,14 +86,14 @@ class Session:
         Why the running call is not for the engine; empty without an engine.
     """
 
-    def __init__(self, view: ModelView, config: SparseVLMConfig, template: Template) -> None:
-        self.view, self.template = view, template
+    def __init__(self, adapter: ModelAdapter, config: SparseVLMConfig, template: Template) -> None:
+        self.adapter, self.template = adapter, template
         self.lock = GenerationLock()
         self.plain_reason = ""
         self.is_drafting = self._is_open = self._expects_images = False
         self._n_overrides, self._warned = 0, set[str]()
         self._current: Request | None = None
-        self._base = Options.of(view, config)
+        self._base = Options.of(adapter, config)
         self.warn_idle(config, [] if config.preset else [f.name for f in dataclasses.fields(config)])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Session:
     @contextlib.contextmanager
     def override(self, changes: Mapping[str, Any]) -> Iterator[None]:
         """Other options for the calls inside, in this context alone."""
-        options = Options.of(self.view, self.options.given.replace(**changes))
+        options = Options.of(self.adapter, self.options.given.replace(**changes))
         self.warn_idle(options.given, changes)
         own = _Override(weakref.ref(self), options)
         _OVERRIDES.set((*_OVERRIDES.get(), own))
@@ -129,7 +129,7 @@ class Session:
         """Set the number of visual tokens that requests are expected to have, inside of :meth:`override` as well."""
 
         def expecting(options: Options) -> Options:
-            return Options.of(self.view, options.given.replace(n_vis=n_vis))
+            return Options.of(self.adapter, options.given.replace(n_vis=n_vis))
 
         self._base = expecting(self._base)
         for one in _OVERRIDES.get():
@@ -142,7 +142,7 @@ class Session:
         wanted = self.options.config.engine
         if wanted is not None:
             return wanted
-        return next(self.view.text_model.parameters()).is_cuda
+        return next(self.adapter.decoder.module.parameters()).is_cuda
 
     @property
     def request(self) -> Request | None:

@@ -182,7 +182,7 @@ def _context(
         sample=b,
         config=request.config,
         hidden_states=hidden_states,
-        coordinates=request.coordinates_of(b, device),
+        coordinates=sample.coordinates_on(device),
         indices=sample.alive.clone(),  # a selector may write into what it is given
         rater_attention=None if raters is None else readout.text[b][raters],
         last_attention=readout.last[b] if readout.last else None,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..models import Grid
 from ..selection.context import VISION_NEEDS, SelectorTraits
 from .clock import Clock, Mark
-from .prompt import PIXELS
 from .session import Session
 from .vision_probe import VisionProbe, VisionRows, hand_out
 from .vision_varlen import VarlenVision
@@ -20,10 +20,10 @@ from .vision_varlen import VarlenVision
 
 @dataclass
 class VisionCall:
-    """One run of the vision tower: when, over which patch grids (t, h, w), and what was read."""
+    """One run of the vision tower: when, over which grids (t, h, w) in tokens, and what was read."""
 
     begin: Mark
-    grid_thw: Tensor
+    grids: Sequence[Grid] | None
     end: Mark | None = None
     rows: VisionRows | None = None
 
@@ -57,17 +57,14 @@ class VisionWatch:
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
         self._stop_reading()
-        grid_thw = bound_arguments(module, args, kwargs).get("grid_thw")
-        if grid_thw is None:  # the tower itself refuses this
-            return
-        view = self._session.view
-        call = VisionCall(Mark.now(next(module.parameters()).device), grid_thw)
-        if self._session.wants_engine and VarlenVision.suits(view):
-            self._varlen = VarlenVision(view)
+        adapter, arguments = self._session.adapter, bound_arguments(module, args, kwargs)
+        grids = adapter.family.tower_grids(adapter, arguments)
+        call = VisionCall(Mark.now(next(module.parameters()).device), grids)
+        if self._session.wants_engine and VarlenVision.suits(adapter):
+            self._varlen = VarlenVision(adapter)
         needs, probe = self._session.options.traits.needs & VISION_NEEDS, None
         if needs:
-            order = None if view.vision_windows is None else view.vision_windows(grid_thw)[0]
-            probe = VisionProbe(view, needs, order)
+            probe = VisionProbe(adapter.vision, needs, adapter.family.reading_order(adapter, arguments))
         self._running = (call, probe)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -99,16 +96,23 @@ class VisionWatch:
     def begin_pass(self, inputs: Mapping[str, Any]) -> None:
         """Find the runs that gave the pass its encodings, and expect those that it will make itself."""
         self._ours = {}
-        self._expected = [kind for kind, name in PIXELS.items() if inputs.get(name) is not None]
+        self._expected = [
+            kind for kind, own in self._session.adapter.modalities.items() if inputs.get(own.pixels) is not None
+        ]
         for kind, encoding in (inputs.get("mm_encoder_outputs") or {}).items():
             hidden_states = getattr(encoding, "last_hidden_state", None)
             if hidden_states is not None and hidden_states in self._runs:
                 self._ours[kind] = self._runs[hidden_states]
 
-    def grids(self, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Grids of encodings that were made before this pass, where the inputs do not name them."""
-        names = {f"{kind}_grid_thw": call.grid_thw for kind, call in self._ours.items()}
-        return {name: grid for name, grid in names.items() if inputs.get(name) is None}
+    def grids(self, inputs: Mapping[str, Any], kinds: Iterable[str]) -> dict[str, Sequence[Grid] | None]:
+        """Grids of the images of a pass by kind: by its inputs, or by the run that encoded them before."""
+        adapter = self._session.adapter
+        found: dict[str, Sequence[Grid] | None] = {}
+        for kind in kinds:
+            found[kind] = adapter.family.grids(adapter, kind, inputs)
+            if found[kind] is None and kind in self._ours:
+                found[kind] = self._ours[kind].grids
+        return found
 
     def rows(
         self, masks: Mapping[str, Tensor], positions: Sequence[Tensor], traits: SelectorTraits
@@ -125,10 +129,11 @@ class VisionWatch:
         for kind in masks:
             call = self._ours.get(kind)
             if call is None or call.rows is None or not call.rows.holds(needs):
+                pixels = self._session.adapter.modalities[kind].pixels
                 raise ValueError(
                     f"selector {traits.name!r} needs {', '.join(sorted(needs))}, but these {kind} features were given "
                     "ready-made: the vision tower did not run for this request under this selector. Pass "
-                    f"{PIXELS[kind]} instead, or choose a selector that does not look into the vision tower."
+                    f"{pixels} instead, or choose a selector that does not look into the vision tower."
                 )
             read[kind] = call.rows
         return hand_out(read, masks, positions, needs)

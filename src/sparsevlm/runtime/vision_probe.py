@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models import Vision
 from ..selection.scoring import received_attention
 from .probe import AttentionInputs, AttentionProbe
-from .view import ModelView
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,19 @@ class VisionProbe:
 
     Parameters
     ----------
-    view : ModelView
+    vision : Vision
     needs : frozenset of str
         Out of ``vision_attention`` and ``vision_keys``.
     order : Tensor of shape (n_visual,), int64, optional
         Index in reading order of each visual token, in the order in which the tower works; ``None``: the same.
     """
 
-    def __init__(self, view: ModelView, needs: frozenset[str], order: Tensor | None):
-        blocks = view.vision_attentions
-        self._order = order
-        self._n_patches = view.spatial_merge_size**2
-        self._last = blocks[-1]
-        from_middle = [abs(2 * index - view.n_vision_blocks) for index in view.vision_block_indices]
-        middle = blocks[from_middle.index(min(from_middle))]
-        self._scored = (middle, blocks[-1]) if "vision_attention" in needs else ()
+    def __init__(self, vision: Vision, needs: frozenset[str], order: Tensor | None):
+        self._vision, self._order = vision, order
+        from_middle = [abs(2 * index - vision.n_blocks) for index, _ in vision.readable]
+        middle = vision.readable[from_middle.index(min(from_middle))][1]
+        self._last = vision.readable[-1][1]
+        self._scored = (middle, self._last) if "vision_attention" in needs else ()
         self._received: dict[Any, list[Tensor]] = {block: [] for block in self._scored}
         self._keys: list[Tensor] | None = [] if "vision_keys" in needs else None
         self._probes = [AttentionProbe(block, partial(self._read, block)) for block in {*self._scored, self._last}]
@@ -83,14 +81,20 @@ class VisionProbe:
 
     @torch.no_grad()
     def _read(self, block: Any, inputs: AttentionInputs) -> None:
-        query, key = inputs.query[0], inputs.key[0]
-        if block in self._received:
+        for query, key in zip(inputs.query, inputs.key, strict=True):
             bounds = [0, query.shape[1]] if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
-            for start, end in itertools.pairwise(bounds):
+            for start, end in itertools.pairwise(bounds) if block in self._received else ():
                 received = received_attention(query[:, start:end], key[:, start:end], inputs.scaling)
-                self._received[block].append(received)
-        if block is self._last and self._keys is not None:
-            self._keys.append(key.float().mean(dim=0))
+                self._received[block].append(self._of_patches(received))
+            if block is self._last and self._keys is not None:
+                self._keys.append(key.float().mean(dim=0)[self._vision.n_prefix :])
+
+    def _of_patches(self, received: Tensor) -> Tensor:
+        """Without what goes before the patches of an image, and 1 on average again."""
+        if not self._vision.n_prefix:
+            return received
+        own = received[self._vision.n_prefix :]
+        return own / own.mean().clamp_min(1e-30)
 
     def rows(self) -> VisionRows:
         """What was read, in reading order; to be called after the run."""
@@ -98,11 +102,13 @@ class VisionProbe:
         attention = keys = None
         if self._scored:
             received = {block: torch.cat(parts) for block, parts in self._received.items()}
-            attention = torch.stack([received[block].view(-1, self._n_patches).mean(dim=1) for block in self._scored])
+            attention = torch.stack(
+                [received[block].view(-1, self._vision.patches_per_token).mean(dim=1) for block in self._scored]
+            )
             attention = attention[:, order]
         if self._keys is not None:
             patches = torch.cat(self._keys)
-            keys = patches.view(-1, self._n_patches, patches.shape[-1]).mean(dim=1)[order]
+            keys = patches.view(-1, self._vision.patches_per_token, patches.shape[-1]).mean(dim=1)[order]
         return VisionRows(attention, keys)
 
 

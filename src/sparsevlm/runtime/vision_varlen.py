@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
 from ..kernels.varlen_attention import varlen_attention
-from .view import ModelView
+from ..models import ModelAdapter
 
 # A vision block hands over its windows packed, in one call, where the name of its attention tells of flash attention.
 _NAME = "sparsevlm_flash_varlen"
@@ -20,23 +20,23 @@ class VarlenVision:
 
     Parameters
     ----------
-    view : ModelView
+    adapter : ModelAdapter
     """
 
-    def __init__(self, view: ModelView) -> None:
-        tower: Any = view.vision_tower
+    def __init__(self, adapter: ModelAdapter) -> None:
+        tower: Any = adapter.vision.module
         self._config = tower.config
         self._before = self._config._attn_implementation_internal
         AttentionInterface.register(_NAME, _attention)
         self._config._attn_implementation_internal = _NAME
 
     @staticmethod
-    def suits(view: ModelView) -> bool:
+    def suits(adapter: ModelAdapter) -> bool:
         """Whether the tower's own attention would go window by window, and ours can take its place."""
-        config: Any = view.vision_tower.config
-        weight = next(view.vision_tower.parameters())
+        config: Any = adapter.vision.module.config
+        weight = next(adapter.vision.module.parameters())
         takes = weight.device.type == "cpu" or weight.dtype in (torch.float16, torch.bfloat16)
-        return takes and config._attn_implementation in ("sdpa", "eager") and not view.vision_tower.training
+        return takes and config._attn_implementation in ("sdpa", "eager") and not adapter.vision.module.training
 
     def disarm(self) -> None:
         """Give the tower its own attention back."""

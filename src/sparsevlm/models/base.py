@@ -1,0 +1,385 @@
+"""What a family tells of its models, as data; both paths read it and name no family."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Grid = tuple[int, int, int]
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+@dataclass(frozen=True)
+class Modality:
+    """One kind of visual input, such as images or videos.
+
+    Attributes
+    ----------
+    pixels : str
+        Argument of the model that brings its pixels.
+    token_id : int
+        Token that stands for one visual token of it in the prompt.
+    size_inputs : tuple of str
+        Arguments that say how the pixels are divided into images.
+    """
+
+    pixels: str
+    token_id: int
+    size_inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BlockModules:
+    """Modules of one decoder layer by role.
+
+    Attributes
+    ----------
+    attention, mlp : nn.Module
+        Whole parts.
+    attention_norm, mlp_norm : nn.Module
+        RMS norms before them, with ``weight`` and ``variance_epsilon``.
+    query, key, value, output, gate, up, down : nn.Linear
+    activation : nn.Module
+    head_dim : int
+    scaling : float
+    """
+
+    attention: Any
+    mlp: Any
+    attention_norm: Any
+    mlp_norm: Any
+    query: Any
+    key: Any
+    value: Any
+    output: Any
+    gate: Any
+    up: Any
+    down: Any
+    activation: Any
+    head_dim: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class DecoderBlock:
+    """A decoder layer that the engine can run: paths of its modules by role.
+
+    Stands for ``h += output(attention(norm(h)))``, then ``h += down(activation(gate(norm(h))) · up(norm(h)))``, with
+    RMS norms and rotary positions over whole heads in halves. A family describes a layer where that is all it does.
+    """
+
+    attention: str = "self_attn"
+    mlp: str = "mlp"
+    attention_norm: str = "input_layernorm"
+    mlp_norm: str = "post_attention_layernorm"
+    query: str = "self_attn.q_proj"
+    key: str = "self_attn.k_proj"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    gate: str = "mlp.gate_proj"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    activation: str = "mlp.act_fn"
+
+    def modules_of(self, layer: nn.Module) -> BlockModules:
+        """The modules of a layer."""
+        found = {name: attrgetter(path)(layer) for name, path in vars(self).items()}
+        attention = found["attention"]
+        return BlockModules(**found, head_dim=attention.head_dim, scaling=attention.scaling)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoder stack of a model.
+
+    Attributes
+    ----------
+    module : nn.Module
+        Called with ``inputs_embeds``.
+    layers : nn.ModuleList
+        Each called as ``layer(hidden_states, attention_mask=, position_embeddings=, …)``.
+    attentions : tuple of nn.Module
+        Attention module of each layer, which looks its function up under ``self.config._attn_implementation``.
+    embed, norm, rotary, head : nn.Module
+        Token embeddings, last norm, rotary embeddings and language-model head.
+    n_position_axes : int
+        Axes of its rotary positions: 3 for M-RoPE.
+    block : DecoderBlock or None
+        What the engine has to know of a layer; ``None``: the family runs on hooks only.
+    """
+
+    module: Any
+    layers: Any
+    attentions: tuple[Any, ...]
+    embed: Any
+    norm: Any
+    rotary: Any
+    head: Any
+    n_position_axes: int = 1
+    block: DecoderBlock | None = None
+
+
+@dataclass(frozen=True)
+class TowerBlock:
+    """One block of a :class:`PackedTower`, its modules by role.
+
+    Attributes
+    ----------
+    module : nn.Module
+        The whole block.
+    attention, mlp : nn.Module
+        Whole parts; the MLP runs as it is where it is not gated.
+    attention_norm, mlp_norm : nn.Module
+        RMS norms, or ``nn.LayerNorm``.
+    qkv, output : nn.Linear
+    n_heads : int
+    scaling : float
+    is_full : bool
+        Whether all patches of an image (or frame) see each other, not only those of a window.
+    gate, up, down : nn.Linear or None
+    """
+
+    module: Any
+    attention: Any
+    mlp: Any
+    attention_norm: Any
+    mlp_norm: Any
+    qkv: Any
+    output: Any
+    n_heads: int
+    scaling: float
+    is_full: bool
+    gate: Any = None
+    up: Any = None
+    down: Any = None
+
+
+@dataclass(frozen=True)
+class PackedTower:
+    """A vision tower that the engine can run: over the packed patches of all images, with rotary positions.
+
+    Attributes
+    ----------
+    projection : nn.Module
+        Embeds a patch; a convolution whose kernel is its stride, without bias.
+    rotary : nn.Module
+        ``rotary(like, positions)`` gives cosines and sines.
+    blocks : tuple of TowerBlock
+    merger : nn.Module
+        From patches to visual tokens.
+    side : int
+        Patches per side that form one visual token.
+    window : int or None
+        Visual tokens per side of a window; ``None``: no block has windows.
+    """
+
+    projection: Any
+    rotary: Any
+    blocks: tuple[TowerBlock, ...]
+    merger: Any
+    side: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Vision:
+    """The vision tower of a model.
+
+    Attributes
+    ----------
+    module : nn.Module
+    readable : tuple of (int, nn.Module)
+        Index and attention module of each block in which all patches of an image (or frame) see each other and whose
+        output is used, ascending; it looks its function up as those of the decoder do.
+    n_blocks : int
+        Number of blocks whose output is used.
+    patches_per_token : int
+        Patches that form one visual token.
+    n_prefix : int
+        Tokens of the tower before the patches of each image, such as a class token.
+    program : PackedTower or None
+        What the engine has to know of it; ``None``: its own modules run.
+    """
+
+    module: Any
+    readable: tuple[tuple[int, Any], ...]
+    n_blocks: int
+    patches_per_token: int = 1
+    n_prefix: int = 0
+    program: PackedTower | None = None
+
+
+class Family:
+    """A model family: subclassed once per family, without state; all answers come from the model that is given."""
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    class_names: ClassVar[tuple[str, ...]] = ()
+
+    def check(self, model: Any) -> None:
+        """Refuse a model of the family that cannot be pruned.
+
+        Raises
+        ------
+        ValueError, NotImplementedError
+            With the remedy.
+        """
+
+    def decoder(self, model: Any) -> Decoder:
+        """The decoder of a model."""
+        raise NotImplementedError
+
+    def vision(self, model: Any) -> Vision:
+        """The vision tower of a model."""
+        raise NotImplementedError
+
+    def modalities(self, model: Any) -> dict[str, Modality]:
+        """Kinds of visual input by name, in the order in which features of several kinds are joined."""
+        raise NotImplementedError
+
+    def base_model(self, model: Any) -> Any:
+        """The module that merges visual features into the embeddings and calls the decoder."""
+        return model.model
+
+    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
+        """Sizes (t, h, w) in visual tokens of the images of a kind, in order; ``None``: the inputs do not tell.
+
+        Parameters
+        ----------
+        adapter : ModelAdapter
+        kind : str
+            Of the model's modalities.
+        inputs : mapping
+            Arguments of the model.
+        """
+        return None
+
+    def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
+        """The same from the arguments of the vision tower."""
+        return None
+
+    def reading_order(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Index in reading order of each visual token, (n_tokens,), in the order in which the tower works.
+
+        ``None``: it works in reading order. ``arguments`` are those of the tower.
+        """
+        return None
+
+    def coordinates(self, grids: Iterable[Grid], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+        """Coordinates (time, height, width) of a sample's visual tokens.
+
+        Parameters
+        ----------
+        grids : iterable of (t, h, w)
+            Of its images; empty where they are not known.
+        position_ids : Tensor of shape (n_axes, q_len), int64, optional
+            Rotary positions of its tokens.
+        visual : Tensor of shape (n_visual,), int64
+            Where they are.
+
+        Returns
+        -------
+        Tensor of shape (3, n_visual), int64
+        """
+        return grid_coordinates(grids, visual)
+
+
+def grid_coordinates(grids: Iterable[Grid], visual: Tensor) -> Tensor:
+    """Coordinates by grids, images one behind the other in time; by the place in the prompt where these are unknown."""
+    parts, start = [], 0
+    for t, h, w in grids:
+        axes = (torch.arange(start, start + t), torch.arange(h), torch.arange(w))
+        parts.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
+        start += t
+    if sum(part.shape[1] for part in parts) != visual.shape[0]:
+        return visual.expand(3, -1)
+    return torch.cat(parts, dim=1).to(visual.device) if parts else visual.expand(3, -1)
+
+
+@dataclass(frozen=True)
+class ModelAdapter:
+    """One model under its family.
+
+    Attributes
+    ----------
+    family : Family
+    model : PreTrainedModel
+        What the user calls ``generate`` on.
+    base_model : nn.Module
+        Merges visual features into the embeddings and calls the decoder.
+    decoder : Decoder
+    vision : Vision
+    modalities : dict of Modality
+        By kind.
+    special_token_ids : frozenset of int
+        Tokens that never vote.
+    n_layers : int
+        Number of decoder layers.
+    """
+
+    family: Family
+    model: Any
+    base_model: Any
+    decoder: Decoder
+    vision: Vision
+    modalities: dict[str, Modality]
+    special_token_ids: frozenset[int]
+    n_layers: int
+
+    @classmethod
+    def of(cls, family: Family, model: Any) -> ModelAdapter:
+        """Look at a model; raises what :meth:`Family.check` raises."""
+        family.check(model)
+        decoder = family.decoder(model)
+        return cls(
+            family=family,
+            model=model,
+            base_model=family.base_model(model),
+            decoder=decoder,
+            vision=family.vision(model),
+            modalities=family.modalities(model),
+            special_token_ids=_special_token_ids(model),
+            n_layers=len(decoder.layers),
+        )
+
+    @property
+    def name(self) -> str:
+        """Class name of the model."""
+        return type(self.model).__name__
+
+    @property
+    def attn_implementation(self) -> str:
+        """Name of the attention in force in the decoder."""
+        return self.decoder.module.config._attn_implementation or "eager"
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the token embeddings."""
+        device: torch.device = self.decoder.embed.weight.device
+        return device
+
+    def refreshed(self) -> ModelAdapter:
+        """The adapter of the model as it is now, whose modules may have been replaced."""
+        decoder, vision = self.family.decoder(self.model), self.family.vision(self.model)
+        return dataclasses.replace(self, decoder=decoder, vision=vision)
+
+    def with_special_tokens(self, token_ids: Iterable[int]) -> ModelAdapter:
+        """A copy with more tokens that never vote."""
+        return dataclasses.replace(self, special_token_ids=self.special_token_ids | frozenset(token_ids))
+
+
+def _special_token_ids(model: Any) -> frozenset[int]:
+    found: set[int] = set()
+    for config in (model.config, model.config.get_text_config(), model.generation_config):
+        for name in _SPECIAL_TOKENS:
+            value = getattr(config, name, None)
+            if isinstance(value, (list, tuple)):
+                found.update(value)
+            elif value is not None:
+                found.add(value)
+    return frozenset(found)

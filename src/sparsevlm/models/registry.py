@@ -1,0 +1,54 @@
+"""The supported families, and the adapter of a model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .base import Family, ModelAdapter
+from .qwen2_vl import Qwen2VLFamily
+
+FAMILIES: tuple[Family, ...] = (Qwen2VLFamily(),)
+
+
+def supported_model_types() -> tuple[str, ...]:
+    """``model_type`` of every checkpoint that is supported."""
+    return tuple(name for family in FAMILIES for name in family.model_types)
+
+
+def adapter_for(model: Any) -> ModelAdapter:
+    """Find the family of a model and look at it.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is no torch module.
+    NotImplementedError
+        If no family has its class, or one refuses it.
+    ValueError
+        If a checkpoint was loaded with the wrong class.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}.")
+    families = {name: family for family in FAMILIES for name in family.class_names}
+    for cls in type(model).__mro__:
+        if cls.__name__ in families:
+            return ModelAdapter.of(families[cls.__name__], model)
+    name = type(model).__name__
+    hint = ""
+    if hasattr(model, "_orig_mod"):
+        hint = " Of a compiled model pass the original, before torch.compile."
+    elif name.startswith("Peft"):
+        hint = " For a PEFT model pass model.get_base_model()."
+    elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        hint = " Of a model spread by torch pass what it wraps, model.module."
+    elif not any(
+        hasattr(part, "visual") or hasattr(part, "vision_tower") for part in (model, getattr(model, "model", None))
+    ):
+        hint = " It has no vision tower that this library knows; a text-only model has no visual tokens to prune."
+    raise NotImplementedError(f"{name} is not supported. Supported are {', '.join(sorted(families))}.{hint}")
