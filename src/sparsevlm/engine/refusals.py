@@ -72,6 +72,8 @@ def refuses_prepared(prepared: Mapping[str, Any], generation_config: Any, modes:
 
 def refuses_mode(adapter: ModelAdapter) -> str | None:
     """Why nothing runs on the engine as torch and the model are at present."""
+    if adapter.decoder.block is None:
+        return _undescribed(adapter)
     if torch.is_autocast_enabled(adapter.device.type):
         return "autocast"
     if adapter.decoder.module.training:
@@ -111,7 +113,7 @@ def refuses_decoder(adapter: ModelAdapter) -> str | None:
     """Why a decoder is not for the engine; holds until its modules or weights change."""
     decoder = adapter.decoder
     if decoder.block is None:
-        return f"the decoder layers of a {adapter.name}"
+        return _undescribed(adapter)
     if (reason := _misplaced(decoder.module)) is not None:
         return reason
     for layer in decoder.layers:
@@ -121,6 +123,10 @@ def refuses_decoder(adapter: ModelAdapter) -> str | None:
         if (reason := _foreign(parts, linear) or _no_silu(block.activation)) is not None:
             return reason
     return None
+
+
+def _undescribed(adapter: ModelAdapter) -> str:
+    return f"the decoder layers of {adapter.name}, which are not described"
 
 
 def refuses_tower(adapter: ModelAdapter) -> str | None:

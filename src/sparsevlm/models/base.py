@@ -222,13 +222,22 @@ class Family:
     class_names: ClassVar[tuple[str, ...]] = ()
 
     def check(self, model: Any) -> None:
-        """Refuse a model of the family that cannot be pruned.
+        """Refuse a model of the family that cannot be pruned: with sliding-window layers, or tensor-parallel.
 
         Raises
         ------
         ValueError, NotImplementedError
             With the remedy.
         """
+        if "sliding_attention" in (getattr(self.decoder(model).module.config, "layer_types", None) or ()):
+            raise NotImplementedError(
+                "decoder layers with a sliding window are not supported: a pruned sequence would move what the window "
+                "covers. Load the model with use_sliding_window=False in its text configuration."
+            )
+        if getattr(model, "_tp_size", None) not in (None, 1):
+            raise NotImplementedError(
+                "tensor-parallel models are not supported: each rank would choose other tokens. Load without tp_plan."
+            )
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""

@@ -25,17 +25,9 @@ class Qwen2VLFamily(Family):
     class_names = tuple(_CLASS_OF_TYPE.values())
 
     def check(self, model: Any) -> None:
-        """Refuse checkpoints of the other class, sliding-window layers and tensor-parallel models."""
+        """Refuse checkpoints of the other class as well."""
         _check_class(model)
-        if "sliding_attention" in (getattr(model.model.language_model.config, "layer_types", None) or ()):
-            raise NotImplementedError(
-                "decoder layers with a sliding window are not supported: a pruned sequence would move what the window "
-                "covers. Load the model with use_sliding_window=False in its text configuration."
-            )
-        if getattr(model, "_tp_size", None) not in (None, 1):
-            raise NotImplementedError(
-                "tensor-parallel models are not supported: each rank would choose other tokens. Load without tp_plan."
-            )
+        super().check(model)
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""

@@ -33,6 +33,8 @@ class VarlenVision:
     @staticmethod
     def suits(adapter: ModelAdapter) -> bool:
         """Whether the tower's own attention would go window by window, and ours can take its place."""
+        if adapter.vision.program is None:
+            return False
         config: Any = adapter.vision.module.config
         weight = next(adapter.vision.module.parameters())
         takes = weight.device.type == "cpu" or weight.dtype in (torch.float16, torch.bfloat16)
