@@ -7,9 +7,10 @@ from typing import Any
 from torch import nn
 
 from .base import Family, ModelAdapter
+from .llava import LlavaFamily
 from .qwen2_vl import Qwen2VLFamily
 
-FAMILIES: tuple[Family, ...] = (Qwen2VLFamily(),)
+FAMILIES: tuple[Family, ...] = (Qwen2VLFamily(), LlavaFamily())
 
 
 def supported_model_types() -> tuple[str, ...]:
