@@ -36,9 +36,14 @@ class SpanSelector:
 
     def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int) -> Sequence[Tensor]:
         """The same for several samples with as many tokens each, in as many steps as for one."""
-        states = torch.stack([context.hidden_states for context in contexts])
+        states = finite(torch.stack([context.hidden_states for context in contexts]))
         valid = torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
-        return self.order(finite(states), valid, n_keep).sort(dim=-1).values.unbind()
+        n, size = states.shape[1:]
+        if states.is_cuda and n > 2 * size:  # products of all rows would take more than twice their states
+            order = dpp_order(_centre(states, valid), valid.float(), n_keep, True)
+        else:
+            order = self.order(states, valid, n_keep)
+        return order.sort(dim=-1).values.unbind()
 
     def order(self, states: Tensor, valid: Tensor, n_keep: int) -> Tensor:
         """The search itself: see :class:`~sparsevlm.selection.context.OrderedSelector`.
