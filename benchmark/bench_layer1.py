@@ -16,9 +16,16 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmark.retained import print_retained
 from benchmark.timed import Bench, Work
-from sparsevlm.kernels import activation, decode_attention, norm, pivots, products, rater_attention, rotary
+from sparsevlm.kernels import pivots, products, rater_attention
+from sparsevlm.kernels.attention import (
+    RaggedCache,
+    decode_attention,
+    decode_attention_plain,
+    varlen_attention,
+    varlen_attention_plain,
+)
+from sparsevlm.kernels.elementwise import rms_norm, rms_norm_plain, rotate, rotate_plain, swiglu, swiglu_plain
 from sparsevlm.kernels.sketch_rank import sketch_rank
-from sparsevlm.kernels.varlen_attention import varlen_attention, varlen_attention_plain
 
 _EPS = 1e-6
 _NOISE = 1e-6
@@ -88,14 +95,14 @@ def elementwise(bench: Bench, sizes: Sizes) -> None:
         weight = bench.random(sizes.hidden)
         _pair(
             bench, "rms_norm with residual", f"{n} x {sizes.hidden}",
-            lambda x, y, w=weight: norm.rms_norm_plain(x, w, _EPS, y),
-            lambda x, y, w=weight: norm.rms_norm(x, w, _EPS, y),
+            lambda x, y, w=weight: rms_norm_plain(x, w, _EPS, y),
+            lambda x, y, w=weight: rms_norm(x, w, _EPS, y),
             lambda n=n: (bench.random(n, sizes.hidden), bench.random(n, sizes.hidden)),
             Work(bytes=4 * n * sizes.hidden * element),
         )  # fmt: skip
         _pair(
             bench, "swiglu", f"{n} x {sizes.intermediate}",
-            activation.swiglu_plain, activation.swiglu,
+            swiglu_plain, swiglu,
             lambda n=n: bench.random(n, 2 * sizes.intermediate).chunk(2, dim=1),
             Work(bytes=3 * n * sizes.intermediate * element),
         )  # fmt: skip
@@ -107,7 +114,7 @@ def elementwise(bench: Bench, sizes: Sizes) -> None:
 
         _pair(
             bench, "rotate", f"{n} x ({heads[0]} + {heads[1]}) x {sizes.head_dim}",
-            rotary.rotate_plain, rotary.rotate, make,
+            rotate_plain, rotate, make,
             Work(bytes=2 * n * (sum(heads) + 1) * sizes.head_dim * element),
         )  # fmt: skip
 
@@ -162,13 +169,13 @@ def decoding(bench: Bench, sizes: Sizes) -> None:
             parts = [bench.random(sum(lengths), sizes.kv_heads, sizes.head_dim) for _ in range(2)]
             new = [bench.random(len(lengths), n_new, sizes.kv_heads, sizes.head_dim) for _ in range(2)]
             count = torch.full((1,), n_new, dtype=torch.int32, device=bench.device)
-            cache = decode_attention.RaggedCache(*parts, bench.offsets(lengths), *new, count)
+            cache = RaggedCache(*parts, bench.offsets(lengths), *new, count)
             return bench.random(len(lengths), sizes.heads, sizes.head_dim), cache
 
         bench.time("decode_attention", shape, "plain torch, padded", dense, padded, work=work)
         bench.time(
             "decode_attention", shape, "ours",
-            lambda query, cache, m=longest: decode_attention.decode_attention(query, cache, scaling, m),
+            lambda query, cache, m=longest: decode_attention(query, cache, scaling, m),
             [make() for _ in padded], work=work,
         )  # fmt: skip
 

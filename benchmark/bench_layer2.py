@@ -18,8 +18,8 @@ from sparsevlm.bench.shapes import random_model
 from sparsevlm.engine.layer import run_layer, summed
 from sparsevlm.engine.vision import Grids, make_tables, see
 from sparsevlm.engine.weights import Weights
-from sparsevlm.kernels.rotary import rotate
-from sparsevlm.kernels.varlen_attention import varlen_attention
+from sparsevlm.kernels.attention import varlen_attention
+from sparsevlm.kernels.elementwise import rotate
 from sparsevlm.models import ModelAdapter, adapter_for
 from sparsevlm.runtime.costs import prefill_flops
 

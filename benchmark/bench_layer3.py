@@ -23,9 +23,9 @@ from sparsevlm.bench.shapes import random_model
 from sparsevlm.bench.workload import fresh_inputs
 from sparsevlm.engine import static_prefill
 from sparsevlm.engine.arena import Arena
+from sparsevlm.engine.call import Prompt
 from sparsevlm.engine.graphs import Recorder
 from sparsevlm.engine.programs import Program
-from sparsevlm.engine.prompt import Prompt
 from sparsevlm.engine.weights import Weights
 from sparsevlm.runtime.opening import open_request
 from sparsevlm.runtime.prompt import visual_masks

@@ -12,8 +12,8 @@ from benchmark.timed import Bench, Work
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.engine.layer import run_layer
 from sparsevlm.engine.weights import Weights
-from sparsevlm.kernels.rotary import rotate
-from sparsevlm.kernels.varlen_attention import varlen_attention
+from sparsevlm.kernels.attention import varlen_attention
+from sparsevlm.kernels.elementwise import rotate
 from sparsevlm.models import ModelAdapter, adapter_for
 
 RETAINED = (256, 128, 96, 64)

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from . import compat
 from .engine.generate import Engine, UnsupportedByEngineError
-from .runtime.hooks import ModelHooks
-from .runtime.refusals import check_prefill
+from .runtime.prompt import check_prefill
 from .runtime.session import Session
 
 
@@ -26,12 +25,11 @@ class Generate:
     Parameters
     ----------
     session : Session
-    hooks : ModelHooks
     engine : Engine
     """
 
-    def __init__(self, session: Session, hooks: ModelHooks, engine: Engine) -> None:
-        self._session, self._hooks, self._engine = session, hooks, engine
+    def __init__(self, session: Session, engine: Engine) -> None:
+        self._session, self._engine = session, engine
         self._before: Callable[..., Any] | None = None
         self._is_attached = False
 
@@ -63,23 +61,16 @@ class Generate:
         if not self._is_attached:
             return self.plain(*args, **kwargs)
         session, arguments = self._session, _named(self.plain, args, kwargs)
-        self._hooks.drop_interrupted()
+        if not session.in_generate:  # a direct call of this thread was ended by Ctrl-C, which torch tells no hook
+            session.lock.release()
         timeout = session.options.config.timeout
         with (
             _ends_streamer(arguments.get("streamer")),
             session.lock.hold(timeout) as depth,
-            contextlib.ExitStack() as own,
+            session.generating(is_nested=depth > 1),
         ):
-            if depth > 1:
-                own.enter_context(session.interrupted())
-            own.enter_context(self._hooks.generating())
-            session.begin_call()
             session.expect_images(arguments)
-            try:
-                return self._run(arguments, is_nested=depth > 1)
-            except BaseException as error:
-                session.fail(error)
-                raise
+            return self._run(arguments, is_nested=depth > 1)
 
     def _run(self, arguments: dict[str, Any], *, is_nested: bool) -> Any:
         session, given = self._session, arguments

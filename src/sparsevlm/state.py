@@ -31,7 +31,7 @@ class SparseVLMState:
         self._session = Session(adapter, config, template or Template())
         self._hooks = ModelHooks(self._session)
         self._engine = Engine(self._session)
-        self._generate = Generate(self._session, self._hooks, self._engine)
+        self._generate = Generate(self._session, self._engine)
         self._report: tuple[Any, Report] | None = None
 
     @property

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_parity import run
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine import arena, buckets, programs
+from sparsevlm.engine import arena, graphs, programs
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -17,9 +17,9 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 @given(st.integers(1, 100_000))
 def test_a_bucket_is_at_most_an_eighth_larger(n):
-    rounded = buckets.round_up(n)
+    rounded = graphs.round_up(n)
     assert n <= rounded < n + max(16, n / 8 + 1)
-    assert buckets.round_up(rounded) == rounded
+    assert graphs.round_up(rounded) == rounded
 
 
 def test_requests_of_like_size_share_a_program():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine.decode import begin_decode, decode_step
+from sparsevlm.engine.arena import begin_decode, decode_step
 from sparsevlm.engine.prefill import pack, prefill
 from sparsevlm.engine.weights import Weights
 from sparsevlm.runtime.recorder import make_report

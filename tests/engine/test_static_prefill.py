@@ -10,8 +10,8 @@ from test_packed import captured
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine import static_prefill
+from sparsevlm.engine.call import Prompt
 from sparsevlm.engine.prefill import pack, prefill
-from sparsevlm.engine.prompt import Prompt
 from sparsevlm.engine.weights import Weights
 from sparsevlm.runtime.recorder import make_report
 from toys import PROMPTS, make_inputs, relative_error, tiny_model

@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
-from sparsevlm.kernels.varlen_attention import varlen_attention
+from sparsevlm.kernels.attention import varlen_attention
 from sparsevlm.runtime import vision_varlen
 from toys import PROMPTS, make_inputs, tiny_model
 

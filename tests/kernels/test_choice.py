@@ -43,7 +43,7 @@ def test_triton_that_does_not_work(monkeypatch, caplog, ampere):
     def no_compiler(*args):
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr("sparsevlm.kernels.triton.norm.rms_norm", no_compiler)
+    monkeypatch.setattr("sparsevlm.kernels.triton.elementwise.rms_norm", no_compiler)
     monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(shape))
     assert choice.trouble() == "Triton does not work here (RuntimeError)"
     assert "C compiler" in caplog.text

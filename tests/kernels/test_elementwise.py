@@ -5,12 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.activation import swiglu_plain
-from sparsevlm.kernels.norm import rms_norm_plain
-from sparsevlm.kernels.rotary import rotate_into_plain, rotate_plain
-from sparsevlm.kernels.triton.activation import swiglu
-from sparsevlm.kernels.triton.norm import rms_norm
-from sparsevlm.kernels.triton.rotary import rotate, rotate_into
+from sparsevlm.kernels.elementwise import rms_norm_plain, rotate_into_plain, rotate_plain, swiglu_plain
+from sparsevlm.kernels.triton.elementwise import rms_norm, rotate, rotate_into, swiglu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Elements of one part in so many of their size may round the other way.

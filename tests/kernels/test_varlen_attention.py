@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.varlen_attention import equal_attention, varlen_attention
+from sparsevlm.kernels.attention import equal_attention, varlen_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 

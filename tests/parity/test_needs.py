@@ -15,7 +15,8 @@ from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from sparsevlm.models import adapter_for
 from sparsevlm.runtime import vision
 from sparsevlm.runtime.probe import AttentionProbe
-from sparsevlm.runtime.vision_probe import VisionProbe, VisionRows
+from sparsevlm.runtime.step import VisionRows
+from sparsevlm.runtime.vision_probe import VisionProbe
 from sparsevlm.template import Template
 from toys import IMAGE, PROMPTS, VIDEO, make_inputs, tiny_model, use_attention
 

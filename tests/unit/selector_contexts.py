@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sparsevlm.config import SparseVLMConfig
-from sparsevlm.selection.check import checked_selection
 from sparsevlm.selection.context import SelectionContext
+from sparsevlm.selection.decide import checked_selection
 from sparsevlm.selection.selectors import SELECTORS
 
 

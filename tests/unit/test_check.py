@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.selection.check import checked_selection
 from sparsevlm.selection.context import Selection
+from sparsevlm.selection.decide import checked_selection
 
 N_VISUAL, N_KEEP = 8, 3
 STATES = torch.zeros(N_VISUAL, 4)

@@ -12,8 +12,8 @@ from selector_contexts import grid_coordinates, make_context, run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsevlm.selection import greedy, similarity
-from sparsevlm.selection.check import checked_selection
 from sparsevlm.selection.context import SelectorTraits
+from sparsevlm.selection.decide import checked_selection
 from sparsevlm.selection.selectors import SELECTORS
 
 KINDS = ("random", "pairs", "identical", "zeros")

@@ -18,9 +18,8 @@ from ..runtime.request import Request
 from ..runtime.session import Session
 from ..selection.context import VISION_NEEDS
 from .arena import Arena
-from .call import Call
+from .call import Call, Prompt, leave_out
 from .prefill import pack, prefill
-from .prompt import Prompt, leave_out
 from .refusals import refuses_arguments, refuses_mode, refuses_prepared, refuses_request
 from .vision import Grids
 from .workshop import Workshop
@@ -123,7 +122,7 @@ class Engine:
                     self._shop.forget()
             if not self._shop.look():
                 call.pending = None
-            self.reason = self._shop.decoder_unfit or self._shop.decoder_hooked() or ""
+            self.reason = self._shop.unfit() or ""
         if self.reason:
             return None
         call.position_on_host(self._adapter.model, self._adapter.base_model)

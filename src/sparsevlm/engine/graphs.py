@@ -1,4 +1,4 @@
-"""Fixed lists of operations, recorded once on a CUDA device and replayed; run as they are elsewhere."""
+"""CUDA graphs: programs of fixed shapes, captured once and replayed, and the sizes that they are made for."""
 
 from __future__ import annotations
 
@@ -151,3 +151,14 @@ class Recorded(Recent[K, T]):
         if self._sightings.often(key) or key in self._things:
             return self.get(key, lambda: make(self._recorder))
         return make(None)
+
+
+def round_up(n: int) -> int:
+    """To a multiple of 16, or of an eighth of the power of two below: at most an eighth is left empty."""
+    step = step_of(n)
+    return -(-n // step) * step
+
+
+def step_of(n: int) -> int:
+    """Distance of the buckets around ``n``."""
+    return max(16, 1 << max(0, n.bit_length() - 4))

@@ -6,8 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..kernels.activation import swiglu
-from ..kernels.norm import rms_norm
+from ..kernels.elementwise import rms_norm, swiglu
 from ..models.base import BlockModules
 from .weights import Weights
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.rotary import rotate
-from ..kernels.varlen_attention import varlen_attention
+from ..kernels.attention import varlen_attention
+from ..kernels.elementwise import rotate
 from ..models import ModelAdapter
 from ..runtime.request import Request
 from ..runtime.step import Readout, choose_embedding_raters, prune_step

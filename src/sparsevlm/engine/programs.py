@@ -13,9 +13,9 @@ from ..runtime.request import Request
 from ..selection.context import OrderedSelector
 from . import static_prefill
 from .arena import Arena
+from .call import Prompt
 from .graphs import Recorded, Recorder
 from .prefill import LayerCache
-from .prompt import Prompt
 from .static_prefill import Inputs, Outputs, Plan
 from .weights import Weights
 

@@ -74,7 +74,7 @@ def refuses_mode(adapter: ModelAdapter) -> str | None:
     """Why nothing runs on the engine as torch and the model are at present."""
     if adapter.decoder.block is None:
         return _undescribed(adapter)
-    if torch.is_autocast_enabled(adapter.device.type):
+    if torch.is_autocast_enabled(adapter.decoder.embed.weight.device.type):
         return "autocast"
     if adapter.decoder.module.training:
         return "training mode"
@@ -91,17 +91,7 @@ def refuses_patches(adapter: ModelAdapter) -> str | None:
     for name in _METHODS:
         if not _is_stock(getattr(type(adapter.model), name, None) or _is_stock):
             return f"{type(adapter.model).__name__}.{name} was replaced"
-    tower, layer = adapter.vision.module, adapter.decoder.layers[0]
-    called = [tower, layer]
-    if adapter.decoder.block is not None:
-        block = adapter.decoder.block.modules_of(layer)
-        called += [block.attention, block.mlp, block.attention_norm]
-    if adapter.vision.program is not None:
-        called.append(adapter.vision.program.blocks[0].module)
-    for module in called:
-        if not _is_stock(type(module).forward):
-            return f"{type(module).__name__}.forward was replaced"
-    for module in (adapter.decoder.module, tower):
+    for module in (adapter.decoder.module, adapter.vision.module):
         name = module.config._attn_implementation or "eager"
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         if not name.startswith(_ATTENTIONS) or (function is not None and not _is_stock(function)):
@@ -123,6 +113,12 @@ def refuses_decoder(adapter: ModelAdapter) -> str | None:
         if (reason := _foreign(parts, linear) or _no_silu(block.activation)) is not None:
             return reason
     return None
+
+
+def refuses_classes(kinds: Iterable[type]) -> str | None:
+    """Why modules of some classes are not for the engine: what was put in the place of their ``forward``."""
+    patched = (kind.__name__ for kind in kinds if not _is_stock(getattr(kind, "forward", None)))
+    return next((f"{name}.forward was replaced" for name in patched), None)
 
 
 def _undescribed(adapter: ModelAdapter) -> str:

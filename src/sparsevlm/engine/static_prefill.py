@@ -13,17 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.rotary import rotate_into
-from ..kernels.varlen_attention import equal_attention, varlen_attention
+from ..kernels.attention import equal_attention, varlen_attention
+from ..kernels.elementwise import rotate_into
 from ..models import ModelAdapter
 from ..runtime.request import Request, StageRecord
+from ..selection.budget import nothing_to_drop
 from ..selection.context import OrderedSelector
-from ..selection.decide import nothing_to_drop
-from .buckets import round_up, step_of
-from .call import to_device
+from .call import Prompt, to_device
+from .graphs import round_up, step_of
 from .layer import Attend, run_layer, summed
 from .prefill import LayerCache
-from .prompt import Prompt
 from .weights import Weights
 
 _CLOSE = torch.contiguous_format

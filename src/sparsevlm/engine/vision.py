@@ -11,10 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from ..kernels.activation import swiglu
-from ..kernels.norm import rms_norm
-from ..kernels.rotary import rotate
-from ..kernels.varlen_attention import equal_attention, varlen_attention
+from ..kernels.attention import equal_attention, varlen_attention
+from ..kernels.elementwise import rms_norm, rotate, swiglu
 from ..models import ModelAdapter
 from ..models.base import PackedTower, TowerBlock
 from .graphs import Recorded, Recorder

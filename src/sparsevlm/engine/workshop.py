@@ -4,20 +4,67 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..models import ModelAdapter
 from .arena import Arenas
 from .graphs import Recorder
 from .programs import Programs
-from .refusals import refuses_decoder, refuses_tower
+from .refusals import refuses_classes, refuses_decoder, refuses_tower
 from .vision import VisionPrograms
-from .watch import Watch
 from .weights import Weights
 
 logger = logging.getLogger(__name__)
+
+_LEFT_BEHIND = "transformers.utils.output_capturing"
+
+
+class Watch:
+    """Looks at modules again and again.
+
+    Parameters
+    ----------
+    modules : iterable of nn.Module
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._modules = tuple(modules)
+        self._weights = [own for module in self._modules if (own := vars(module)["_parameters"])]
+        self._children = [own for module in self._modules if (own := vars(module)["_modules"])]
+        self._seen = self._look()
+
+    def _look(self) -> list[int]:
+        """Where weights lie, which modules there are, and of which class."""
+        weights = [weight.data_ptr() for own in self._weights for weight in own.values() if weight is not None]
+        children = [id(child) for own in self._children for child in own.values()]
+        return weights + children + [id(type(module)) for module in self._modules]
+
+    def changed(self) -> bool:
+        """Whether weights lie elsewhere (another device or dtype, other tensors) or modules were replaced.
+
+        Weights that changed where they lie need no notice: programs read them there.
+        """
+        return self._look() != self._seen
+
+    def hooked(self) -> str | None:
+        """A module that wants to be called: something of others is hooked to it, or its ``forward`` was replaced."""
+        for module in self._modules:
+            own = vars(module)
+            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+                hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
+                if "forward" in own or not all(is_idle(hook) for hook in hooks):
+                    return f"something is hooked to {type(module).__name__}, which the engine does not call"
+        return None
+
+
+def is_idle(hook: Any) -> bool:
+    """Whether a hook is of this library, or one that transformers leaves behind once layers' outputs were asked for."""
+    owner = getattr(hook, "__self__", hook)
+    return hasattr(owner, "is_sparsevlm_hook") or str(getattr(hook, "__module__", "")) == _LEFT_BEHIND
 
 
 class Workshop:
@@ -42,7 +89,7 @@ class Workshop:
 
     def _make(self) -> None:
         adapter = self.adapter = self.adapter.refreshed()
-        device = self.device = adapter.device
+        device = self.device = adapter.decoder.embed.weight.device
         self.decoder_unfit, self.tower_unfit = refuses_decoder(adapter), refuses_tower(adapter)
         self.weights, recorder = Weights(adapter), Recorder(device)
         if self.decoder_unfit is None:
@@ -56,6 +103,11 @@ class Workshop:
             [adapter.model, adapter.base_model, adapter.decoder.head, *adapter.decoder.module.modules()]
         )
         self._tower_watch = Watch(adapter.vision.module.modules())
+        self._classes = {type(adapter.vision.module), type(adapter.decoder.layers[0])}
+        for block in self.weights.blocks[:1]:
+            self._classes |= {type(block.attention), type(block.mlp), type(block.attention_norm)}
+        if adapter.vision.program is not None:
+            self._classes.add(type(adapter.vision.program.blocks[0].module))
         # What changes with every conversion, in far less time.
         program, ends = adapter.vision.program, [adapter.vision.module]
         if program is not None:
@@ -95,13 +147,13 @@ class Workshop:
         self._keep_up(self._decoder_watch)
         return same and self.tower_hooked() is None
 
+    def unfit(self) -> str | None:
+        """Why the decoder cannot run by programs."""
+        return self.decoder_unfit or refuses_classes(self._classes) or self._decoder_watch.hooked()
+
     def tower_hooked(self) -> str | None:
         """What of others is hooked to the vision tower."""
         return self._tower_watch.hooked()
-
-    def decoder_hooked(self) -> str | None:
-        """What of others is hooked to the decoder."""
-        return self._decoder_watch.hooked()
 
     def _keep_up(self, watch: Watch) -> None:
         if self._made and watch.changed():
@@ -113,7 +165,7 @@ class Workshop:
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
         """Where programs are made and run: on their device, and with tensors that live on outside of inference mode."""
-        device = self.adapter.device
+        device = self.adapter.decoder.embed.weight.device
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with torch.inference_mode(False), torch.no_grad(), on_device:
             yield

@@ -31,7 +31,7 @@ def trouble() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
-        from .triton.norm import rms_norm
+        from .triton.elementwise import rms_norm
 
         rows = torch.ones(2, 16, device="cuda")
         rms_norm(rows, rows[0], 1e-6, None)

@@ -361,17 +361,6 @@ class ModelAdapter:
         """Class name of the model."""
         return type(self.model).__name__
 
-    @property
-    def attn_implementation(self) -> str:
-        """Name of the attention in force in the decoder."""
-        return self.decoder.module.config._attn_implementation or "eager"
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the token embeddings."""
-        device: torch.device = self.decoder.embed.weight.device
-        return device
-
     def refreshed(self) -> ModelAdapter:
         """The adapter of the model as it is now, whose modules may have been replaced."""
         decoder, vision = self.family.decoder(self.model), self.family.vision(self.model)

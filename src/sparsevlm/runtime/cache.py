@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -222,3 +223,31 @@ def adopt(cache: Cache, layer_idx: int) -> Any:
         pruned.all_tables = layers[0].all_tables if i else WeakSet()
         layers[i] = pruned
     return layers[layer_idx]
+
+
+def cache_bytes(layers: Iterable[Any], dense_length: int) -> tuple[int, int]:
+    """Bytes of keys and values, as they would be dense and as they are.
+
+    Parameters
+    ----------
+    layers : iterable of cache layers
+        After the prefill.
+    dense_length : int
+        Slots of each layer without pruning (a static layer's buffers count in full both times).
+    """
+    dense = sparse = 0
+    for layer in layers:
+        if getattr(layer, "keys", None) is None or layer.keys.ndim != 4:
+            continue
+        size = sum(states.numel() * states.element_size() for states in (layer.keys, layer.values))
+        slots = layer.keys.shape[-2]
+        sparse += size
+        dense += size if hasattr(layer, "max_cache_len") else size // max(slots, 1) * dense_length
+    return dense, sparse
+
+
+def static_note(layers: Iterable[Any]) -> str | None:
+    """Say where dropped tokens' memory is not freed."""
+    if any(isinstance(layer, PrunedStaticLayer) for layer in layers):
+        return "static cache: buffers keep their full length, dropped tokens free no memory"
+    return None

@@ -1,14 +1,12 @@
-"""Estimated FLOPs and measured cache bytes of a request."""
+"""Estimated FLOPs of a request."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import nn
 
 from ..models import ModelAdapter
-from .cache import PrunedStaticLayer
 
 
 def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_len: int) -> float:
@@ -33,35 +31,3 @@ def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_l
         pairs = tokens * past_len + tokens * (tokens + 1) / 2
         total += 2.0 * weights * tokens + 4.0 * width * pairs
     return total
-
-
-def cache_bytes(layers: Iterable[Any], dense_length: int) -> tuple[int, int]:
-    """Bytes of keys and values, as they would be dense and as they are.
-
-    Parameters
-    ----------
-    layers : iterable of cache layers
-        After the prefill.
-    dense_length : int
-        Slots of each layer without pruning (a static layer's buffers count in full both times).
-    """
-    dense = sparse = 0
-    for layer in layers:
-        if hasattr(layer, "cache_bytes"):  # keeps its own books
-            own = layer.cache_bytes(dense_length)
-            dense, sparse = dense + own[0], sparse + own[1]
-            continue
-        if getattr(layer, "keys", None) is None or layer.keys.ndim != 4:
-            continue
-        size = sum(states.numel() * states.element_size() for states in (layer.keys, layer.values))
-        slots = layer.keys.shape[-2]
-        sparse += size
-        dense += size if hasattr(layer, "max_cache_len") else size // max(slots, 1) * dense_length
-    return dense, sparse
-
-
-def static_note(layers: Iterable[Any]) -> str | None:
-    """Say where dropped tokens' memory is not freed."""
-    if any(isinstance(layer, PrunedStaticLayer) for layer in layers):
-        return "static cache: buffers keep their full length, dropped tokens free no memory"
-    return None

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,14 +11,10 @@ from torch.utils.hooks import RemovableHandle
 from ..compat import cache_of
 from ..selection.context import VISION_NEEDS
 from . import prompt
-from .cache import check_cache
+from .cache import cache_bytes, check_cache, static_note
 from .clock import Mark
-from .costs import cache_bytes, static_note
-from .forward import Forward
 from .opening import open_request
-from .precision import no_autocast
-from .pruner import before_layer
-from .refusals import check_call, check_mode, check_packing
+from .pruner import Forward, before_layer
 from .request import Request
 from .session import Session
 from .step import choose_embedding_raters
@@ -39,6 +33,8 @@ class ModelHooks:
     session : Session
     """
 
+    is_sparsevlm_hook = True  # tells these hooks from those of others
+
     def __init__(self, session: Session) -> None:
         self._session = session
         self._adapter = session.adapter
@@ -48,11 +44,10 @@ class ModelHooks:
         self._begin: Mark | None = None
         self._inside: list[nn.Module] = []
         self._handles: list[RemovableHandle] = []
-        self.in_generate = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are in no call."""
-        return {**vars(self), "_forward": None, "_begin": None, "_inside": [], "in_generate": False}
+        return {**vars(self), "_forward": None, "_begin": None, "_inside": []}
 
     @property
     def attached(self) -> bool:
@@ -81,27 +76,14 @@ class ModelHooks:
         self._end_forward()
         self._vision.release()
 
-    @contextlib.contextmanager
-    def generating(self) -> Iterator[None]:
-        """Where ``generate`` owns the call: the hooks leave the lock and its failures to it."""
-        before = (self.in_generate, self._forward, self._inside, self._logits_to_keep)
-        self.in_generate, self._forward, self._inside = True, None, []
-        try:
-            yield
-        finally:
-            self._end_forward()
-            self.in_generate, self._forward, self._inside, self._logits_to_keep = before
-
-    def drop_interrupted(self) -> None:
-        """Give back the lock of a direct call of this thread that Ctrl-C has ended, which torch tells no hook."""
-        if self._inside and self._session.lock.is_mine and not self.in_generate:
-            self._inside = []
-            self._session.lock.release()
+    @property
+    def _is_flash(self) -> bool:
+        return "flash" in (self._adapter.decoder.module.config._attn_implementation or "")
 
     def _enter(self, module: nn.Module) -> None:
         """Take the lock for a direct call that begins at ``module``."""
         session = self._session
-        if session.lock.is_mine and self.in_generate:
+        if session.lock.is_mine and session.in_generate:
             return
         if session.lock.is_mine and module in self._inside:  # of a call that was interrupted by Ctrl-C
             del self._inside[self._inside.index(module) :]
@@ -113,7 +95,7 @@ class ModelHooks:
         self._inside.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._session.lock.is_mine or self.in_generate or module not in self._inside:
+        if not self._session.lock.is_mine or self._session.in_generate or module not in self._inside:
             return
         del self._inside[self._inside.index(module) :]
         if not self._inside:
@@ -124,8 +106,8 @@ class ModelHooks:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
-        check_call(self._adapter, inputs)
-        if not self.in_generate:
+        prompt.check_call(self._adapter, inputs)
+        if not self._session.in_generate:
             self._session.expect_images(inputs)
         keep = inputs.get("logits_to_keep")
         self._logits_to_keep = keep if isinstance(keep, int) else 0
@@ -138,7 +120,7 @@ class ModelHooks:
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self._begin = Mark.now(ids.device)
         self._end_forward()
-        check_mode(self._adapter)
+        prompt.check_mode(self._adapter)
         self._vision.begin_pass(inputs)
         masks = prompt.visual_masks(self._adapter, inputs)
         self._session.check_images_found(inputs, bool(masks))
@@ -150,11 +132,11 @@ class ModelHooks:
             check_cache(cache, self._adapter.n_layers)
         if request.config.vision_keep < 1.0:
             request.remark("; the tower computed all, vision_keep is the engine's")
-        self._forward = Forward(cache, request, masks)
+        self._forward = Forward(cache, request, masks, is_flash=self._is_flash)
 
     def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
         """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
-        self._forward = Forward(cache)
+        self._forward = Forward(cache, is_flash=self._is_flash)
         request = self._session.request
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
             request.begin_decode_step()
@@ -176,12 +158,11 @@ class ModelHooks:
             forward.readout.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 3:
-            check_packing(positions, kwargs.get("attention_mask"))
+            prompt.check_packing(positions, kwargs.get("attention_mask"))
         request.see_positions(self._adapter, positions)
         embeds = kwargs["inputs_embeds"]
         request.see_embeddings(embeds)
-        with no_autocast(embeds.device):
-            choose_embedding_raters(request, lambda b, tokens: embeds[b, tokens.to(embeds.device)])
+        choose_embedding_raters(request, lambda b, tokens: embeds[b, tokens.to(embeds.device)])
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._session.lock.is_mine:  # torch calls this for a thread that gave up waiting as well
@@ -225,6 +206,8 @@ class ModelHooks:
 
 class _LayerHook:
     """Forward pre-hook of one decoder layer."""
+
+    is_sparsevlm_hook = True
 
     def __init__(self, hooks: ModelHooks, layer_idx: int):
         self.hooks = hooks

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..compat import cache_of
-from ..models import Grid
+from ..models import Grid, ModelAdapter
+from ..selection.budget import plan_budget, plan_schedule
 from . import prompt
-from .planning import plan_samples
 from .request import Request
 from .session import Session
 
@@ -61,3 +61,41 @@ def _warn(session: Session, request: Request) -> None:
     for sample in request.samples:
         if sample.plan is not None and sample.plan.clamped:
             session.warn_once("budget", sample.plan.clamped + " (said once; see the reports).")
+
+
+def plan_samples(adapter: ModelAdapter, request: Request, input_ids: Tensor | None) -> None:
+    """Give every sample of a request the counts of its budget.
+
+    Raises
+    ------
+    ValueError
+        With ``strict``, where a budget cannot hold; with per-sample budgets, where their number does not fit.
+    """
+    config, target_layers = request.config, request.target_layers
+    budgets = per_sample_budgets(config.keep, request.batch, input_ids)
+    schedule = config.schedule or request.traits.default_schedule
+    for sample, keep in zip(request.samples, budgets, strict=True):
+        n_visual, n_left = sample.visual.shape[0], sample.alive.shape[0]
+        if not isinstance(schedule, str):
+            sample.plan = plan_schedule(schedule, n_visual, len(target_layers), config.min_keep).at_most(n_left)
+        elif keep is not None:
+            of_left = isinstance(keep, float) and 0 < n_left < n_visual
+            budget = min(1.0, keep * n_visual / n_left) if of_left else keep
+            sample.plan = plan_budget(budget, schedule, n_left, target_layers, adapter.n_layers, config.min_keep)
+        if sample.plan is not None and sample.plan.clamped and config.strict:
+            raise ValueError(f"{sample.plan.clamped} (strict=True refuses this).")
+
+
+def per_sample_budgets(keep: Any, batch: int, input_ids: Tensor | None) -> list[Any]:
+    """One budget per row of the batch; a list of budgets is repeated for beams and returned sequences, whose rows are
+    copies of each other."""
+    if not isinstance(keep, tuple):
+        return [keep] * batch
+    copies = batch // len(keep)
+    fits = copies * len(keep) == batch
+    if fits and copies > 1 and input_ids is not None:
+        groups = input_ids.view(len(keep), copies, -1)
+        fits = bool((groups == groups[:, :1]).all())
+    if not fits:
+        raise ValueError(f"keep holds {len(keep)} budgets for a batch of {batch} samples.")
+    return [value for value in keep for _ in range(copies)]

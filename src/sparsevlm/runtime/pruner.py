@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,12 +12,86 @@ from transformers.cache_utils import Cache
 from ..models import ModelAdapter
 from .cache import DEAD, SlotTable, adopt
 from .clock import Mark
-from .forward import Forward
 from .masks import pruned_mask
-from .precision import no_autocast
+from .probe import AttentionProbe
 from .reading import read_target_layer
-from .request import Request, stack_rows
-from .step import Survivors, prune_step
+from .request import Request
+from .step import Readout, Survivors, prune_step, reads
+
+
+@dataclass
+class Forward:
+    """State of one pass through the decoder; gone when the pass ends.
+
+    Attributes
+    ----------
+    request : Request or None
+        Set while this pass may prune.
+    visual_masks : dict
+        Of shape (batch, q_len), bool: which tokens are visual, per kind (image, video) that the pass brings.
+    appended : dict
+        Tokens that each table of the cache had counted when the pass began: its first layer moves it along early.
+    tables : dict
+        Slot table of this pass's current stage by the table that the layers had before.
+    memo : dict
+        Masks and rotary tables that the layers of a stage share.
+    rows_dead : bool
+        Whether ``request.rows`` holds fillers.
+    is_flash : bool
+        Whether the decoder's attention takes 2D masks.
+    probe : AttentionProbe or None
+        Of the target layer that was the last to be read.
+    readout : Readout
+        What was read at the target layer that has just run, and in the vision tower.
+    """
+
+    cache: Cache | None
+    request: Request | None = None
+    visual_masks: dict[str, Tensor] = field(default_factory=dict)
+    appended: dict[SlotTable, int] = field(default_factory=dict)
+    tables: dict[SlotTable | None, SlotTable] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+    rows_dead: bool = False
+    is_flash: bool = False
+    probe: AttentionProbe | None = None
+    readout: Readout = field(default_factory=Readout)
+
+    def note_tables(self) -> None:
+        """Remember how far every table of the cache has come."""
+        for layer in () if self.cache is None else self.cache.layers:
+            table = getattr(layer, "table", None)
+            if table is not None:
+                self.appended[table] = table.appended
+
+    def table_of(self, layer_idx: int) -> SlotTable | None:
+        """Slot table of a cache layer, if it has one."""
+        if self.cache is None or layer_idx >= len(self.cache.layers):
+            return None
+        return getattr(self.cache.layers[layer_idx], "table", None)
+
+    def slot_offset(self, layer_idx: int, n_rows: int) -> int:
+        """Slot of a layer's cache that the first of ``n_rows`` rows of this pass goes to."""
+        table = self.table_of(layer_idx)
+        if table is None:
+            return 0 if self.request is None else self.request.past_len
+        placed = table not in self.appended  # it holds the slots of this pass already
+        return table.positions.shape[1] + (-n_rows if placed else self.appended[table])
+
+    def forget_layer(self) -> None:
+        """Drop what was read at the target layer that has just run."""
+        self.readout = Readout(vision=self.readout.vision)
+
+    def begin_stage(self, *, has_dead: bool) -> None:
+        """Forget what the layers before a cut shared; ``has_dead``: the rows that are left hold fillers."""
+        self.tables.clear()
+        self.memo.clear()
+        self.rows_dead = has_dead
+
+    def disarm(self) -> None:
+        """End the reading of a layer that has run, or failed."""
+        if self.probe is not None:
+            self.probe.disarm()
+            self.probe = None
 
 
 def before_layer(
@@ -34,26 +109,27 @@ def before_layer(
     if request is not None:
         request.to(hidden_states.device)
     if request is not None and layer_idx - 1 in request.target_layers:
-        with no_autocast(hidden_states.device):
-            hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
+        hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
     rows = None if request is None else request.rows
-    kwargs = _gathered_kwargs(adapter, forward, layer_idx, rows, hidden_states, kwargs)
+    kwargs = _gathered_kwargs(forward, layer_idx, rows, hidden_states, kwargs)
     if request is not None:
         for sample in request.samples:
             sample.enter_layer()
-        if layer_idx in request.target_layers and not request.keeps_all(layer_idx):
-            read_target_layer(adapter, forward, request, layer_idx, hidden_states)
+        if layer_idx in request.target_layers and reads(request) and not request.keeps_all(layer_idx):
+            offset = forward.slot_offset(layer_idx, hidden_states.shape[1])
+            attention = adapter.decoder.attentions[layer_idx]
+            forward.probe = read_target_layer(attention, request, hidden_states, offset, forward.readout)
     return hidden_states, kwargs
 
 
 def _gathered_kwargs(
-    adapter: ModelAdapter, forward: Forward, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
+    forward: Forward, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     table = forward.table_of(layer_idx)
     mask = kwargs.get("attention_mask")
     if rows is None and (table is None or (mask is None and not table.has_dead)):
         return kwargs
-    flash = "flash" in adapter.attn_implementation
+    flash = forward.is_flash
     if rows is None:
         assert table is not None
         past_len, q_len = table.logical_length(forward.appended[table]), hidden.shape[1]
@@ -73,8 +149,10 @@ def _gathered_kwargs(
         else:
             coming = 0 if rows is not None else forward.appended[table] + q_len
             slots, has_dead = table.slots(coming, width), table.has_dead
-        forward.memo[key] = pruned_mask(
-            mask, rows, slots, past_len, q_len, has_dead=has_dead or width is not None, flash=flash
+        has_dead = has_dead or width is not None
+        needed = mask is not None or has_dead
+        forward.memo[key] = (
+            pruned_mask(mask, rows, slots, past_len, q_len, has_dead=has_dead, flash=flash) if needed else None
         )
     return {**kwargs, "attention_mask": forward.memo[key]}
 
@@ -148,3 +226,9 @@ def _gather(forward: Forward, request: Request, survivors: list[Survivors], hidd
     request.place(stack_rows(rows))
     forward.begin_stage(has_dead=min(lengths) < width)
     return torch.stack([torch.nn.functional.pad(states, (0, 0, width - len(states), 0)) for states in gathered])
+
+
+def stack_rows(rows: list[Tensor]) -> Tensor:
+    """Rows of unequal numbers as one tensor, fillers on the left (transformers pads on the left when generating)."""
+    width = max(row.shape[0] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=DEAD) for row in rows])

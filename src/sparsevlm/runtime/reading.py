@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..models import ModelAdapter
 from ..selection.scoring import text_to_visual_attention, visual_head_count
-from .forward import Forward
 from .probe import AttentionInputs, AttentionProbe
 from .request import Request
-from .step import reads_text
+from .step import Readout, reads_text
 
 
 def read_target_layer(
-    adapter: ModelAdapter, forward: Forward, request: Request, layer_idx: int, hidden: Tensor
-) -> None:
-    """Take what is needed of the layer's input, and prepare to read the attention to come."""
+    attention: nn.Module, request: Request, hidden: Tensor, offset: int, readout: Readout
+) -> AttentionProbe | None:
+    """Take what is needed of a layer's input, and prepare to read the attention to come.
+
+    Parameters
+    ----------
+    attention : nn.Module
+        Of the layer.
+    request : Request
+    hidden : Tensor of shape (batch, n_rows, hidden_size)
+    offset : int
+        Slot of the layer's cache that the first row goes to.
+    readout : Readout
+        Filled in, now and while the layer runs.
+
+    Returns
+    -------
+    AttentionProbe or None
+        To be disarmed when the layer has run.
+    """
     needs, config = request.traits.needs, request.config
     if "previous_hidden_states" in needs:
-        forward.readout.previous = [
+        readout.previous = [
             hidden[b, request.local_rows(b, sample.positions)] for b, sample in enumerate(request.samples)
         ]
     text, last = reads_text(request), "last_attention" in needs
     if not text and not last:
-        return
-    table, offset = forward.table_of(layer_idx), request.past_len
-    if table is not None:  # slots of this layer before this pass
-        placed = table not in forward.appended
-        offset = table.positions.shape[1] + (-hidden.shape[1] if placed else forward.appended[table])
+        return None
 
     @torch.no_grad()
     def read(inputs: AttentionInputs) -> None:
@@ -36,15 +47,13 @@ def read_target_layer(
         n_top_heads = visual_head_count(n_heads) if config.heads == "visual" else None
         samples = list(enumerate(request.samples))
         if text:
-            forward.readout.text = [
+            readout.text = [
                 _rows_attention(request, b, sample.voters, offset, inputs, n_top_heads) for b, sample in samples
             ]
         if last:  # apart from the text rows, which are the same numbers with it and without
-            forward.readout.last = [
-                _rows_attention(request, b, sample.last, offset, inputs)[0] for b, sample in samples
-            ]
+            readout.last = [_rows_attention(request, b, sample.last, offset, inputs)[0] for b, sample in samples]
 
-    forward.probe = AttentionProbe(adapter.decoder.attentions[layer_idx], read)
+    return AttentionProbe(attention, read)
 
 
 def _rows_attention(

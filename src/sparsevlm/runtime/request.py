@@ -14,7 +14,6 @@ from ..models import ModelAdapter
 from ..report import StageReport
 from ..selection.budget import Plan
 from ..selection.context import Selector, SelectorTraits
-from .cache import DEAD
 from .clock import Clock, Mark
 
 
@@ -266,9 +265,3 @@ class Request:
         if self.rows is None:
             return positions
         return torch.searchsorted(self.rows[sample_idx], positions)
-
-
-def stack_rows(rows: list[Tensor]) -> Tensor:
-    """Rows of unequal numbers as one tensor, fillers on the left (transformers pads on the left when generating)."""
-    width = max(row.shape[0] for row in rows)
-    return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=DEAD) for row in rows])

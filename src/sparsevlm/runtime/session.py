@@ -13,12 +13,12 @@ from typing import Any
 
 from ..config import SparseVLMConfig
 from ..models import ModelAdapter
-from ..selection.context import Selector, SelectorTraits
-from ..selection.overrides import effective_config, idle_options
+from ..selection.context import SelectorTraits
+from ..selection.overrides import idle_options
 from ..selection.selectors import make_selector
 from ..template import Template
 from .lock import GenerationLock
-from .planning import check_budget, check_needs, resolved_target_layers
+from .options import Options
 from .request import Request
 
 logger = logging.getLogger(__name__)
@@ -26,37 +26,6 @@ logger = logging.getLogger(__name__)
 # By session; contexts (threads, tasks) do not see each other's.
 _OVERRIDES: ContextVar[tuple[_Override, ...]] = ContextVar("sparsevlm_overrides", default=())
 _LAST: ContextVar[tuple[tuple[weakref.ref[Session], Request], ...]] = ContextVar("sparsevlm_last", default=())
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of requests, checked against the model.
-
-    Attributes
-    ----------
-    given : SparseVLMConfig
-        As the user chose them.
-    config : SparseVLMConfig
-        In force: with what the selector sets.
-    selector, traits, target_layers
-        That follow from them.
-    """
-
-    given: SparseVLMConfig
-    config: SparseVLMConfig
-    selector: Selector
-    traits: SelectorTraits
-    target_layers: tuple[int, ...]
-
-    @classmethod
-    def of(cls, adapter: ModelAdapter, config: SparseVLMConfig) -> Options:
-        """Resolve a configuration; raises where it does not fit the model."""
-        selector = make_selector(config)
-        effective, traits = effective_config(config, selector), SelectorTraits.of(selector)
-        check_needs(adapter, traits)
-        layers = resolved_target_layers(adapter, effective, traits)
-        check_budget(adapter, effective, layers)
-        return cls(config, effective, selector, traits, layers)
 
 
 @dataclass(eq=False)
@@ -80,6 +49,8 @@ class Session:
     Attributes
     ----------
     lock : GenerationLock
+    in_generate : bool
+        Whether ``generate`` owns the running call.
     is_drafting : bool
         Whether the running call verifies drafted tokens (assisted decoding).
     plain_reason : str
@@ -90,7 +61,7 @@ class Session:
         self.adapter, self.template = adapter, template
         self.lock = GenerationLock()
         self.plain_reason = ""
-        self.is_drafting = self._is_open = self._expects_images = False
+        self.in_generate = self.is_drafting = self._is_open = self._expects_images = False
         self._n_overrides, self._warned = 0, set[str]()
         self._current: Request | None = None
         self._base = Options.of(adapter, config)
@@ -98,7 +69,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without requests."""
-        return {**vars(self), "_n_overrides": 0, "_current": None}
+        return {**vars(self), "_n_overrides": 0, "_current": None, "in_generate": False}
 
     @property
     def options(self) -> Options:
@@ -185,14 +156,27 @@ class Session:
         self._expects_images = any("pixel" in name and value is not None for name, value in arguments.items())
 
     @contextlib.contextmanager
-    def interrupted(self) -> Iterator[None]:
-        """Where another call runs inside of one that goes on: what belongs to that one comes back at the end."""
-        names = ("_current", "_is_open", "_expects_images", "is_drafting", "plain_reason")
+    def generating(self, *, is_nested: bool) -> Iterator[None]:
+        """Where ``generate`` owns the call; it is told where that fails.
+
+        Parameters
+        ----------
+        is_nested : bool
+            Whether another call goes on around it: what belongs to that one comes back at the end.
+        """
+        names = ("_current", "_is_open", "_expects_images", "is_drafting", "plain_reason", "in_generate")
         before = {name: getattr(self, name) for name in names}
+        self.begin_call()
+        self.in_generate = True
         try:
             yield
+        except BaseException as error:
+            self.fail(error)
+            raise
         finally:
-            vars(self).update(before)
+            self.in_generate = before["in_generate"]
+            if is_nested:
+                vars(self).update(before)
 
     def check_images_found(self, inputs: Mapping[str, Any], found: bool) -> None:
         """Refuse to go on dense where the call was given images and its first pass shows none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +10,45 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..selection.budget import nothing_to_drop
 from ..selection.context import Selection, SelectionContext
-from ..selection.decide import decide, nothing_to_drop
+from ..selection.decide import decide
 from ..selection.raters import attention_raters, embedding_raters
 from ..selection.recycle import merge_hidden_states
 from .request import Request, Sample, StageRecord
-from .vision_probe import VisionRows
+
+
+@dataclass(frozen=True)
+class VisionRows:
+    """What was read of a number of visual tokens, named as in ``SelectionContext``.
+
+    Attributes
+    ----------
+    vision_attention : Tensor of shape (2, n_visual), float32, optional
+    vision_keys : Tensor of shape (n_visual, head_dim), float32, optional
+    """
+
+    vision_attention: Tensor | None = None
+    vision_keys: Tensor | None = None
+
+    @property
+    def n_visual(self) -> int:
+        """Number of tokens."""
+        if self.vision_attention is not None:
+            return self.vision_attention.shape[1]
+        return 0 if self.vision_keys is None else self.vision_keys.shape[0]
+
+    def holds(self, needs: frozenset[str]) -> bool:
+        """Whether all of ``needs`` were read."""
+        return all(getattr(self, need) is not None for need in needs)
+
+    def at(self, index: Tensor) -> VisionRows:
+        """Rows of the given indices, on the device of the index."""
+        attention, keys = self.vision_attention, self.vision_keys
+        return VisionRows(
+            None if attention is None else attention.to(index.device)[:, index],
+            None if keys is None else keys.to(index.device)[index],
+        )
 
 
 @dataclass
@@ -94,15 +128,8 @@ def prune_step(
     ValueError, TypeError
         If a selector's answer is ill-formed, or what it judges by holds NaN.
     """
-    selections: list[Selection | None] = [None] * len(request.samples)
-    with_visual = [b for b, sample in enumerate(request.samples) if sample.alive.shape[0]]
-    # One by one where the selector takes no more, so that what it is given exists for one sample at a time.
-    for group in [with_visual] if request.traits.batched else [[b] for b in with_visual]:
-        for b, selection in zip(group, _decide(request, target, group, states, readout), strict=True):
-            selections[b] = selection
-    for sample in request.samples:
-        if not sample.alive.shape[0]:
-            sample.add_stage(StageRecord(target, 0, None, nothing_to_drop(0, None, request.config.min_keep)))
+    with no_autocast(request.samples[0].alive.device):
+        selections = _select(request, target, states, readout)
     survivors = []
     for sample, selection in zip(request.samples, selections, strict=True):
         before = sample.positions
@@ -112,9 +139,35 @@ def prune_step(
     return None if all(selection is None for selection in selections) else survivors
 
 
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Context without the user's ``torch.autocast``: what is read and decided is not rounded to half precision."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _select(request: Request, target: int, states: Callable[[int], Tensor], readout: Readout) -> list[Selection | None]:
+    """Selections of all samples, recorded."""
+    selections: list[Selection | None] = [None] * len(request.samples)
+    with_visual = [b for b, sample in enumerate(request.samples) if sample.alive.shape[0]]
+    # One by one where the selector takes no more, so that what it is given exists for one sample at a time.
+    for group in [with_visual] if request.traits.batched else [[b] for b in with_visual]:
+        for b, selection in zip(group, _decide(request, target, group, states, readout), strict=True):
+            selections[b] = selection
+    for sample in request.samples:
+        if not sample.alive.shape[0]:
+            sample.add_stage(StageRecord(target, 0, None, nothing_to_drop(0, None, request.config.min_keep)))
+    return selections
+
+
 def reads_text(request: Request) -> bool:
     """Whether the attention of the text that may vote is needed: by the selector, or by the rank that decides."""
     return "rater_attention" in request.traits.needs or any(sample.plan is None for sample in request.samples)
+
+
+def reads(request: Request) -> bool:
+    """Whether anything of a target layer has to be read while it runs."""
+    return reads_text(request) or bool({"last_attention", "previous_hidden_states"} & request.traits.needs)
 
 
 def choose_embedding_raters(request: Request, states: Callable[[int, Tensor], Tensor]) -> None:
@@ -128,8 +181,9 @@ def choose_embedding_raters(request: Request, states: Callable[[int, Tensor], Te
     """
     if request.config.raters != "embedding" or not reads_text(request) or request.drops_nothing:
         return
-    for b, sample in enumerate(request.samples):
-        sample.embedding_raters = embedding_raters(states(b, sample.positions), states(b, sample.voters))
+    with no_autocast(request.samples[0].alive.device):
+        for b, sample in enumerate(request.samples):
+            sample.embedding_raters = embedding_raters(states(b, sample.positions), states(b, sample.voters))
 
 
 def _decide(
@@ -144,7 +198,9 @@ def _decide(
     decisions = decide(contexts, request.selector, request.traits, n_keeps)
     for b, mask, context, decision in zip(group, raters, contexts, decisions, strict=True):
         sample, selection = request.samples[b], decision.selection
-        record = StageRecord(target, context.n_visual, decision.rank, decision.skipped_because, kept=sample.alive)
+        record = StageRecord(
+            target, context.hidden_states.shape[0], decision.rank, decision.skipped_because, kept=sample.alive
+        )
         record.raters = None if mask is None else sample.voters[mask]
         if selection is not None:
             record.kept = sample.alive[selection.keep_idx]

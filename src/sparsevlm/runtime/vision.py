@@ -14,7 +14,8 @@ from ..models import Grid
 from ..selection.context import VISION_NEEDS, SelectorTraits
 from .clock import Clock, Mark
 from .session import Session
-from .vision_probe import VisionProbe, VisionRows, hand_out
+from .step import VisionRows
+from .vision_probe import VisionProbe, hand_out
 from .vision_varlen import VarlenVision
 
 

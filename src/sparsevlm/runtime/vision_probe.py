@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,39 +13,7 @@ from torch import Tensor
 from ..models import Vision
 from ..selection.scoring import received_attention
 from .probe import AttentionInputs, AttentionProbe
-
-
-@dataclass(frozen=True)
-class VisionRows:
-    """What was read of a number of visual tokens, named as in ``SelectionContext``.
-
-    Attributes
-    ----------
-    vision_attention : Tensor of shape (2, n_visual), float32, optional
-    vision_keys : Tensor of shape (n_visual, head_dim), float32, optional
-    """
-
-    vision_attention: Tensor | None = None
-    vision_keys: Tensor | None = None
-
-    @property
-    def n_visual(self) -> int:
-        """Number of tokens."""
-        if self.vision_attention is not None:
-            return self.vision_attention.shape[1]
-        return 0 if self.vision_keys is None else self.vision_keys.shape[0]
-
-    def holds(self, needs: frozenset[str]) -> bool:
-        """Whether all of ``needs`` were read."""
-        return all(getattr(self, need) is not None for need in needs)
-
-    def at(self, index: Tensor) -> VisionRows:
-        """Rows of the given indices, on the device of the index."""
-        attention, keys = self.vision_attention, self.vision_keys
-        return VisionRows(
-            None if attention is None else attention.to(index.device)[:, index],
-            None if keys is None else keys.to(index.device)[index],
-        )
+from .step import VisionRows
 
 
 class VisionProbe:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import AttentionInterface
 
-from ..kernels.varlen_attention import varlen_attention
+from ..kernels.attention import varlen_attention
 from ..models import ModelAdapter
 
 # A vision block hands over its windows packed, in one call, where the name of its attention tells of flash attention.

@@ -156,3 +156,15 @@ def rank_adaptive_count(
     while n_prune and n_visual - n_prune + clusters(n_prune) < min_keep:
         n_prune -= 1
     return n_visual - n_prune + clusters(n_prune), clusters(n_prune)
+
+
+def nothing_to_drop(n_visual: int, n_keep: int | None, min_keep: int) -> str | None:
+    """Why a sample of ``n_visual`` tokens loses none of them, ``n_keep`` (if a budget names it) of which are to go on;
+    ``None``: it loses some."""
+    if not n_visual:
+        return "no image or video in this sample"
+    if n_visual <= min_keep:
+        return f"{n_visual} visual tokens are not more than min_keep={min_keep}"
+    if n_keep is not None and n_keep >= n_visual:
+        return "the budget keeps every visual token here"
+    return None

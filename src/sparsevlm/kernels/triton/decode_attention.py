@@ -103,7 +103,7 @@ def _join(mixed_ptr, stats_ptr, out_ptr, n_parts, HEAD_DIM: tl.constexpr, BLOCK_
 
 
 def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_prompt: int) -> Tensor:
-    """See :func:`sparsevlm.kernels.decode_attention.decode_attention`."""
+    """See :func:`sparsevlm.kernels.attention.decode_attention`."""
     batch, n_heads, head_dim = query.shape
     room, n_kv_heads = cache.new_keys.shape[1:3]
     n_parts = max(1, min(_MOST_PARTS, (max_prompt + room) // _LEAST_ROWS))

@@ -36,7 +36,7 @@ class SpanSelector:
 
     def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int) -> Sequence[Tensor]:
         """The same for several samples with as many tokens each, in as many steps as for one."""
-        states = finite(torch.stack([context.hidden_states for context in contexts]))
+        states = torch.stack([context.hidden_states for context in contexts]).detach().float()
         valid = torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
         n, size = states.shape[1:]
         if states.is_cuda and n > 2 * size:  # products of all rows would take more than twice their states

@@ -1,4 +1,4 @@
-"""One program per row: all heads of queries, then of keys, and of values where these are kept as well."""
+"""One program per row. Arithmetic in float32, rounded where the plain function rounds."""
 
 from __future__ import annotations
 
@@ -6,6 +6,67 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+@triton.jit
+def _rms_norm(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, size, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64) * size
+    columns = tl.arange(0, BLOCK)
+    inside = columns < size
+    dtype = out_ptr.dtype.element_ty
+    x = tl.load(x_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        x += tl.load(residual_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
+        rounded = x.to(dtype)
+        tl.store(sum_ptr + row + columns, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x) / size + eps)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    scaled = (x * scale).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row + columns, (weight * scaled).to(dtype), mask=inside)
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsevlm.kernels.elementwise.rms_norm`."""
+    hidden = hidden.contiguous()
+    size = hidden.shape[-1]
+    out = torch.empty_like(hidden)
+    total = hidden if residual is None else torch.empty_like(hidden)
+    n_rows = hidden.numel() // size
+    if n_rows:
+        other = hidden if residual is None else residual.contiguous()
+        block = triton.next_power_of_2(size)
+        warps = 8 if block > 2048 else 4
+        _rms_norm[(n_rows,)](hidden, other, weight, out, total, size, eps, residual is not None, block, num_warps=warps)
+    return out, total
+
+
+_BLOCK = 1024
+
+
+@triton.jit
+def _swiglu(gate_ptr, up_ptr, out_ptr, size, gate_stride, up_stride, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < size
+    dtype = out_ptr.dtype.element_ty
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    active = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    tl.store(out_ptr + row * size + columns, (active * up).to(dtype), mask=inside)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """See :func:`sparsevlm.kernels.elementwise.swiglu`."""
+    n_rows, size = gate.shape
+    out = torch.empty((n_rows, size), dtype=gate.dtype, device=gate.device)
+    if n_rows:
+        grid = (n_rows, triton.cdiv(size, _BLOCK))
+        _swiglu[grid](gate, up, out, size, gate.stride(0), up.stride(0), _BLOCK)
+    return out
+
 
 # So few programs do not fill a GPU with a warp each.
 _FEW_ROWS = 256
@@ -52,7 +113,7 @@ def _rotate(
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """See :func:`sparsevlm.kernels.rotary.rotate`."""
+    """See :func:`sparsevlm.kernels.elementwise.rotate`."""
     key_out = torch.empty(key.shape, dtype=key.dtype, device=key.device)
     return _launch(query, key, None, cos, sin, key_out, key_out, None), key_out
 
@@ -61,7 +122,7 @@ def rotate_into(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
     slot: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """See :func:`sparsevlm.kernels.rotary.rotate_into`."""
+    """See :func:`sparsevlm.kernels.elementwise.rotate_into`."""
     return _launch(query, key, value, cos, sin, keys, values, slot)
 
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys in one pass; the axes of M-RoPE are in the tables already."""
+"""What a layer does element by element: RMSNorm with the residual sum before it, SwiGLU, rotary embedding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,62 @@ import torch
 from torch import Tensor
 
 from .choice import takes_triton
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``x = hidden + residual``, then ``weight · x / sqrt(mean(x²) + eps)``.
+
+    Parameters
+    ----------
+    hidden : Tensor of shape (n, size)
+    weight : Tensor of shape (size,)
+    eps : float
+    residual : Tensor of shape (n, size), optional
+        Added first, in the dtype of ``hidden``.
+
+    Returns
+    -------
+    normed, x : Tensor of shape (n, size)
+        In the dtype of ``hidden``; the sum of squares is taken in float32.
+    """
+    if takes_triton(hidden):
+        from .triton.elementwise import rms_norm as twin
+
+        return twin(hidden, weight, eps, residual)
+    return rms_norm_plain(hidden, weight, eps, residual)
+
+
+def rms_norm_plain(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The truth; rounds where transformers' modules do."""
+    x = hidden if residual is None else hidden + residual
+    exact = x.float()
+    scaled = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype), x
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) · up``.
+
+    Parameters
+    ----------
+    gate, up : Tensor of shape (n, size)
+        Rows may lie apart, as the halves of one projection do.
+
+    Returns
+    -------
+    Tensor of shape (n, size)
+        Contiguous, in their dtype.
+    """
+    if takes_triton(gate):
+        from .triton.elementwise import swiglu as twin
+
+        return twin(gate, up)
+    return swiglu_plain(gate, up)
+
+
+def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:
+    """The truth; rounds where transformers' modules do."""
+    return torch.nn.functional.silu(gate) * up
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,7 +79,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
         Contiguous, in their dtype.
     """
     if takes_triton(query):
-        from .triton.rotary import rotate as twin
+        from .triton.elementwise import rotate as twin
 
         return twin(query, key, cos, sin)
     return rotate_plain(query, key, cos, sin)
@@ -51,7 +107,7 @@ def rotate_into(
         Contiguous.
     """
     if takes_triton(query):
-        from .triton.rotary import rotate_into as twin
+        from .triton.elementwise import rotate_into as twin
 
         return twin(query, key, value, cos, sin, keys, values, slot)
     return rotate_into_plain(query, key, value, cos, sin, keys, values, slot)

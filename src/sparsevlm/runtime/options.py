@@ -1,54 +1,46 @@
-"""Budgets: which layers drop tokens, and how many go on in each sample."""
+"""Options of requests, checked against the model before anything runs."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from dataclasses import dataclass
 
 from ..config import SparseVLMConfig
 from ..models import ModelAdapter
-from ..selection.budget import least_keep, plan_budget, plan_schedule
-from ..selection.context import BEFORE_DECODER, EVERYWHERE, TARGET_LAYERS, VISION_NEEDS, SelectorTraits
-from .request import Request
+from ..selection.budget import least_keep
+from ..selection.context import BEFORE_DECODER, EVERYWHERE, TARGET_LAYERS, VISION_NEEDS, Selector, SelectorTraits
+from ..selection.overrides import effective_config
+from ..selection.selectors import make_selector
 
 
-def plan_samples(adapter: ModelAdapter, request: Request, input_ids: Tensor | None) -> None:
-    """Give every sample of a request the counts of its budget.
+@dataclass(frozen=True)
+class Options:
+    """Options of requests, checked against the model.
 
-    Raises
-    ------
-    ValueError
-        With ``strict``, where a budget cannot hold; with per-sample budgets, where their number does not fit.
+    Attributes
+    ----------
+    given : SparseVLMConfig
+        As the user chose them.
+    config : SparseVLMConfig
+        In force: with what the selector sets.
+    selector, traits, target_layers
+        That follow from them.
     """
-    config, target_layers = request.config, request.target_layers
-    budgets = per_sample_budgets(config.keep, request.batch, input_ids)
-    schedule = config.schedule or request.traits.default_schedule
-    for sample, keep in zip(request.samples, budgets, strict=True):
-        n_visual, n_left = sample.visual.shape[0], sample.alive.shape[0]
-        if not isinstance(schedule, str):
-            sample.plan = plan_schedule(schedule, n_visual, len(target_layers), config.min_keep).at_most(n_left)
-        elif keep is not None:
-            of_left = isinstance(keep, float) and 0 < n_left < n_visual
-            budget = min(1.0, keep * n_visual / n_left) if of_left else keep
-            sample.plan = plan_budget(budget, schedule, n_left, target_layers, adapter.n_layers, config.min_keep)
-        if sample.plan is not None and sample.plan.clamped and config.strict:
-            raise ValueError(f"{sample.plan.clamped} (strict=True refuses this).")
 
+    given: SparseVLMConfig
+    config: SparseVLMConfig
+    selector: Selector
+    traits: SelectorTraits
+    target_layers: tuple[int, ...]
 
-def per_sample_budgets(keep: Any, batch: int, input_ids: Tensor | None) -> list[Any]:
-    """One budget per row of the batch; a list of budgets is repeated for beams and returned sequences, whose rows are
-    copies of each other."""
-    if not isinstance(keep, tuple):
-        return [keep] * batch
-    copies = batch // len(keep)
-    fits = copies * len(keep) == batch
-    if fits and copies > 1 and input_ids is not None:
-        groups = input_ids.view(len(keep), copies, -1)
-        fits = bool((groups == groups[:, :1]).all())
-    if not fits:
-        raise ValueError(f"keep holds {len(keep)} budgets for a batch of {batch} samples.")
-    return [value for value in keep for _ in range(copies)]
+    @classmethod
+    def of(cls, adapter: ModelAdapter, config: SparseVLMConfig) -> Options:
+        """Resolve a configuration; raises where it does not fit the model."""
+        selector = make_selector(config)
+        effective, traits = effective_config(config, selector), SelectorTraits.of(selector)
+        check_needs(adapter, traits)
+        layers = resolved_target_layers(adapter, effective, traits)
+        check_budget(adapter, effective, layers)
+        return cls(config, effective, selector, traits, layers)
 
 
 def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:
