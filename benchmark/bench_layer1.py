@@ -16,16 +16,15 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmark.retained import print_retained
 from benchmark.timed import Bench, Work
-from sparsevlm.kernels import pivots, products, rater_attention
+from sparsevlm.kernels import gram_matrix, pivoted_cholesky, rater_attention
 from sparsevlm.kernels.attention import (
     RaggedCache,
     decode_attention,
-    decode_attention_plain,
     varlen_attention,
     varlen_attention_plain,
 )
 from sparsevlm.kernels.elementwise import rms_norm, rms_norm_plain, rotate, rotate_plain, swiglu, swiglu_plain
-from sparsevlm.kernels.sketch_rank import sketch_rank
+from sparsevlm.kernels.energy_rank import sketch_rank
 
 _EPS = 1e-6
 _NOISE = 1e-6
@@ -220,7 +219,7 @@ def choosing(bench: Bench, sizes: Sizes) -> None:
         n_keep = n // 4
         _pair(
             bench, "products", f"{batch} x {n} x {sizes.hidden}",
-            lambda rows: rows @ rows.mT, products.products,
+            lambda rows: rows @ rows.mT, gram_matrix.products,
             lambda b=batch, n=n: (bench.random(b, n, sizes.hidden, dtype=torch.float32),),
             Work(flops=6 * batch * n * n * sizes.hidden),
         )  # fmt: skip
@@ -231,8 +230,8 @@ def choosing(bench: Bench, sizes: Sizes) -> None:
 
         _pair(
             bench, "pivots", f"{batch} x {n}, {n_keep} picks",
-            lambda gram, quality, k=n_keep: pivots.pivots_plain(gram, quality, k, True, _NOISE),
-            lambda gram, quality, k=n_keep: pivots.pivots(gram, quality, k, True, _NOISE),
+            lambda gram, quality, k=n_keep: pivoted_cholesky.pivots_plain(gram, quality, k, True, _NOISE),
+            lambda gram, quality, k=n_keep: pivoted_cholesky.pivots(gram, quality, k, True, _NOISE),
             make, Work(bytes=4 * batch * n_keep * n), plain_waits=True,
         )  # fmt: skip
 

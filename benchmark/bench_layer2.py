@@ -15,13 +15,13 @@ from torch import Tensor
 
 from benchmark.timed import Bench, Work
 from sparsevlm.bench.shapes import random_model
-from sparsevlm.engine.layer import run_layer, summed
-from sparsevlm.engine.vision import Grids, make_tables, see
-from sparsevlm.engine.weights import Weights
+from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.text.layer import run_layer, summed
+from sparsevlm.engine.vision.program import Grids, make_tables, see
 from sparsevlm.kernels.attention import varlen_attention
 from sparsevlm.kernels.elementwise import rotate
 from sparsevlm.models import ModelAdapter, adapter_for
-from sparsevlm.runtime.costs import prefill_flops
+from sparsevlm.request.costs import prefill_flops
 
 LAYERS, BLOCKS = (
     4,

@@ -21,14 +21,14 @@ from sparsevlm.bench.cases import Case
 from sparsevlm.bench.floor import floors
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.bench.workload import fresh_inputs
-from sparsevlm.engine import static_prefill
-from sparsevlm.engine.arena import Arena
 from sparsevlm.engine.call import Prompt
-from sparsevlm.engine.graphs import Recorder
-from sparsevlm.engine.programs import Program
-from sparsevlm.engine.weights import Weights
-from sparsevlm.runtime.opening import open_request
-from sparsevlm.runtime.prompt import visual_masks
+from sparsevlm.engine.cuda_graphs import Recorder
+from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.text import bucketed_prefill
+from sparsevlm.engine.text.decode_graph import Arena
+from sparsevlm.engine.text.prefill_graph import Program
+from sparsevlm.request.inputs import visual_masks
+from sparsevlm.request.opening import open_request
 from sparsevlm.state import SparseVLMState
 
 CASES = (Case(256, 1, 64), Case(1024, 1, 64), Case(256, 8, 64))
@@ -86,7 +86,7 @@ class Measurement:
         size = adapter.decoder.module.config.hidden_size
         features = self.bench.random(case.batch * case.n_visual, size)
         request = self._request(host)
-        bucket, counts = static_prefill.plan(request)
+        bucket, counts = bucketed_prefill.plan(request)
         full = sum(sum(stage) for stage in counts.total) / sum(bucket.rows)
         note = f"{100 * (1 - full):.1f} % of the bucket's rows fill up"
         floor = self._floors(request)
@@ -96,7 +96,7 @@ class Measurement:
         def prefill(request: Any) -> Arena:
             if not made:
                 made.append(Program(adapter, self.weights, recorder, bucket, request.selector))
-            integers = static_prefill.make_integers(request, prompt, bucket, counts)
+            integers = bucketed_prefill.make_integers(request, prompt, bucket, counts)
             arena = made[0].arena(made[0](integers, features))
             assert arena is not None  # of a program that is recorded
             return arena
@@ -127,7 +127,7 @@ class Measurement:
 
     def _floors(self, request: Any) -> dict[str, float]:
         """By the visual tokens at each layer that the plan of the first sample gives."""
-        targets, counts = static_prefill.count(request)
+        targets, counts = bucketed_prefill.count(request)
         adapter = self.state.adapter
         visual = [counts.visual[sum(target < layer for target in targets)][0] for layer in range(adapter.n_layers)]
         return floors(adapter, self.case, visual, self.bench.ceilings)

@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmark.tables import StoredRow, stored_rows
 from benchmark.timed import Bench, Work
 from sparsevlm.bench.shapes import random_model
-from sparsevlm.engine.layer import run_layer
-from sparsevlm.engine.weights import Weights
+from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.text.layer import run_layer
 from sparsevlm.kernels.attention import varlen_attention
 from sparsevlm.kernels.elementwise import rotate
 from sparsevlm.models import ModelAdapter, adapter_for

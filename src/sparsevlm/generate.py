@@ -12,8 +12,8 @@ from torch import Tensor
 
 from . import compat
 from .engine.generate import Engine, UnsupportedByEngineError
-from .runtime.prompt import check_prefill
-from .runtime.session import Session
+from .request.inputs import check_prefill
+from .request.session import Session
 
 
 class Generate:

@@ -9,13 +9,13 @@ from typing import Any
 from .config import SparseVLMConfig
 from .engine.generate import Engine
 from .generate import Generate
+from .hooks.model_hooks import ModelHooks
 from .models import ModelAdapter
 from .report import Report
-from .runtime.hooks import ModelHooks
-from .runtime.recorder import make_report
-from .runtime.session import Session
-from .runtime.warm_up import WarmUp, warm_up
+from .request.reporting import make_report
+from .request.session import Session
 from .template import Template
+from .warmup import WarmUp, warm_up
 
 # Where a model's state is found: on the module whose hooks it holds, so that copies of the model carry copies of it.
 STATE_ATTRIBUTE = "_sparsevlm_state"

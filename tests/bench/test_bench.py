@@ -17,7 +17,7 @@ from sparsevlm.bench.rows import COLUMNS
 from sparsevlm.bench.run import run
 from sparsevlm.bench.timing import time_call
 from sparsevlm.bench.workload import fresh_inputs
-from sparsevlm.engine import arena, static_prefill
+from sparsevlm.engine.text import bucketed_prefill, decode_graph
 from sparsevlm.models import adapter_for
 from toys import tiny_model
 
@@ -117,8 +117,8 @@ def test_wrong_further_tokens_are_not_timed(monkeypatch):
     model = tiny_model(n_layers=12)
     providers = make_providers(model, (0.5,), static=False)
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
-    step = arena.decode_step
-    monkeypatch.setattr(arena, "decode_step", lambda *arguments: step(*arguments).flip(-1))
+    step = decode_graph.decode_step
+    monkeypatch.setattr(decode_graph, "decode_step", lambda *arguments: step(*arguments).flip(-1))
     with pytest.raises(RuntimeError, match="logits of token 2 differ"):
         gate.check(providers, inputs, SMALL.new_tokens)
 
@@ -128,7 +128,7 @@ def test_other_tokens_kept_are_not_timed(monkeypatch):
     providers = make_providers(model, (0.5,), static=False)
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
     first = lambda picks, left, n: torch.arange(picks.shape[1]).expand_as(picks)  # noqa: E731
-    monkeypatch.setattr(static_prefill, "_ascending", first)
+    monkeypatch.setattr(bucketed_prefill, "_ascending", first)
     with pytest.raises(RuntimeError, match="that the plain path keeps, the engine keeps"):
         gate.check(providers, inputs, SMALL.new_tokens)
 

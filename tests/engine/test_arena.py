@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from test_parity import run
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine import arena, graphs, programs
+from sparsevlm.engine import cuda_graphs
+from sparsevlm.engine.text import decode_graph, prefill_graph
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -17,9 +18,9 @@ GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 @given(st.integers(1, 100_000))
 def test_a_bucket_is_at_most_an_eighth_larger(n):
-    rounded = graphs.round_up(n)
+    rounded = cuda_graphs.round_up(n)
     assert n <= rounded < n + max(16, n / 8 + 1)
-    assert graphs.round_up(rounded) == rounded
+    assert cuda_graphs.round_up(rounded) == rounded
 
 
 def test_requests_of_like_size_share_a_program():
@@ -39,7 +40,7 @@ def test_requests_of_like_size_share_a_program():
 
 @pytest.mark.parametrize("selector", ["span", "random"])
 def test_the_last_request_leaves_no_trace(selector, monkeypatch):
-    monkeypatch.setattr(programs, "_MOST_PROGRAMS", 1)
+    monkeypatch.setattr(prefill_graph, "_MOST_PROGRAMS", 1)
     model = tiny_model()
     prompts = [make_inputs([("text", 3), ("image", 4, 6), ("text", n)], seed=n) for n in (7, 5, 8, 7)]
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], selector=selector)
@@ -54,15 +55,15 @@ def test_the_last_request_leaves_no_trace(selector, monkeypatch):
 @pytest.mark.parametrize("selector", ["span", "random"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_room_is_made_as_tokens_come(device, selector, monkeypatch):
-    monkeypatch.setattr(arena, "_FIRST_ROOM", 16)
+    monkeypatch.setattr(decode_graph, "_FIRST_ROOM", 16)
     dtype = torch.float32 if device == "cpu" else torch.float16
     model = tiny_model().to(device, dtype)
     inputs = {name: value.to(device) for name, value in make_inputs(*PROMPTS["batch, left padding"]).items()}
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], selector=selector, engine=False)
     said, wanted = run(model, inputs, 40)
     rooms = []
-    widen = arena.Arena._widen
-    monkeypatch.setattr(arena.Arena, "_widen", lambda self, room: (rooms.append(room), widen(self, room)))
+    widen = decode_graph.Arena._widen
+    monkeypatch.setattr(decode_graph.Arena, "_widen", lambda self, room: (rooms.append(room), widen(self, room)))
     with state.options(engine=True):
         for n_new in (40, 5, 40, 40):
             _, found = run(model, inputs, n_new, said)

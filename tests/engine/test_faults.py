@@ -10,7 +10,8 @@ from test_parity import run
 from transformers.generation.streamers import BaseStreamer
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine import programs, vision
+from sparsevlm.engine.text import prefill_graph
+from sparsevlm.engine.vision import program
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
@@ -29,7 +30,8 @@ def test_want_of_memory_is_the_plain_path(where, monkeypatch, caplog):
     with state.options(engine=True):
         with monkeypatch.context() as patch:
             patch.setattr(
-                *((programs.Program, "__call__") if where == "prompt" else (vision.VisionProgram, "__init__")), full
+                *((prefill_graph.Program, "__call__") if where == "prompt" else (program.VisionProgram, "__init__")),
+                full,
             )
             with torch.inference_mode():
                 assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
@@ -111,7 +113,7 @@ def test_many_shapes_do_not_pile_up():
     for n in range(1, 13):
         model.generate(**make_inputs([("text", 3), ("image", 4, 2 * n), ("text", 5 * n)]), **GREEDY)
     engine = state._engine
-    assert max(len(engine._shop.programs), len(engine._shop.vision)) <= programs._MOST_PROGRAMS < 12
+    assert max(len(engine._shop.programs), len(engine._shop.vision)) <= prefill_graph._MOST_PROGRAMS < 12
 
 
 def test_warm_up_says_what_it_did():

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine.arena import begin_decode, decode_step
-from sparsevlm.engine.prefill import pack, prefill
-from sparsevlm.engine.weights import Weights
-from sparsevlm.runtime.recorder import make_report
+from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.text.decode_graph import begin_decode, decode_step
+from sparsevlm.engine.text.prefill import pack, prefill
+from sparsevlm.request.reporting import make_report
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}

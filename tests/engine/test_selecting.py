@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.runtime import step
+from sparsevlm.request import step
 from sparsevlm.selection.raters import embedding_raters
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 

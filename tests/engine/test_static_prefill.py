@@ -9,11 +9,11 @@ import torch
 from test_packed import captured
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine import static_prefill
 from sparsevlm.engine.call import Prompt
-from sparsevlm.engine.prefill import pack, prefill
-from sparsevlm.engine.weights import Weights
-from sparsevlm.runtime.recorder import make_report
+from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.text import bucketed_prefill
+from sparsevlm.engine.text.prefill import pack, prefill
+from sparsevlm.request.reporting import make_report
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
@@ -31,15 +31,15 @@ def both(prompt, **options):
     with torch.no_grad():
         packed = pack(state.adapter, seen["request"], seen["embeds"], seen["positions"])
         hidden, caches = prefill(state.adapter, weights, seen["request"], packed)
-        bucket, counts = static_prefill.plan(twin)
+        bucket, counts = bucketed_prefill.plan(twin)
         features = seen["embeds"].new_zeros((bucket.n_features, seen["embeds"].shape[-1]))
         visual = prompt.feature_rows >= 0
         features[prompt.feature_rows[visual]] = seen["embeds"][visual]
-        integers = static_prefill.make_integers(twin, prompt, bucket, counts)
-        given = static_prefill.Inputs.of(bucket, integers, features)
-        found = static_prefill.run(state.adapter, weights, bucket, twin.selector, given)
+        integers = bucketed_prefill.make_integers(twin, prompt, bucket, counts)
+        given = bucketed_prefill.Inputs.of(bucket, integers, features)
+        found = bucketed_prefill.run(state.adapter, weights, bucket, twin.selector, given)
         exact = model.lm_head(hidden), caches
-    static_prefill.record(twin, bucket, counts, found.kept, state.adapter.n_layers)
+    bucketed_prefill.record(twin, bucket, counts, found.kept, state.adapter.n_layers)
     reports = [make_report(state.adapter, request) for request in (seen["request"], twin)]
     return exact, found, reports
 
@@ -68,7 +68,7 @@ def test_requests_of_like_size_share_a_bucket():
         state = apply_sparsevlm(model, **OPTIONS)
         with captured(model, state) as seen, torch.no_grad():
             model(**inputs)
-        plans.append(static_prefill.plan(seen["request"])[0])
+        plans.append(bucketed_prefill.plan(seen["request"])[0])
     assert plans[0] == plans[1] == plans[2]
     assert len(set(plans)) == 3
 

@@ -8,7 +8,7 @@ from test_parity import run
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine.redundancy import choose, n_kept, novelty
+from sparsevlm.engine.vision.patch_pruning import choose, n_kept, novelty
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "engine": True}

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm.hooks import vision_attention
 from sparsevlm.kernels.attention import varlen_attention
-from sparsevlm.runtime import vision_varlen
 from toys import PROMPTS, make_inputs, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
@@ -217,7 +217,7 @@ def test_the_vision_tower_makes_one_call_per_block(prompt, attn, family, monkeyp
         calls.append(1)
         return varlen_attention(*args, **kwargs)
 
-    monkeypatch.setattr(vision_varlen, "varlen_attention", counted)
+    monkeypatch.setattr(vision_attention, "varlen_attention", counted)
     state = apply_sparsevlm(model, **OPTIONS, engine=True)
     seen = []
     tower.blocks[0].register_forward_hook(lambda *_: seen.append(1))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsevlm.kernels.attention import RaggedCache, decode_attention_plain
-from sparsevlm.kernels.triton.decode_attention import decode_attention
+from sparsevlm.kernels.triton.attention import decode_attention
 
 RESOLUTION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 

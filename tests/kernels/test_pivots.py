@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.pivots import pivots_plain
-from sparsevlm.kernels.triton.pivots import pivots
+from sparsevlm.kernels.pivoted_cholesky import pivots_plain
+from sparsevlm.kernels.triton.pivoted_cholesky import pivots
 from sparsevlm.selection import greedy
 from sparsevlm.selection.greedy import dpp_order
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.products import products, products_split
+from sparsevlm.kernels.gram_matrix import products, products_split
 
 
 @pytest.mark.parametrize(("batch", "n", "size"), [(1, 1, 1), (2, 15, 63), (1, 577, 3584)])

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels import sketch_rank as module
-from sparsevlm.kernels.sketch_rank import sketch_rank_plain
-from sparsevlm.kernels.triton.sketch_rank import sketch_rank
+from sparsevlm.kernels import energy_rank as module
+from sparsevlm.kernels.energy_rank import sketch_rank_plain
+from sparsevlm.kernels.triton.energy_rank import sketch_rank
 from sparsevlm.selection import rank
 
 TOLERANCES = [0.3, 0.1, 0.01, 1e-4]

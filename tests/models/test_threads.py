@@ -15,8 +15,8 @@ from transformers.generation import BaseStreamer
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from sparsevlm.bundled import bundled_path
-from sparsevlm.runtime.lock import GenerationLock
-from sparsevlm.runtime.probe import AttentionProbe
+from sparsevlm.hooks.attention_probe import AttentionProbe
+from sparsevlm.request.lock import GenerationLock
 from toys import PROMPTS, make_inputs, tiny_model
 
 SELECTORS = {"inside": {"keep": 0.6, "min_keep": 3}, "tower": {"keep": 0.5, "min_keep": 3, "selector": "visionzip"}}
@@ -84,7 +84,7 @@ def test_the_lock_may_be_taken_again_by_its_holder(held):
 
 
 def test_the_lock_of_a_thread_that_ended_is_free(monkeypatch):
-    monkeypatch.setattr("sparsevlm.runtime.lock._HEARTBEAT", 0.01)
+    monkeypatch.setattr("sparsevlm.request.lock._HEARTBEAT", 0.01)
     lock = GenerationLock()
     thread = threading.Thread(target=lock.acquire)
     thread.start()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.runtime import reading, step, vision_probe
+from sparsevlm.hooks import readout, vision_probe
+from sparsevlm.request import step
 from sparsevlm.selection.selectors import SELECTORS
 from toys import PROMPTS, make_inputs, tiny_model
 
@@ -36,7 +37,7 @@ def test_attention_is_read_as_without_it(prompt, monkeypatch):
 
         return both
 
-    for module, name in ((reading, "text_to_visual_attention"), (vision_probe, "received_attention")):
+    for module, name in ((readout, "text_to_visual_attention"), (vision_probe, "received_attention")):
         monkeypatch.setattr(module, name, compared(getattr(module, name)))
     model = tiny_model()
     apply_sparsevlm(model, **OPTIONS, selector=Reading())

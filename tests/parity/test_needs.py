@@ -12,11 +12,11 @@ import vision_reference
 from oracle import dropped_from, layer_masks, masked_layers, prompt_valid
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm.hooks import vision_hooks
+from sparsevlm.hooks.attention_probe import AttentionProbe
+from sparsevlm.hooks.vision_probe import VisionProbe
 from sparsevlm.models import adapter_for
-from sparsevlm.runtime import vision
-from sparsevlm.runtime.probe import AttentionProbe
-from sparsevlm.runtime.step import VisionRows
-from sparsevlm.runtime.vision_probe import VisionProbe
+from sparsevlm.request.step import VisionRows
 from sparsevlm.template import Template
 from toys import IMAGE, PROMPTS, VIDEO, make_inputs, tiny_model, use_attention
 
@@ -293,7 +293,7 @@ def test_nothing_is_read_for_a_selector_that_does_not_need_it(monkeypatch):
     def refuse(*args):
         raise AssertionError("the vision tower is probed")
 
-    monkeypatch.setattr(vision, "VisionProbe", refuse)
+    monkeypatch.setattr(vision_hooks, "VisionProbe", refuse)
     model, inputs = build("qwen2_5_vl", *PROMPTS["one image"])
     state = apply_sparsevlm(model, **OPTIONS)
     model.generate(**inputs, max_new_tokens=2)

@@ -7,13 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsevlm import SparseVLMConfig
-from sparsevlm.selection.budget import (
-    layer_tokens,
-    least_keep,
-    plan_budget,
-    plan_schedule,
-    rank_adaptive_count,
-)
+from sparsevlm.selection.budget import layer_tokens, least_keep, plan_budget, plan_schedule, rank_adaptive_count
 
 
 def average_in(n_visual, counts, layers, n_layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 
 import sparsevlm
+from sparsevlm import apply_sparsevlm
+from sparsevlm.selection.selectors import SELECTORS
+from toys import tiny_model
 
 ROOT = Path(sparsevlm.__file__).parent
 # A room may import rooms of a lower level, and itself.
@@ -23,11 +27,13 @@ LEVELS = {
     "bundled": 0,
     "kernels": 0,
     "selection": 1,
-    "runtime": 2,
     "models": 1,
+    "request": 2,
+    "hooks": 3,
     "engine": 3,
-    "generate": 4,
+    "warmup": 3,
     "inputs": 4,
+    "generate": 4,
     "pictures": 4,
     "state": 5,
     "api": 6,
@@ -38,6 +44,8 @@ LEVELS = {
     "__main__": 9,
     "__init__": 9,
 }
+# Of a room's names, what may stand in no other room.
+FAMILIES = re.compile(r"qwen|llava", re.IGNORECASE)
 
 
 def room_of(path: Path) -> str:
@@ -67,6 +75,50 @@ def test_imports_run_downwards(path):
     assert room in LEVELS, f"{room} is a new room: give it a level"
     for other in imported_rooms(path) - {room}:
         assert LEVELS[other] < LEVELS[room], f"{room} imports {other}"
+
+
+def names_in(path: Path) -> set[str]:
+    """Identifiers, imported names and attributes of a file; docstrings and comments left out."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Name):
+            found.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, (ast.ImportFrom, ast.Import)):
+            found |= {part for alias in node.names for part in alias.name.split(".")}
+            found |= set((getattr(node, "module", None) or "").split("."))
+    return found
+
+
+def files_of(*rooms: str) -> list[Path]:
+    return [path for path in sorted(ROOT.rglob("*.py")) if room_of(path) in rooms]
+
+
+@pytest.mark.parametrize("path", files_of("hooks", "engine", "request", "generate", "state"), ids=lambda p: str(p.name))
+def test_both_paths_name_no_family(path):
+    assert not FAMILIES.search(path.read_text(encoding="utf-8")), f"{path} names a model family"
+
+
+@pytest.mark.parametrize("path", files_of("hooks", "engine", "request"), ids=lambda path: str(path.name))
+def test_both_paths_name_no_selector(path):
+    """But through the registry, where options are resolved."""
+    classes = {kind.__name__ for kind in SELECTORS.values()}
+    assert not names_in(path) & classes
+    assert "selectors" not in names_in(path) or path.name in ("options.py", "session.py")
+
+
+def test_the_benchmark_reads_no_engine():
+    for path in files_of("bench"):
+        assert "engine" not in imported_rooms(path), f"{path} reads the engine"
+
+
+def test_only_one_method_of_the_model_is_replaced():
+    model = tiny_model()
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    apply_sparsevlm(model, engine=True)
+    added = {name: set(vars(module)) - before[name] for name, module in model.named_modules()}
+    assert {name: own for name, own in added.items() if own} == {"": {"generate"}, "model": {"_sparsevlm_state"}}
 
 
 @pytest.mark.parametrize("module", ["sparsevlm", "sparsevlm.cli", "sparsevlm.config", "sparsevlm.report"])

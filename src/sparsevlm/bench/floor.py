@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..models import ModelAdapter
-from ..runtime.costs import prefill_flops
+from ..request.costs import prefill_flops
 from .cases import N_TEXT, Case
 
 _REPEATS = 5

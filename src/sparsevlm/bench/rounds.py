@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..engine.graphs import SIGHTINGS
+from ..warmup import CALLS
 from . import gate
 from .cases import Case
 from .providers import Inputs, Provider
@@ -119,7 +119,7 @@ def measure(
         What came of each provider; where the engine's answers are not the model's, or could not be compared, a note.
     """
     found = {
-        provider: Measured(least_warm=1 if provider.state is None else SIGHTINGS + 1)
+        provider: Measured(least_warm=1 if provider.state is None else CALLS)
         for provider in providers
         if provider.answers(case)
     }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from ..runtime.clock import Mark
+from ..request.timing import Mark
 from .providers import Inputs, Provider
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..models import Grid, ModelAdapter
-from ..runtime.clock import Mark
-from ..runtime.opening import plan_samples
-from ..runtime.request import Request, StageRecord
-from .vision import Grids, Seen, VisionPrograms
+from ..request.opening import plan_samples
+from ..request.request import Request, StageRecord
+from ..request.timing import Mark
+from .vision.program import Grids, Seen, VisionPrograms
 
 _READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
 _ENCODED = "mm_encoder_outputs"

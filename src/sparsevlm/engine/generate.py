@@ -11,18 +11,18 @@ from torch import Tensor
 
 from .. import compat
 from ..models import ModelAdapter
-from ..runtime.clock import Mark
-from ..runtime.opening import open_request
-from ..runtime.prompt import visual_masks
-from ..runtime.request import Request
-from ..runtime.session import Session
+from ..request.inputs import visual_masks
+from ..request.opening import open_request
+from ..request.request import Request
+from ..request.session import Session
+from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
-from .arena import Arena
 from .call import Call, Prompt, leave_out
-from .prefill import pack, prefill
-from .refusals import refuses_arguments, refuses_mode, refuses_prepared, refuses_request
-from .vision import Grids
-from .workshop import Workshop
+from .runner import Workshop
+from .support import refuses_arguments, refuses_mode, refuses_prepared, refuses_request
+from .text.decode_graph import Arena
+from .text.prefill import pack, prefill
+from .vision.program import Grids
 
 
 class UnsupportedByEngineError(Exception):

@@ -15,7 +15,7 @@ from .. import api
 from ..inputs import load_model, load_processor
 from ..models import adapter_for
 from ..report import SampleReport
-from ..runtime.costs import prefill_flops
+from ..request.costs import prefill_flops
 from .downsample import shrunk
 from .model_place import locate
 from .settings import DOWNSAMPLE, EvalConfig, Setting

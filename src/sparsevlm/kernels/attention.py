@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .choice import flash_runs, takes_triton
+from .dispatch import flash_runs, takes_triton
 
 _ORDER = [
     SDPBackend.CUDNN_ATTENTION,
@@ -124,7 +124,7 @@ def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_prom
         In the dtype of ``query``; scores and sums in float32.
     """
     if takes_triton(query):
-        from .triton.decode_attention import decode_attention as twin
+        from .triton.attention import decode_attention as twin
 
         return twin(query, cache, scaling, max_prompt)
     return decode_attention_plain(query, cache, scaling)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .choice import takes_triton
+from .dispatch import takes_triton
 
 # Upper bound of the elements of one (rows, heads, keys) float32 block: 64 Mi elements = 256 MiB.
 _MAX_BLOCK_ELEMENTS = 1 << 26

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.pivots import pivots
-from ..kernels.products import products
+from ..kernels.gram_matrix import products
+from ..kernels.pivoted_cholesky import pivots
 from .similarity import row_chunks
 
 # Cosines are exact to about 1e-7 in float32: what is nearer to 0 than this is 0, so that identical tokens tie.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import sketch_rank as kernel
+from ..kernels import energy_rank as kernel
 
 _SKETCH_WIDTH = 64
 _DIRECT_SIZE = 4 * _SKETCH_WIDTH
@@ -21,7 +21,7 @@ def sketch_ranks(matrices: Sequence[Tensor], tolerance: float | str) -> list[int
     """:func:`sketch_rank` of several matrices.
 
     On a CUDA device they are computed together and waited for once, in the precision that
-    :func:`sparsevlm.kernels.sketch_rank.sketch_rank` tells of.
+    :func:`sparsevlm.kernels.energy_rank.sketch_rank` tells of.
 
     Parameters
     ----------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .choice import takes_triton
+from .dispatch import takes_triton
 
 # Longest short side that the Triton twin takes: it holds the Gram matrix in registers.
 LARGEST = 128
@@ -46,7 +46,7 @@ def sketch_rank(matrices: Tensor, tolerance: float | str) -> Tensor:
         0 for a zero matrix, -1 for one that holds NaN or infinity.
     """
     if not isinstance(tolerance, str) and is_quick(matrices, (matrices.shape[1], matrices.shape[2]), tolerance):
-        from .triton.sketch_rank import sketch_rank as twin
+        from .triton.energy_rank import sketch_rank as twin
 
         return twin(matrices, tolerance)
     return sketch_rank_plain(matrices, tolerance)

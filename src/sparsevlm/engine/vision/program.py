@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from ..kernels.attention import equal_attention, varlen_attention
-from ..kernels.elementwise import rms_norm, rotate, swiglu
-from ..models import ModelAdapter
-from ..models.base import PackedTower, TowerBlock
-from .graphs import Recorded, Recorder
-from .layer import summed
-from .redundancy import Kept, choose, n_kept
-from .weights import Weights
+from ...kernels.attention import equal_attention, varlen_attention
+from ...kernels.elementwise import rms_norm, rotate, swiglu
+from ...models import ModelAdapter
+from ...models.base import PackedTower, TowerBlock
+from ..cuda_graphs import Recorded, Recorder
+from ..fused_weights import Weights
+from ..text.layer import summed
+from .patch_pruning import Kept, choose, n_kept
 
 T = TypeVar("T")
 Grids = tuple[tuple[int, int, int], ...]

@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import ModelAdapter
-from ..runtime.request import Request
-from ..selection.context import OrderedSelector
-from . import static_prefill
-from .arena import Arena
-from .call import Prompt
-from .graphs import Recorded, Recorder
+from ...models import ModelAdapter
+from ...request.request import Request
+from ...selection.context import OrderedSelector
+from ..call import Prompt
+from ..cuda_graphs import Recorded, Recorder
+from ..fused_weights import Weights
+from . import bucketed_prefill
+from .bucketed_prefill import Inputs, Outputs, Plan
+from .decode_graph import Arena
 from .prefill import LayerCache
-from .static_prefill import Inputs, Outputs, Plan
-from .weights import Weights
 
 # Graphs that are kept; each holds the caches of its bucket.
 _MOST_PROGRAMS = 8
@@ -45,12 +45,12 @@ class Program:
         selector: OrderedSelector,
     ) -> None:
         embedding = adapter.decoder.embed.weight
-        self._integers = torch.zeros(static_prefill.n_integers(bucket), dtype=torch.int64, device=embedding.device)
+        self._integers = torch.zeros(bucketed_prefill.n_integers(bucket), dtype=torch.int64, device=embedding.device)
         self._features = embedding.new_zeros((bucket.n_features, embedding.shape[1]))
         inputs = Inputs.of(bucket, self._integers, self._features)
 
         def run() -> Outputs:
-            return static_prefill.run(adapter, weights, bucket, selector, inputs)
+            return bucketed_prefill.run(adapter, weights, bucket, selector, inputs)
 
         self._run: Callable[[], Outputs] = run
         self._make_arena: Callable[[list[LayerCache]], Arena] | None = None
@@ -118,8 +118,8 @@ class Programs(Recorded[tuple[Plan, Hashable], Program]):
         arena : Arena or None
             To go on with on these caches, where they stay in place.
         """
-        bucket, counts = static_prefill.plan(request)
-        integers = static_prefill.make_integers(request, prompt, bucket, counts)
+        bucket, counts = bucketed_prefill.plan(request)
+        integers = bucketed_prefill.make_integers(request, prompt, bucket, counts)
         selector = request.selector
         assert isinstance(selector, OrderedSelector)
         # Objects without attributes of their own are as good as any other of their class.
@@ -127,5 +127,5 @@ class Programs(Recorded[tuple[Plan, Hashable], Program]):
         program = self.pick(key, lambda recorder: Program(self._adapter, self._weights, recorder, bucket, selector))
         found = program(integers, features)
         kept = [rows.clone() for rows in found.kept]
-        static_prefill.record(request, bucket, counts, kept, self._adapter.n_layers)
+        bucketed_prefill.record(request, bucket, counts, kept, self._adapter.n_layers)
         return found.logits, found.caches, program.arena(found)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.attention import RaggedCache, decode_attention
-from ..kernels.elementwise import rotate_into
-from ..models import ModelAdapter
-from .graphs import Recent, Recorder, round_up
+from ...kernels.attention import RaggedCache, decode_attention
+from ...kernels.elementwise import rotate_into
+from ...models import ModelAdapter
+from ..cuda_graphs import Recent, Recorder, round_up
+from ..fused_weights import Weights
 from .layer import run_layer, summed
 from .prefill import LayerCache
-from .weights import Weights
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def _pick_all(
 
 
 def pivots(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
-    """See :func:`sparsevlm.kernels.pivots.pivots`."""
+    """See :func:`sparsevlm.kernels.pivoted_cholesky.pivots`."""
     batch = quality.shape[0]
     order = torch.empty((batch, n_keep), dtype=torch.int64, device=gram.device)
     gram, quality = gram.contiguous(), quality.float().contiguous()

@@ -14,7 +14,7 @@ from ..models import ModelAdapter
 from ..report import StageReport
 from ..selection.budget import Plan
 from ..selection.context import Selector, SelectorTraits
-from .clock import Clock, Mark
+from .timing import Clock, Mark
 
 
 @dataclass

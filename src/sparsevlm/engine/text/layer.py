@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..kernels.elementwise import rms_norm, swiglu
-from ..models.base import BlockModules
-from .weights import Weights
+from ...kernels.elementwise import rms_norm, swiglu
+from ...models.base import BlockModules
+from ..fused_weights import Weights
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..models import Vision
+from ..request.step import VisionRows
 from ..selection.scoring import received_attention
-from .probe import AttentionInputs, AttentionProbe
-from .step import VisionRows
+from .attention_probe import AttentionInputs, AttentionProbe
 
 
 class VisionProbe:

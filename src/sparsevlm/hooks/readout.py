@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..request.request import Request
+from ..request.step import Readout, reads_text
 from ..selection.scoring import text_to_visual_attention, visual_head_count
-from .probe import AttentionInputs, AttentionProbe
-from .request import Request
-from .step import Readout, reads_text
+from .attention_probe import AttentionInputs, AttentionProbe
 
 
 def read_target_layer(

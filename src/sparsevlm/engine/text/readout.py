@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..kernels.rater_attention import Columns, Rows, row_attention, row_statistics
-from ..runtime.request import Request
-from ..runtime.step import Readout, reads_text
-from ..selection.context import VISION_NEEDS
-from ..selection.scoring import top_k, visual_head_count
+from ...kernels.rater_attention import Columns, Rows, row_attention, row_statistics
+from ...request.request import Request
+from ...request.step import Readout, reads_text
+from ...selection.context import VISION_NEEDS
+from ...selection.scoring import top_k, visual_head_count
 
 if TYPE_CHECKING:
     from .prefill import Packed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .choice import takes_triton
+from .dispatch import takes_triton
 
 
 def pivots(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
@@ -31,7 +31,7 @@ def pivots(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: floa
         In the order of the picks.
     """
     if takes_triton(gram):
-        from .triton.pivots import pivots as twin
+        from .triton.pivoted_cholesky import pivots as twin
 
         return twin(gram, quality, n_keep, rounds, noise)
     return pivots_plain(gram, quality, n_keep, rounds, noise)

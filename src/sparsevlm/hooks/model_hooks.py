@@ -9,16 +9,16 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of
+from ..request.inputs import check_call, check_mode, check_packing, visual_masks
+from ..request.opening import open_request
+from ..request.request import Request
+from ..request.session import Session
+from ..request.step import choose_embedding_raters
+from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
-from . import prompt
-from .cache import cache_bytes, check_cache, static_note
-from .clock import Mark
-from .opening import open_request
-from .pruner import Forward, before_layer
-from .request import Request
-from .session import Session
-from .step import choose_embedding_raters
-from .vision import VisionWatch, bound_arguments
+from .kv_cache import cache_bytes, check_cache, static_note
+from .pruning import Forward, before_layer
+from .vision_hooks import VisionWatch, bound_arguments
 
 _DIRECT = "a direct call of the model"
 
@@ -106,7 +106,7 @@ class ModelHooks:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
-        prompt.check_call(self._adapter, inputs)
+        check_call(self._adapter, inputs)
         if not self._session.in_generate:
             self._session.expect_images(inputs)
         keep = inputs.get("logits_to_keep")
@@ -120,9 +120,9 @@ class ModelHooks:
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         self._begin = Mark.now(ids.device)
         self._end_forward()
-        prompt.check_mode(self._adapter)
+        check_mode(self._adapter)
         self._vision.begin_pass(inputs)
-        masks = prompt.visual_masks(self._adapter, inputs)
+        masks = visual_masks(self._adapter, inputs)
         self._session.check_images_found(inputs, bool(masks))
         if not masks:
             self._begin_dense(cache, ids, inputs.get("attention_mask"))
@@ -158,7 +158,7 @@ class ModelHooks:
             forward.readout.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 3:
-            prompt.check_packing(positions, kwargs.get("attention_mask"))
+            check_packing(positions, kwargs.get("attention_mask"))
         request.see_positions(self._adapter, positions)
         embeds = kwargs["inputs_embeds"]
         request.see_embeddings(embeds)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..models import Grid
+from ..request.session import Session
+from ..request.step import VisionRows
+from ..request.timing import Clock, Mark
 from ..selection.context import VISION_NEEDS, SelectorTraits
-from .clock import Clock, Mark
-from .session import Session
-from .step import VisionRows
+from .vision_attention import VarlenVision
 from .vision_probe import VisionProbe, hand_out
-from .vision_varlen import VarlenVision
 
 
 @dataclass

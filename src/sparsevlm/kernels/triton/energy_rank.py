@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..sketch_rank import gram_matrices
+from ..energy_rank import gram_matrices
 
 # Points within each interval, and how often they are set: intervals shrink to (_POINTS + 1) ** -_ROUNDS < 1e-8.
 _POINTS, _ROUNDS = 8, 9
@@ -85,7 +85,7 @@ def _rank(
 
 
 def sketch_rank(matrices: Tensor, tolerance: float) -> Tensor:
-    """See :func:`sparsevlm.kernels.sketch_rank.sketch_rank`."""
+    """See :func:`sparsevlm.kernels.energy_rank.sketch_rank`."""
     gram = gram_matrices(matrices)
     batch, n = gram.shape[:2]
     size = max(16, triton.next_power_of_2(n))

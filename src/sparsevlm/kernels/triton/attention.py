@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..decode_attention import RaggedCache
+from ..attention import RaggedCache
 
 _BLOCK = 64
 _LEAST_ROWS = 64  # of a part: fewer do not pay for a program

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# What is asked for so often is recorded.
-_RUNS = 3
+# Calls of a like size until all that it needs is compiled and recorded.
+CALLS = 3
 logger = logging.getLogger(__name__)
 
 
@@ -64,7 +64,7 @@ def warm_up(
         if cuda and _taken(model.device) > largest * torch.cuda.get_device_properties(model.device).total_memory:
             break
         with torch.no_grad():
-            for _ in range(_RUNS):  # a second token: the step after the first is recorded as well
+            for _ in range(CALLS):  # a second token: the step after the first is recorded as well
                 options = {"max_new_tokens": max_new_tokens, "stopping_criteria": [_after_two()]}
                 model.generate(**request, do_sample=False, **options)
         n_run += 1

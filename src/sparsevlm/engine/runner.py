@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from ..models import ModelAdapter
-from .arena import Arenas
-from .graphs import Recorder
-from .programs import Programs
-from .refusals import refuses_classes, refuses_decoder, refuses_tower
-from .vision import VisionPrograms
-from .weights import Weights
+from .cuda_graphs import Recorder
+from .fused_weights import Weights
+from .support import refuses_classes, refuses_decoder, refuses_tower
+from .text.decode_graph import Arenas
+from .text.prefill_graph import Programs
+from .vision.program import VisionPrograms
 
 logger = logging.getLogger(__name__)
 

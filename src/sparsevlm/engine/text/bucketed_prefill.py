@@ -13,17 +13,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.attention import equal_attention, varlen_attention
-from ..kernels.elementwise import rotate_into
-from ..models import ModelAdapter
-from ..runtime.request import Request, StageRecord
-from ..selection.budget import nothing_to_drop
-from ..selection.context import OrderedSelector
-from .call import Prompt, to_device
-from .graphs import round_up, step_of
+from ...kernels.attention import equal_attention, varlen_attention
+from ...kernels.elementwise import rotate_into
+from ...models import ModelAdapter
+from ...request.request import Request, StageRecord
+from ...selection.budget import nothing_to_drop
+from ...selection.context import OrderedSelector
+from ..call import Prompt, to_device
+from ..cuda_graphs import round_up, step_of
+from ..fused_weights import Weights
 from .layer import Attend, run_layer, summed
 from .prefill import LayerCache
-from .weights import Weights
 
 _CLOSE = torch.contiguous_format
 

@@ -12,10 +12,10 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import GenerationSettings, cache_of, samples_or_greedy
-from ..kernels.choice import trouble
+from ..kernels.dispatch import trouble
 from ..models import ModelAdapter
-from ..runtime.request import Request
-from .selecting import NOT_PROVIDED
+from ..request.request import Request
+from .text.readout import NOT_PROVIDED
 
 _UNSUITED = "no greedy or sampling call of generate"
 # Methods that the engine calls none of, or goes past.

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.attention import varlen_attention
-from ..kernels.elementwise import rotate
-from ..models import ModelAdapter
-from ..runtime.request import Request
-from ..runtime.step import Readout, choose_embedding_raters, prune_step
+from ...kernels.attention import varlen_attention
+from ...kernels.elementwise import rotate
+from ...models import ModelAdapter
+from ...request.request import Request
+from ...request.step import Readout, choose_embedding_raters, prune_step
+from ..fused_weights import Weights
 from .layer import Attend, run_layer, summed
-from .selecting import read
-from .weights import Weights
+from .readout import read
 
 
 @dataclass

@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..models import ModelAdapter
-from .cache import DEAD, SlotTable, adopt
-from .clock import Mark
+from ..request.request import Request
+from ..request.step import Readout, Survivors, prune_step, reads
+from ..request.timing import Mark
+from .attention_probe import AttentionProbe
+from .kv_cache import DEAD, SlotTable, adopt
 from .masks import pruned_mask
-from .probe import AttentionProbe
-from .reading import read_target_layer
-from .request import Request
-from .step import Readout, Survivors, prune_step, reads
+from .readout import read_target_layer
 
 
 @dataclass

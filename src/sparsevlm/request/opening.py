@@ -11,7 +11,7 @@ from torch import Tensor
 from ..compat import cache_of
 from ..models import Grid, ModelAdapter
 from ..selection.budget import plan_budget, plan_schedule
-from . import prompt
+from .inputs import make_samples
 from .request import Request
 from .session import Session
 
@@ -46,7 +46,7 @@ def open_request(
     request = session.new_request(cache_of(inputs), mask.shape[0], mask.shape[1], logits_to_keep)
     # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them.
     n_drafted = max(0, logits_to_keep - 1) if session.is_drafting else 0
-    request.begin_prompt(prompt.make_samples(session.adapter, inputs, mask, grids, session.template, n_drafted))
+    request.begin_prompt(make_samples(session.adapter, inputs, mask, grids, session.template, n_drafted))
     plan_samples(session.adapter, request, inputs.get("input_ids"))
     _warn(session, request)
     return request

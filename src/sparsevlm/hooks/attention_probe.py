@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .step import no_autocast
+from ..request.step import no_autocast
 
 # Modules of a vision tower call their attention otherwise where its name tells of flash attention: so does ours then.
 _PROBE_NAME, _FLASH_PROBE_NAME = "sparsevlm_probe", "sparsevlm_probe_flash"

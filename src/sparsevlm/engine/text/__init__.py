@@ -1,0 +1,1 @@
+"""The decoder on packed rows: prompts, captured or not, and decode steps."""
