@@ -28,7 +28,7 @@ LEVELS = {
     "engine": 3,
     "generate": 4,
     "inputs": 4,
-    "pictures": 4,
+    "pictures": 5,
     "state": 5,
     "api": 6,
     "evaluation": 7,
