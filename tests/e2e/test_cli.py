@@ -277,6 +277,10 @@ def test_preset(desk, tmp_path):
         (["--video", "pages.tif", "--frame", "1"], "--frame picks a frame of an --image file"),
         (["--image", "own.png", "--picture", "own.png"], "--picture own.png would overwrite what is read, own.png"),
         (["--video", "video", "--picture", "video/new.png"], "would overwrite what is read, video"),
+        (
+            ["--image", "file:own.png", "--picture", "own.png"],
+            "--picture own.png would overwrite what is read, own.png",
+        ),
         (["--image", "photo.jpg", "--report", "out.txt"], "must end in .json"),
         (["--image", "photo.jpg", "--picture", "text.jpg/out.png"], "a file is in its place"),
     ],
@@ -303,6 +307,10 @@ def test_mistakes_in_the_model(desk, model, message):
     ("arguments", "message"),
     [
         (["missing.json", "--image", "photo.jpg"], "missing.json does not exist"),
+        (
+            ["video", "--image", "photo.jpg"],
+            "report video is a folder, not a report; give the JSON file that --report wrote",
+        ),
         (["text.json", "--image", "photo.jpg"], "is not a JSON file"),
         (["other.json", "--image", "photo.jpg"], "not a sparsevlm report"),
         (["out/r.json"], "give the pictures"),
@@ -317,6 +325,23 @@ def test_mistakes_in_the_model(desk, model, message):
 def test_mistakes_in_visualize(saved, desk, monkeypatch, arguments, message):
     monkeypatch.chdir(desk)
     assert_one_line(call("visualize", *(["--out", "v.png"] if "--out" not in arguments else []), *arguments), message)
+
+
+def test_places_where_nothing_may_be_written(desk, monkeypatch):
+    """As for another user than root, who may write everywhere."""
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert_one_line(
+        run_on(desk, "--image", "photo.jpg", "--report", "out/x.json"), "cannot write to folder out: permission"
+    )
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(desk), "mkdir", refuse)
+    assert_one_line(
+        run_on(desk, "--image", "photo.jpg", "--report", "new/x.json"), "cannot make folder new: permission"
+    )
 
 
 def assert_one_line(result, message):

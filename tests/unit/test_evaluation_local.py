@@ -234,6 +234,7 @@ def test_an_id_twice_is_named(desk):
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "missing.jsonl does not exist"),
+        (".", None, "is a folder, not a dataset; give a .jsonl or .parquet file"),
         ("empty.jsonl", "\n", "holds no rows"),
         ("data.csv", "image,question", "must end in .jsonl or .parquet"),
         ("text.parquet", "no parquet", "is not a parquet file"),

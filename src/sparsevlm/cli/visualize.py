@@ -29,12 +29,12 @@ def visualize(
         raise ValueError("give the pictures of the request: --image FILE (once per image) or --video FOLDER.")
     out = prepare_file(out, ".png") or out
     check_not_overwritten(out, "--out", [*(image or ()), video])
+    from ..inputs.decoding import check_is_file
     from ..pictures import draw_report, save_picture
     from ..report import Report
 
     images, frames = read_visuals(image, video, frame)
     visuals: list[Any] = [*images, *([frames] if frames else [])]
-    if not report.is_file():
-        raise FileNotFoundError(f"report {report} does not exist.")
+    check_is_file(report, f"report {report}", noun="a report", wanted="the JSON file that --report wrote")
     save_picture(draw_report(Report.from_json(report), visuals, sample=sample, title=title), out)
     typer.echo(f"wrote {out}")

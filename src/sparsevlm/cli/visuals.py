@@ -48,23 +48,32 @@ def read_visuals(images: Sequence[str] | None, video: str | None, frame: int | N
         As the loaders.
     """
     from ..inputs.media import check_aspect_ratio, load_frames, load_image
+    from ..inputs.sources import shortened
 
     if frame is not None and video is not None:
         raise ValueError("--frame picks a frame of an --image file; --video takes all frames.")
     found = []
     for source in images or ():
         found.append(load_image(source, frame=frame))
-        check_aspect_ratio(found[-1].size, source)
+        check_aspect_ratio(found[-1].size, shortened(source))
     frames = load_frames(video) if video is not None else []
     if frames and video is not None:
-        check_aspect_ratio(frames[0].size, video)
+        check_aspect_ratio(frames[0].size, shortened(video))
     return found, frames
 
 
 def check_not_overwritten(out: Path | None, option: str, sources: Sequence[str | None]) -> None:
-    """Raise ``ValueError`` where a file to be written is an image that is read, or would be a frame of the video."""
-    for source in filter(None, sources):
-        if out is None or not os.path.exists(source):
+    """Raise ``ValueError`` where a file to be written is an image that is read, or would be a frame of the video.
+
+    Raises
+    ------
+    ValueError
+        Then, and if a source is an address on the network.
+    """
+    from ..inputs.sources import resolve
+
+    for source in map(resolve, filter(None, sources)):
+        if out is None or isinstance(source, bytes) or not os.path.exists(source):
             continue
         if os.path.samefile(source, out.parent if os.path.isdir(source) or not out.exists() else out):
             raise ValueError(f"{option} {out} would overwrite what is read, {source}; name another file.")

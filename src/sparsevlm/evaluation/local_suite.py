@@ -9,6 +9,7 @@ from typing import Any
 from PIL import Image
 
 from ..inputs import decode_image, load_image
+from ..inputs.decoding import check_is_file
 from ..inputs.media import MAX_ASPECT_RATIO
 from ..inputs.placeholders import IMAGE_TOKEN, VIDEO_TOKEN
 from ..inputs.sources import resolve
@@ -44,8 +45,7 @@ class LocalSuite:
     max_new_tokens = 32
 
     def __init__(self, file: Path, metric: str = "exact") -> None:
-        if not file.is_file():
-            raise FileNotFoundError(f"dataset {file} does not exist.")
+        check_is_file(file, f"dataset {file}", noun="a dataset", wanted="a .jsonl or .parquet file")
         self.file = file
         self.name = storable(file.stem)
         self.metric = metric

@@ -83,8 +83,14 @@ def decode_frames(source: Path | bytes, name: str) -> list[Image.Image]:
         return [_frame(image, number, name) for number in range(n_frames)]
 
 
-def check_is_file(path: Path, name: str, *, wanted: str = "an image file") -> None:
+def check_is_file(path: Path, name: str, *, noun: str = "a picture", wanted: str = "an image file") -> None:
     """Raise unless a path is a file that can be opened.
+
+    Parameters
+    ----------
+    path : Path
+    name, noun, wanted : str
+        What messages call the path, what it is to be, and what they ask for.
 
     Raises
     ------
@@ -109,7 +115,7 @@ def check_is_file(path: Path, name: str, *, wanted: str = "an image file") -> No
     )
     if found := [kind for holds, kind in kinds if holds(mode)]:
         remedy = "" if found[0] == "a folder" else " Write what it gives into a file first."
-        raise FileNotFoundError(f"{name} is {found[0]}, not a picture; give {wanted}.{remedy}")
+        raise FileNotFoundError(f"{name} is {found[0]}, not {noun}; give {wanted}.{remedy}")
 
 
 @contextmanager

@@ -140,7 +140,8 @@ def _frame_files(folder: Path) -> list[Path]:
 
 def _frames_of_file(content: Path | bytes, name: str) -> list[Image.Image]:
     if isinstance(content, Path):
-        check_is_file(content, f"video {name}", wanted=f"a folder with one image per frame, or {_MANY_FRAMES}")
+        wanted = f"a folder with one image per frame, or {_MANY_FRAMES}"
+        check_is_file(content, f"video {name}", noun="a video", wanted=wanted)
     frames = decode_frames(content, name)
     if len(frames) == 1:
         raise FileNotFoundError(

@@ -151,7 +151,7 @@ def _clip(part: Mapping[str, Any], max_num_frames: int) -> Clip:
     path = resolve(source)
     if isinstance(path, bytes) or path.is_dir():
         return _numbered(load_frames(source))
-    check_is_file(path, f"video {path}", wanted="a video file or a folder of frames")
+    check_is_file(path, f"video {path}", noun="a video", wanted="a video file or a folder of frames")
     return _decoded(path, max_num_frames)
 
 
