@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, ProcessorMixin, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil, pipeline
 
+from sparsevlm import apply_sparsevlm
 from sparsevlm.bundled import bundled_path
 from sparsevlm.inputs import ImageTextProcessor, load_model, load_processor
 from sparsevlm.inputs.video_processor import PilVideoProcessor
@@ -527,7 +528,6 @@ def asked(seed):
 
 
 def test_pipeline_of_transformers(pipe, processor, tmp_path):
-    """Without pruning, so that it runs under every transformers."""
     scene, question, messages = asked(8)
     options = {"max_new_tokens": 8, "return_full_text": False}
     assert pipe(text=messages, **options)[0]["generated_text"] == question.answer
@@ -545,6 +545,14 @@ def test_pipeline_of_transformers(pipe, processor, tmp_path):
     assert full[-1] == {"role": "assistant", "content": question.answer}
     small = {"size": {"shortest_edge": 784, "longest_edge": 28 * 28 * 9}}
     assert pipe.preprocess(_chat(messages), processor_kwargs=small)["image_grid_thw"].prod() <= 36
+
+
+def test_pipeline_of_transformers_with_pruning(pipe, processor):
+    _, question, messages = asked(8)
+    with apply_sparsevlm(pipe.model, keep=0.5, processor=processor) as state:
+        assert pipe(text=messages, max_new_tokens=8, return_full_text=False)[0]["generated_text"] == question.answer
+    assert state.report.n_visual == 256
+    assert state.report.average_in <= 0.5 * 256 + 1
 
 
 def _chat(messages):
