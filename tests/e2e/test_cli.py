@@ -1,6 +1,7 @@
 """The command line on a randomly initialised Qwen2.5-VL of its own shape, with its own tokenizer, and a photograph."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from sparsevlm import Report, apply_sparsevlm
 from sparsevlm.cli import app
 from sparsevlm.cli.asking import build_inputs
+from sparsevlm.cli.visuals import read_visuals
 from sparsevlm.inputs import load_image, load_model, load_processor
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -44,6 +46,18 @@ def desk(tmp_path_factory):
     (desk / "video").mkdir()
     for number in range(5):
         photograph(224, 168, number).save(desk / "video" / f"frame_{number}.jpg")
+    frames = [photograph(224, 168, number) for number in range(5)]
+    frames[0].save(desk / "pages.tif", save_all=True, append_images=frames[1:])
+    (desk / "video" / "._frame_0.jpg").write_bytes(b"\x00\x05\x16\x07 metadata of macOS")
+    Image.new("RGB", (603, 3)).save(desk / "strip.png")
+    photograph(56, 56).save(desk / "own.png")
+    photograph(56, 56).save(desk / "a.eps")
+    (desk / "a.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>")
+    (desk / "a.pdf").write_bytes(b"%PDF-1.7\n%\xe2\xe3")
+    (desk / "a.heic").write_bytes(b"\x00\x00\x00\x20ftypheic\x00\x00\x00\x00mif1heic")
+    (desk / "nothing.jpg").write_bytes(b"")
+    (desk / "link.jpg").symlink_to("gone.jpg")
+    os.mkfifo(desk / "pipe.jpg")
     (desk / "empty").mkdir()
     (desk / "text.jpg").write_text("no picture")
     (desk / "text.json").write_text("no json")
@@ -164,6 +178,41 @@ def test_video(desk, tmp_path):
     assert call("visualize", tmp_path / "r.json", *video, "--out", tmp_path / "v.png").exit_code == 0
 
 
+def test_a_file_with_several_frames(desk, tmp_path):
+    """As a video it is what a folder of its frames is, and each of its frames is what a file of it is."""
+    for source in ("pages.tif", "video", (desk / "video").as_uri()):
+        result = run_on(
+            desk, "--video", desk / source if "://" not in source else source, *BUDGET, "--report", tmp_path / "r.json"
+        )
+        assert result.exit_code == 0, result.stderr
+        assert Report.from_json(tmp_path / "r.json").samples[0].grids == ((3, 6, 8),)
+    one = run_on(desk, "--image", desk / "pages.tif", "--frame", 3, *BUDGET, "--picture", tmp_path / "one.png")
+    photograph(224, 168, 3).save(tmp_path / "3.png")
+    other = run_on(desk, "--image", tmp_path / "3.png", *BUDGET, "--picture", tmp_path / "other.png")
+    assert one.exit_code == other.exit_code == 0
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "other.png").read_bytes()
+
+
+def test_the_first_of_several_frames_is_said(desk):
+    with pytest.warns(
+        UserWarning, match=r"^sparsevlm: .*pages\.tif has 5 frames or pages, and the first is read.* --frame"
+    ):
+        assert len(read_visuals([str(desk / "pages.tif")], None, None)[0]) == 1
+
+
+def test_black_ink_on_a_transparent_ground(tmp_path):
+    layer = Image.new("RGBA", (224, 224), (0, 0, 0, 0))
+    layer.paste((0, 0, 0, 255), (80, 80, 160, 160))
+    layer.save(tmp_path / "ink.png")
+    layer.save(tmp_path / "ink.webp", lossless=True)
+    (tmp_path / "video").mkdir()
+    layer.save(tmp_path / "video" / "0.png")
+    images, _ = read_visuals([str(tmp_path / "ink.png"), str(tmp_path / "ink.webp")], None, None)
+    _, frames = read_visuals(None, str(tmp_path / "video"), None)
+    for image in (*images, *frames):
+        assert np.unique(np.asarray(image)).tolist() == [0, 255]
+
+
 def test_adaptive(desk):
     result = run_on(desk, "--image", desk / "photo.jpg", "--max-new-tokens", "2", "--attn", "eager")
     assert result.exit_code == 0, result.stderr
@@ -201,6 +250,37 @@ def test_preset(desk, tmp_path):
         (["--image", "photo.jpg", "--selector", "best"], "there is no selector 'best'"),
         (["--image", "photo.jpg", "--dtype", "int4"], "dtype must be one of"),
         (["--image", "photo.jpg", "--device", "toaster"], "unknown device"),
+        (["--image", "photo.jpg", "--device", "mps"], "torch cannot use the device 'mps'"),
+        (["--image", "photo.jpg", "--device", "cuda:99"], "device cuda:99 was asked for, but torch finds"),
+        (["--image", "photo.jpg", "--attn", "flash_attention_2", "--device", "cpu"], "(--attn) needs a GPU"),
+        (
+            ["--image", "photo.jpg", "--attn", "flash"],
+            "attn_implementation 'flash' (--attn) does not exist; use one of sdpa",
+        ),
+        (["--image", "https://example.org/a.png"], "https://example.org/a.png is on the network; download it"),
+        (["--video", "https://example.org/a.mp4"], "https://example.org/a.mp4 is on the network; download it"),
+        (["--image", "strip.png"], "strip.png has 603x3 pixels, and the model takes sides of up to 200 to 1; crop it"),
+        (["--image", "a.eps"], "a.eps is an EPS drawing, which is not decoded here; save it as PNG"),
+        (["--image", "a.svg"], "a.svg is not an image that Pillow can read: it is an SVG drawing; save it as PNG"),
+        (
+            ["--image", "a.pdf"],
+            "a.pdf is not an image that Pillow can read: it is a PDF document; save the page as PNG",
+        ),
+        (["--image", "a.heic"], "a.heic is not an image that Pillow can read: it is a HEIC image; save it as JPEG"),
+        (["--image", "nothing.jpg"], "nothing.jpg is not an image that Pillow can read: it is empty"),
+        (["--image", "text.jpg"], "text.jpg is not an image that Pillow can read: it is a text file"),
+        (["--image", "link.jpg"], "link.jpg is a symbolic link to gone.jpg, which does not exist"),
+        (["--image", "pipe.jpg"], "pipe.jpg is a named pipe, not a picture"),
+        (["--video", "photo.jpg"], "photo.jpg is a file with one image; give a folder with one image per frame, or an"),
+        (["--image", "pages.tif", "--frame", "5"], "pages.tif has 5 frames, numbered from 0; there is no frame 5"),
+        (["--image", "photo.jpg", "--frame", "1"], "photo.jpg has one frame, number 0; there is no frame 1"),
+        (["--video", "pages.tif", "--frame", "1"], "--frame picks a frame of an --image file"),
+        (["--image", "own.png", "--picture", "own.png"], "--picture own.png would overwrite what is read, own.png"),
+        (["--video", "video", "--picture", "video/new.png"], "would overwrite what is read, video"),
+        (
+            ["--image", "file:own.png", "--picture", "own.png"],
+            "--picture own.png would overwrite what is read, own.png",
+        ),
         (["--image", "photo.jpg", "--report", "out.txt"], "must end in .json"),
         (["--image", "photo.jpg", "--picture", "text.jpg/out.png"], "a file is in its place"),
     ],
@@ -227,17 +307,41 @@ def test_mistakes_in_the_model(desk, model, message):
     ("arguments", "message"),
     [
         (["missing.json", "--image", "photo.jpg"], "missing.json does not exist"),
+        (
+            ["video", "--image", "photo.jpg"],
+            "report video is a folder, not a report; give the JSON file that --report wrote",
+        ),
         (["text.json", "--image", "photo.jpg"], "is not a JSON file"),
         (["other.json", "--image", "photo.jpg"], "not a sparsevlm report"),
         (["out/r.json"], "give the pictures"),
         (["out/r.json", "--image", "portrait.jpg"], "does not fit the report"),
         (["out/r.json", "--image", "photo.jpg", "--image", "photo.jpg"], "1 images or videos, but 2"),
         (["out/r.json", "--image", "photo.jpg", "--sample", "3"], "no sample 3"),
+        (["out/r.json", "--image", "https://example.org/a.png"], "is on the network; download it"),
+        (["out/r.json", "--image", "pages.tif", "--frame", "5"], "there is no frame 5"),
+        (["out/r.json", "--image", "own.png", "--out", "own.png"], "--out own.png would overwrite what is read"),
     ],
 )
 def test_mistakes_in_visualize(saved, desk, monkeypatch, arguments, message):
     monkeypatch.chdir(desk)
-    assert_one_line(call("visualize", *arguments, "--out", "v.png"), message)
+    assert_one_line(call("visualize", *(["--out", "v.png"] if "--out" not in arguments else []), *arguments), message)
+
+
+def test_places_where_nothing_may_be_written(desk, monkeypatch):
+    """As for another user than root, who may write everywhere."""
+    monkeypatch.chdir(desk)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert_one_line(
+        run_on(desk, "--image", "photo.jpg", "--report", "out/x.json"), "cannot write to folder out: permission"
+    )
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(desk), "mkdir", refuse)
+    assert_one_line(
+        run_on(desk, "--image", "photo.jpg", "--report", "new/x.json"), "cannot make folder new: permission"
+    )
 
 
 def assert_one_line(result, message):

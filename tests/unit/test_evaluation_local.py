@@ -1,5 +1,6 @@
 """Datasets of one's own: every shape of a row, and every way in which one can be wrong."""
 
+import base64
 import io
 import json
 
@@ -179,6 +180,35 @@ def test_deep_greys_are_scaled_and_floats_refused(desk):
         second.load()
 
 
+def test_black_ink_on_a_transparent_ground(desk):
+    layer = Image.new("RGBA", (224, 224), (0, 0, 0, 0))
+    layer.paste((0, 0, 0, 255), (80, 80, 160, 160))
+    layer.save(desk / "ink.png")
+    path = {"image": "ink.png", **ANSWER}
+    (row,) = all_rows(LocalSuite(write_jsonl(desk, [path])))
+    assert np.unique(np.asarray(row.load().images[0])).tolist() == [0, 255]
+    (row,) = all_rows(LocalSuite(write_parquet(desk, [{"image": encoded(layer), **ANSWER}])))
+    assert np.unique(np.asarray(row.load().images[0])).tolist() == [0, 255]
+
+
+def test_addresses_of_images(desk):
+    data = base64.b64encode(encoded(picture())).decode()
+    rows = [
+        {"image": (desk / "pictures" / "a.png").as_uri(), **ANSWER},
+        {"image": f"data:image/png;base64,{data}", **ANSWER},
+        {"image": data, **ANSWER},
+    ]
+    for row in all_rows(LocalSuite(write_jsonl(desk, rows))):
+        assert row.load().images[0].tobytes() == picture().tobytes()
+
+
+def test_the_first_of_several_frames_is_said(desk):
+    picture().save(desk / "several.gif", save_all=True, append_images=[picture("blue")])
+    (row,) = all_rows(LocalSuite(write_jsonl(desk, [{"image": "several.gif", **ANSWER}])))
+    with pytest.warns(UserWarning, match=r"^sparsevlm: .*several\.gif has 2 frames or pages, and the first is read"):
+        assert row.load().images[0].getpixel((0, 0)) == (255, 0, 0)
+
+
 def test_a_strip_that_the_model_takes(desk):
     picture(size=(600, 3)).save(desk / "longest.png")
     (row,) = all_rows(LocalSuite(write_jsonl(desk, [{"image": "longest.png", **ANSWER}])))
@@ -204,6 +234,7 @@ def test_an_id_twice_is_named(desk):
     ("name", "content", "message"),
     [
         ("missing.jsonl", None, "missing.jsonl does not exist"),
+        (".", None, "is a folder, not a dataset; give a .jsonl or .parquet file"),
         ("empty.jsonl", "\n", "holds no rows"),
         ("data.csv", "image,question", "must end in .jsonl or .parquet"),
         ("text.parquet", "no parquet", "is not a parquet file"),

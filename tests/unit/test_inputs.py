@@ -4,12 +4,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import BatchFeature, Qwen2_5_VLProcessor, Qwen2VLProcessor
-from transformers.video_utils import VideoMetadata
+from transformers import Qwen2_5_VLProcessor, Qwen2VLProcessor
 
 from sparsevlm.inputs import ImageTextProcessor, load_model
-from sparsevlm.inputs.conversation import flat_videos
-from sparsevlm.inputs.frames import DEFAULT_VIDEO_SIZE, video_patches
+from sparsevlm.inputs.video_processor import PilVideoProcessor
 from tiny_checkpoint import save_tiny_checkpoint
 
 TEXTS = ["one <|image_pad|> and <|video_pad|>", "two <|image_pad|><|image_pad|>", "none", "<|video_pad|> seen"]
@@ -37,29 +35,6 @@ def media():
     return images, videos
 
 
-class StandInVideoProcessor:
-    """Our patches under the calls that transformers' processors make to their video processor."""
-
-    merge_size, temporal_patch_size = 2, 2
-
-    def __init__(self, processor):
-        self.processor = processor
-
-    def __call__(self, videos, video_metadata=None, **_):
-        cut = [
-            video_patches(self.processor.image_processor, frames, self.processor.video_size)
-            for frames in flat_videos(videos)
-        ]
-        rates = video_metadata or [{"fps": None, "total_num_frames": len(frames)} for frames in flat_videos(videos)]
-        return BatchFeature(
-            {
-                "pixel_values_videos": torch.from_numpy(np.concatenate([patches for patches, _ in cut])),
-                "video_grid_thw": torch.tensor([grid for _, grid in cut]),
-                "video_metadata": [VideoMetadata(**rate) for rate in rates],
-            }
-        )
-
-
 def transformers_processor(cls, processor):
     """The real processor class; only its check that a torchvision video processor came with it is left out."""
 
@@ -70,7 +45,7 @@ def transformers_processor(cls, processor):
     return WithoutCheck(
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,
-        video_processor=StandInVideoProcessor(processor),
+        video_processor=processor.video_processor,
         chat_template=processor.chat_template,
     )
 
@@ -79,6 +54,7 @@ def transformers_processor(cls, processor):
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
 def test_same_inputs_as_transformers(tmp_path, media, family, rates):
     ours = ImageTextProcessor.from_folder(save_tiny_checkpoint(tmp_path, family))
+    # Its class is ours; what is between the call and the image processor is theirs.
     theirs = transformers_processor(Qwen2VLProcessor if family == "qwen2_vl" else Qwen2_5_VLProcessor, ours)
     images, videos = media
     options = {"text": TEXTS, "images": images, "videos": videos, "padding": True, "return_tensors": "pt"}
@@ -127,8 +103,9 @@ def test_batch_is_padded_on_the_left_whatever_the_tokenizer_says(processor, medi
 def test_video_layout_is_the_one_of_transformers(processor):
     """Against the formula of Qwen2VLVideoProcessor.patchify, on frames that need no resizing."""
     frames = [noise(112, 84, seed) for seed in range(3)]
-    patches, grid = video_patches(processor.image_processor, frames, {"shortest_edge": 56 * 56, "longest_edge": 10**6})
-    assert grid == (2, 6, 8)
+    cut = processor.video_processor([frames], size={"shortest_edge": 56 * 56, "longest_edge": 10**6})
+    patches = cut["pixel_values_videos"]
+    assert cut["video_grid_thw"].tolist() == [[2, 6, 8]]
     mean, std = (
         np.array(values) for values in (processor.image_processor.image_mean, processor.image_processor.image_std)
     )
@@ -150,7 +127,13 @@ def test_frames_have_their_own_size_bounds(tmp_path, folder):
         '{"video_processor": {"size": {"shortest_edge": 1, "longest_edge": 3136}}}'
     )
     assert ImageTextProcessor.from_folder(copy).video_size == {"shortest_edge": 1, "longest_edge": 3136}
-    assert ImageTextProcessor(processor.tokenizer, processor.image_processor).video_size == DEFAULT_VIDEO_SIZE
+    default = {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28}  # of Qwen2VLVideoProcessor
+    assert ImageTextProcessor(processor.tokenizer, processor.image_processor).video_size == default
+    assert PilVideoProcessor().size == default
+    own = ImageTextProcessor(
+        processor.tokenizer, processor.image_processor, {"shortest_edge": 784, "longest_edge": 1568}
+    )
+    assert own(text="<|video_pad|>", videos=[noise(280, 280)] * 2)["video_grid_thw"].prod() * 14 * 14 <= 1568
 
 
 def test_chat_messages_bring_their_pictures(processor, tmp_path):
@@ -221,7 +204,10 @@ def test_padding_does_not_move_positions(folder, processor):
         ({"text": "<|video_pad|>", "videos": [[noise(56, 56), noise(84, 56)]]}, "of one size, got 56x56, 84x56"),
         ({"text": "<|video_pad|>", "videos": [[noise(56, 56)]], "video_metadata": []}, "1 videos, but metadata of 0"),
         ({"text": None}, "text is missing"),
-        ({"text": "a", "return_tensors": "np"}, "must be 'pt'"),
+        ({"text": "a", "return_tensors": "tf"}, "tf is not a valid"),
+        ({"text": ""}, "an empty one"),
+        ({"text": ["a", ""]}, "an empty one"),
+        ({"text": []}, "holds no prompt"),
     ],
 )
 def test_what_does_not_fit_is_said(processor, options, message):
@@ -231,7 +217,7 @@ def test_what_does_not_fit_is_said(processor, options, message):
 
 def test_no_network_for_pictures(processor):
     content = [{"type": "image", "url": "https://example.org/cat.png"}]
-    with pytest.raises(ValueError, match="local files only"):
+    with pytest.raises(ValueError, match="only local files"):
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True)
 
 

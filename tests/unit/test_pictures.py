@@ -122,6 +122,12 @@ def test_video_shows_a_spread_of_frames():
     assert figure.axes[2].images[0].get_array()[20, 20, 0] == 60
 
 
+def test_transparency_is_white():
+    clear = Image.new("RGBA", (168, 112), (0, 0, 0, 0))
+    figure = draw_report(report_of(sample_of(((1, 4, 6),), (halved(24),))), [clear])
+    assert figure.axes[0].images[0].get_array()[10, 10].tolist() == [255, 255, 255]
+
+
 def test_second_sample():
     report = report_of(sample_of(((1, 2, 2),), (halved(4),)), sample_of(((1, 3, 2),), (halved(6),)))
     assert "3 kept, 1 recycled of 6" in texts(draw_report(report, [plain(56, 84)], sample=1))

@@ -210,9 +210,25 @@ def test_deep_greys_are_scaled():
     assert [image.getpixel((0, 0)) for image in (*found.images, *found.clips[0].frames)] == [(128, 128, 128)] * 2
 
 
+def test_black_ink_on_a_transparent_ground_and_addresses(tmp_path):
+    layer = Image.new("RGBA", (224, 224), (0, 0, 0, 0))
+    layer.paste((0, 0, 0, 255), (80, 80, 160, 160))
+    layer.save(tmp_path / "ink.png")
+    content = [
+        {"type": "image", "url": layer},
+        {"type": "image", "url": (tmp_path / "ink.png").as_uri()},
+        {"type": "video", "url": [layer]},
+        {"type": "video", "url": tmp_path.as_uri()},
+    ]
+    found = read_conversation([{"role": "user", "content": content}], 8)
+    for image in (*found.images, *(frame for clip in found.clips for frame in clip.frames)):
+        assert sorted(image.getcolors()) == [(80 * 80, (0, 0, 0)), (224 * 224 - 80 * 80, (255, 255, 255))]
+
+
 @pytest.mark.parametrize(
     ("part", "error", "words"),
     [
+        ({"type": "video", "url": "https://example.org/a.mp4"}, ValueError, "only local files"),
         ({"type": "audio", "url": "a.wav"}, NotImplementedError, "got a part of type 'audio'"),
         ({"type": "image", "url": None}, TypeError, "got NoneType"),
         ({"type": "image", "url": "https://example.org/a.png"}, ValueError, "only local files"),

@@ -99,11 +99,14 @@ def _load(model: str, dtype: str, device: str, attn: str) -> tuple[Any, bool]:
 
     from ..bench.shapes import SHAPES, random_model
     from ..inputs import load_model, pick_device
+    from ..inputs.device import check_attention
 
     if dtype not in _DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
     if model in SHAPES:
-        return random_model(model, pick_device(device), getattr(torch, dtype), attn), True
+        target = pick_device(device)
+        check_attention(attn, target)
+        return random_model(model, target, getattr(torch, dtype), attn), True
     return load_model(model, dtype=dtype, device=device, attn_implementation=attn), False
 
 

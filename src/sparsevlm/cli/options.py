@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what goes on.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, or one of several, such as cuda:1.")]
 Selector = Annotated[
     str | None,
     typer.Option("--selector", help="Built-in method, such as span, sparsevlm or random.", show_default="span"),
@@ -60,11 +61,17 @@ def prepare_folder(folder: Path) -> Path:
     ------
     ValueError
         If there is a file in the way.
+    PermissionError
+        If nothing may be written there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ValueError(f"cannot write to folder {folder}: a file is in its place.") from error
+    except PermissionError as error:
+        raise PermissionError(f"cannot make folder {folder}: permission denied; name another.") from error
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write to folder {folder}: permission denied; name another.")
     return folder
 
 
@@ -75,6 +82,8 @@ def prepare_file(path: Path | None, suffix: str) -> Path | None:
     ------
     ValueError
         If the name does not end in ``suffix``, or is a folder's.
+    PermissionError
+        If it may not be written.
     """
     if path is None:
         return None
@@ -83,4 +92,6 @@ def prepare_file(path: Path | None, suffix: str) -> Path | None:
     if path.is_dir():
         raise ValueError(f"{path} is a folder; name a file.")
     prepare_folder(path.parent)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise PermissionError(f"cannot write {path}: permission denied; name another file.")
     return path

@@ -9,6 +9,7 @@ import typer
 
 from .options import KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers, prepare_file
 from .terminal import progress, quiet_transformers, reports_errors
+from .visuals import Frame, Images, Video, check_not_overwritten, read_visuals
 
 BUNDLED = "bundled"
 NOT_MEANINGFUL = (
@@ -24,9 +25,10 @@ def run(
         str, typer.Option("--model", help="Folder, hub id, or 'bundled' for the small model of this package.")
     ],
     prompt: Annotated[str, typer.Option("--prompt", help="Question or instruction.")],
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Image file; may be given several times.")] = None,
-    video: Annotated[Path | None, typer.Option("--video", help="Folder with one picture per frame.")] = None,
-    fps: Annotated[float, typer.Option("--fps", help="Frames per second of that folder.", min=0.01)] = 2.0,
+    image: Images = None,
+    frame: Frame = None,
+    video: Video = None,
+    fps: Annotated[float, typer.Option("--fps", help="Frames per second of the video.", min=0.01)] = 2.0,
     keep: Annotated[str | None, typer.Option("--keep", help=KEEP_HELP, show_default="adaptive")] = None,
     preset: Annotated[
         str | None, typer.Option("--preset", help="paper-192, paper-128 or paper-64; with the paper's selector.")
@@ -51,7 +53,6 @@ def run(
     if bool(image) == (video is not None):
         raise ValueError("give either --image FILE (once per image) or --video FOLDER.")
     from ..config import SparseVLMConfig
-    from ..inputs.media import load_frames, load_image
 
     config = SparseVLMConfig(
         target_layers=parse_layers(target_layers),
@@ -63,8 +64,8 @@ def run(
         preset=preset,
     )
     report, picture = prepare_file(report, ".json"), prepare_file(picture, ".png")
-    images = [load_image(path) for path in image or ()]
-    frames = load_frames(video) if video is not None else []
+    check_not_overwritten(picture, "--picture", [*(image or ()), video])
+    images, frames = read_visuals(image, video, frame)
     loaded, processor = _load(model, dtype, device, attn)
     from .asking import build_inputs
 

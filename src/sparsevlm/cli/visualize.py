@@ -9,6 +9,7 @@ import typer
 
 from .options import Debug, prepare_file
 from .terminal import reports_errors
+from .visuals import Frame, Images, Video, check_not_overwritten, read_visuals
 
 
 @reports_errors
@@ -16,8 +17,9 @@ def visualize(
     *,
     report: Annotated[Path, typer.Argument(help="Report that --report (or the demo) wrote.", show_default=False)],
     out: Annotated[Path, typer.Option("--out", help="PNG to write.", show_default=False)],
-    image: Annotated[list[Path] | None, typer.Option("--image", help="Image of the request; once per image.")] = None,
-    video: Annotated[Path | None, typer.Option("--video", help="Folder with the frames of the request.")] = None,
+    image: Images = None,
+    frame: Frame = None,
+    video: Video = None,
     sample: Annotated[int, typer.Option("--sample", help="Which sample of the batch, from 0.")] = 0,
     title: Annotated[str, typer.Option("--title", help="Text above the picture.")] = "",
     debug: Debug = False,
@@ -26,14 +28,13 @@ def visualize(
     if not image and video is None:
         raise ValueError("give the pictures of the request: --image FILE (once per image) or --video FOLDER.")
     out = prepare_file(out, ".png") or out
-    from ..inputs.media import load_frames, load_image
+    check_not_overwritten(out, "--out", [*(image or ()), video])
+    from ..inputs.decoding import check_is_file
     from ..pictures import draw_report, save_picture
     from ..report import Report
 
-    visuals: list[Any] = [load_image(path) for path in image or ()]
-    if video is not None:
-        visuals.append(load_frames(video))
-    if not report.is_file():
-        raise FileNotFoundError(f"report {report} does not exist.")
+    images, frames = read_visuals(image, video, frame)
+    visuals: list[Any] = [*images, *([frames] if frames else [])]
+    check_is_file(report, f"report {report}", noun="a report", wanted="the JSON file that --report wrote")
     save_picture(draw_report(Report.from_json(report), visuals, sample=sample, title=title), out)
     typer.echo(f"wrote {out}")

@@ -9,15 +9,16 @@ from typing import Any
 from PIL import Image
 
 from ..inputs import decode_image, load_image
-from ..inputs.processor import IMAGE_TOKEN, VIDEO_TOKEN
+from ..inputs.decoding import check_is_file
+from ..inputs.media import MAX_ASPECT_RATIO
+from ..inputs.placeholders import IMAGE_TOKEN, VIDEO_TOKEN
+from ..inputs.sources import resolve
 from .fingerprint import fingerprint
 from .local_files import PICTURE_COLUMNS, Record, read_records
 from .metrics import check_answers, check_metric
 from .predictions import storable
 from .results import AVERAGE
 from .suite import Row, Sample
-
-_MAX_ASPECT = 200  # of transformers' image processor
 
 
 class LocalSuite:
@@ -44,8 +45,7 @@ class LocalSuite:
     max_new_tokens = 32
 
     def __init__(self, file: Path, metric: str = "exact") -> None:
-        if not file.is_file():
-            raise FileNotFoundError(f"dataset {file} does not exist.")
+        check_is_file(file, f"dataset {file}", noun="a dataset", wanted="a .jsonl or .parquet file")
         self.file = file
         self.name = storable(file.stem)
         self.metric = metric
@@ -152,19 +152,16 @@ def _images(record: Record) -> tuple[Image.Image, ...]:
 def _image(value: Any, folder: Path) -> Image.Image:
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
-    if isinstance(value, str):
-        if value.startswith(("http://", "https://")):
-            raise ValueError(f"names the picture {value[:80]}, which is on the network; download it and give its path")
-        value = folder / value
-    elif not isinstance(value, bytes):
+    if not isinstance(value, (str, bytes)):
         raise ValueError(f"has an image of type {type(value).__name__}; give a path or the bytes of a picture file")
     try:
-        image = decode_image(value) if isinstance(value, bytes) else load_image(value)
+        content = resolve(value) if isinstance(value, str) else value
+        image = decode_image(content) if isinstance(content, bytes) else load_image(folder / content)
     except (OSError, ValueError) as error:
         raise ValueError(f"has an unusable image: {error}") from error
-    if max(image.size) > _MAX_ASPECT * min(image.size):
+    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
         raise ValueError(
-            f"has an image of {image.width}x{image.height} pixels, and the model takes sides of up to {_MAX_ASPECT} to "
-            "1; crop it"
+            f"has an image of {image.width}x{image.height} pixels, and the model takes sides of up to "
+            f"{MAX_ASPECT_RATIO} to 1; crop it"
         )
     return image

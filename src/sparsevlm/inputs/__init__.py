@@ -1,16 +1,24 @@
-"""From files, pictures and text to a loaded model and its inputs."""
+"""From files, images and text to a loaded model and its inputs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from .checkpoint import (
     SUPPORTED_MODEL_TYPES,
     checkpoint_folder,
     load_model,
     load_skeleton,
-    pick_device,
     read_model_type,
 )
-from .media import as_rgb, decode_image, load_frames, load_image
-from .processor import ImageTextProcessor, load_processor
+from .device import pick_device
+from .media import decode_image, load_frames, load_image
+from .pixels import as_rgb
+from .processor import load_processor
 from .torchvision_guard import torchvision_works
+
+if TYPE_CHECKING:
+    from .image_text_processor import ImageTextProcessor
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
@@ -27,3 +35,13 @@ __all__ = [
     "read_model_type",
     "torchvision_works",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Its base class is transformers', which must not be imported beside a broken torchvision.
+    if name != "ImageTextProcessor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    torchvision_works()
+    from .image_text_processor import ImageTextProcessor
+
+    return ImageTextProcessor

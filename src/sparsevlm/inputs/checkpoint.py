@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from .device import check_attention, pick_device
 from .torchvision_guard import torchvision_works
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ def checkpoint_folder(path_or_id: str | Path, *, weights: bool = True, local_fil
     path_or_id : str or Path
         A folder, or a hub id such as ``Qwen/Qwen2.5-VL-3B-Instruct``.
     weights : bool
-        Whether a hub id brings its safetensors files, too.
+        Whether a hub id brings its safetensors files, too. Without, a folder with a processor alone will do.
     local_files_only : bool
         Whether a hub id must come from the local hub cache.
 
@@ -35,7 +36,7 @@ def checkpoint_folder(path_or_id: str | Path, *, weights: bool = True, local_fil
     FileNotFoundError
         If there is no such folder, or the hub does not give the id.
     ValueError
-        If the folder has no ``config.json``.
+        If the folder is none of a model.
     """
     path = Path(path_or_id)
     if path.is_file():
@@ -44,8 +45,9 @@ def checkpoint_folder(path_or_id: str | Path, *, weights: bool = True, local_fil
         if not _HUB_ID.fullmatch(str(path_or_id)):
             raise FileNotFoundError(f"model {path_or_id} is neither a folder nor a hub id (owner/name).")
         path = _from_hub(str(path_or_id), weights, local_files_only)
-    if not (path / "config.json").is_file():
-        raise ValueError(f"{path} is no model folder: it has no config.json.")
+    wanted = ("config.json",) if weights else ("config.json", "processor_config.json")
+    if not any((path / name).is_file() for name in wanted):
+        raise ValueError(f"{path} is no model folder: it has no {' and no '.join(wanted)}.")
     return path
 
 
@@ -95,7 +97,7 @@ def load_model(
     device : str
         ``"auto"``: CUDA where there is a GPU, else the CPU.
     attn_implementation : str
-        As in ``from_pretrained``.
+        As in ``from_pretrained``, but for kernels on the hub, which are refused.
     local_files_only : bool
         Whether a hub id must come from the local hub cache.
 
@@ -112,6 +114,7 @@ def load_model(
     _check_model_type(folder)
     target = pick_device(device)
     torchvision_works()
+    check_attention(attn_implementation, target)
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText
 
@@ -127,6 +130,8 @@ def load_model(
         )
     except (OSError, SafetensorError) as error:
         raise ValueError(f"the weights in {folder} cannot be loaded: {error}") from error
+    except ImportError as error:
+        raise ValueError(f"the model in {folder} cannot be made with attn {attn_implementation!r}: {error}") from error
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"the weights in {folder} are incomplete: {len(missing)} are missing, first {missing[0]}.")
@@ -149,29 +154,6 @@ def load_skeleton(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
-
-
-def pick_device(device: str) -> str:
-    """Return the torch device of an option; ``"auto"`` is CUDA where there is a GPU.
-
-    Raises
-    ------
-    ValueError
-        If torch does not know the device, or it is CUDA without a GPU.
-    """
-    import torch
-
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}; use auto, cpu or cuda.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "device cuda was asked for, but torch finds no GPU; use --device cpu or a CUDA build of torch."
-        )
-    return device
 
 
 def _check_model_type(folder: Path) -> None:

@@ -1,129 +1,156 @@
-"""Pictures and folders of frames read from disk."""
+"""Images and the frames of videos, read from disk."""
 
 from __future__ import annotations
 
-import io
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
+
+from .decoding import check_is_file, decode, decode_frames
+from .pixels import as_rgb, grey_depth, warn_of_depth
+from .sources import resolve
 
 FRAME_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff")
-_WHITE_8, _WHITE_16 = 255, 65535
+MAX_ASPECT_RATIO = 200  # of transformers' smart_resize
+_MANY_FRAMES = "an animated GIF, WebP or PNG, or a TIFF of several pages"
 
 
-def load_image(path: str | Path) -> Image.Image:
-    """Read one picture, turned upright by its EXIF orientation.
+def load_image(source: str | os.PathLike[str], frame: int | None = None) -> Image.Image:
+    """Read one image as 8-bit RGB: upright by its EXIF orientation, transparency composited onto white.
+
+    Parameters
+    ----------
+    source : str or Path
+        A file; a ``file://`` or ``data:`` address, or base64, as :func:`~sparsevlm.inputs.sources.resolve` takes them.
+    frame : int, optional
+        Which frame or page of a file with several, from 0. Where omitted it is the first, and a warning says so.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
+    PermissionError
+        If it may not be read.
     ValueError
-        If the file is no picture, a damaged one, or one that is refused by :func:`as_rgb`.
+        If it is an address on the network, no image, a damaged one, has no such frame, or is refused by :func:`as_rgb`.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a picture" if path.is_dir() else "does not exist"
-        raise FileNotFoundError(f"image {path} {what}.")
-    return _decoded(path, str(path))
+    content = resolve(source)
+    name = str(content) if isinstance(content, Path) else "the image in the data: address or base64"
+    return as_rgb(decode(content, name, frame), name=name)
 
 
 def decode_image(content: bytes) -> Image.Image:
-    """Read one picture from the bytes of its file, as :func:`load_image` does.
+    """Read one image from the bytes of its file, as :func:`load_image` does.
 
     Raises
     ------
     ValueError
         As :func:`load_image`.
     """
-    return _decoded(io.BytesIO(content), "what its bytes hold")
+    name = "what its bytes hold"
+    return as_rgb(decode(content, name), name=name)
 
 
-def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode with 8 bits for each of red, green and blue.
+def load_frames(source: str | os.PathLike[str]) -> list[Image.Image]:
+    """Read the frames of a video from a folder of images, in the order of their names, or from a file with several.
+
+    Numbers in names count as numbers: ``frame_2.png`` comes before ``frame_10.png``. Hidden files are skipped. Grey
+    values beyond 8 bits have one depth in all frames.
+
+    Parameters
+    ----------
+    source : str or Path
+        A folder, or an animated GIF, WebP or PNG, or a TIFF of several pages; ``file://`` addresses, too.
+
+    Returns
+    -------
+    list of PIL images
+        8-bit RGB, all of one size.
+
+    Raises
+    ------
+    FileNotFoundError, PermissionError
+        If there is no such folder or file, it may not be read, or the file holds one image only.
+    ValueError
+        If the folder holds no images, the file cannot be decoded, or frames differ in size.
+    """
+    content = resolve(source)
+    if isinstance(content, Path) and os.path.isdir(content):
+        files = _frame_files(content)
+        return rgb_frames([decode(file, str(file)) for file in files], str(content))
+    name = str(content) if isinstance(content, Path) else "the video in the data: address or base64"
+    return rgb_frames(_frames_of_file(content, name), name)
+
+
+def rgb_frames(frames: Sequence[Image.Image], name: str) -> list[Image.Image]:
+    """Convert the frames of one video to 8-bit RGB; grey values beyond 8 bits have one depth in all of them.
 
     Raises
     ------
     ValueError
-        As :func:`eight_bits`.
+        If frames differ in size, or as :func:`as_rgb`.
     """
-    return eight_bits(image).convert("RGB")
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A picture with at most 8 bits per channel: grey values of 16 bits are scaled, any other picture is left as it is.
-
-    Pillow's own conversion cuts every value above 255 off, which leaves a white page. Mode ``I`` is 32 bits wide, but
-    holds values of 8 or 16 bits.
-
-    Raises
-    ------
-    ValueError
-        If the mode does not say which value is white; the message has the remedy.
-    """
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image)
-    least, most = values.min(), values.max()
-    if image.mode == "F" or least < 0 or most > _WHITE_16:
-        raise ValueError(
-            f"pixels of mode {image.mode}, here from {least} to {most}, do not say which value is white; save the "
-            "picture with 8 or 16 bits per channel."
-        )
-    if image.mode != "I" or most > _WHITE_8:
-        step = _WHITE_16 // _WHITE_8
-        values = (values.astype(np.int32) + step // 2) // step
-    return Image.fromarray(values.astype(np.uint8))
-
-
-def load_frames(folder: str | Path) -> list[Image.Image]:
-    """Read the frames of a video from a folder of pictures, in the order of their names.
-
-    Numbers in names count as numbers: ``frame_2.png`` comes before ``frame_10.png``.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such folder.
-    ValueError
-        If the folder holds no pictures, or frames of different sizes.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        what = "is a file; give a folder with one picture per frame" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"video folder {folder} {what}.")
-    files = sorted((file for file in folder.iterdir() if file.suffix.lower() in FRAME_SUFFIXES), key=_natural)
-    if not files:
-        raise ValueError(f"video folder {folder} holds no pictures ({', '.join(FRAME_SUFFIXES)}).")
-    frames = [load_image(file) for file in files]
     check_same_size(frames)
-    return frames
+    if (bits := grey_depth(frames)) is not None:
+        warn_of_depth(frames, bits, name)
+    return [as_rgb(frame, name=f"frame {number} of {name}", bits=bits) for number, frame in enumerate(frames)]
 
 
-def check_same_size(frames: list[Image.Image]) -> None:
+def check_same_size(frames: Sequence[Image.Image]) -> None:
     """Raise ``ValueError`` where the frames of one video differ in size."""
     if len(sizes := {frame.size for frame in frames}) > 1:
         found = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
         raise ValueError(f"the frames of a video must be of one size, got {found}.")
 
 
-def _decoded(source: Path | io.BytesIO, name: str) -> Image.Image:
+def check_aspect_ratio(size: tuple[int, int], name: str) -> None:
+    """Raise where transformers' image processors would refuse the sides of an image, which they do without its name.
+
+    Parameters
+    ----------
+    size : tuple of int
+        Width and height.
+    name : str
+
+    Raises
+    ------
+    ValueError
+        If a side is more than 200 times the other.
+    """
+    width, height = size
+    if max(size) > MAX_ASPECT_RATIO * min(size):
+        raise ValueError(
+            f"{name} has {width}x{height} pixels, and the model takes sides of up to {MAX_ASPECT_RATIO} to 1; crop it."
+        )
+
+
+def _frame_files(folder: Path) -> list[Path]:
     try:
-        with Image.open(source) as opened:
-            return as_rgb(ImageOps.exif_transpose(opened))
-    except UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image that Pillow can read.") from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} has too many pixels to be read safely ({error}); save it smaller.") from error
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{name} is a damaged image: {error}.") from error
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        visible = [file for file in folder.iterdir() if not file.name.startswith(".")]
+    except PermissionError as error:
+        raise PermissionError(f"video folder {folder} cannot be read: permission denied; check its rights.") from error
+    files = sorted((file for file in visible if file.suffix.lower() in FRAME_SUFFIXES), key=_natural)
+    if not files:
+        raise ValueError(f"video folder {folder} holds no pictures ({', '.join(FRAME_SUFFIXES)}).")
+    return files
+
+
+def _frames_of_file(content: Path | bytes, name: str) -> list[Image.Image]:
+    if isinstance(content, Path):
+        wanted = f"a folder with one image per frame, or {_MANY_FRAMES}"
+        check_is_file(content, f"video {name}", noun="a video", wanted=wanted)
+    frames = decode_frames(content, name)
+    if len(frames) == 1:
+        raise FileNotFoundError(
+            f"video {name} is a file with one image; give a folder with one image per frame, or {_MANY_FRAMES}."
+        )
+    return frames
 
 
 def _natural(file: Path) -> list[tuple[int, str]]:
     """Sort key: runs of digits by value, all else by text."""
     pieces = re.split(r"(\d+)", file.name)
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in pieces]
+    return [(int(piece), "") if piece.isdecimal() else (-1, piece) for piece in pieces]

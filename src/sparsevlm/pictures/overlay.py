@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from ..inputs import as_rgb
 from ..report import Report, SampleReport, StageReport
 from .page import Page, Panel
 
@@ -149,7 +150,7 @@ def shade(image: Image.Image, states: np.ndarray) -> np.ndarray:
     """
     cell = max(4, round(_LONG_SIDE / max(states.shape)))
     size = (states.shape[1] * cell, states.shape[0] * cell)
-    pixels = np.asarray(image.convert("RGB").resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
+    pixels = np.asarray(as_rgb(image).resize(size, Image.Resampling.LANCZOS), dtype=np.float32)
     grown = states.repeat(cell, axis=0).repeat(cell, axis=1)
     grey = pixels.mean(axis=2, keepdims=True)
     painted = np.where((grown == DROPPED)[..., None], _SHADE + 0.22 * grey, pixels)

@@ -12,6 +12,9 @@ from typing import Any
 from PIL import Image
 
 from ..inputs import as_rgb, load_frames, load_image
+from ..inputs.decoding import check_is_file
+from ..inputs.media import rgb_frames
+from ..inputs.sources import resolve
 
 # Frames per second that a folder or list of frames is taken to have: that of Qwen's own sampling.
 FRAMES_PER_SECOND = 2.0
@@ -124,19 +127,16 @@ def with_n_visual(image: Image.Image, n_visual: int, side: int) -> Image.Image:
 def bound_pixels(processor: Any, least: int | None, most: int | None) -> None:
     """Replace the processor's bounds on the pixels of an image or a frame; ``None`` leaves one as it is."""
     bounds = {name: value for name, value in (("shortest_edge", least), ("longest_edge", most)) if value is not None}
-    owners = [(processor.image_processor, "size"), (processor, "video_size")]
-    if (video_processor := getattr(processor, "video_processor", None)) is not None:
-        owners.append((video_processor, "size"))
-    for owner, name in owners:
-        if (size := getattr(owner, name, None)) is not None:
-            setattr(owner, name, type(size)(**{**dict(size), **bounds}))
+    for owner in (processor.image_processor, getattr(processor, "video_processor", None)):
+        if owner is not None and (size := owner.size) is not None:
+            owner.size = type(size)(**{**dict(size), **bounds})
 
 
 def _image(source: Any) -> Image.Image:
     if isinstance(source, Image.Image):
-        return as_rgb(source)
+        return as_rgb(source, name="an image of a message")
     if isinstance(source, (str, Path)):
-        return load_image(_local(source))
+        return load_image(source)
     raise TypeError(f"an image must be a PIL image or the path of a file, got {type(source).__name__}.")
 
 
@@ -145,14 +145,13 @@ def _clip(part: Mapping[str, Any], max_num_frames: int) -> Clip:
     if isinstance(source, dict) or part.get("start_time") is not None or part.get("end_time") is not None:
         raise NotImplementedError("videos with a start and an end are not supported: cut the clip out beforehand.")
     if isinstance(source, (list, tuple)) and source and all(isinstance(frame, Image.Image) for frame in source):
-        return _numbered([as_rgb(frame) for frame in source])
+        return _numbered(rgb_frames(source, "a video of a message"))
     if not isinstance(source, (str, Path)):
         raise TypeError(f"a video must be a local file, a folder or a list of PIL images, got {type(source).__name__}.")
-    path = _local(source)
-    if path.is_dir():
-        return _numbered(load_frames(path))
-    if not path.is_file():
-        raise FileNotFoundError(f"video {path} does not exist.")
+    path = resolve(source)
+    if isinstance(path, bytes) or path.is_dir():
+        return _numbered(load_frames(source))
+    check_is_file(path, f"video {path}", noun="a video", wanted="a video file or a folder of frames")
     return _decoded(path, max_num_frames)
 
 
@@ -181,9 +180,3 @@ def _decoded(path: Path, max_num_frames: int) -> Clip:
     if not frames:
         raise ValueError(f"{path} holds no frames.")
     return Clip(frames, indices, n_total, fps)
-
-
-def _local(source: str | Path) -> Path:
-    if str(source).startswith(("http://", "https://", "data:")):
-        raise ValueError(f"{str(source)[:80]}: only local files are read; download it first.")
-    return Path(source)
