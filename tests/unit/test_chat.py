@@ -190,7 +190,6 @@ def test_black_ink_on_a_transparent_ground(processor, tmp_path):
         ),
         ({"type": "video", "video": FRAMES, "fps": 2.0}, ValueError, "fps of a single part of type video"),
     ],
-    ids=str,
 )
 def test_parts_that_are_refused(processor, part, error, message):
     with pytest.raises(error, match=message):

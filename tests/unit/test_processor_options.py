@@ -311,7 +311,6 @@ def test_videos_by_their_paths(processor, tmp_path):
         (np.ones((8, 8, 3), bool), ValueError, "array of bool"),
         (Image.new("RGB", (603, 3)), ValueError, "image 1 has 603x3 pixels, .* up to 200 to 1; crop it"),
     ],
-    ids=str,
 )
 def test_images_that_are_none(processor, images, error, message):
     with pytest.raises(error, match=message):
