@@ -61,7 +61,7 @@ def from_base64(text: str) -> bytes:
 
 def shortened(text: str) -> str:
     """A source as messages show it: at most 80 characters."""
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return text if len(text) <= 80 else f"{text[:37]}...{text[-40:]}"  # a file's name stands at the end
 
 
 def _data(text: str) -> bytes:
