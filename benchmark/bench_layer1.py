@@ -21,9 +21,16 @@ from sparsevlm.kernels.attention import (
     RaggedCache,
     decode_attention,
     varlen_attention,
-    varlen_attention_plain,
+    varlen_attention_reference,
 )
-from sparsevlm.kernels.elementwise import rms_norm, rms_norm_plain, rotate, rotate_plain, swiglu, swiglu_plain
+from sparsevlm.kernels.elementwise import (
+    rms_norm,
+    rms_norm_reference,
+    rotate,
+    rotate_reference,
+    swiglu,
+    swiglu_reference,
+)
 from sparsevlm.kernels.energy_rank import sketch_rank
 
 _EPS = 1e-6
@@ -94,14 +101,14 @@ def elementwise(bench: Bench, sizes: Sizes) -> None:
         weight = bench.random(sizes.hidden)
         _pair(
             bench, "rms_norm with residual", f"{n} x {sizes.hidden}",
-            lambda x, y, w=weight: rms_norm_plain(x, w, _EPS, y),
+            lambda x, y, w=weight: rms_norm_reference(x, w, _EPS, y),
             lambda x, y, w=weight: rms_norm(x, w, _EPS, y),
             lambda n=n: (bench.random(n, sizes.hidden), bench.random(n, sizes.hidden)),
             Work(bytes=4 * n * sizes.hidden * element),
         )  # fmt: skip
         _pair(
             bench, "swiglu", f"{n} x {sizes.intermediate}",
-            swiglu_plain, swiglu,
+            swiglu_reference, swiglu,
             lambda n=n: bench.random(n, 2 * sizes.intermediate).chunk(2, dim=1),
             Work(bytes=3 * n * sizes.intermediate * element),
         )  # fmt: skip
@@ -113,7 +120,7 @@ def elementwise(bench: Bench, sizes: Sizes) -> None:
 
         _pair(
             bench, "rotate", f"{n} x ({heads[0]} + {heads[1]}) x {sizes.head_dim}",
-            rotate_plain, rotate, make,
+            rotate_reference, rotate, make,
             Work(bytes=2 * n * (sum(heads) + 1) * sizes.head_dim * element),
         )  # fmt: skip
 
@@ -126,13 +133,13 @@ def attention(bench: Bench, sizes: Sizes) -> None:
          sizes.vision_head_dim, False),
     ]  # fmt: skip
     for what, lengths, heads, kv_heads, head_dim, causal in cases:
-        n, longest, offsets, scaling = sum(lengths), max(lengths), bench.offsets(lengths), head_dim**-0.5
+        n, max_seqlen, cu_seqlens, scaling = sum(lengths), max(lengths), bench.cu_seqlens(lengths), head_dim**-0.5
         pairs = sum(length * (length + 1) / 2 if causal else length**2 for length in lengths)
         element = torch.empty(0, dtype=bench.dtype).element_size()
         _pair(
             bench, f"varlen_attention, {what}", f"{len(lengths)} sequences, {n} x {heads}/{kv_heads} x {head_dim}",
-            lambda q, k, v, o=offsets, s=scaling, c=causal: varlen_attention_plain(q, k, v, o, s, c),
-            lambda q, k, v, o=offsets, m=longest, s=scaling, c=causal: varlen_attention(q, k, v, o, m, s, c),
+            lambda q, k, v, o=cu_seqlens, s=scaling, c=causal: varlen_attention_reference(q, k, v, o, s, c),
+            lambda q, k, v, o=cu_seqlens, m=max_seqlen, s=scaling, c=causal: varlen_attention(q, k, v, o, m, s, c),
             lambda n=n, h=heads, g=kv_heads, d=head_dim: tuple(bench.random(n, x, d) for x in (h, g, g)),
             Work(4 * heads * head_dim * pairs, 2 * n * (heads + kv_heads) * head_dim * element),
             plain_waits=True,
@@ -144,13 +151,13 @@ def decoding(bench: Bench, sizes: Sizes) -> None:
     element = torch.empty(0, dtype=bench.dtype).element_size()
     scaling, n_new = sizes.head_dim**-0.5, sizes.raters // 2
     for lengths in ([sizes.rows], sizes.lengths):
-        batch, longest = len(lengths), max(lengths)
-        width = longest + n_new
+        batch, max_seqlen = len(lengths), max(lengths)
+        width = max_seqlen + n_new
         shape = f"batch {batch}, {sum(lengths)} + {batch} x {n_new} keys"
         work = Work(bytes=2 * (sum(lengths) + batch * n_new) * sizes.kv_heads * sizes.head_dim * element)
         ends = torch.tensor(lengths, device=bench.device)[:, None]
         places = torch.arange(width, device=bench.device)
-        seen = ((places < ends) | (places >= longest))[:, None, None]
+        seen = ((places < ends) | (places >= max_seqlen))[:, None, None]
         padded = bench.sets(
             lambda b=batch, w=width: (
                 bench.random(b, sizes.heads, 1, sizes.head_dim),
@@ -168,13 +175,13 @@ def decoding(bench: Bench, sizes: Sizes) -> None:
             parts = [bench.random(sum(lengths), sizes.kv_heads, sizes.head_dim) for _ in range(2)]
             new = [bench.random(len(lengths), n_new, sizes.kv_heads, sizes.head_dim) for _ in range(2)]
             count = torch.full((1,), n_new, dtype=torch.int32, device=bench.device)
-            cache = RaggedCache(*parts, bench.offsets(lengths), *new, count)
+            cache = RaggedCache(*parts, bench.cu_seqlens(lengths), *new, count)
             return bench.random(len(lengths), sizes.heads, sizes.head_dim), cache
 
         bench.time("decode_attention", shape, "plain torch, padded", dense, padded, work=work)
         bench.time(
             "decode_attention", shape, "ours",
-            lambda query, cache, m=longest: decode_attention(query, cache, scaling, m),
+            lambda query, cache, m=max_seqlen: decode_attention(query, cache, scaling, m),
             [make() for _ in padded], work=work,
         )  # fmt: skip
 
@@ -182,7 +189,7 @@ def decoding(bench: Bench, sizes: Sizes) -> None:
 def raters(bench: Bench, sizes: Sizes) -> None:
     """What the text looks at among the visual tokens: both passes."""
     n, scaling = sizes.rows, sizes.head_dim**-0.5
-    lengths, offsets = bench.offsets([sizes.text]), bench.offsets([n])
+    lengths, cu_seqlens = bench.cu_seqlens([sizes.text]), bench.cu_seqlens([n])
     ends = torch.arange(sizes.visual, n, device=bench.device, dtype=torch.int32) + 1
     marked = torch.arange(n, device=bench.device) < sizes.visual
     columns = rater_attention.Columns(
@@ -196,14 +203,14 @@ def raters(bench: Bench, sizes: Sizes) -> None:
     ) -> Callable[..., Tensor]:
         def run(query: Tensor, key: Tensor) -> Tensor:
             rows = rater_attention.Rows(query, lengths, ends, sizes.text)
-            lse, _ = statistics(rows, key, offsets, marked, scaling)
+            lse, _ = statistics(rows, key, cu_seqlens, marked, scaling)
             return attended(rows, key, columns, lse, weight, scaling)
 
         return run
 
     _pair(
         bench, "rater attention", f"{sizes.text} rows, {n} keys, {sizes.heads} heads",
-        both(rater_attention.row_statistics_plain, rater_attention.row_attention_plain),
+        both(rater_attention.row_statistics_reference, rater_attention.row_attention_reference),
         both(rater_attention.row_statistics, rater_attention.row_attention),
         lambda: (
             bench.random(sizes.text, sizes.heads, sizes.head_dim), bench.random(n, sizes.kv_heads, sizes.head_dim)
@@ -219,7 +226,7 @@ def choosing(bench: Bench, sizes: Sizes) -> None:
         n_keep = n // 4
         _pair(
             bench, "products", f"{batch} x {n} x {sizes.hidden}",
-            lambda rows: rows @ rows.mT, gram_matrix.products,
+            lambda rows: rows @ rows.mT, gram_matrix.gram_matrix,
             lambda b=batch, n=n: (bench.random(b, n, sizes.hidden, dtype=torch.float32),),
             Work(flops=6 * batch * n * n * sizes.hidden),
         )  # fmt: skip
@@ -230,8 +237,8 @@ def choosing(bench: Bench, sizes: Sizes) -> None:
 
         _pair(
             bench, "pivots", f"{batch} x {n}, {n_keep} picks",
-            lambda gram, quality, k=n_keep: pivoted_cholesky.pivots_plain(gram, quality, k, True, _NOISE),
-            lambda gram, quality, k=n_keep: pivoted_cholesky.pivots(gram, quality, k, True, _NOISE),
+            lambda gram, quality, k=n_keep: pivoted_cholesky.pivoted_cholesky_reference(gram, quality, k, True, _NOISE),
+            lambda gram, quality, k=n_keep: pivoted_cholesky.pivoted_cholesky(gram, quality, k, True, _NOISE),
             make, Work(bytes=4 * batch * n_keep * n), plain_waits=True,
         )  # fmt: skip
 

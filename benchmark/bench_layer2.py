@@ -15,9 +15,9 @@ from torch import Tensor
 
 from benchmark.timed import Bench, Work
 from sparsevlm.bench.shapes import random_model
-from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text.layer import run_layer, summed
-from sparsevlm.engine.vision.program import Grids, make_tables, see
+from sparsevlm.engine.vision.program import Grids, encode_images, make_tables
 from sparsevlm.kernels.attention import varlen_attention
 from sparsevlm.kernels.elementwise import rotate
 from sparsevlm.models import ModelAdapter, adapter_for
@@ -47,15 +47,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         model = random_model(shape, str(bench.device), bench.dtype, "sdpa", layers=layers, blocks=blocks)
         adapter = adapter_for(copy.deepcopy(model))  # whose weights are put side by side
-        weights = Weights(adapter)
-        weights.join_decoder()
-        weights.join_tower()
+        weights = FusedWeights(adapter)
+        weights.fuse_decoder()
+        weights.fuse_tower()
         tower(bench, model, adapter, weights, _SMALL_GRIDS if bench.small else _GRIDS)
         prompts(bench, model, adapter, weights, _SMALL_LENGTHS if bench.small else _LENGTHS)
     bench.end()
 
 
-def tower(bench: Bench, model: Any, adapter: ModelAdapter, weights: Weights, cases: dict[str, Grids]) -> None:
+def tower(bench: Bench, model: Any, adapter: ModelAdapter, weights: FusedWeights, cases: dict[str, Grids]) -> None:
     """Some blocks of the vision tower."""
     vision, program = model.model.visual, adapter.vision.program
     assert program is not None  # of a family with a tower that the engine runs
@@ -67,30 +67,32 @@ def tower(bench: Bench, model: Any, adapter: ModelAdapter, weights: Weights, cas
         sets = bench.sets(lambda n=n: (bench.random(n, size),))
         on_device, tables = torch.tensor(grids, device=bench.device), make_tables(program, tokens)
         theirs = partial(vision, grid_thw=on_device)
-        ours = partial(see, program, weights, tables)
+        ours = partial(encode_images, program, weights, tables)
         _compare(theirs(*sets[0]).pooler_output, ours(*sets[0])[1], bench.dtype)
         shape, work = f"{what}, {n} patches, {adapter.vision.n_blocks} blocks", Work(2 * n * n_weights)
         bench.time("vision tower", shape, "transformers", theirs, sets, graph=False, work=work)
         bench.time_both("vision tower", shape, "ours", ours, sets, work)
 
 
-def prompts(bench: Bench, model: Any, adapter: ModelAdapter, weights: Weights, cases: dict[str, list[int]]) -> None:
+def prompts(
+    bench: Bench, model: Any, adapter: ModelAdapter, weights: FusedWeights, cases: dict[str, list[int]]
+) -> None:
     """Some decoder layers over a batch of prompts, padded and packed."""
     size = adapter.decoder.module.config.hidden_size
     for what, lengths in cases.items():
-        batch, longest = len(lengths), max(lengths)
-        begins = longest - torch.tensor(lengths, device=bench.device)
-        mask = torch.arange(longest, device=bench.device) >= begins[:, None]
-        positions = (mask.cumsum(dim=1) - 1).clamp_min(0).expand(3, batch, longest)
+        batch, max_seqlen = len(lengths), max(lengths)
+        begins = max_seqlen - torch.tensor(lengths, device=bench.device)
+        mask = torch.arange(max_seqlen, device=bench.device) >= begins[:, None]
+        positions = (mask.cumsum(dim=1) - 1).clamp_min(0).expand(3, batch, max_seqlen)
         rows = mask.flatten().nonzero()[:, 0]
-        padded = bench.sets(lambda b=batch, n=longest: (bench.random(b, n, size),))
+        padded = bench.sets(lambda b=batch, n=max_seqlen: (bench.random(b, n, size),))
         packed = [(embeds.flatten(0, 1)[rows],) for (embeds,) in padded]
         theirs = partial(_padded, model.model.language_model, mask.long(), positions)
         ours = _packed(adapter, weights, lengths, positions.flatten(1)[:, rows])
         _compare(theirs(*padded[0]).flatten(0, 1)[rows], ours(*packed[0]), bench.dtype)
-        shape = f"{what}, {batch} x {longest}, {sum(lengths)} rows, {adapter.n_layers} layers"
+        shape = f"{what}, {batch} x {max_seqlen}, {sum(lengths)} rows, {adapter.n_layers} layers"
         work = Work(sum(prefill_flops(adapter, [length] * adapter.n_layers, 0) for length in lengths))
-        waste = f"{100 * (1 - sum(lengths) / (batch * longest)):.0f} % of the padded rows are padding"
+        waste = f"{100 * (1 - sum(lengths) / (batch * max_seqlen)):.0f} % of the padded rows are padding"
         bench.time("prompt", shape, "transformers, padded", theirs, padded, graph=False, work=work, note=waste)
         bench.time_both("prompt", shape, "ours, packed", ours, packed, work)
 
@@ -103,22 +105,22 @@ def _padded(decoder: Any, mask: Tensor, positions: Tensor, embeds: Tensor) -> Te
 
 
 def _packed(
-    adapter: ModelAdapter, weights: Weights, lengths: list[int], positions: Tensor
+    adapter: ModelAdapter, weights: FusedWeights, lengths: list[int], positions: Tensor
 ) -> Callable[[Tensor], Tensor]:
-    offsets = torch.tensor([0, *lengths], device=positions.device).cumsum(0).to(torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths], device=positions.device).cumsum(0).to(torch.int32)
     like = adapter.decoder.embed.weight[:1, None]
     cos, sin = (table[0] for table in adapter.decoder.rotary(like, positions[:, None]))
 
     def run(hidden: Tensor) -> Tensor:
-        addend: Tensor | None = None
+        residual: Tensor | None = None
         for block in weights.blocks:
 
             def attend(query: Tensor, key: Tensor, value: Tensor, scaling: float = block.scaling) -> Tensor:
                 query, key = rotate(query, key, cos, sin)
-                return varlen_attention(query, key, value.contiguous(), offsets, max(lengths), scaling, causal=True)
+                return varlen_attention(query, key, value.contiguous(), cu_seqlens, max(lengths), scaling, causal=True)
 
-            hidden, addend = run_layer(block, weights, hidden, addend, attend)
-        found: Tensor = adapter.decoder.norm(summed(hidden, addend))
+            hidden, residual = run_layer(block, weights, hidden, residual, attend)
+        found: Tensor = adapter.decoder.norm(summed(hidden, residual))
         return found
 
     return run

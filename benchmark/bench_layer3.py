@@ -22,11 +22,11 @@ from sparsevlm.bench.floor import floors
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.bench.workload import fresh_inputs
 from sparsevlm.engine.call import Prompt
-from sparsevlm.engine.cuda_graphs import Recorder
-from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.cuda_graphs import GraphPool
+from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text import bucketed_prefill
-from sparsevlm.engine.text.decode_graph import Arena
-from sparsevlm.engine.text.prefill_graph import Program
+from sparsevlm.engine.text.decode_graph import DecodeGraph
+from sparsevlm.engine.text.prefill_graph import PrefillGraph
 from sparsevlm.request.inputs import visual_masks
 from sparsevlm.request.opening import open_request
 from sparsevlm.state import SparseVLMState
@@ -45,14 +45,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with torch.no_grad():
         model = random_model(shape, str(bench.device), bench.dtype, "sdpa")
         state = apply_sparsevlm(model, keep=1.0)
-        weights = Weights(state.adapter)
-        weights.join_decoder()
+        weights = FusedWeights(state.adapter)
+        weights.fuse_decoder()
         for case in cases:
             for keep in KEEPS:
                 with state.options(keep=keep):
                     for provider, device in (("one by one", torch.device("cpu")), ("graph", bench.device)):
                         Measurement(bench, state, weights, case, f"{case.name}, keep {keep}", provider).run(
-                            Recorder(device)
+                            GraphPool(device)
                         )
     bench.end()
 
@@ -73,13 +73,13 @@ class Measurement:
 
     bench: Bench
     state: SparseVLMState
-    weights: Weights
+    weights: FusedWeights
     case: Case
     shape: str
     provider: str
 
-    def run(self, recorder: Recorder) -> None:
-        """Time the prompt and the steps, by programs that ``recorder`` makes."""
+    def run(self, pool: GraphPool) -> None:
+        """Time the prompt and the steps, by programs that ``pool`` makes."""
         adapter, case = self.state.adapter, self.case
         gc.collect()  # programs of the case before
         prompt, host = self._prompt()
@@ -91,26 +91,26 @@ class Measurement:
         note = f"{100 * (1 - full):.1f} % of the bucket's rows fill up"
         floor = self._floors(request)
 
-        made: list[Program] = []
+        made: list[PrefillGraph] = []
 
-        def prefill(request: Any) -> Arena:
+        def prefill(request: Any) -> DecodeGraph:
             if not made:
-                made.append(Program(adapter, self.weights, recorder, bucket, request.selector))
+                made.append(PrefillGraph(adapter, self.weights, pool, bucket, request.selector))
             integers = bucketed_prefill.make_integers(request, prompt, bucket, counts)
-            arena = made[0].arena(made[0](integers, features))
-            assert arena is not None  # of a program that is recorded
-            return arena
+            decode_graph = made[0].decode_graph(made[0](integers, features))
+            assert decode_graph is not None  # of a program that is recorded
+            return decode_graph
 
-        arena, cost = self._first(lambda: prefill(request))
+        decode_graph, cost = self._first(lambda: prefill(request))
         requests = iter([self._request(host) for _ in range(_REPEATS)])
         values = self._repeat(lambda: prefill(next(requests)))
         self._keep("prompt", values, cost, floor["prefill"], note)
         if self.provider == "one by one":
-            arena = prefill(self._request(host))  # the last prompt's caches
-        arena.start(prompt.next_positions, case.new_tokens)
+            decode_graph = prefill(self._request(host))  # the last prompt's caches
+        decode_graph.start(prompt.next_positions, case.new_tokens)
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=self.bench.device)
-        _, cost = self._first(lambda: arena.step(tokens))
-        values = self._repeat(lambda: arena.step(tokens), min(_REPEATS, case.new_tokens - 1))
+        _, cost = self._first(lambda: decode_graph.step(tokens))
+        values = self._repeat(lambda: decode_graph.step(tokens), min(_REPEATS, case.new_tokens - 1))
         self._keep("decode step", values, cost, floor["decode_per_token"])
 
     def _prompt(self) -> tuple[Prompt, dict[str, Tensor]]:

@@ -49,7 +49,7 @@ def child(device: str, small: bool) -> None:
     options = {"max_new_tokens": case.new_tokens, "min_new_tokens": case.new_tokens, "do_sample": False}
     begin = _now(device)
     state = apply_sparsevlm(model, keep=0.25, engine=True)
-    state.warm_up(requests[0], max_new_tokens=case.new_tokens)
+    state.warmup(requests[0], max_new_tokens=case.new_tokens)
     ready = _now(device)
     model.generate(**requests[1], **options)
     end = _now(device)

@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmark.tables import StoredRow, stored_rows
 from benchmark.timed import Bench, Work
 from sparsevlm.bench.shapes import random_model
-from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text.layer import run_layer
 from sparsevlm.kernels.attention import varlen_attention
 from sparsevlm.kernels.elementwise import rotate
@@ -23,8 +23,8 @@ def print_retained(bench: Bench, n_text: int) -> None:
     """Time a decoder layer at each number of retained tokens and print the table; the rows are kept."""
     model = random_model("tiny" if bench.small else "7b", str(bench.device), bench.dtype, "sdpa", layers=1)
     adapter = adapter_for(model)
-    weights = Weights(adapter)
-    weights.join_decoder()
+    weights = FusedWeights(adapter)
+    weights.fuse_decoder()
     size, layer_bytes = (
         adapter.decoder.module.config.hidden_size,
         sum(p.nbytes for p in adapter.decoder.layers.parameters()),
@@ -42,16 +42,16 @@ def print_retained(bench: Bench, n_text: int) -> None:
     print("\n".join([*lines, ""]))
 
 
-def _layer(adapter: ModelAdapter, weights: Weights, n: int) -> Callable[[Tensor], object]:
+def _layer(adapter: ModelAdapter, weights: FusedWeights, n: int) -> Callable[[Tensor], object]:
     block = weights.blocks[0]
     device = adapter.decoder.embed.weight.device
-    offsets = torch.tensor([0, n], dtype=torch.int32, device=device)
+    cu_seqlens = torch.tensor([0, n], dtype=torch.int32, device=device)
     positions = torch.arange(n, device=device).expand(3, 1, n)
     cos, sin = (table[0] for table in adapter.decoder.rotary(adapter.decoder.embed.weight[:1, None], positions))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key = rotate(query, key, cos, sin)
-        return varlen_attention(query, key, value.contiguous(), offsets, n, block.scaling, causal=True)
+        return varlen_attention(query, key, value.contiguous(), cu_seqlens, n, block.scaling, causal=True)
 
     return lambda hidden: run_layer(block, weights, hidden, None, attend)
 

@@ -99,7 +99,7 @@ class Bench:
         """Normal numbers on the device."""
         return torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
 
-    def offsets(self, lengths: Sequence[int]) -> Tensor:
+    def cu_seqlens(self, lengths: Sequence[int]) -> Tensor:
         """Where sequences of these lengths begin and end, int32."""
         return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
 

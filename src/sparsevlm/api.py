@@ -65,7 +65,7 @@ def apply_sparsevlm(
         The model's processor or tokenizer: its special tokens and what the chat template puts around a prompt are
         not taken for the user's text.
     warmup : mapping or sequence of mapping
-        Inputs of typical requests, as the processor makes them, to run ahead (:meth:`SparseVLMState.warm_up`): what a
+        Inputs of typical requests, as the processor makes them, to run ahead (:meth:`SparseVLMState.warmup`): what a
         request of like size needs is compiled and recorded then, not when the first one comes.
     allow_untested : bool
         Warn, instead of raising, where transformers is a version that this library was not tested on.
@@ -116,7 +116,7 @@ def apply_sparsevlm(
     remove_sparsevlm(model)
     state.attach()
     if warmup:
-        state.warm_up(*([warmup] if isinstance(warmup, Mapping) else warmup))
+        state.warmup(*([warmup] if isinstance(warmup, Mapping) else warmup))
     return state
 
 

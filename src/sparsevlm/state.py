@@ -15,7 +15,7 @@ from .report import Report
 from .request.reporting import make_report
 from .request.session import Session
 from .template import Template
-from .warmup import WarmUp, warm_up
+from .warmup import WarmupReport, warmup
 
 # Where a model's state is found: on the module whose hooks it holds, so that copies of the model carry copies of it.
 STATE_ATTRIBUTE = "_sparsevlm_state"
@@ -89,13 +89,13 @@ class SparseVLMState:
         with self._session.override(changes):
             yield self
 
-    def warm_up(
+    def warmup(
         self,
         *requests: Mapping[str, Any],
         max_new_tokens: int = 64,
         seconds: float = 60.0,
         largest: float = 0.9,
-    ) -> WarmUp:
+    ) -> WarmupReport:
         """Run typical requests ahead, largest first: kernels are compiled and what they need is recorded.
 
         Parameters
@@ -109,10 +109,10 @@ class SparseVLMState:
 
         Returns
         -------
-        WarmUp
+        WarmupReport
             What was run, how long it took, and what memory.
         """
-        return warm_up(self.adapter.model, requests, max_new_tokens, seconds, largest)
+        return warmup(self.adapter.model, requests, max_new_tokens, seconds, largest)
 
     def expect_n_visual(self, n_vis: int | None) -> None:
         """Set the expected number of visual tokens, inside :meth:`options` as well."""

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class WarmUp:
+class WarmupReport:
     """What a warm-up did.
 
     Attributes
@@ -35,9 +35,9 @@ class WarmUp:
     n_bytes: int
 
 
-def warm_up(
+def warmup(
     model: Any, requests: Sequence[Mapping[str, Any]], max_new_tokens: int, seconds: float, largest: float
-) -> WarmUp:
+) -> WarmupReport:
     """Run requests, largest first, until the time is over.
 
     Parameters
@@ -54,7 +54,7 @@ def warm_up(
 
     Returns
     -------
-    WarmUp
+    WarmupReport
     """
     cuda = model.device.type == "cuda"
     begin, before, n_run = time.monotonic(), _taken(model.device), 0
@@ -70,7 +70,7 @@ def warm_up(
         n_run += 1
     if cuda:
         torch.cuda.synchronize(model.device)
-    found = WarmUp(n_run, len(requests) - n_run, time.monotonic() - begin, max(0, _taken(model.device) - before))
+    found = WarmupReport(n_run, len(requests) - n_run, time.monotonic() - begin, max(0, _taken(model.device) - before))
     logger.info("warm-up: %d requests in %.1f s, %.0f MB", found.n_run, found.seconds, found.n_bytes / 1e6)
     return found
 

@@ -181,8 +181,8 @@ def test_nothing_is_hooked_once_the_first_token_is_there():
 def test_a_provider_that_has_had_its_time_is_done():
     settings = Settings(seconds=8.0, iterations=10, warmup=3)
     slow, fast = Measured(), Measured()
-    slow.warm_up(2.5)
-    fast.warm_up(0.1)
+    slow.warmup(2.5)
+    fast.warmup(0.1)
     assert slow.is_warm(settings)
     assert not fast.is_warm(settings)
     for n in range(1, 11):

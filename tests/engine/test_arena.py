@@ -28,7 +28,7 @@ def test_requests_of_like_size_share_a_program():
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], engine=True)
     for seed in range(3):
         model.generate(**make_inputs(*PROMPTS["one image"], seed=seed), **GREEDY)
-    pool = state._engine._shop.programs
+    pool = state._engine._runner.programs
     assert len(pool) == 1
     for n_seen in range(3):
         assert len(pool) == 1, n_seen
@@ -40,7 +40,7 @@ def test_requests_of_like_size_share_a_program():
 
 @pytest.mark.parametrize("selector", ["span", "random"])
 def test_the_last_request_leaves_no_trace(selector, monkeypatch):
-    monkeypatch.setattr(prefill_graph, "_MOST_PROGRAMS", 1)
+    monkeypatch.setattr(prefill_graph, "_MOST_GRAPHS", 1)
     model = tiny_model()
     prompts = [make_inputs([("text", 3), ("image", 4, 6), ("text", n)], seed=n) for n in (7, 5, 8, 7)]
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], selector=selector)
@@ -49,21 +49,23 @@ def test_the_last_request_leaves_no_trace(selector, monkeypatch):
         for _ in range(2):
             for inputs, answer in zip(prompts, wanted, strict=True):
                 assert torch.equal(model.generate(**inputs, **GREEDY), answer)
-    assert len(state._engine._shop.programs if selector == "span" else state._engine._shop.arenas) == 1
+    assert len(state._engine._runner.programs if selector == "span" else state._engine._runner.decode_graphs) == 1
 
 
 @pytest.mark.parametrize("selector", ["span", "random"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_room_is_made_as_tokens_come(device, selector, monkeypatch):
-    monkeypatch.setattr(decode_graph, "_FIRST_ROOM", 16)
+    monkeypatch.setattr(decode_graph, "_FIRST_CAPACITY", 16)
     dtype = torch.float32 if device == "cpu" else torch.float16
     model = tiny_model().to(device, dtype)
     inputs = {name: value.to(device) for name, value in make_inputs(*PROMPTS["batch, left padding"]).items()}
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], selector=selector, engine=False)
     said, wanted = run(model, inputs, 40)
     rooms = []
-    widen = decode_graph.Arena._widen
-    monkeypatch.setattr(decode_graph.Arena, "_widen", lambda self, room: (rooms.append(room), widen(self, room)))
+    widen = decode_graph.DecodeGraph._widen
+    monkeypatch.setattr(
+        decode_graph.DecodeGraph, "_widen", lambda self, capacity: (rooms.append(capacity), widen(self, capacity))
+    )
     with state.options(engine=True):
         for n_new in (40, 5, 40, 40):
             _, found = run(model, inputs, n_new, said)

@@ -30,7 +30,7 @@ def test_want_of_memory_is_the_plain_path(where, monkeypatch, caplog):
     with state.options(engine=True):
         with monkeypatch.context() as patch:
             patch.setattr(
-                *((prefill_graph.Program, "__call__") if where == "prompt" else (program.VisionProgram, "__init__")),
+                *((prefill_graph.PrefillGraph, "__call__") if where == "prompt" else (program.VisionGraph, "__init__")),
                 full,
             )
             with torch.inference_mode():
@@ -113,18 +113,18 @@ def test_many_shapes_do_not_pile_up():
     for n in range(1, 13):
         model.generate(**make_inputs([("text", 3), ("image", 4, 2 * n), ("text", 5 * n)]), **GREEDY)
     engine = state._engine
-    assert max(len(engine._shop.programs), len(engine._shop.vision)) <= prefill_graph._MOST_PROGRAMS < 12
+    assert max(len(engine._runner.programs), len(engine._runner.vision)) <= prefill_graph._MOST_GRAPHS < 12
 
 
 def test_warm_up_says_what_it_did():
     model = tiny_model()
     small, large = (make_inputs([("text", 3), ("image", 4, side), ("text", 9)]) for side in (4, 8))
     state = apply_sparsevlm(model, **OPTIONS, engine=True, warmup=[small, large])
-    assert len(state._engine._shop.programs) == 2
-    found = state.warm_up(small, large, max_new_tokens=3)
+    assert len(state._engine._runner.programs) == 2
+    found = state.warmup(small, large, max_new_tokens=3)
     assert (found.n_run, found.n_left, found.n_bytes) == (2, 0, 0)
     assert found.seconds > 0
-    found = state.warm_up(small, large, seconds=0.0)
+    found = state.warmup(small, large, seconds=0.0)
     assert (found.n_run, found.n_left) == (1, 1)
     assert state.report.samples[0].n_visual == 32  # the largest first
     assert state.report.decode_steps == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text.decode_graph import begin_decode, decode_step
 from sparsevlm.engine.text.prefill import pack, prefill
 from sparsevlm.request.reporting import make_report
@@ -59,13 +59,13 @@ def test_the_engine_says_what_the_plain_path_says(prompt, name, family):
     report = state.report
     with torch.no_grad():
         request = seen["request"]
-        weights = Weights(state.adapter)
+        weights = FusedWeights(state.adapter)
         packed = pack(state.adapter, request, seen["embeds"], seen["positions"])
         hidden, caches = prefill(state.adapter, weights, request, packed)
         logits = [model.lm_head(hidden)]
         first = seen["positions"].amax(dim=(0, 2)).expand(3, -1) + 1
         decoding = begin_decode(caches, first.shape[1], NEW_TOKENS - 1)
-        weights.join_decoder()  # nothing changes by that
+        weights.fuse_decoder()  # nothing changes by that
         for _ in range(NEW_TOKENS - 1):
             logits.append(decode_step(state.adapter, weights, decoding, logits[-1].argmax(dim=-1), first))
     found = make_report(state.adapter, request)

@@ -157,9 +157,9 @@ def test_attention_is_read_where_the_tower_leaves_out_tokens(case, monkeypatch):
     """What is left is all there is: as if the picture had no other tokens."""
     asked = []
 
-    def spy(visual, voters):
+    def spy(visual, rater_candidates):
         asked.append(visual.shape[0])
-        return embedding_raters(visual, voters)
+        return embedding_raters(visual, rater_candidates)
 
     monkeypatch.setattr(step, "embedding_raters", spy)
     model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 8, 8), ("text", 9)])

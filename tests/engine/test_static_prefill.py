@@ -10,7 +10,7 @@ from test_packed import captured
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.call import Prompt
-from sparsevlm.engine.fused_weights import Weights
+from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text import bucketed_prefill
 from sparsevlm.engine.text.prefill import pack, prefill
 from sparsevlm.request.reporting import make_report
@@ -27,7 +27,7 @@ def both(prompt, **options):
     twin = copy.deepcopy(seen["request"])
     kinds = {kind for kind in ("image", "video") if f"{kind}_grid_thw" in inputs}
     prompt = Prompt.of(state.adapter, inputs["input_ids"], seen["positions"], kinds)
-    weights = Weights(state.adapter)
+    weights = FusedWeights(state.adapter)
     with torch.no_grad():
         packed = pack(state.adapter, seen["request"], seen["embeds"], seen["positions"])
         hidden, caches = prefill(state.adapter, weights, seen["request"], packed)
@@ -56,7 +56,7 @@ def test_the_program_does_what_exact_shapes_do(prompt, options):
     assert relative_error(found.logits, logits) < 5e-6
     for mine, exact in zip(found.caches, caches, strict=True):
         n_rows = exact.keys.shape[0]
-        assert mine.offsets.tolist() == exact.offsets.tolist()
+        assert mine.cu_seqlens.tolist() == exact.cu_seqlens.tolist()
         torch.testing.assert_close(mine.keys[:n_rows], exact.keys, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mine.values[:n_rows], exact.values, rtol=1e-4, atol=1e-5)
 

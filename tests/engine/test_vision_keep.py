@@ -8,7 +8,7 @@ from test_parity import run
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine.vision.patch_pruning import choose, n_kept, novelty
+from sparsevlm.engine.vision.patch_pruning import choose, n_kept, patch_saliency
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "engine": True}
@@ -18,7 +18,7 @@ PICTURES = ["one image", "two images", "batch, left padding", "video"]
 def test_what_differs_from_a_neighbour_is_novel():
     tokens = torch.zeros(5 * 6, 4)
     tokens[2 * 6 + 3] = 2.0
-    found = novelty(tokens, (1, 5, 6)).view(5, 6)
+    found = patch_saliency(tokens, (1, 5, 6)).view(5, 6)
     near = torch.zeros(5, 6, dtype=torch.bool)
     near[2, 3] = near[1, 3] = near[3, 3] = near[2, 2] = near[2, 4] = True
     assert torch.equal(found, near * 2.0)
@@ -28,7 +28,7 @@ def test_in_a_video_what_stays_is_not_novel():
     frames = torch.randn(3, 4 * 4, 5, generator=torch.Generator().manual_seed(0))
     frames[1] = frames[0]
     frames[1, 7] += 1.0
-    found = novelty(frames.flatten(0, 1), (3, 4, 4)).view(3, 16)
+    found = patch_saliency(frames.flatten(0, 1), (3, 4, 4)).view(3, 16)
     assert (found[0] > 0).all()
     assert found[1].nonzero().tolist() == [[7]]
     assert (found[2] > 0).all()
@@ -63,12 +63,12 @@ def by_the_modules(model, adapter, pixels, grids, kept):
     cos, sin = tower.rotary_pos_emb(hidden, position_ids)
     cos, sin = (t.unflatten(0, (-1, per_token))[order].flatten(0, 1)[stays] for t in (cos, sin))
 
-    def offsets(ends):
+    def cu_seqlens(ends):
         return torch.tensor([0, *(int(stays[:end].sum()) for end in ends)]).unique().to(torch.int32)
 
     for index, block in enumerate(tower.blocks):
         full = index in dict(adapter.vision.readable)
-        hidden = block(hidden, cu_seqlens=offsets(frames if full else starts), position_embeddings=(cos, sin))
+        hidden = block(hidden, cu_seqlens=cu_seqlens(frames if full else starts), position_embeddings=(cos, sin))
     tokens = tower.merger(hidden)
     return tokens[torch.argsort(order[torch.isin(order, kept)])]
 
@@ -82,10 +82,10 @@ def test_what_is_left_is_computed_in_its_windows(prompt, family):
     state = apply_sparsevlm(model, **OPTIONS, keep=1.0, vision_keep=0.5)
     engine = state._engine
     with torch.no_grad():
-        engine._shop.glance()
+        engine._runner.quick_check()
         grids = inputs[f"{kind}_grid_thw"]
         for factor in (3, 2, 4, 1):  # the last two by what was recorded
-            seen = engine._shop.vision(
+            seen = engine._runner.vision(
                 pixels * factor, tuple(state.adapter.family.grids(state.adapter, kind, inputs)), 0.5
             )
         wanted = by_the_modules(model, state.adapter, pixels, grids, seen.kept)
@@ -103,7 +103,7 @@ def test_the_decoder_never_sees_the_rest(prompt):
     assert report.path == "engine"
     kind = "image" if "pixel_values" in inputs else "video"
     ids = inputs["input_ids"]
-    features = state._engine._shop.vision(
+    features = state._engine._runner.vision(
         inputs["pixel_values" if kind == "image" else "pixel_values_videos"],
         tuple(state.adapter.family.grids(state.adapter, kind, inputs)),
         0.5,

@@ -190,14 +190,14 @@ def test_the_vision_tower_says_the_same(prompt, family):
     with torch.no_grad():
         wanted = tower(pixels, grid_thw=grids)
     state = apply_sparsevlm(model, **OPTIONS, engine=True)
-    shop = state._engine._shop
-    shop.glance()
+    runner = state._engine._runner
+    runner.quick_check()
     for factor in (3, 2, 4, 1):  # a program's second run sees nothing of the first
         with torch.no_grad():
-            found = shop.vision(pixels * factor, tuple((t, h // 2, w // 2) for t, h, w in grids.tolist()))
+            found = runner.vision(pixels * factor, tuple((t, h // 2, w // 2) for t, h, w in grids.tolist()))
     torch.testing.assert_close(found.hidden, wanted.last_hidden_state, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.tokens, wanted.pooler_output, rtol=1e-5, atol=1e-5)
-    assert len(shop.vision) == 1
+    assert len(runner.vision) == 1
     with torch.no_grad(), state.options(engine=False):
         assert torch.equal(tower(pixels, grid_thw=grids).pooler_output, wanted.pooler_output)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.attention import RaggedCache, decode_attention_plain
+from sparsevlm.kernels.attention import RaggedCache, decode_attention_reference
 from sparsevlm.kernels.triton.attention import decode_attention
 
 RESOLUTION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -17,10 +17,10 @@ def make(lengths, room, n_new, heads=28, kv_heads=4, head_dim=128, dtype=torch.f
     def draw(*shape):
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
-    offsets = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
     rows = sum(lengths) + spare
     cache = RaggedCache(
-        draw(rows, kv_heads, head_dim), draw(rows, kv_heads, head_dim), offsets,
+        draw(rows, kv_heads, head_dim), draw(rows, kv_heads, head_dim), cu_seqlens,
         draw(len(lengths), room, kv_heads, head_dim), draw(len(lengths), room, kv_heads, head_dim),
         torch.tensor([n_new], dtype=torch.int32, device=device),
     )  # fmt: skip
@@ -38,7 +38,7 @@ def make(lengths, room, n_new, heads=28, kv_heads=4, head_dim=128, dtype=torch.f
 def test_twin(lengths, room, n_new, dtype, device):
     query, cache = make(lengths, room, n_new, dtype=dtype, device=device)
     found = decode_attention(query, cache, 0.1, max(lengths))
-    wanted = decode_attention_plain(query, cache, 0.1)
+    wanted = decode_attention_reference(query, cache, 0.1)
     torch.testing.assert_close(found, wanted, rtol=RESOLUTION[dtype], atol=RESOLUTION[dtype])
 
 
@@ -46,7 +46,7 @@ def test_twin(lengths, room, n_new, dtype, device):
 def test_shapes(heads, kv_heads, head_dim, device):
     query, cache = make((33, 140), 9, 5, heads, kv_heads, head_dim, device=device)
     found = decode_attention(query, cache, head_dim**-0.5, 140)
-    torch.testing.assert_close(found, decode_attention_plain(query, cache, head_dim**-0.5), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, decode_attention_reference(query, cache, head_dim**-0.5), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu
@@ -55,7 +55,7 @@ def test_shapes(heads, kv_heads, head_dim, device):
 def test_long(length, dtype, device):
     query, cache = make((length, 63), 64, 7, dtype=dtype, device=device)
     found = decode_attention(query, cache, 0.09, length)
-    wanted = decode_attention_plain(query, cache, 0.09)
+    wanted = decode_attention_reference(query, cache, 0.09)
     torch.testing.assert_close(found, wanted, rtol=RESOLUTION[dtype], atol=RESOLUTION[dtype])
 
 
@@ -67,5 +67,5 @@ def test_the_plain_function_is_softmax_attention():
         wanted = torch.nn.functional.scaled_dot_product_attention(
             query[b][None, :, None], key[None], value[None], scale=0.3, enable_gqa=True
         )
-        found = decode_attention_plain(query, cache, 0.3)[b]
+        found = decode_attention_reference(query, cache, 0.3)[b]
         torch.testing.assert_close(found, wanted[0, :, 0], rtol=1e-5, atol=1e-6)

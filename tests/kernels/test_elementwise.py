@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.elementwise import rms_norm_plain, rotate_into_plain, rotate_plain, swiglu_plain
+from sparsevlm.kernels.elementwise import rms_norm_reference, rotate_into_reference, rotate_reference, swiglu_reference
 from sparsevlm.kernels.triton.elementwise import rms_norm, rotate, rotate_into, swiglu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,7 +31,7 @@ def test_rms_norm(dtype, n, size, with_residual, device):
     x, residual = draw(n, size, dtype=dtype, device=device), draw(n, size, dtype=dtype, device=device, seed=1)
     weight = draw(size, dtype=dtype, device=device, seed=2)
     other = residual if with_residual else None
-    for found, wanted in zip(rms_norm(x, weight, 1e-6, other), rms_norm_plain(x, weight, 1e-6, other), strict=True):
+    for found, wanted in zip(rms_norm(x, weight, 1e-6, other), rms_norm_reference(x, weight, 1e-6, other), strict=True):
         assert_close(found, wanted)
 
 
@@ -41,7 +41,7 @@ def test_rms_norm(dtype, n, size, with_residual, device):
 def test_swiglu(dtype, n, size, device):
     both = 3 * draw(n, 2 * size, dtype=dtype, device=device)
     gate, up = both[:, :size], both[:, size:]
-    assert_close(swiglu(gate, up), swiglu_plain(gate, up))
+    assert_close(swiglu(gate, up), swiglu_reference(gate, up))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,7 +53,7 @@ def test_rotate(dtype, n, heads, kv_heads, head_dim, device):
     query, key = query.view(n, heads, head_dim), key.view(n, kv_heads, head_dim)
     angle = draw(n, head_dim // 2, dtype=torch.float32, device=device, seed=1).repeat(1, 2)
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
-    for found, wanted in zip(rotate(query, key, cos, sin), rotate_plain(query, key, cos, sin), strict=True):
+    for found, wanted in zip(rotate(query, key, cos, sin), rotate_reference(query, key, cos, sin), strict=True):
         assert_close(found, wanted)
 
 
@@ -70,8 +70,8 @@ def test_rotate_into(n, heads, kv_heads, head_dim, slot, dtype, device):
     at = None if slot is None else torch.tensor([slot], dtype=torch.int32, device=device)
     kept = [[torch.full(shape, 9.0, dtype=dtype, device=device) for _ in range(2)] for _ in range(2)]
     found = rotate_into(query, key, value, cos, sin, *kept[0], at)
-    assert_close(found, rotate_into_plain(query, key, value, cos, sin, *kept[1], at))
-    assert_close(found, rotate_plain(query, key, cos, sin)[0])
+    assert_close(found, rotate_into_reference(query, key, value, cos, sin, *kept[1], at))
+    assert_close(found, rotate_reference(query, key, cos, sin)[0])
     for mine, wanted in zip(*kept, strict=True):
         assert_close(mine, wanted)
         assert (mine == 9.0).sum() == mine.numel() - value.numel()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.pivoted_cholesky import pivots_plain
-from sparsevlm.kernels.triton.pivoted_cholesky import pivots
+from sparsevlm.kernels.pivoted_cholesky import pivoted_cholesky_reference
+from sparsevlm.kernels.triton.pivoted_cholesky import pivoted_cholesky
 from sparsevlm.selection import greedy
 from sparsevlm.selection.greedy import dpp_order
 
@@ -31,8 +31,8 @@ def test_twin(batch, n, size, n_keep, fillers, rounds, device):
     """Where n_keep exceeds the size, the picks span everything before the end."""
     rows, quality = make(batch, n, size, device, fillers=fillers)
     gram = rows @ rows.mT
-    found = pivots(gram, quality, n_keep, rounds, NOISE)
-    assert torch.equal(found, pivots_plain(gram, quality, n_keep, rounds, NOISE))
+    found = pivoted_cholesky(gram, quality, n_keep, rounds, NOISE)
+    assert torch.equal(found, pivoted_cholesky_reference(gram, quality, n_keep, rounds, NOISE))
 
 
 @pytest.mark.parametrize("rounds", [False, True])
@@ -40,14 +40,14 @@ def test_twin(batch, n, size, n_keep, fillers, rounds, device):
 def test_the_plain_function_searches_as_the_rows_do(kind, rounds):
     rows, quality = make(2, 40, 60, "cpu", seed=3)
     quality = torch.ones_like(quality) if kind == "ones" else quality
-    found = pivots_plain(rows @ rows.mT, quality, 33, rounds, NOISE)
+    found = pivoted_cholesky_reference(rows @ rows.mT, quality, 33, rounds, NOISE)
     assert torch.equal(found, dpp_order(rows, quality, 33, rounds))
 
 
 @pytest.mark.parametrize("rounds", [False, True])
 def test_equal_rows_are_taken_in_order(rounds, device):
     rows = torch.full((1, 150, 8), 0.5, device=device)
-    order = pivots(rows @ rows.mT, torch.ones(1, 150, device=device), 140, rounds, NOISE)
+    order = pivoted_cholesky(rows @ rows.mT, torch.ones(1, 150, device=device), 140, rounds, NOISE)
     assert order[0].tolist() == list(range(140))
 
 
@@ -56,7 +56,9 @@ def test_equal_rows_are_taken_in_order(rounds, device):
 def test_long(n, device):
     rows, quality = make(1, n, 256, device)
     gram = rows @ rows.mT
-    assert torch.equal(pivots(gram, quality, 100, True, NOISE), pivots_plain(gram, quality, 100, True, NOISE))
+    assert torch.equal(
+        pivoted_cholesky(gram, quality, 100, True, NOISE), pivoted_cholesky_reference(gram, quality, 100, True, NOISE)
+    )
 
 
 @pytest.mark.parametrize("most", [1, 2 * 40 * 40, 1 << 28])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.gram_matrix import products, products_split
+from sparsevlm.kernels.gram_matrix import gram_matrix, gram_matrix_split
 
 
 @pytest.mark.parametrize(("batch", "n", "size"), [(1, 1, 1), (2, 15, 63), (1, 577, 3584)])
@@ -14,12 +14,12 @@ def test_close_to_exact(batch, n, size, scale, device):
     rows = scale * torch.randn(batch, n, size, generator=torch.Generator().manual_seed(n)).to(device)
     exact = rows.double() @ rows.double().mT
     lengths = exact.diagonal(dim1=-2, dim2=-1).sqrt()
-    for found in (products(rows), products_split(rows)):
+    for found in (gram_matrix(rows), gram_matrix_split(rows)):
         assert found.dtype == torch.float32
         assert ((found - exact).abs() <= 2e-5 * lengths[..., None] * lengths[..., None, :]).all()
 
 
 def test_equal_rows_have_equal_products(device):
     rows = torch.randn(1, 1, 100, generator=torch.Generator().manual_seed(0)).expand(1, 40, 100).contiguous().to(device)
-    found = products_split(rows)
+    found = gram_matrix_split(rows)
     assert (found == found[0, 0, 0]).all()

@@ -20,21 +20,23 @@ def make(lengths, n_rows, heads=28, kv_heads=4, head_dim=128, dtype=torch.float3
     generator = torch.Generator().manual_seed(sum(lengths))
     key = torch.randn(sum(lengths) + 2, kv_heads, head_dim, generator=generator).to(device, dtype)
     query = torch.randn(sum(n_rows), heads, head_dim, generator=generator).to(device, dtype)
-    offsets, row_offsets = (torch.tensor([0, *sizes]).cumsum(0).to(device, torch.int32) for sizes in (lengths, n_rows))
+    cu_seqlens, row_offsets = (
+        torch.tensor([0, *sizes]).cumsum(0).to(device, torch.int32) for sizes in (lengths, n_rows)
+    )
     marked = torch.zeros(key.shape[0], dtype=torch.bool, device=device)
     ends = []
-    for end, length, n in zip(offsets.tolist()[1:], lengths, n_rows, strict=True):
+    for end, length, n in zip(cu_seqlens.tolist()[1:], lengths, n_rows, strict=True):
         ends += range(end - n + 1, end + 1)
         marked[end - length : end - length + length // 3] = True
     rows = Rows(query, row_offsets, torch.tensor(ends, device=device, dtype=torch.int32), max(n_rows))
-    return rows, key, offsets, marked
+    return rows, key, cu_seqlens, marked
 
 
 @pytest.mark.parametrize("dtype", list(RESOLUTION))
 @pytest.mark.parametrize(("lengths", "n_rows"), [((5,), (1,)), ((15, 63, 140), (3, 20, 7)), ((90, 200), (0, 33))])
 def test_twins(lengths, n_rows, dtype, device):
-    rows, key, offsets, marked = make(lengths, n_rows, dtype=dtype, device=device)
-    check(rows, key, offsets, marked, RESOLUTION[dtype])
+    rows, key, cu_seqlens, marked = make(lengths, n_rows, dtype=dtype, device=device)
+    check(rows, key, cu_seqlens, marked, RESOLUTION[dtype])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 2, 128), (4, 4, 64), (6, 2, 20)])
@@ -46,28 +48,28 @@ def test_shapes(heads, kv_heads, head_dim, device):
 @pytest.mark.parametrize("dtype", list(RESOLUTION))
 @pytest.mark.parametrize("length", [577, 4097, 16384])
 def test_long(length, dtype, device):
-    rows, key, offsets, marked = make((length, 63), (40, 5), dtype=dtype, device=device)
-    check(rows, key, offsets, marked, RESOLUTION[dtype])
+    rows, key, cu_seqlens, marked = make((length, 63), (40, 5), dtype=dtype, device=device)
+    check(rows, key, cu_seqlens, marked, RESOLUTION[dtype])
 
 
-def columns_of(offsets, marked):
+def columns_of(cu_seqlens, marked):
     """The marked keys of every sample; what fills up is another sample's."""
-    own = [marked[start:end].nonzero().squeeze(-1) + start for start, end in itertools.pairwise(offsets.tolist())]
+    own = [marked[start:end].nonzero().squeeze(-1) + start for start, end in itertools.pairwise(cu_seqlens.tolist())]
     keys = torch.nn.utils.rnn.pad_sequence(own, batch_first=True, padding_value=marked.shape[0] - 1)
     return Columns(keys, torch.tensor([one.shape[0] for one in own], dtype=torch.int32, device=marked.device))
 
 
-def check(rows, key, offsets, marked, resolution):
+def check(rows, key, cu_seqlens, marked, resolution):
     scaling = rows.query.shape[2] ** -0.5
-    lse, mass = row_statistics(rows, key, offsets, marked, scaling)
-    wanted_lse, wanted_mass = rater_attention.row_statistics_plain(rows, key, offsets, marked, scaling)
+    lse, mass = row_statistics(rows, key, cu_seqlens, marked, scaling)
+    wanted_lse, wanted_mass = rater_attention.row_statistics_reference(rows, key, cu_seqlens, marked, scaling)
     torch.testing.assert_close(lse, wanted_lse, rtol=resolution, atol=resolution)
     torch.testing.assert_close(mass, wanted_mass, rtol=resolution, atol=resolution)
-    n_samples, n_heads = offsets.shape[0] - 1, lse.shape[1]
+    n_samples, n_heads = cu_seqlens.shape[0] - 1, lse.shape[1]
     weight = torch.rand(n_samples, n_heads, device=key.device).softmax(dim=-1)
-    columns = columns_of(offsets, marked)
+    columns = columns_of(cu_seqlens, marked)
     attention = row_attention(rows, key, columns, wanted_lse, weight, scaling)
-    wanted = rater_attention.row_attention_plain(rows, key, columns, wanted_lse, weight, scaling)
+    wanted = rater_attention.row_attention_reference(rows, key, columns, wanted_lse, weight, scaling)
     torch.testing.assert_close(attention, wanted, rtol=10 * resolution, atol=resolution / 10)
 
 
@@ -76,32 +78,32 @@ def check(rows, key, offsets, marked, resolution):
 def test_the_plain_functions_are_those_of_the_algorithm(n_top_heads, most, monkeypatch):
     if most is not None:
         monkeypatch.setattr(rater_attention, "_MAX_BLOCK_ELEMENTS", most)
-    rows, key, offsets, marked = make((9, 40), (0, 6), heads=4, kv_heads=2, head_dim=16)
-    columns = columns_of(offsets, marked)
+    rows, key, cu_seqlens, marked = make((9, 40), (0, 6), heads=4, kv_heads=2, head_dim=16)
+    columns = columns_of(cu_seqlens, marked)
     own = columns.keys[1, : columns.numbers[1]]
     attention = text_to_visual_attention(
         rows.query.transpose(0, 1), key[9:49].transpose(0, 1), own - 9, rows.ends.long() - 10, 0.25, None, None,
         n_top_heads,
     )  # fmt: skip
-    lse, mass = rater_attention.row_statistics_plain(rows, key, offsets, marked, 0.25)
+    lse, mass = rater_attention.row_statistics_reference(rows, key, cu_seqlens, marked, 0.25)
     weight = torch.full((2, 4), 0.25)
     if n_top_heads is not None:
         weight = torch.zeros(2, 4).index_fill_(1, mass.sum(dim=0).topk(n_top_heads).indices, 1 / n_top_heads)
-    found = rater_attention.row_attention_plain(rows, key, columns, lse, weight, 0.25)
+    found = rater_attention.row_attention_reference(rows, key, columns, lse, weight, 0.25)
     torch.testing.assert_close(found[:, : own.shape[0]], attention)
     assert not found[:, own.shape[0] :].any()
     torch.testing.assert_close((mass * weight[1]).sum(dim=-1), attention.sum(dim=-1))
 
 
 def test_a_row_sees_no_key_behind_its_end(device):
-    rows, key, offsets, _ = make((40, 70), (6, 20), heads=4, kv_heads=2, head_dim=16, device=device)
+    rows, key, cu_seqlens, _ = make((40, 70), (6, 20), heads=4, kv_heads=2, head_dim=16, device=device)
     everything = torch.ones(key.shape[0], dtype=torch.bool, device=device)
-    columns, weight = columns_of(offsets, everything), torch.full((2, 4), 0.25, device=device)
+    columns, weight = columns_of(cu_seqlens, everything), torch.full((2, 4), 0.25, device=device)
     for first, second in (
         (row_statistics, row_attention),
-        (rater_attention.row_statistics_plain, rater_attention.row_attention_plain),
+        (rater_attention.row_statistics_reference, rater_attention.row_attention_reference),
     ):
-        lse, mass = first(rows, key, offsets, everything, 0.25)
+        lse, mass = first(rows, key, cu_seqlens, everything, 0.25)
         attention = second(rows, key, columns, lse, weight, 0.25)
         torch.testing.assert_close(mass, torch.ones_like(mass))
         torch.testing.assert_close(attention.sum(dim=1), torch.ones(26, device=device))

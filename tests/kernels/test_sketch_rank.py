@@ -119,7 +119,7 @@ def test_nothing_has_no_rank(shape):
 def test_which_are_quick(monkeypatch):
     matrix = torch.zeros(1)
     assert not module.is_quick(matrix, (40, 1000), 0.1)
-    monkeypatch.setattr(module, "takes_triton", lambda tensor: True)
+    monkeypatch.setattr(module, "use_triton", lambda tensor: True)
     assert module.is_quick(matrix, (128, 1000), 0.1)
     assert module.is_quick(matrix, (1000, 128), 0.1)
     for shape, tolerance in (((129, 1000), 0.1), ((0, 1000), 0.1), ((40, 1000), 1e-5), ((40, 1000), "machine")):
@@ -127,7 +127,7 @@ def test_which_are_quick(monkeypatch):
 
 
 def test_ranks_that_decide_come_from_one_call(monkeypatch):
-    monkeypatch.setattr(module, "takes_triton", lambda tensor: True)
+    monkeypatch.setattr(module, "use_triton", lambda tensor: True)
     monkeypatch.setattr(rank, "sketch_rank", lambda *_: pytest.fail("one by one"))
     matrices = [CASES["soft"], CASES["rank 1"], CASES["sharp"]]
     wanted = [sketch_rank_plain(matrix[None], 0.1).item() for matrix in matrices]

@@ -29,10 +29,10 @@ def test_against_exact(heads, kv_heads, head_dim, lengths, causal, dtype, device
     generator = torch.Generator().manual_seed(sum(lengths))
     shapes = [(sum(lengths), n, head_dim) for n in (heads, kv_heads, kv_heads)]
     parts = [torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes]
-    offsets = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     scaling = head_dim**-0.5
     wanted = exact(*parts, lengths, scaling, causal)
-    found = [varlen_attention(*parts, offsets, max(lengths), scaling, causal)]
+    found = [varlen_attention(*parts, cu_seqlens, max(lengths), scaling, causal)]
     if len(set(lengths)) == 1:
         found.append(equal_attention(*parts, lengths[0], scaling, causal))
     for one in found:

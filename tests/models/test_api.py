@@ -43,7 +43,7 @@ def test_wrong_n_vis_is_warned_about_once(caplog):
         model.generate(**inputs, max_new_tokens=2)
         model.generate(**inputs, max_new_tokens=2)
     assert [record.message for record in caplog.records].count(
-        "sparsevlm: n_vis=256 was announced, the inputs hold [24] visual tokens: these are used."
+        "sparsevlm: n_vis=256 was expected, the inputs hold [24] visual tokens: these are used."
     ) == 1
     assert state.report.samples[0].n_visual == 24
     reset_n_vis(state, n_vis=24)

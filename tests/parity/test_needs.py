@@ -498,7 +498,7 @@ def test_visual_heads_are_those_of_whole_matrices(prompt):
         if context.layer != 1:
             continue
         sample = state._session.request.samples[context.sample]
-        whole = attentions[1][context.sample][:, sample.voters][:, :, sample.visual]
+        whole = attentions[1][context.sample][:, sample.rater_candidates][:, :, sample.visual]
         heads = whole.sum(dim=(1, 2)).topk(2).indices
         wanted = whole[heads].mean(dim=0)
         raters = wanted.sum(dim=1) >= wanted.sum(dim=1).mean()

@@ -6,7 +6,7 @@ import pytest
 
 from sparsevlm.config import SparseVLMConfig
 from sparsevlm.selection.context import SelectorTraits
-from sparsevlm.selection.overrides import OVERRIDABLE, effective_config, idle_options
+from sparsevlm.selection.overrides import OVERRIDABLE, effective_config, unused_options
 from sparsevlm.selection.selectors import SELECTORS, make_selector
 
 
@@ -92,5 +92,5 @@ def test_every_override_is_an_option():
 def test_options_without_effect(options, idle):
     config = SparseVLMConfig(**options)
     traits = SelectorTraits.of(make_selector(config))
-    assert idle_options(config, traits, options) == idle
-    assert idle_options(config, traits, []) == []
+    assert unused_options(config, traits, options) == idle
+    assert unused_options(config, traits, []) == []

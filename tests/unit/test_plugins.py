@@ -10,7 +10,7 @@ from PIL import Image
 
 from sparsevlm import Report, SparseVLMConfig
 from sparsevlm.plugins.lmms_arguments import ModelArguments, parse_arguments
-from sparsevlm.plugins.lmms_generation import MAX_NEW_TOKENS, cut_at, generation_options, idle_options
+from sparsevlm.plugins.lmms_generation import MAX_NEW_TOKENS, cut_at, generation_options, unused_options
 from sparsevlm.plugins.lmms_inputs import nearest_grid, read_conversation, with_n_visual
 from sparsevlm.plugins.lmms_totals import RunTotals, dense_total, merged, pruned_total
 from sparsevlm.report import Cost, SampleReport
@@ -142,9 +142,9 @@ def test_stop_texts():
 
 
 def test_options_without_effect_are_found():
-    assert idle_options({"image_aspect_ratio": "pad", "temperature": 0}) == ["image_aspect_ratio"]
-    assert idle_options({"temperature": 0.5, "do_sample": False}) == ["temperature"]
-    assert idle_options({"temperature": 0.5}) == []
+    assert unused_options({"image_aspect_ratio": "pad", "temperature": 0}) == ["image_aspect_ratio"]
+    assert unused_options({"temperature": 0.5, "do_sample": False}) == ["temperature"]
+    assert unused_options({"temperature": 0.5}) == []
 
 
 @pytest.mark.parametrize(

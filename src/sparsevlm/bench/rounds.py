@@ -90,7 +90,7 @@ class Measured:
         enough = len(self._timed) >= _LEAST and sum(self._timed) >= settings.seconds
         return bool(self.note) or len(self._timed) >= settings.iterations or enough
 
-    def warm_up(self, seconds: float) -> None:
+    def warmup(self, seconds: float) -> None:
         """Count a call that is not timed."""
         self._warm.append(seconds)
 
@@ -139,7 +139,7 @@ def measure(
         for provider in waiting:
             called = _call(provider, case, inputs, found[provider])
             if called is not None:
-                found[provider].warm_up(called[1])
+                found[provider].warmup(called[1])
     while waiting := [provider for provider in found if not found[provider].is_done(settings)]:
         inputs = fresh_inputs(providers[0].model, case, generator)
         for provider in waiting:
@@ -160,7 +160,7 @@ def _measure_peaks(case: Case, providers: list[Provider], found: dict[Provider, 
         if inputs["input_ids"].is_cuda:
             found[provider].peak_bytes = float(torch.cuda.max_memory_reserved())
         if called is not None and provider.state is None and not provider.compiles:
-            found[provider].warm_up(called[1])
+            found[provider].warmup(called[1])
 
 
 def _call(provider: Provider, case: Case, inputs: Inputs, one: Measured) -> tuple[dict[str, float], float] | None:

@@ -14,7 +14,7 @@ from ..models import Grid, ModelAdapter
 from ..request.opening import plan_samples
 from ..request.request import Request, StageRecord
 from ..request.timing import Mark
-from .vision.program import Grids, Seen, VisionPrograms
+from .vision.program import Grids, VisionGraphs, VisionOutput
 
 _READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
 _ENCODED = "mm_encoder_outputs"
@@ -34,7 +34,7 @@ class PendingVision:
     """
 
     grids: Grids
-    seen: Seen
+    seen: VisionOutput
     begin: Mark
     end: Mark
     stream: torch.cuda.Stream | None
@@ -141,7 +141,7 @@ class Call:
         self.arguments["position_ids"] = to_device(positions, device)
 
     def prefetch_vision(
-        self, adapter: ModelAdapter, programs: VisionPrograms, share: float, stream: torch.cuda.Stream | None
+        self, adapter: ModelAdapter, programs: VisionGraphs, share: float, stream: torch.cuda.Stream | None
     ) -> None:
         """Encode its images, or this share of their tokens, if they are of one kind."""
         kind = next(iter(self.grids))

@@ -20,7 +20,7 @@ SIGHTINGS, _LAST = 2, 16
 logger = logging.getLogger(__name__)
 
 
-class Recorder:
+class GraphPool:
     """Records on one device; what it records shares one pool of memory, as no two run at the same time.
 
     Parameters
@@ -86,7 +86,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class Sightings:
+class CapturePolicy:
     """Tells what is asked for often enough to be recorded, which takes as long as many runs without.
 
     With pictures of all sizes hardly any request is like another: none of them shall wait for a graph that is never
@@ -96,14 +96,14 @@ class Sightings:
     def __init__(self) -> None:
         self._last: deque[Hashable] = deque(maxlen=_LAST)
 
-    def often(self, key: Hashable) -> bool:
+    def is_frequent(self, key: Hashable) -> bool:
         """Note that something is asked for; whether it was before, twice among the last requests."""
         n_before = self._last.count(key)
         self._last.append(key)
         return n_before >= SIGHTINGS
 
 
-class Recent(Generic[K, T]):
+class LRUCache(Generic[K, T]):
     """A few things by their keys, those used last kept.
 
     Parameters
@@ -133,22 +133,22 @@ class Recent(Generic[K, T]):
         self._things.clear()
 
 
-class Recorded(Recent[K, T]):
+class CapturedPrograms(LRUCache[K, T]):
     """Programs by their keys: what is asked for often is recorded and kept, the rest is made for once.
 
     Parameters
     ----------
     most : int
-    recorder : Recorder
+    pool : Recorder
     """
 
-    def __init__(self, most: int, recorder: Recorder) -> None:
+    def __init__(self, most: int, pool: GraphPool) -> None:
         super().__init__(most)
-        self._recorder, self._sightings = recorder, Sightings()
+        self._recorder, self._sightings = pool, CapturePolicy()
 
-    def pick(self, key: K, make: Callable[[Recorder | None], T]) -> T:
-        """The program of a key, by ``make(recorder)``, or by ``make(None)`` if it shall not be recorded."""
-        if self._sightings.often(key) or key in self._things:
+    def get_or_capture(self, key: K, make: Callable[[GraphPool | None], T]) -> T:
+        """The program of a key, by ``make(pool)``, or by ``make(None)`` if it shall not be recorded."""
+        if self._sightings.is_frequent(key) or key in self._things:
             return self.get(key, lambda: make(self._recorder))
         return make(None)
 

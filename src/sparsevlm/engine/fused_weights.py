@@ -21,7 +21,7 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
-class Joined:
+class FusedLinear:
     """Projections as one: a view of where their weights lie, which it does not keep alive.
 
     Attributes
@@ -46,7 +46,7 @@ class Joined:
         return linear(rows, weight, whole).split(self.sizes, dim=-1)
 
 
-class Weights:
+class FusedWeights:
     """The joined weights of a model.
 
     Parameters
@@ -70,25 +70,25 @@ class Weights:
             if weight is not None
         )
         self._shared = {weight for weight, number in owners.items() if number > 1}
-        self._joined: dict[nn.Module, Joined] = {}
+        self._fused: dict[nn.Module, FusedLinear] = {}
         self._parts: list[nn.Module] = []
 
-    def join_decoder(self) -> None:
+    def fuse_decoder(self) -> None:
         """Queries, keys and values; gate and up."""
         for block in self.blocks:
-            self._join(block.attention, [block.query, block.key, block.value])
-            self._join(block.mlp, [block.gate, block.up])
+            self._fuse(block.attention, [block.query, block.key, block.value])
+            self._fuse(block.mlp, [block.gate, block.up])
 
-    def join_tower(self) -> None:
+    def fuse_tower(self) -> None:
         """Gate and up, with zeros between and behind them up to a width that fast kernels take."""
         program = self._adapter.vision.program
         for block in () if program is None else program.blocks:
             if block.gate is not None:
-                self._join(block.mlp, [block.gate, block.up], block.down)
+                self._fuse(block.mlp, [block.gate, block.up], block.down)
 
-    def separate(self) -> None:
+    def unfuse(self) -> None:
         """Give every module a weight of its own again."""
-        self._joined.clear()
+        self._fused.clear()
         for part in self._parts:
             for name in ("weight", "bias"):
                 parameter = getattr(part, name, None)
@@ -96,11 +96,11 @@ class Weights:
                     parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
         self._parts.clear()
 
-    def of(self, module: nn.Module) -> Joined | None:
+    def of(self, module: nn.Module) -> FusedLinear | None:
         """The joined projections of an attention or MLP module, if they could be joined."""
-        return self._joined.get(module)
+        return self._fused.get(module)
 
-    def _join(self, owner: nn.Module, parts: Sequence[nn.Linear], reader: nn.Linear | None = None) -> None:
+    def _fuse(self, owner: nn.Module, parts: Sequence[nn.Linear], reader: nn.Linear | None = None) -> None:
         """Put ``parts`` side by side, with zeros up to the alignment if their ``reader`` can be widened as well."""
         everything = [*parts] if reader is None else [*parts, reader]
         if not all(_is_plain(part) for part in everything) or len({_kind(part) for part in everything}) > 1:
@@ -110,26 +110,26 @@ class Weights:
         sizes, n_in = [part.weight.shape[0] for part in parts], parts[0].weight.shape[1]
         if reader is not None:
             sizes = [-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes]
-        joined = parts[0].weight.data.new_zeros((sum(sizes), n_in))
-        bias = None if parts[0].bias is None else joined.new_zeros(sum(sizes))
+        fused = parts[0].weight.data.new_zeros((sum(sizes), n_in))
+        bias = None if parts[0].bias is None else fused.new_zeros(sum(sizes))
         start = 0
         for part, size in zip(parts, sizes, strict=True):
             own = slice(start, start + part.weight.shape[0])
-            _move(part.weight, joined[own])
+            _move(part.weight, fused[own])
             if bias is not None:
                 _move(part.bias, bias[own])
             start += size
         if reader is not None:
-            wide = joined.new_zeros((reader.weight.shape[0], sizes[0]))
+            wide = fused.new_zeros((reader.weight.shape[0], sizes[0]))
             _move(reader.weight, wide[:, : reader.weight.shape[1]])
-            self._joined[reader] = Joined(reader, (wide.shape[0],), sizes[0])
-        self._joined[owner] = Joined(parts[0], tuple(sizes), n_in)
+            self._fused[reader] = FusedLinear(reader, (wide.shape[0],), sizes[0])
+        self._fused[owner] = FusedLinear(parts[0], tuple(sizes), n_in)
         self._parts += everything
 
 
-def _move(parameter: Tensor, room: Tensor) -> None:
-    room.copy_(parameter.data)
-    parameter.data = room
+def _move(parameter: Tensor, capacity: Tensor) -> None:
+    capacity.copy_(parameter.data)
+    parameter.data = capacity
 
 
 def _is_plain(module: nn.Module) -> bool:

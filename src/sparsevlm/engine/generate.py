@@ -18,9 +18,9 @@ from ..request.session import Session
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
 from .call import Call, Prompt, leave_out
-from .runner import Workshop
-from .support import refuses_arguments, refuses_mode, refuses_prepared, refuses_request
-from .text.decode_graph import Arena
+from .runner import ModelRunner
+from .support import unsupported_arguments, unsupported_call, unsupported_mode, unsupported_request
+from .text.decode_graph import DecodeGraph
 from .text.prefill import pack, prefill
 from .vision.program import Grids
 
@@ -33,13 +33,13 @@ class UnsupportedByEngineError(Exception):
 class Decoding:
     """New tokens of a request."""
 
-    arena: Arena
+    decode_graph: DecodeGraph
     request: Request
     begin: Mark
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits after one more token of every sample, (batch, vocab_size)."""
-        logits = self.arena.step(tokens)
+        logits = self.decode_graph.step(tokens)
         end = Mark.now(logits.device)
         self.request.begin_decode_step()
         self.request.add_time("decode", self.begin, end)
@@ -62,7 +62,7 @@ class Engine:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._made: Workshop | None = None
+        self._made: ModelRunner | None = None
         self.reason = ""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,9 +74,9 @@ class Engine:
         return self._session.adapter
 
     @property
-    def _shop(self) -> Workshop:
+    def _runner(self) -> ModelRunner:
         if self._made is None:
-            self._made = Workshop(self._session.adapter)
+            self._made = ModelRunner(self._session.adapter)
         return self._made
 
     def detach(self) -> None:
@@ -104,35 +104,37 @@ class Engine:
         """
         settings = compat.GenerationSettings(self._adapter.model, arguments)
         self.reason = "a call within another that goes on" if is_nested else ""
-        self.reason = self.reason or refuses_arguments(arguments, settings, modes) or refuses_mode(self._adapter) or ""
+        self.reason = (
+            self.reason or unsupported_arguments(arguments, settings, modes) or unsupported_mode(self._adapter) or ""
+        )
         if self.reason:
             return None
         arguments = compat.with_generation_config(self._adapter.model, arguments)
-        with self._shop.open():
-            self._shop.glance()
+        with self._runner.open():
+            self._runner.quick_check()
             call = Call.of(self._adapter, arguments, settings["num_return_sequences"] or 1)
             self.reason = ("no image or video" if not call.grids else call.misfit(self._adapter)) or ""
             if self.reason:
                 return None
-            if self._may_see():
+            if self._may_encode():
                 try:
                     share = self._session.options.config.vision_keep
-                    call.prefetch_vision(self._adapter, self._shop.vision, share, self._shop.stream)
+                    call.prefetch_vision(self._adapter, self._runner.vision, share, self._runner.stream)
                 except torch.OutOfMemoryError:
-                    self._shop.forget()
-            if not self._shop.look():
+                    self._runner.release_memory()
+            if not self._runner.look():
                 call.pending = None
-            self.reason = self._shop.unfit() or ""
+            self.reason = self._runner.unsupported() or ""
         if self.reason:
             return None
         call.position_on_host(self._adapter.model, self._adapter.base_model)
         return call
 
-    def _may_see(self) -> bool:
+    def _may_encode(self) -> bool:
         """Whether the tower's program may take the place of its modules, if nothing is hooked to them."""
         if self._session.options.traits.needs & VISION_NEEDS or self._adapter.vision.module.training:
             return False
-        return self._shop.tower_unfit is None
+        return self._runner.tower_unsupported is None
 
     def run(
         self,
@@ -153,21 +155,21 @@ class Engine:
         UnsupportedByEngineError
             If it is not for the engine after all.
         """
-        self.reason = refuses_prepared(prepared, generation_config, modes) or ""
+        self.reason = unsupported_call(prepared, generation_config, modes) or ""
         if self.reason:
             raise UnsupportedByEngineError
-        room = max(1, generation_config.max_length - input_ids.shape[1])
+        capacity = max(1, generation_config.max_length - input_ids.shape[1])
         try:
-            with self._shop.open():
-                logits, decoding = self._prefill(call, input_ids, prepared, room)
+            with self._runner.open():
+                logits, decoding = self._prefill(call, input_ids, prepared, capacity)
         except torch.OutOfMemoryError as error:
-            with self._shop.open():
-                self._shop.forget()
+            with self._runner.open():
+                self._runner.release_memory()
             self.reason = "out of memory"
             raise UnsupportedByEngineError from error
 
         def step(tokens: Tensor) -> Tensor:
-            with self._shop.open():
+            with self._runner.open():
                 return decoding.step(tokens)
 
         return sample(
@@ -179,7 +181,7 @@ class Engine:
         return UnsupportedByEngineError(reason)
 
     def _prefill(
-        self, call: Call, input_ids: Tensor, prepared: Mapping[str, Any], room: int
+        self, call: Call, input_ids: Tensor, prepared: Mapping[str, Any], capacity: int
     ) -> tuple[Tensor, Decoding]:
         """Run a prompt."""
         adapter = self._adapter
@@ -191,7 +193,7 @@ class Engine:
         mask = call.prepared("attention_mask", prepared.get("attention_mask"))
         inputs = {"input_ids": ids, "attention_mask": mask, **call.visual}
         request = open_request(self._session, inputs, visual_masks(adapter, inputs), call.grids)
-        if (refused := refuses_request(request)) is not None:
+        if (refused := unsupported_request(request)) is not None:
             raise self._refuse(refused)
         request.see_positions(adapter, positions)
         prompt = Prompt.of(adapter, ids, positions[-3:], call.grids, call.copies)
@@ -207,27 +209,27 @@ class Engine:
         if prompt.kept is None and request.config.vision_keep < 1.0:
             request.remark("; the tower computed all: images and videos in one call, or images given encoded")
         begin = Mark.now(features.device)
-        logits, arena = self._run(request, prompt, features)
+        logits, decode_graph = self._run(request, prompt, features)
         end = Mark.now(features.device)
         request.add_time("prefill", begin, end)
         if call.pending is not None:
             request.add_time("vision", call.pending.begin, call.pending.end)
-        arena.start(prompt.next_positions, room)
+        decode_graph.start(prompt.next_positions, capacity)
         request.place(torch.stack([sample.last for sample in request.samples]))
-        request.finish(None, arena.cache_bytes(len(ids) * ids.shape[1]))
-        return logits, Decoding(arena, request, end)
+        request.finish(None, decode_graph.cache_bytes(len(ids) * ids.shape[1]))
+        return logits, Decoding(decode_graph, request, end)
 
-    def _run(self, request: Request, prompt: Prompt, features: Tensor) -> tuple[Tensor, Arena]:
-        if self._shop.programs.takes(request, prompt):
-            logits, caches, arena = self._shop.programs.prefill(request, prompt, features)
-            return logits, arena or self._shop.arenas.take(caches, request.batch)
+    def _run(self, request: Request, prompt: Prompt, features: Tensor) -> tuple[Tensor, DecodeGraph]:
+        if self._runner.programs.takes(request, prompt):
+            logits, caches, decode_graph = self._runner.programs.prefill(request, prompt, features)
+            return logits, decode_graph or self._runner.decode_graphs.take(caches, request.batch)
         embeds = prompt.embeddings(self._adapter, features)
         request.to(embeds.device)
         request.see_embeddings(embeds)
         packed = pack(self._adapter, request, embeds, prompt.positions.to(embeds.device))
-        hidden, caches = prefill(self._adapter, self._shop.weights, request, packed)
+        hidden, caches = prefill(self._adapter, self._runner.weights, request, packed)
         request.forget_embeddings()
-        return self._adapter.decoder.head(hidden), self._shop.arenas.take(caches, request.batch)
+        return self._adapter.decoder.head(hidden), self._runner.decode_graphs.take(caches, request.batch)
 
     def _features(self, call: Call) -> Tensor:
         """Rows of the vision tower: images before videos."""
@@ -239,7 +241,7 @@ class Engine:
             output, modality = call.encoded(kind), self._adapter.modalities[kind]
             if output is None:
                 pixels = call.visual[modality.pixels]
-                if grids is not None and (tokens := self._see(pixels, tuple(grids))) is not None:
+                if grids is not None and (tokens := self._encode_images(pixels, tuple(grids))) is not None:
                     found.append(tokens)
                     continue
                 sizes = {name: call.arguments.get(name) for name in modality.size_inputs}
@@ -247,16 +249,16 @@ class Engine:
             found += output.pooler_output
         return torch.cat(found)
 
-    def _see(self, pixels: Tensor, grids: Grids) -> Tensor | None:
+    def _encode_images(self, pixels: Tensor, grids: Grids) -> Tensor | None:
         """Images by the tower's program, if it can run."""
         try:
-            self._shop.look()
-            if not self._may_see() or self._shop.tower_hooked():
+            self._runner.look()
+            if not self._may_encode() or self._runner.foreign_tower_hook():
                 return None
-            return self._shop.vision(pixels, grids).tokens.clone()
+            return self._runner.vision(pixels, grids).tokens.clone()
         except torch.OutOfMemoryError:
-            self._shop.forget()
-            self._shop.look()
+            self._runner.release_memory()
+            self._runner.look()
             return None
 
 

@@ -11,19 +11,19 @@ import torch
 from torch import nn
 
 from ..models import ModelAdapter
-from .cuda_graphs import Recorder
-from .fused_weights import Weights
-from .support import refuses_classes, refuses_decoder, refuses_tower
-from .text.decode_graph import Arenas
-from .text.prefill_graph import Programs
-from .vision.program import VisionPrograms
+from .cuda_graphs import GraphPool
+from .fused_weights import FusedWeights
+from .support import unsupported_classes, unsupported_decoder, unsupported_tower
+from .text.decode_graph import DecodeGraphs
+from .text.prefill_graph import PrefillGraphs
+from .vision.program import VisionGraphs
 
 logger = logging.getLogger(__name__)
 
 _LEFT_BEHIND = "transformers.utils.output_capturing"
 
 
-class Watch:
+class ModelFingerprint:
     """Looks at modules again and again.
 
     Parameters
@@ -50,7 +50,7 @@ class Watch:
         """
         return self._look() != self._seen
 
-    def hooked(self) -> str | None:
+    def foreign_hook(self) -> str | None:
         """A module that wants to be called: something of others is hooked to it, or its ``forward`` was replaced."""
         for module in self._modules:
             own = vars(module)
@@ -67,7 +67,7 @@ def is_idle(hook: Any) -> bool:
     return hasattr(owner, "is_sparsevlm_hook") or str(getattr(hook, "__module__", "")) == _LEFT_BEHIND
 
 
-class Workshop:
+class ModelRunner:
     """Makes what the engine needs, and makes it anew where the model is not what it was.
 
     Parameters
@@ -76,33 +76,37 @@ class Workshop:
 
     Attributes
     ----------
-    decoder_unfit, tower_unfit : str or None
+    decoder_unsupported, tower_unsupported : str or None
         Why the model's parts cannot run by programs.
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter
         self._made = False
-        self._glance = self._tower_watch = self._decoder_watch = Watch(())
-        self.decoder_unfit: str | None = None
-        self.tower_unfit: str | None = None
+        self._quick_fingerprint = self._tower_fingerprint = self._decoder_fingerprint = ModelFingerprint(())
+        self.decoder_unsupported: str | None = None
+        self.tower_unsupported: str | None = None
 
     def _make(self) -> None:
         adapter = self.adapter = self.adapter.refreshed()
         device = self.device = adapter.decoder.embed.weight.device
-        self.decoder_unfit, self.tower_unfit = refuses_decoder(adapter), refuses_tower(adapter)
-        self.weights, recorder = Weights(adapter), Recorder(device)
-        if self.decoder_unfit is None:
-            self.weights.join_decoder()
-        if self.tower_unfit is None:
-            self.weights.join_tower()
+        self.decoder_unsupported, self.tower_unsupported = unsupported_decoder(adapter), unsupported_tower(adapter)
+        self.weights, pool = FusedWeights(adapter), GraphPool(device)
+        if self.decoder_unsupported is None:
+            self.weights.fuse_decoder()
+        if self.tower_unsupported is None:
+            self.weights.fuse_tower()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        shared = (adapter, self.weights, recorder)
-        self.arenas, self.programs, self.vision = Arenas(*shared), Programs(*shared), VisionPrograms(*shared)
-        self._decoder_watch = Watch(
+        shared = (adapter, self.weights, pool)
+        self.decode_graphs, self.programs, self.vision = (
+            DecodeGraphs(*shared),
+            PrefillGraphs(*shared),
+            VisionGraphs(*shared),
+        )
+        self._decoder_fingerprint = ModelFingerprint(
             [adapter.model, adapter.base_model, adapter.decoder.head, *adapter.decoder.module.modules()]
         )
-        self._tower_watch = Watch(adapter.vision.module.modules())
+        self._tower_fingerprint = ModelFingerprint(adapter.vision.module.modules())
         self._classes = {type(adapter.vision.module), type(adapter.decoder.layers[0])}
         for block in self.weights.blocks[:1]:
             self._classes |= {type(block.attention), type(block.mlp), type(block.attention_norm)}
@@ -112,26 +116,26 @@ class Workshop:
         program, ends = adapter.vision.program, [adapter.vision.module]
         if program is not None:
             ends = [program.projection, *program.blocks[0].module.modules(), *program.blocks[-1].module.modules()]
-        self._glance = Watch(ends)
+        self._quick_fingerprint = ModelFingerprint(ends)
         self._made = True
 
     def clear(self) -> None:
         """Free everything, and give every weight a place of its own again."""
         if self._made:
-            for kept in (self.arenas, self.programs, self.vision):
+            for kept in (self.decode_graphs, self.programs, self.vision):
                 kept.clear()
-            self.weights.separate()
+            self.weights.unfuse()
         self._made = False
 
-    def forget(self) -> None:
+    def release_memory(self) -> None:
         """Give back the memory of all programs where it is wanting; the model's own modules take less."""
         logger.warning("out of memory: the engine forgets its programs, the model's own modules run.")
         self.clear()
         torch.cuda.empty_cache()
 
-    def glance(self) -> None:
+    def quick_check(self) -> None:
         """Be ready for the tower, as far as can be told in no time; :meth:`look` follows."""
-        self._keep_up(self._glance)
+        self._keep_up(self._quick_fingerprint)
 
     def look(self) -> bool:
         """Be ready for the model as it is.
@@ -141,21 +145,23 @@ class Workshop:
         bool
             Whether the tower was ready before, and nothing of others is hooked to it.
         """
-        same = not (self._made and self._tower_watch.changed())
+        same = not (self._made and self._tower_fingerprint.changed())
         if not same:
             self.clear()
-        self._keep_up(self._decoder_watch)
-        return same and self.tower_hooked() is None
+        self._keep_up(self._decoder_fingerprint)
+        return same and self.foreign_tower_hook() is None
 
-    def unfit(self) -> str | None:
+    def unsupported(self) -> str | None:
         """Why the decoder cannot run by programs."""
-        return self.decoder_unfit or refuses_classes(self._classes) or self._decoder_watch.hooked()
+        return (
+            self.decoder_unsupported or unsupported_classes(self._classes) or self._decoder_fingerprint.foreign_hook()
+        )
 
-    def tower_hooked(self) -> str | None:
+    def foreign_tower_hook(self) -> str | None:
         """What of others is hooked to the vision tower."""
-        return self._tower_watch.hooked()
+        return self._tower_fingerprint.foreign_hook()
 
-    def _keep_up(self, watch: Watch) -> None:
+    def _keep_up(self, watch: ModelFingerprint) -> None:
         if self._made and watch.changed():
             logger.info("the model's weights or modules were replaced: the engine makes its programs anew.")
             self.clear()

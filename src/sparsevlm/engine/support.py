@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import GenerationSettings, cache_of, samples_or_greedy
-from ..kernels.dispatch import trouble
+from ..kernels.dispatch import triton_problem
 from ..models import ModelAdapter
 from ..request.request import Request
 from .text.readout import NOT_PROVIDED
@@ -32,7 +32,7 @@ _STOCK = ("transformers.", "torch.nn.", f"{__name__.partition('.')[0]}.")
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def refuses_arguments(
+def unsupported_arguments(
     arguments: Mapping[str, Any], settings: GenerationSettings, modes: Mapping[str, Any]
 ) -> str | None:
     """Why a call of ``generate`` is not for the engine, by what it is given.
@@ -61,7 +61,7 @@ def refuses_arguments(
     return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def refuses_prepared(prepared: Mapping[str, Any], generation_config: Any, modes: Mapping[str, Any]) -> str | None:
+def unsupported_call(prepared: Mapping[str, Any], generation_config: Any, modes: Mapping[str, Any]) -> str | None:
     """Why a call is not for the engine, by what transformers has made of it."""
     if not samples_or_greedy(generation_config, modes) or generation_config.prefill_chunk_size is not None:
         return _UNSUITED
@@ -70,7 +70,7 @@ def refuses_prepared(prepared: Mapping[str, Any], generation_config: Any, modes:
     return None
 
 
-def refuses_mode(adapter: ModelAdapter) -> str | None:
+def unsupported_mode(adapter: ModelAdapter) -> str | None:
     """Why nothing runs on the engine as torch and the model are at present."""
     if adapter.decoder.block is None:
         return _undescribed(adapter)
@@ -78,10 +78,10 @@ def refuses_mode(adapter: ModelAdapter) -> str | None:
         return "autocast"
     if adapter.decoder.module.training:
         return "training mode"
-    return refuses_patches(adapter)
+    return unsupported_patches(adapter)
 
 
-def refuses_patches(adapter: ModelAdapter) -> str | None:
+def unsupported_patches(adapter: ModelAdapter) -> str | None:
     """Why a model is not for the engine: what somebody has put in the place of what it would not call."""
     if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
         return "hooks on all modules"
@@ -99,7 +99,7 @@ def refuses_patches(adapter: ModelAdapter) -> str | None:
     return None
 
 
-def refuses_decoder(adapter: ModelAdapter) -> str | None:
+def unsupported_decoder(adapter: ModelAdapter) -> str | None:
     """Why a decoder is not for the engine; holds until its modules or weights change."""
     decoder = adapter.decoder
     if decoder.block is None:
@@ -115,7 +115,7 @@ def refuses_decoder(adapter: ModelAdapter) -> str | None:
     return None
 
 
-def refuses_classes(kinds: Iterable[type]) -> str | None:
+def unsupported_classes(kinds: Iterable[type]) -> str | None:
     """Why modules of some classes are not for the engine: what was put in the place of their ``forward``."""
     patched = (kind.__name__ for kind in kinds if not _is_stock(getattr(kind, "forward", None)))
     return next((f"{name}.forward was replaced" for name in patched), None)
@@ -125,7 +125,7 @@ def _undescribed(adapter: ModelAdapter) -> str:
     return f"the decoder layers of {adapter.name}, which are not described"
 
 
-def refuses_tower(adapter: ModelAdapter) -> str | None:
+def unsupported_tower(adapter: ModelAdapter) -> str | None:
     """Why a vision tower is not for the engine, likewise."""
     vision = adapter.vision
     if vision.program is None:
@@ -150,7 +150,7 @@ def _misplaced(module: nn.Module) -> str | None:
         return None
     if weights[0].dtype not in _HALF:
         return f"weights in {str(weights[0].dtype).removeprefix('torch.')} on a GPU"
-    return trouble()
+    return triton_problem()
 
 
 def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | None:
@@ -174,7 +174,7 @@ def _is_stock(function: Any) -> bool:
     return str(getattr(function, "__module__", "")).startswith(_STOCK)
 
 
-def refuses_request(request: Request) -> str | None:
+def unsupported_request(request: Request) -> str | None:
     """Why a request is not for the engine."""
     if missing := sorted(request.traits.needs & NOT_PROVIDED):
         return f"selector {request.traits.name!r} needs {', '.join(missing)}"

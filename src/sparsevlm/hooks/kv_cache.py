@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-DEAD = -1
+PAD_SLOT = -1
 
 
 class SlotTable:
@@ -26,13 +26,13 @@ class SlotTable:
         Logical length of the sequence that these slots stand for, dropped tokens included.
     tail : int
         Number of slots at the end that are contiguous in every sample.
-    has_dead : bool
+    has_padding : bool
         Whether any slot is dead.
     """
 
-    def __init__(self, positions: Tensor, length: int, tail: int, has_dead: bool):
+    def __init__(self, positions: Tensor, length: int, tail: int, has_padding: bool):
         self.positions = positions
-        self.has_dead = has_dead
+        self.has_padding = has_padding
         self._base = length
         self._tail = tail
         self._appended = 0
@@ -67,7 +67,7 @@ class SlotTable:
             new = torch.arange(self._base, self._base + appended, device=table.device)
             table = torch.cat([table, new.expand(table.shape[0], -1)], dim=1)
         if width is not None and width > table.shape[1]:
-            table = torch.nn.functional.pad(table, (0, width - table.shape[1]), value=DEAD)
+            table = torch.nn.functional.pad(table, (0, width - table.shape[1]), value=PAD_SLOT)
         return table
 
     def check_crop(self, count: int) -> None:

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .kv_cache import DEAD
+from .kv_cache import PAD_SLOT
 
 # Decode steps gather columns at once; a prefill goes sample by sample, so that no index of the mask's size is made.
 _GATHER_AT_ONCE = 16
 
 
 def pruned_mask(
-    mask: Any, rows: Tensor | None, slots: Tensor, past_len: int, q_len: int, *, has_dead: bool, flash: bool
+    mask: Any, rows: Tensor | None, slots: Tensor, past_len: int, q_len: int, *, has_padding: bool, flash: bool
 ) -> Tensor | None:
     """Mask for the rows and slots that are left.
 
@@ -32,7 +32,7 @@ def pruned_mask(
         Absolute position of each key slot, -1 for dead ones.
     past_len, q_len : int
         Logical length of the cache before this forward, and of the forward's sequence.
-    has_dead : bool
+    has_padding : bool
         Whether ``slots`` holds dead ones (known without a look at the GPU).
     flash : bool
         Whether the attention takes 2D masks.
@@ -48,9 +48,9 @@ def pruned_mask(
         For masks of other kinds (flex attention's ``BlockMask``).
     """
     if mask is None:
-        if not has_dead:
+        if not has_padding:
             return None
-        alive = slots != DEAD
+        alive = slots != PAD_SLOT
         return alive if flash else _causal(alive, rows, slots, past_len, q_len)
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 4):
         raise NotImplementedError(
@@ -60,18 +60,18 @@ def pruned_mask(
     slots = slots.to(mask.device)
     if mask.ndim == 2:
         picked = mask.expand(slots.shape[0], -1).gather(1, slots.clamp_min(0))
-        return picked.masked_fill(slots == DEAD, 0) if has_dead else picked
-    return _gathered(mask, None if rows is None else rows.to(mask.device), slots, has_dead)
+        return picked.masked_fill(slots == PAD_SLOT, 0) if has_padding else picked
+    return _gathered(mask, None if rows is None else rows.to(mask.device), slots, has_padding)
 
 
 def _causal(alive: Tensor, rows: Tensor | None, slots: Tensor, past_len: int, q_len: int) -> Tensor:
     if rows is None:
         rows = torch.arange(q_len, device=slots.device).expand(slots.shape[0], -1)
     seen = slots[:, None, :] <= (rows + past_len)[:, :, None]
-    return ((alive[:, None, :] & seen) | (rows == DEAD)[:, :, None]).unsqueeze(1)
+    return ((alive[:, None, :] & seen) | (rows == PAD_SLOT)[:, :, None]).unsqueeze(1)
 
 
-def _gathered(mask: Tensor, rows: Tensor | None, slots: Tensor, has_dead: bool) -> Tensor:
+def _gathered(mask: Tensor, rows: Tensor | None, slots: Tensor, has_padding: bool) -> Tensor:
     batch = slots.shape[0]
     mask = mask.expand(batch, *mask.shape[1:])
     columns = slots.clamp_min(0)
@@ -88,8 +88,8 @@ def _gathered(mask: Tensor, rows: Tensor | None, slots: Tensor, has_dead: bool) 
             ]
         )
     visible, hidden = (True, False) if picked.dtype == torch.bool else (0.0, torch.finfo(picked.dtype).min)
-    if has_dead:
-        picked = picked.masked_fill((slots == DEAD)[:, None, None, :], hidden)
+    if has_padding:
+        picked = picked.masked_fill((slots == PAD_SLOT)[:, None, None, :], hidden)
         if rows is not None:
-            picked = picked.masked_fill((rows == DEAD)[:, None, :, None], visible)
+            picked = picked.masked_fill((rows == PAD_SLOT)[:, None, :, None], visible)
     return picked

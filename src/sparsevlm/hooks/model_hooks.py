@@ -17,8 +17,8 @@ from ..request.step import choose_embedding_raters
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
 from .kv_cache import cache_bytes, check_cache, static_note
-from .pruning import Forward, before_layer
-from .vision_hooks import VisionWatch, bound_arguments
+from .pruning import ForwardPass, before_layer
+from .vision_hooks import VisionHooks, bound_arguments
 
 _DIRECT = "a direct call of the model"
 
@@ -38,8 +38,8 @@ class ModelHooks:
     def __init__(self, session: Session) -> None:
         self._session = session
         self._adapter = session.adapter
-        self._vision = VisionWatch(session)
-        self._forward: Forward | None = None
+        self._vision = VisionHooks(session)
+        self._forward: ForwardPass | None = None
         self._logits_to_keep = 0
         self._begin: Mark | None = None
         self._inside: list[nn.Module] = []
@@ -132,11 +132,11 @@ class ModelHooks:
             check_cache(cache, self._adapter.n_layers)
         if request.config.vision_keep < 1.0:
             request.remark("; the tower computed all, vision_keep is the engine's")
-        self._forward = Forward(cache, request, masks, is_flash=self._is_flash)
+        self._forward = ForwardPass(cache, request, masks, is_flash=self._is_flash)
 
     def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
         """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
-        self._forward = Forward(cache, is_flash=self._is_flash)
+        self._forward = ForwardPass(cache, is_flash=self._is_flash)
         request = self._session.request
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
             request.begin_decode_step()

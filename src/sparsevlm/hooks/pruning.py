@@ -14,13 +14,13 @@ from ..request.request import Request
 from ..request.step import Readout, Survivors, prune_step, reads
 from ..request.timing import Mark
 from .attention_probe import AttentionProbe
-from .kv_cache import DEAD, SlotTable, adopt
+from .kv_cache import PAD_SLOT, SlotTable, adopt
 from .masks import pruned_mask
 from .readout import read_target_layer
 
 
 @dataclass
-class Forward:
+class ForwardPass:
     """State of one pass through the decoder; gone when the pass ends.
 
     Attributes
@@ -35,7 +35,7 @@ class Forward:
         Slot table of this pass's current stage by the table that the layers had before.
     memo : dict
         Masks and rotary tables that the layers of a stage share.
-    rows_dead : bool
+    rows_padded : bool
         Whether ``request.rows`` holds fillers.
     is_flash : bool
         Whether the decoder's attention takes 2D masks.
@@ -51,7 +51,7 @@ class Forward:
     appended: dict[SlotTable, int] = field(default_factory=dict)
     tables: dict[SlotTable | None, SlotTable] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
-    rows_dead: bool = False
+    rows_padded: bool = False
     is_flash: bool = False
     probe: AttentionProbe | None = None
     readout: Readout = field(default_factory=Readout)
@@ -81,11 +81,11 @@ class Forward:
         """Drop what was read at the target layer that has just run."""
         self.readout = Readout(vision=self.readout.vision)
 
-    def begin_stage(self, *, has_dead: bool) -> None:
-        """Forget what the layers before a cut shared; ``has_dead``: the rows that are left hold fillers."""
+    def begin_stage(self, *, has_padding: bool) -> None:
+        """Forget what the layers before a cut shared; ``has_padding``: the rows that are left hold fillers."""
         self.tables.clear()
         self.memo.clear()
-        self.rows_dead = has_dead
+        self.rows_padded = has_padding
 
     def disarm(self) -> None:
         """End the reading of a layer that has run, or failed."""
@@ -95,7 +95,7 @@ class Forward:
 
 
 def before_layer(
-    adapter: ModelAdapter, forward: Forward, layer_idx: int, hidden_states: Tensor, kwargs: dict[str, Any]
+    adapter: ModelAdapter, forward: ForwardPass, layer_idx: int, hidden_states: Tensor, kwargs: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Any]]:
     """Everything that has to happen before decoder layer ``layer_idx`` runs.
 
@@ -123,11 +123,11 @@ def before_layer(
 
 
 def _gathered_kwargs(
-    forward: Forward, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
+    forward: ForwardPass, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     table = forward.table_of(layer_idx)
     mask = kwargs.get("attention_mask")
-    if rows is None and (table is None or (mask is None and not table.has_dead)):
+    if rows is None and (table is None or (mask is None and not table.has_padding)):
         return kwargs
     flash = forward.is_flash
     if rows is None:
@@ -145,19 +145,19 @@ def _gathered_kwargs(
         width = None if flash else _buffer_width(forward, layer_idx, mask, table)  # flash attention cuts the buffer
         if table is None:
             assert rows is not None
-            slots, has_dead = rows, forward.rows_dead
+            slots, has_padding = rows, forward.rows_padded
         else:
             coming = 0 if rows is not None else forward.appended[table] + q_len
-            slots, has_dead = table.slots(coming, width), table.has_dead
-        has_dead = has_dead or width is not None
-        needed = mask is not None or has_dead
+            slots, has_padding = table.slots(coming, width), table.has_padding
+        has_padding = has_padding or width is not None
+        needed = mask is not None or has_padding
         forward.memo[key] = (
-            pruned_mask(mask, rows, slots, past_len, q_len, has_dead=has_dead, flash=flash) if needed else None
+            pruned_mask(mask, rows, slots, past_len, q_len, has_padding=has_padding, flash=flash) if needed else None
         )
     return {**kwargs, "attention_mask": forward.memo[key]}
 
 
-def _buffer_width(forward: Forward, layer_idx: int, mask: Any, table: SlotTable | None) -> int | None:
+def _buffer_width(forward: ForwardPass, layer_idx: int, mask: Any, table: SlotTable | None) -> int | None:
     """Number of keys that a static layer shows, which is its whole buffer, where the new mask has to span them."""
     layer: Any = None if forward.cache is None else forward.cache.layers[layer_idx]
     if not hasattr(layer, "max_cache_len"):
@@ -165,10 +165,10 @@ def _buffer_width(forward: Forward, layer_idx: int, mask: Any, table: SlotTable 
     if isinstance(mask, Tensor):
         return mask.shape[-1] if mask.ndim == 4 else None
     # Without a mask, queries and keys are aligned at their first: that needs no width, unless dead slots come first.
-    return layer.max_cache_len if table is not None and table.has_dead else None
+    return layer.max_cache_len if table is not None and table.has_padding else None
 
 
-def _rotary(forward: Forward, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _rotary(forward: ForwardPass, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     key = ("rotary", id(tables))
     if key not in forward.memo:
         idx = rows.clamp_min(0).to(tables[0].device)
@@ -181,26 +181,28 @@ def _rotary(forward: Forward, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tu
     return forward.memo[key]
 
 
-def _placed_table(forward: Forward, cache: Cache, layer_idx: int, rows: Tensor, past_len: int, q_len: int) -> SlotTable:
+def _placed_table(
+    forward: ForwardPass, cache: Cache, layer_idx: int, rows: Tensor, past_len: int, q_len: int
+) -> SlotTable:
     """Slot table of a layer of the current stage: what it held before, then the rows that are left."""
     layer = adopt(cache, layer_idx)
     before = layer.table
     owns = before not in forward.tables
     if owns:
-        absolute = torch.where(rows == DEAD, DEAD, rows + past_len)
+        absolute = torch.where(rows == PAD_SLOT, PAD_SLOT, rows + past_len)
         if before is not None:
             old = before.slots(forward.appended[before]).to(rows.device)
         else:
             old = torch.arange(past_len, device=rows.device).expand(rows.shape[0], -1)
-        has_dead = forward.rows_dead or (before is not None and before.has_dead)
+        has_padding = forward.rows_padded or (before is not None and before.has_padding)
         tail = min(sample.tail for sample in forward.request.samples) if forward.request else 0
-        table = SlotTable(torch.cat([old, absolute], dim=1), past_len + q_len, tail, has_dead)
+        table = SlotTable(torch.cat([old, absolute], dim=1), past_len + q_len, tail, has_padding)
         forward.tables[before] = table
     layer.place(forward.tables[before], owns)
     return forward.tables[before]
 
 
-def _prune(forward: Forward, request: Request, target: int, hidden_states: Tensor) -> Tensor:
+def _prune(forward: ForwardPass, request: Request, target: int, hidden_states: Tensor) -> Tensor:
     """Decide what goes on of every sample, and gather it: fillers on the left for unequal counts."""
     begin = Mark.now(hidden_states.device)
     visual = [request.local_rows(b, sample.positions) for b, sample in enumerate(request.samples)]
@@ -212,7 +214,7 @@ def _prune(forward: Forward, request: Request, target: int, hidden_states: Tenso
     return hidden_states
 
 
-def _gather(forward: Forward, request: Request, survivors: list[Survivors], hidden_states: Tensor) -> Tensor:
+def _gather(forward: ForwardPass, request: Request, survivors: list[Survivors], hidden_states: Tensor) -> Tensor:
     rows = [sample.all_positions for sample in request.samples]
     gathered = []
     for b, (own, kept) in enumerate(zip(rows, survivors, strict=True)):
@@ -224,11 +226,11 @@ def _gather(forward: Forward, request: Request, survivors: list[Survivors], hidd
     lengths = [len(own) for own in rows]
     width = max(lengths)
     request.place(stack_rows(rows))
-    forward.begin_stage(has_dead=min(lengths) < width)
+    forward.begin_stage(has_padding=min(lengths) < width)
     return torch.stack([torch.nn.functional.pad(states, (0, 0, width - len(states), 0)) for states in gathered])
 
 
 def stack_rows(rows: list[Tensor]) -> Tensor:
     """Rows of unequal numbers as one tensor, fillers on the left (transformers pads on the left when generating)."""
     width = max(row.shape[0] for row in rows)
-    return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=DEAD) for row in rows])
+    return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=PAD_SLOT) for row in rows])

@@ -48,7 +48,8 @@ def read_target_layer(
         samples = list(enumerate(request.samples))
         if text:
             readout.text = [
-                _rows_attention(request, b, sample.voters, offset, inputs, n_top_heads) for b, sample in samples
+                _rows_attention(request, b, sample.rater_candidates, offset, inputs, n_top_heads)
+                for b, sample in samples
             ]
         if last:  # apart from the text rows, which are the same numbers with it and without
             readout.last = [_rows_attention(request, b, sample.last, offset, inputs)[0] for b, sample in samples]

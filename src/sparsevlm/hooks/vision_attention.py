@@ -59,5 +59,5 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """As transformers calls an attention function: (1, heads, n, head_dim) in, (1, n, heads, head_dim) out."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    offsets = cu_seq_lens_q.to(torch.int32)
-    return varlen_attention(query, key, value, offsets, int(max_length_q), scaling, causal=False)[None], None
+    cu_seqlens = cu_seq_lens_q.to(torch.int32)
+    return varlen_attention(query, key, value, cu_seqlens, int(max_length_q), scaling, causal=False)[None], None

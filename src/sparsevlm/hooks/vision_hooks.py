@@ -29,7 +29,7 @@ class VisionCall:
     rows: VisionRows | None = None
 
 
-class VisionWatch:
+class VisionHooks:
     """Hooks of the vision tower.
 
     Older transformers run it inside of a pass; newer ones before it, where they keep the grids to themselves and hand

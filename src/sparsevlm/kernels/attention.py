@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .dispatch import flash_runs, takes_triton
+from .dispatch import flash_runs, use_triton
 
 _ORDER = [
     SDPBackend.CUDNN_ATTENTION,
@@ -25,21 +25,21 @@ _ORDER = [
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: int, scaling: float, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float, causal: bool
 ) -> Tensor:
     """Softmax attention of every sequence within itself.
 
     On a CUDA device, in half precision, this is FlashAttention as torch carries it, in one call; elsewhere
-    :func:`varlen_attention_plain`.
+    :func:`varlen_attention_reference`.
 
     Parameters
     ----------
     query : Tensor of shape (n_rows, heads, head_dim)
     key, value : Tensor of shape (n_rows, kv_heads, head_dim)
         Query head h reads key head ``h // (heads / kv_heads)``.
-    offsets : Tensor of shape (n_sequences + 1,), int32
-        Sequence i has the rows ``offsets[i]`` to ``offsets[i + 1]``; all rows belong to one.
-    longest : int
+    cu_seqlens : Tensor of shape (n_sequences + 1,), int32
+        Sequence i has the rows ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``; all rows belong to one.
+    max_seqlen : int
         No sequence has more rows.
     scaling : float
     causal : bool
@@ -50,10 +50,10 @@ def varlen_attention(
     """
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and flash_runs():
         out = torch.ops.aten._flash_attention_forward(
-            query, key, value, offsets, offsets, longest, longest, 0.0, causal, False, scale=scaling
+            query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, causal, False, scale=scaling
         )
         return out[0]
-    return varlen_attention_plain(query, key, value, offsets, scaling, causal)
+    return varlen_attention_reference(query, key, value, cu_seqlens, scaling, causal)
 
 
 def equal_attention(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float, causal: bool) -> Tensor:
@@ -70,12 +70,12 @@ def equal_attention(query: Tensor, key: Tensor, value: Tensor, length: int, scal
     return out.transpose(1, 2).flatten(0, 1)
 
 
-def varlen_attention_plain(
-    query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, scaling: float, causal: bool
+def varlen_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, scaling: float, causal: bool
 ) -> Tensor:
-    """The truth: sequence by sequence, those of equal length that are neighbours in one call."""
+    """Reference in plain torch: sequence by sequence, those of equal length that are neighbours in one call."""
     mixed = []
-    spans = itertools.groupby(itertools.pairwise(offsets.tolist()), key=lambda span: span[1] - span[0])
+    spans = itertools.groupby(itertools.pairwise(cu_seqlens.tolist()), key=lambda span: span[1] - span[0])
     for length, group in spans:
         members = list(group)
         rows = slice(members[0][0], members[-1][1])
@@ -91,8 +91,8 @@ class RaggedCache:
     Attributes
     ----------
     prompt_keys, prompt_values : Tensor of shape (n_rows, kv_heads, head_dim)
-        Sample b has the rows ``offsets[b]`` to ``offsets[b + 1]``; rows behind the last are not read.
-    offsets : Tensor of shape (batch + 1,), int32
+        Sample b has the rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``; rows behind the last are not read.
+    cu_seqlens : Tensor of shape (batch + 1,), int32
     new_keys, new_values : Tensor of shape (batch, room, kv_heads, head_dim)
     n_new : Tensor of shape (1,), int32
         How many of ``room`` are filled; on the device, so that a captured graph serves every step.
@@ -100,13 +100,13 @@ class RaggedCache:
 
     prompt_keys: Tensor
     prompt_values: Tensor
-    offsets: Tensor
+    cu_seqlens: Tensor
     new_keys: Tensor
     new_values: Tensor
     n_new: Tensor
 
 
-def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_prompt: int) -> Tensor:
+def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_seqlen: int) -> Tensor:
     """Softmax attention over both parts of the cache.
 
     Parameters
@@ -115,7 +115,7 @@ def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_prom
         Query head h reads key head ``h // (heads / kv_heads)``.
     cache : RaggedCache
     scaling : float
-    max_prompt : int
+    max_seqlen : int
         No sample has more rows in the packed part.
 
     Returns
@@ -123,19 +123,19 @@ def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_prom
     Tensor of shape (batch, heads, head_dim)
         In the dtype of ``query``; scores and sums in float32.
     """
-    if takes_triton(query):
-        from .triton.attention import decode_attention as twin
+    if use_triton(query):
+        from .triton.attention import decode_attention as triton_version
 
-        return twin(query, cache, scaling, max_prompt)
-    return decode_attention_plain(query, cache, scaling)
+        return triton_version(query, cache, scaling, max_seqlen)
+    return decode_attention_reference(query, cache, scaling)
 
 
-def decode_attention_plain(query: Tensor, cache: RaggedCache, scaling: float) -> Tensor:
-    """The truth: sample by sample."""
+def decode_attention_reference(query: Tensor, cache: RaggedCache, scaling: float) -> Tensor:
+    """Reference in plain torch: sample by sample."""
     groups = query.shape[1] // cache.prompt_keys.shape[1]
-    n_new, offsets, out = int(cache.n_new), cache.offsets.tolist(), []
+    n_new, cu_seqlens, out = int(cache.n_new), cache.cu_seqlens.tolist(), []
     for b in range(query.shape[0]):
-        rows = slice(offsets[b], offsets[b + 1])
+        rows = slice(cu_seqlens[b], cu_seqlens[b + 1])
         key = torch.cat([cache.prompt_keys[rows], cache.new_keys[b, :n_new]]).repeat_interleave(groups, dim=1)
         value = torch.cat([cache.prompt_values[rows], cache.new_values[b, :n_new]]).repeat_interleave(groups, dim=1)
         scores = torch.einsum("hd,nhd->hn", query[b].float(), key.float()) * scaling

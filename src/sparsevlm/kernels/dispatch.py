@@ -1,4 +1,4 @@
-"""Whether a Triton twin can take a tensor."""
+"""Whether a Triton version can take a tensor."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def takes_triton(tensor: Tensor) -> bool:
+def use_triton(tensor: Tensor) -> bool:
     """Whether Triton kernels run on a tensor. (In Triton's interpreter they run anywhere: tests call them by name.)"""
-    return tensor.is_cuda and trouble() is None
+    return tensor.is_cuda and triton_problem() is None
 
 
 @cache
@@ -24,7 +24,7 @@ def flash_runs() -> bool:
 
 
 @cache
-def trouble() -> str | None:
+def triton_problem() -> str | None:
     """Why Triton kernels do not run on this machine's GPU, tried once: Triton wants a C compiler, for one."""
     if not flash_runs():
         return "a GPU older than Ampere, or no NVIDIA one"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import takes_triton
+from .dispatch import use_triton
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -24,15 +24,15 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None
     normed, x : Tensor of shape (n, size)
         In the dtype of ``hidden``; the sum of squares is taken in float32.
     """
-    if takes_triton(hidden):
-        from .triton.elementwise import rms_norm as twin
+    if use_triton(hidden):
+        from .triton.elementwise import rms_norm as triton_version
 
-        return twin(hidden, weight, eps, residual)
-    return rms_norm_plain(hidden, weight, eps, residual)
+        return triton_version(hidden, weight, eps, residual)
+    return rms_norm_reference(hidden, weight, eps, residual)
 
 
-def rms_norm_plain(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The truth; rounds where transformers' modules do."""
+def rms_norm_reference(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Reference in plain torch; rounds where transformers' modules do."""
     x = hidden if residual is None else hidden + residual
     exact = x.float()
     scaled = exact * torch.rsqrt(exact.square().mean(dim=-1, keepdim=True) + eps)
@@ -52,15 +52,15 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     Tensor of shape (n, size)
         Contiguous, in their dtype.
     """
-    if takes_triton(gate):
-        from .triton.elementwise import swiglu as twin
+    if use_triton(gate):
+        from .triton.elementwise import swiglu as triton_version
 
-        return twin(gate, up)
-    return swiglu_plain(gate, up)
+        return triton_version(gate, up)
+    return swiglu_reference(gate, up)
 
 
-def swiglu_plain(gate: Tensor, up: Tensor) -> Tensor:
-    """The truth; rounds where transformers' modules do."""
+def swiglu_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """Reference in plain torch; rounds where transformers' modules do."""
     return torch.nn.functional.silu(gate) * up
 
 
@@ -78,11 +78,11 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     query, key : Tensor of the same shapes
         Contiguous, in their dtype.
     """
-    if takes_triton(query):
-        from .triton.elementwise import rotate as twin
+    if use_triton(query):
+        from .triton.elementwise import rotate as triton_version
 
-        return twin(query, key, cos, sin)
-    return rotate_plain(query, key, cos, sin)
+        return triton_version(query, key, cos, sin)
+    return rotate_reference(query, key, cos, sin)
 
 
 def rotate_into(
@@ -106,19 +106,19 @@ def rotate_into(
     Tensor of shape (n, heads, head_dim)
         Contiguous.
     """
-    if takes_triton(query):
-        from .triton.elementwise import rotate_into as twin
+    if use_triton(query):
+        from .triton.elementwise import rotate_into as triton_version
 
-        return twin(query, key, value, cos, sin, keys, values, slot)
-    return rotate_into_plain(query, key, value, cos, sin, keys, values, slot)
+        return triton_version(query, key, value, cos, sin, keys, values, slot)
+    return rotate_into_reference(query, key, value, cos, sin, keys, values, slot)
 
 
-def rotate_into_plain(
+def rotate_into_reference(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
     slot: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The truth."""
-    query, key = rotate_plain(query, key, cos, sin)
+    """Reference in plain torch."""
+    query, key = rotate_reference(query, key, cos, sin)
     for kept, new in ((keys, key), (values, value)):
         if slot is None:
             kept.copy_(new)
@@ -127,9 +127,9 @@ def rotate_into_plain(
     return query
 
 
-def rotate_plain(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """The truth, as transformers computes it: in the decoder with tables in the dtype of ``x``, in the vision tower
-    with tables in float32, which makes the products so."""
+def rotate_reference(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference in plain torch, as transformers computes it: in the decoder with tables in the dtype of ``x``, in the
+    vision tower with tables in float32, which makes the products so."""
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     query_out, key_out = (x * cos + _rotate_half(x) * sin for x in (query, key))
     return query_out.to(query.dtype), key_out.to(key.dtype)

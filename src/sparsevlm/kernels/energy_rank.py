@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import takes_triton
+from .dispatch import use_triton
 
 # Longest short side that the Triton twin takes: it holds the Gram matrix in registers.
 LARGEST = 128
@@ -22,7 +22,7 @@ _ROUNDING = 1e-12
 def is_quick(like: Tensor, shape: tuple[int, int], tolerance: float | str) -> bool:
     """Whether ranks of matrices of this shape, beside a tensor, are found without waiting for the device."""
     resolved = not isinstance(tolerance, str) and tolerance >= LEAST_TOLERANCE
-    return resolved and 0 < min(shape) <= LARGEST and takes_triton(like)
+    return resolved and 0 < min(shape) <= LARGEST and use_triton(like)
 
 
 def sketch_rank(matrices: Tensor, tolerance: float | str) -> Tensor:
@@ -46,9 +46,9 @@ def sketch_rank(matrices: Tensor, tolerance: float | str) -> Tensor:
         0 for a zero matrix, -1 for one that holds NaN or infinity.
     """
     if not isinstance(tolerance, str) and is_quick(matrices, (matrices.shape[1], matrices.shape[2]), tolerance):
-        from .triton.energy_rank import sketch_rank as twin
+        from .triton.energy_rank import sketch_rank as triton_version
 
-        return twin(matrices, tolerance)
+        return triton_version(matrices, tolerance)
     return sketch_rank_plain(matrices, tolerance)
 
 

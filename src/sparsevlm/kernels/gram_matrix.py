@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def products(rows: Tensor) -> Tensor:
+def gram_matrix(rows: Tensor) -> Tensor:
     """``x_i · x_j`` for all pairs.
 
     On a CUDA device each row is split into a bfloat16 part and what that leaves, and three of the four products of
@@ -20,10 +20,10 @@ def products(rows: Tensor) -> Tensor:
     -------
     Tensor of shape (batch, n, n), float32
     """
-    return products_split(rows) if rows.is_cuda else rows @ rows.mT
+    return gram_matrix_split(rows) if rows.is_cuda else rows @ rows.mT
 
 
-def products_split(rows: Tensor) -> Tensor:
+def gram_matrix_split(rows: Tensor) -> Tensor:
     """The fast way."""
     high = rows.bfloat16()
     low = (rows - high.float()).bfloat16()

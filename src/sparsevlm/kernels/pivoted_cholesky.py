@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import takes_triton
+from .dispatch import use_triton
 
 
-def pivots(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
+def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
     """``argmax_i r_i² δ_i``, δ_i the diagonal of what the picks leave of the Gram matrix; ties to the lower index.
 
     A row of which less than ``noise`` of its length is left is spanned: it comes after all others, by its quality.
@@ -30,15 +30,15 @@ def pivots(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: floa
     Tensor of shape (batch, n_keep), int64
         In the order of the picks.
     """
-    if takes_triton(gram):
-        from .triton.pivoted_cholesky import pivots as twin
+    if use_triton(gram):
+        from .triton.pivoted_cholesky import pivoted_cholesky as triton_version
 
-        return twin(gram, quality, n_keep, rounds, noise)
-    return pivots_plain(gram, quality, n_keep, rounds, noise)
+        return triton_version(gram, quality, n_keep, rounds, noise)
+    return pivoted_cholesky_reference(gram, quality, n_keep, rounds, noise)
 
 
-def pivots_plain(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
-    """The truth."""
+def pivoted_cholesky_reference(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
+    """Reference in plain torch."""
     batch, n = quality.shape
     length = gram.diagonal(dim1=-2, dim2=-1)
     residual, factor = length.clone(), gram.new_zeros((batch, n_keep, n))

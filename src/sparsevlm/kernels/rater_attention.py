@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .dispatch import takes_triton
+from .dispatch import use_triton
 
 # Upper bound of the elements of one (rows, heads, keys) float32 block: 64 Mi elements = 256 MiB.
 _MAX_BLOCK_ELEMENTS = 1 << 26
@@ -26,8 +26,8 @@ class Rows:
     ----------
     query : Tensor of shape (n_rows, heads, head_dim)
         Rotated.
-    offsets : Tensor of shape (batch + 1,), int32
-        Sample b has the rows ``offsets[b]`` to ``offsets[b + 1]``.
+    cu_seqlens : Tensor of shape (batch + 1,), int32
+        Sample b has the rows ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
     ends : Tensor of shape (n_rows,), int32
         Packed index behind the last key that a row sees.
     most : int
@@ -35,7 +35,7 @@ class Rows:
     """
 
     query: Tensor
-    offsets: Tensor
+    cu_seqlens: Tensor
     ends: Tensor
     most: int
 
@@ -77,11 +77,11 @@ def row_statistics(
     mass : Tensor of shape (n_rows, heads), float32
         Attention on marked columns.
     """
-    if takes_triton(key):
-        from .triton.rater_attention import row_statistics as twin
+    if use_triton(key):
+        from .triton.rater_attention import row_statistics as triton_version
 
-        return twin(rows, key, key_offsets, marked, scaling)
-    return row_statistics_plain(rows, key, key_offsets, marked, scaling)
+        return triton_version(rows, key, key_offsets, marked, scaling)
+    return row_statistics_reference(rows, key, key_offsets, marked, scaling)
 
 
 def row_attention(rows: Rows, key: Tensor, columns: Columns, lse: Tensor, weight: Tensor, scaling: float) -> Tensor:
@@ -101,17 +101,17 @@ def row_attention(rows: Rows, key: Tensor, columns: Columns, lse: Tensor, weight
     Tensor of shape (n_rows, most), float32
         0 for columns that a row does not see, and for what fills up.
     """
-    if takes_triton(key):
-        from .triton.rater_attention import row_attention as twin
+    if use_triton(key):
+        from .triton.rater_attention import row_attention as triton_version
 
-        return twin(rows, key, columns, lse, weight, scaling)
-    return row_attention_plain(rows, key, columns, lse, weight, scaling)
+        return triton_version(rows, key, columns, lse, weight, scaling)
+    return row_attention_reference(rows, key, columns, lse, weight, scaling)
 
 
-def row_statistics_plain(
+def row_statistics_reference(
     rows: Rows, key: Tensor, key_offsets: Tensor, marked: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """The truth: sample by sample, some rows at a time, with all their logits."""
+    """Reference in plain torch: sample by sample, some rows at a time, with all their logits."""
     lse = rows.query.new_zeros(rows.query.shape[:2], dtype=torch.float32)
     mass = torch.zeros_like(lse)
     bounds = key_offsets.tolist()
@@ -122,7 +122,7 @@ def row_statistics_plain(
     return lse, mass
 
 
-def row_attention_plain(
+def row_attention_reference(
     rows: Rows, key: Tensor, columns: Columns, lse: Tensor, weight: Tensor, scaling: float
 ) -> Tensor:
     """The truth, likewise."""
@@ -136,7 +136,7 @@ def row_attention_plain(
 
 def _logits(rows: Rows, key: Tensor, keys: list[Tensor], scaling: float) -> Iterator[tuple[int, slice, Tensor]]:
     """Sample, some of its rows, and their masked logits (rows, heads, keys) for some keys of the sample."""
-    n_heads, groups, bounds = rows.query.shape[1], rows.query.shape[1] // key.shape[1], rows.offsets.tolist()
+    n_heads, groups, bounds = rows.query.shape[1], rows.query.shape[1] // key.shape[1], rows.cu_seqlens.tolist()
     for b, own in enumerate(keys):
         near = key[own].float().repeat_interleave(groups, dim=1)
         step = max(1, _MAX_BLOCK_ELEMENTS // max(1, n_heads * own.shape[0]))

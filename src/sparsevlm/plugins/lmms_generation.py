@@ -48,7 +48,7 @@ def generation_options(given: Mapping[str, Any]) -> tuple[dict[str, Any], tuple[
     return options, _stops(given.get("until"))
 
 
-def idle_options(given: Mapping[str, Any]) -> list[str]:
+def unused_options(given: Mapping[str, Any]) -> list[str]:
     """Names that :func:`generation_options` does not act on: unknown ones, and a temperature without sampling."""
     idle = set(given) - _KNOWN
     if (given.get("temperature") or 0) > 0 and not generation_options(given)[0]["do_sample"]:

@@ -21,7 +21,7 @@ from ..bundled import bundled_path
 from ..inputs import load_model, load_processor
 from ..selection.selectors import make_selector
 from .lmms_arguments import parse_arguments
-from .lmms_generation import cut_at, generation_options, idle_options
+from .lmms_generation import cut_at, generation_options, unused_options
 from .lmms_inputs import Conversation, batch_inputs, bound_pixels, read_conversation, with_n_visual
 from .lmms_totals import RunTotals, dense_total, merged, pruned_total
 
@@ -226,7 +226,7 @@ class SparseVLM(lmms):
 
     def _tell_idle(self, task: str, given: dict[str, Any]) -> None:
         """Say once per task which of its options change nothing here."""
-        if task not in self._told and (idle := idle_options(given)):
+        if task not in self._told and (idle := unused_options(given)):
             eval_logger.warning(f"task {task}: these generation options have no effect here: {', '.join(idle)}")
         self._told.add(task)
 

@@ -160,7 +160,7 @@ def make_samples(
         if ids is not None:
             text = _without_template(text, ids[b], template)
             text = text[~torch.isin(ids[b][text], special)]
-        voters = text[text > (int(visual[-1]) if visual.numel() else -1)]
+        rater_candidates = text[text > (int(visual[-1]) if visual.numel() else -1)]
         last = valid[b, :prompt_end].nonzero().squeeze(-1)[-1:]
         if visual.numel() and int(visual[-1]) == int(last):
             raise ValueError(
@@ -171,7 +171,7 @@ def make_samples(
             visual=visual,
             other=other,
             text=text if text.numel() else last,
-            voters=voters if voters.numel() else last,
+            rater_candidates=rater_candidates if rater_candidates.numel() else last,
             last=last,
             alive=torch.arange(visual.shape[0], device="cpu"),
             tail=_tail_length(visual, other, q_len),

@@ -56,7 +56,7 @@ def _warn(session: Session, request: Request) -> None:
     counts = sorted({sample.visual.shape[0] for sample in request.samples if sample.visual.shape[0]})
     n_vis = request.config.n_vis
     if n_vis is not None and counts != [n_vis]:
-        message = f"n_vis={n_vis} was announced, the inputs hold {counts} visual tokens: these are used."
+        message = f"n_vis={n_vis} was expected, the inputs hold {counts} visual tokens: these are used."
         session.warn_once("n_vis", message)
     for sample in request.samples:
         if sample.plan is not None and sample.plan.clamped:

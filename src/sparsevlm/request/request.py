@@ -29,7 +29,7 @@ class Sample:
         Positions of all other tokens that are no padding.
     text : Tensor of shape (n_text,), int64
         Positions of all text, template and special tokens left out.
-    voters : Tensor of shape (n_voters,), int64
+    rater_candidates : Tensor of shape (n_voters,), int64
         The part of the text that may vote: behind the last visual token.
     last : Tensor of shape (1,), int64
         Position of the prompt's last token (guesses of assisted decoding are none of it).
@@ -46,7 +46,7 @@ class Sample:
     visual: Tensor
     other: Tensor
     text: Tensor
-    voters: Tensor
+    rater_candidates: Tensor
     last: Tensor
     alive: Tensor
     tail: int
@@ -91,7 +91,7 @@ class Sample:
 
     def to(self, device: torch.device) -> None:
         """Follow the hidden states to another device."""
-        for name in ("visual", "other", "text", "voters", "last", "alive"):
+        for name in ("visual", "other", "text", "rater_candidates", "last", "alive"):
             setattr(self, name, getattr(self, name).to(device))
 
 

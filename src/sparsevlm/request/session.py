@@ -14,7 +14,7 @@ from typing import Any
 from ..config import SparseVLMConfig
 from ..models import ModelAdapter
 from ..selection.context import SelectorTraits
-from ..selection.overrides import idle_options
+from ..selection.overrides import unused_options
 from ..selection.selectors import make_selector
 from ..template import Template
 from .lock import GenerationLock
@@ -65,7 +65,7 @@ class Session:
         self._n_overrides, self._warned = 0, set[str]()
         self._current: Request | None = None
         self._base = Options.of(adapter, config)
-        self.warn_idle(config, [] if config.preset else [f.name for f in dataclasses.fields(config)])
+        self.warn_unused(config, [] if config.preset else [f.name for f in dataclasses.fields(config)])
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without requests."""
@@ -85,7 +85,7 @@ class Session:
     def override(self, changes: Mapping[str, Any]) -> Iterator[None]:
         """Other options for the calls inside, in this context alone."""
         options = Options.of(self.adapter, self.options.given.replace(**changes))
-        self.warn_idle(options.given, changes)
+        self.warn_unused(options.given, changes)
         own = _Override(weakref.ref(self), options)
         _OVERRIDES.set((*_OVERRIDES.get(), own))
         self._n_overrides += 1
@@ -199,10 +199,10 @@ class Session:
         assert request is not None
         request.fail(error)
 
-    def warn_idle(self, config: SparseVLMConfig, given: Collection[str]) -> None:
+    def warn_unused(self, config: SparseVLMConfig, given: Collection[str]) -> None:
         """Warn of options that were given and change nothing."""
         traits = SelectorTraits.of(make_selector(config))
-        if idle := idle_options(config, traits, given):
+        if idle := unused_options(config, traits, given):
             message = f"{', '.join(idle)}: no effect under selector={traits.name!r} and this budget."
             self.warn_once(message, message)
 

@@ -183,7 +183,7 @@ def choose_embedding_raters(request: Request, states: Callable[[int, Tensor], Te
         return
     with no_autocast(request.samples[0].alive.device):
         for b, sample in enumerate(request.samples):
-            sample.embedding_raters = embedding_raters(states(b, sample.positions), states(b, sample.voters))
+            sample.embedding_raters = embedding_raters(states(b, sample.positions), states(b, sample.rater_candidates))
 
 
 def _decide(
@@ -201,7 +201,7 @@ def _decide(
         record = StageRecord(
             target, context.hidden_states.shape[0], decision.rank, decision.skipped_because, kept=sample.alive
         )
-        record.raters = None if mask is None else sample.voters[mask]
+        record.raters = None if mask is None else sample.rater_candidates[mask]
         if selection is not None:
             record.kept = sample.alive[selection.keep_idx]
             if selection.recycled_idx is not None:

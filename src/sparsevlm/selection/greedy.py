@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.gram_matrix import products
-from ..kernels.pivoted_cholesky import pivots
+from ..kernels.gram_matrix import gram_matrix
+from ..kernels.pivoted_cholesky import pivoted_cholesky
 from .similarity import row_chunks
 
 # Cosines are exact to about 1e-7 in float32: what is nearer to 0 than this is 0, so that identical tokens tie.
@@ -122,7 +122,7 @@ def dpp_order_by_gram(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool =
     flat, ratings = rows.reshape(-1, n, rows.shape[-1]), quality.reshape(-1, n)
     at_once = max(1, _MAX_GRAM_ELEMENTS // n**2)
     orders = [
-        pivots(products(flat[some]), ratings[some], n_keep, rounds, _NOISE)
+        pivoted_cholesky(gram_matrix(flat[some]), ratings[some], n_keep, rounds, _NOISE)
         for some in (slice(first, first + at_once) for first in range(0, flat.shape[0], at_once))
     ]
     return torch.cat(orders).reshape(*rows.shape[:-2], n_keep)

@@ -56,7 +56,7 @@ def effective_config(config: SparseVLMConfig, selector: Any) -> SparseVLMConfig:
     return config.replace(**overrides)
 
 
-def idle_options(config: SparseVLMConfig, traits: SelectorTraits, given: Collection[str]) -> list[str]:
+def unused_options(config: SparseVLMConfig, traits: SelectorTraits, given: Collection[str]) -> list[str]:
     """Options that were given and change nothing under a selector.
 
     Parameters

@@ -21,7 +21,7 @@ from ...selection.budget import nothing_to_drop
 from ...selection.context import OrderedSelector
 from ..call import Prompt, to_device
 from ..cuda_graphs import round_up, step_of
-from ..fused_weights import Weights
+from ..fused_weights import FusedWeights
 from .layer import Attend, run_layer, summed
 from .prefill import LayerCache
 
@@ -29,7 +29,7 @@ _CLOSE = torch.contiguous_format
 
 
 @dataclass(frozen=True)
-class Plan:
+class BucketShape:
     """What a bucket's program has to know; equal plans share it.
 
     Attributes
@@ -41,7 +41,7 @@ class Plan:
         Room for rows before the first and after each of ``targets``.
     visual : tuple of int
         Room for visual tokens of one sample, likewise.
-    longest : tuple of int
+    max_seqlen : tuple of int
         Room for the longest sample, likewise.
     """
 
@@ -49,7 +49,7 @@ class Plan:
     batch: int
     rows: tuple[int, ...]
     visual: tuple[int, ...]
-    longest: tuple[int, ...]
+    max_seqlen: tuple[int, ...]
 
     @property
     def n_features(self) -> int:
@@ -58,14 +58,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Counts:
+class TokenCounts:
     """The numbers of one request, by stage (before the first target and after each) and sample."""
 
     visual: list[list[int]]
     total: list[list[int]]
 
 
-def count(request: Request) -> tuple[tuple[int, ...], Counts]:
+def count(request: Request) -> tuple[tuple[int, ...], TokenCounts]:
     """Which targets drop something, and what is left then: known beforehand with fixed budgets."""
     alive = [sample.alive.shape[0] for sample in request.samples]
     others = [sample.other.shape[0] for sample in request.samples]
@@ -80,20 +80,20 @@ def count(request: Request) -> tuple[tuple[int, ...], Counts]:
             targets.append(target)
             visual.append(left)
     total = [[n + other for n, other in zip(counts, others, strict=True)] for counts in visual]
-    return tuple(targets), Counts(visual, total)
+    return tuple(targets), TokenCounts(visual, total)
 
 
-def plan(request: Request) -> tuple[Plan, Counts]:
+def plan(request: Request) -> tuple[BucketShape, TokenCounts]:
     """The bucket of a request."""
     targets, counts = count(request)
     rows = tuple(round_up(sum(total) + 1) for total in counts.total)  # one filler at least
     visual = tuple(max(1, round_up(max(numbers))) for numbers in counts.visual)
-    longest = rows
+    max_seqlen = rows
     if len(request.samples) > 1:
-        longest = tuple(
+        max_seqlen = tuple(
             max(round_up(max(total)), step_of(sum(total) + 1)) for total in counts.total
         )  # or what fills up
-    return Plan(targets, len(request.samples), rows, visual, longest), counts
+    return BucketShape(targets, len(request.samples), rows, visual, max_seqlen), counts
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Inputs:
     positions : Tensor of shape (3, rows[0]), int64
     visual_rows, feature_rows : Tensor of shape (batch, visual[0]), int64
         Packed row of every visual token, and its row of ``features``; tokens that fill up name the last row.
-    offsets : Tensor of shape (n_stages, batch + 2), int64
+    cu_seqlens : Tensor of shape (n_stages, batch + 2), int64
         The last sequence is what fills up.
     n_visual : Tensor of shape (n_stages, batch), int64
     features : Tensor of shape (batch · visual[0], hidden_size)
@@ -116,32 +116,32 @@ class Inputs:
     positions: Tensor
     visual_rows: Tensor
     feature_rows: Tensor
-    offsets: Tensor
+    cu_seqlens: Tensor
     n_visual: Tensor
     features: Tensor
 
     @classmethod
-    def of(cls, bucket: Plan, integers: Tensor, features: Tensor) -> Inputs:
+    def of(cls, bucket: BucketShape, integers: Tensor, features: Tensor) -> Inputs:
         """As parts of one tensor, which crosses to the device in one copy."""
         shapes = _shapes(bucket)
         parts = integers.split([math.prod(shape) for shape in shapes])
-        ids, positions, visual_rows, feature_rows, offsets, n_visual = (
+        ids, positions, visual_rows, feature_rows, cu_seqlens, n_visual = (
             part.view(shape) for part, shape in zip(parts, shapes, strict=True)
         )
-        return cls(ids, positions, visual_rows, feature_rows, offsets, n_visual, features)
+        return cls(ids, positions, visual_rows, feature_rows, cu_seqlens, n_visual, features)
 
 
-def _shapes(bucket: Plan) -> list[tuple[int, ...]]:
+def _shapes(bucket: BucketShape) -> list[tuple[int, ...]]:
     rows, tokens, n_stages = bucket.rows[0], (bucket.batch, bucket.visual[0]), len(bucket.rows)
     return [(rows,), (3, rows), tokens, tokens, (n_stages, bucket.batch + 2), (n_stages, bucket.batch)]
 
 
-def n_integers(bucket: Plan) -> int:
+def n_integers(bucket: BucketShape) -> int:
     """Integers of one request."""
     return sum(math.prod(shape) for shape in _shapes(bucket))
 
 
-def make_integers(request: Request, prompt: Prompt, bucket: Plan, counts: Counts) -> Tensor:
+def make_integers(request: Request, prompt: Prompt, bucket: BucketShape, counts: TokenCounts) -> Tensor:
     """All of :class:`Inputs` but the features, on the host, filled up to the bucket."""
     integers = torch.zeros(n_integers(bucket), dtype=torch.int64, device="cpu")
     given = Inputs.of(bucket, integers, integers)
@@ -157,8 +157,8 @@ def make_integers(request: Request, prompt: Prompt, bucket: Plan, counts: Counts
         given.feature_rows[b, : visual.shape[0]] = prompt.feature_rows[b, visual]
         start = rows.stop
     given.n_visual.copy_(torch.tensor(counts.visual))
-    given.offsets[:, 1:-1] = torch.tensor(counts.total).cumsum(dim=1)
-    given.offsets[:, -1] = torch.tensor(bucket.rows)
+    given.cu_seqlens[:, 1:-1] = torch.tensor(counts.total).cumsum(dim=1)
+    given.cu_seqlens[:, -1] = torch.tensor(bucket.rows)
     return integers
 
 
@@ -182,48 +182,50 @@ class Outputs:
     kept: list[Tensor]
 
 
-def run(adapter: ModelAdapter, weights: Weights, bucket: Plan, selector: OrderedSelector, given: Inputs) -> Outputs:
+def run(
+    adapter: ModelAdapter, weights: FusedWeights, bucket: BucketShape, selector: OrderedSelector, given: Inputs
+) -> Outputs:
     """The program of a bucket: a fixed list of operations."""
     hidden = adapter.decoder.embed(given.ids)
     pictures = given.features[given.feature_rows.flatten()].to(hidden.dtype)
     hidden = hidden.index_copy(0, given.visual_rows.flatten(), pictures)
     cos, sin = (table[0] for table in adapter.decoder.rotary(hidden[None], given.positions[:, None]))
-    visual_rows, offsets = given.visual_rows, given.offsets.to(torch.int32)
+    visual_rows, cu_seqlens = given.visual_rows, given.cu_seqlens.to(torch.int32)
     everyone = torch.arange(bucket.visual[0], device=hidden.device)
     alive, valid = everyone.expand_as(visual_rows), everyone < given.n_visual[0][:, None]
     caches: list[LayerCache] = []
     kept: list[Tensor] = []
-    addend: Tensor | None = None
+    residual: Tensor | None = None
     stage = 0
     for layer_idx, block in enumerate(weights.blocks):
-        attend = _attention(caches, cos, sin, offsets[stage], bucket.longest[stage], block.scaling)
-        hidden, addend = run_layer(block, weights, hidden, addend, attend)
+        attend = _attention(caches, cos, sin, cu_seqlens[stage], bucket.max_seqlen[stage], block.scaling)
+        hidden, residual = run_layer(block, weights, hidden, residual, attend)
         if layer_idx not in bucket.targets:
             continue
-        hidden, addend = summed(hidden, addend), None
+        hidden, residual = summed(hidden, residual), None
         stage += 1
-        left, room = given.n_visual[stage], bucket.visual[stage]
-        picks = selector.order(hidden[visual_rows], valid, min(room, visual_rows.shape[1]))
+        left, capacity = given.n_visual[stage], bucket.visual[stage]
+        picks = selector.order(hidden[visual_rows], valid, min(capacity, visual_rows.shape[1]))
         chosen = _ascending(picks, left, visual_rows.shape[1])
         rows, visual_rows = _compact(visual_rows, valid, chosen, left, bucket.rows[stage], hidden.shape[0])
         valid = torch.arange(chosen.shape[1], device=hidden.device) < left[:, None]
         alive = alive.gather(1, chosen)
         kept.append(alive)
         hidden, cos, sin = hidden[rows], cos[rows], sin[rows]
-    last = summed(hidden, addend)[offsets[stage][1:-1].long() - 1]
+    last = summed(hidden, residual)[cu_seqlens[stage][1:-1].long() - 1]
     return Outputs(adapter.decoder.head(adapter.decoder.norm(last)), caches, kept)
 
 
 def _attention(
-    caches: list[LayerCache], cos: Tensor, sin: Tensor, offsets: Tensor, longest: int, scaling: float
+    caches: list[LayerCache], cos: Tensor, sin: Tensor, cu_seqlens: Tensor, max_seqlen: int, scaling: float
 ) -> Attend:
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         keys, values = torch.empty_like(key, memory_format=_CLOSE), torch.empty_like(value, memory_format=_CLOSE)
         query = rotate_into(query, key, value, cos, sin, keys, values)
-        caches.append(LayerCache(keys, values, offsets[:-1], longest))
-        if offsets.shape[0] == 3:  # one sample, which does not see what fills up behind it
+        caches.append(LayerCache(keys, values, cu_seqlens[:-1], max_seqlen))
+        if cu_seqlens.shape[0] == 3:  # one sample, which does not see what fills up behind it
             return equal_attention(query, keys, values, query.shape[0], scaling, causal=True)
-        return varlen_attention(query, keys, values, offsets, longest, scaling, causal=True)
+        return varlen_attention(query, keys, values, cu_seqlens, max_seqlen, scaling, causal=True)
 
     return attend
 
@@ -236,7 +238,7 @@ def _ascending(picks: Tensor, left: Tensor, n: int) -> Tensor:
 
 
 def _compact(
-    visual_rows: Tensor, valid: Tensor, chosen: Tensor, left: Tensor, room: int, n_rows: int
+    visual_rows: Tensor, valid: Tensor, chosen: Tensor, left: Tensor, capacity: int, n_rows: int
 ) -> tuple[Tensor, Tensor]:
     """Which rows go on, then what fills up, and where the chosen tokens are among them.
 
@@ -253,12 +255,12 @@ def _compact(
     # Rows of tokens that do not count are written to one place behind the end.
     flags = torch.cat([goes_on, goes_on.new_zeros(1)])
     flags.index_fill_(0, torch.where(counts, chosen_rows, n_rows).flatten(), True)
-    rows = torch.argsort(~flags[:n_rows], stable=True)[:room]
+    rows = torch.argsort(~flags[:n_rows], stable=True)[:capacity]
     place = flags[:n_rows].cumsum(dim=0) - 1
-    return rows, torch.where(counts, place[chosen_rows], room - 1)
+    return rows, torch.where(counts, place[chosen_rows], capacity - 1)
 
 
-def record(request: Request, bucket: Plan, counts: Counts, kept: Sequence[Tensor], n_layers: int) -> None:
+def record(request: Request, bucket: BucketShape, counts: TokenCounts, kept: Sequence[Tensor], n_layers: int) -> None:
     """Bring a request's samples up to date, as a prune step does, without waiting for the device."""
     by_layer = [sum(target < layer_idx for target in bucket.targets) for layer_idx in range(n_layers)]
     for b, sample in enumerate(request.samples):

@@ -11,8 +11,8 @@ from torch import Tensor
 from ...kernels.attention import RaggedCache, decode_attention
 from ...kernels.elementwise import rotate_into
 from ...models import ModelAdapter
-from ..cuda_graphs import Recent, Recorder, round_up
-from ..fused_weights import Weights
+from ..cuda_graphs import GraphPool, LRUCache, round_up
+from ..fused_weights import FusedWeights
 from .layer import run_layer, summed
 from .prefill import LayerCache
 
@@ -25,37 +25,39 @@ class DecodeState:
     ----------
     caches : list of RaggedCache
         One per layer; they share ``n_new``.
-    longest : list of int
+    max_seqlen : list of int
         Rows of the longest prompt, by layer.
     n_new : Tensor of shape (1,), int32
         Tokens made so far.
     """
 
     caches: list[RaggedCache]
-    longest: list[int]
+    max_seqlen: list[int]
     n_new: Tensor
 
 
-def begin_decode(prompt: Sequence[LayerCache], batch: int, room: int) -> DecodeState:
+def begin_decode(prompt: Sequence[LayerCache], batch: int, capacity: int) -> DecodeState:
     """Make room for new tokens beside the caches of the prompt.
 
     Parameters
     ----------
     prompt : sequence of LayerCache
     batch : int
-    room : int
+    capacity : int
         Most tokens that will come.
     """
     n_new = torch.zeros(1, dtype=torch.int32, device=prompt[0].keys.device)
     caches = []
     for layer in prompt:
-        shape = (batch, room, *layer.keys.shape[1:])
+        shape = (batch, capacity, *layer.keys.shape[1:])
         new_keys, new_values = layer.keys.new_empty(shape), layer.values.new_empty(shape)
-        caches.append(RaggedCache(layer.keys, layer.values, layer.offsets, new_keys, new_values, n_new))
-    return DecodeState(caches, [layer.longest for layer in prompt], n_new)
+        caches.append(RaggedCache(layer.keys, layer.values, layer.cu_seqlens, new_keys, new_values, n_new))
+    return DecodeState(caches, [layer.max_seqlen for layer in prompt], n_new)
 
 
-def decode_step(adapter: ModelAdapter, weights: Weights, state: DecodeState, tokens: Tensor, first: Tensor) -> Tensor:
+def decode_step(
+    adapter: ModelAdapter, weights: FusedWeights, state: DecodeState, tokens: Tensor, first: Tensor
+) -> Tensor:
     """Run one token of every sample through the model.
 
     Parameters
@@ -78,57 +80,57 @@ def decode_step(adapter: ModelAdapter, weights: Weights, state: DecodeState, tok
     cos, sin = adapter.decoder.rotary(hidden[:, None], (first + slot)[:, :, None])
     cos, sin = cos[:, 0], sin[:, 0]
     state.n_new.add_(1)
-    addend: Tensor | None = None
+    residual: Tensor | None = None
     for layer_idx, block in enumerate(weights.blocks):
-        cache, longest = state.caches[layer_idx], state.longest[layer_idx]
+        cache, max_seqlen = state.caches[layer_idx], state.max_seqlen[layer_idx]
 
         def attend(
-            query: Tensor, key: Tensor, value: Tensor, cache: RaggedCache = cache, longest: int = longest,
+            query: Tensor, key: Tensor, value: Tensor, cache: RaggedCache = cache, max_seqlen: int = max_seqlen,
             scaling: float = block.scaling,
         ) -> Tensor:  # fmt: skip
             query = rotate_into(query, key, value, cos, sin, cache.new_keys, cache.new_values, slot)
-            return decode_attention(query, cache, scaling, longest)
+            return decode_attention(query, cache, scaling, max_seqlen)
 
-        hidden, addend = run_layer(block, weights, hidden, addend, attend)
-    logits: Tensor = adapter.decoder.head(adapter.decoder.norm(summed(hidden, addend)))
+        hidden, residual = run_layer(block, weights, hidden, residual, attend)
+    logits: Tensor = adapter.decoder.head(adapter.decoder.norm(summed(hidden, residual)))
     return logits
 
 
 # Graphs that are kept; each holds the caches of its bucket.
-_MOST_ARENAS = 4
+_MOST_GRAPHS = 4
 _LEAST_ROWS = 64
 # New tokens that there is room for at first, at most.
-_FIRST_ROOM = 512
+_FIRST_CAPACITY = 512
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """What an arena has room for.
+class CacheShape:
+    """Capacities of a decode graph.
 
     Attributes
     ----------
     batch : int
-    rows, longest : tuple of int
+    rows, max_seqlen : tuple of int
         By layer: rows of all prompts together, and of the longest.
     """
 
     batch: int
     rows: tuple[int, ...]
-    longest: tuple[int, ...]
+    max_seqlen: tuple[int, ...]
 
     @classmethod
-    def of(cls, prompt: Sequence[LayerCache], batch: int) -> Bucket:
+    def of(cls, prompt: Sequence[LayerCache], batch: int) -> CacheShape:
         """The bucket of a request: powers of two, as a step reads no more rows than there are."""
         rows = tuple(_power(layer.keys.shape[0]) for layer in prompt)
-        longest = tuple(_power(layer.longest) for layer in prompt)
-        return cls(batch, rows, longest)
+        max_seqlen = tuple(_power(layer.max_seqlen) for layer in prompt)
+        return cls(batch, rows, max_seqlen)
 
 
 def _power(n: int) -> int:
     return max(_LEAST_ROWS, 1 << (n - 1).bit_length())
 
 
-class Arena:
+class DecodeGraph:
     """The graph of a decode step over caches that stay in place.
 
     There is room for as many new tokens as were asked for, up to a number that many answers do not reach; where one
@@ -138,7 +140,7 @@ class Arena:
     ----------
     adapter : ModelAdapter
     weights : Weights
-    recorder : Recorder
+    pool : Recorder
     prompt : sequence of LayerCache
         Caches of the prompt.
     batch : int
@@ -146,22 +148,22 @@ class Arena:
     """
 
     def __init__(
-        self, adapter: ModelAdapter, weights: Weights, recorder: Recorder, prompt: Sequence[LayerCache], batch: int
+        self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool, prompt: Sequence[LayerCache], batch: int
     ) -> None:
-        self._adapter, self._weights, self._recorder, self._batch = adapter, weights, recorder, batch
+        self._adapter, self._weights, self._recorder, self._batch = adapter, weights, pool, batch
         self.prompt = prompt
-        self.n_new = self._room = 0
+        self.n_new = self._capacity = 0
         device = prompt[0].keys.device
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
         self._first = torch.zeros((3, batch), dtype=torch.int64, device=device)
         self._state: DecodeState | None = None
         self._step: Callable[[], Tensor] | None = None
 
-    def _widen(self, room: int) -> None:
+    def _widen(self, capacity: int) -> None:
         """Make room for new tokens, and keep those that there are."""
         before, n_new = self._state, self.n_new
-        self._step, self._room = None, round_up(room)
-        state = self._state = begin_decode(self.prompt, self._batch, self._room)
+        self._step, self._capacity = None, round_up(capacity)
+        state = self._state = begin_decode(self.prompt, self._batch, self._capacity)
         state.n_new.fill_(n_new)
         for old, new in zip(before.caches if before else (), state.caches, strict=False):
             new.new_keys[:, :n_new].copy_(old.new_keys[:, :n_new])
@@ -179,8 +181,8 @@ class Arena:
         sources: list[Tensor] = []
         for own, layer in zip(self.prompt, prompt, strict=True):
             n_rows = layer.keys.shape[0]
-            targets += [own.keys[:n_rows], own.values[:n_rows], own.offsets]
-            sources += [layer.keys, layer.values, layer.offsets]
+            targets += [own.keys[:n_rows], own.values[:n_rows], own.cu_seqlens]
+            sources += [layer.keys, layer.values, layer.cu_seqlens]
         torch._foreach_copy_(targets, sources)
 
     def cache_bytes(self, dense_length: int) -> tuple[int, int]:
@@ -189,27 +191,27 @@ class Arena:
         rows = (layer.keys.shape[0] for layer in self.prompt)
         return sum(per_row) * dense_length, sum(size * n for size, n in zip(per_row, rows, strict=True))
 
-    def start(self, next_positions: Tensor, room: int) -> None:
+    def start(self, next_positions: Tensor, capacity: int) -> None:
         """Begin with the first new token.
 
         Parameters
         ----------
         next_positions : Tensor of shape (3, batch), int64
             Its positions, on the host.
-        room : int
+        capacity : int
             Most new tokens that will be run.
         """
         self._first.copy_(next_positions.pin_memory() if self._first.is_cuda else next_positions, non_blocking=True)
         self.n_new = 0
-        if self._state is None or self._room < min(room, _FIRST_ROOM):
-            self._widen(min(room, _FIRST_ROOM))
+        if self._state is None or self._capacity < min(capacity, _FIRST_CAPACITY):
+            self._widen(min(capacity, _FIRST_CAPACITY))
         else:
             self._state.n_new.zero_()
 
     def step(self, tokens: Tensor) -> Tensor:
         """One decode step, as :func:`~sparsevlm.engine.decode.decode_step`; the next overwrites what it gives."""
-        if self.n_new == self._room:
-            self._widen(2 * self._room)
+        if self.n_new == self._capacity:
+            self._widen(2 * self._capacity)
         assert self._state is not None  # since the start
         if self._step is None:
             self._step = self._record(self._state)
@@ -218,35 +220,35 @@ class Arena:
         return self._step()
 
 
-class Arenas(Recent[Bucket, Arena]):
-    """The arenas for prompts that had no program of their own.
+class DecodeGraphs(LRUCache[CacheShape, DecodeGraph]):
+    """Decode graphs of prompts that were not captured.
 
     Parameters
     ----------
     adapter : ModelAdapter
     weights : Weights
-    recorder : Recorder
+    pool : Recorder
     """
 
-    def __init__(self, adapter: ModelAdapter, weights: Weights, recorder: Recorder) -> None:
-        super().__init__(_MOST_ARENAS)
-        self._adapter, self._weights, self._recorder = adapter, weights, recorder
+    def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
+        super().__init__(_MOST_GRAPHS)
+        self._adapter, self._weights, self._recorder = adapter, weights, pool
 
-    def take(self, prompt: Sequence[LayerCache], batch: int) -> Arena:
-        """An arena that holds a request."""
-        bucket = Bucket.of(prompt, batch)
-        arena = self.get(bucket, lambda: self._make(bucket, prompt))
-        arena.load(prompt)
-        return arena
+    def take(self, prompt: Sequence[LayerCache], batch: int) -> DecodeGraph:
+        """A decode graph that holds a request."""
+        bucket = CacheShape.of(prompt, batch)
+        decode_graph = self.get(bucket, lambda: self._make(bucket, prompt))
+        decode_graph.load(prompt)
+        return decode_graph
 
-    def _make(self, bucket: Bucket, like: Sequence[LayerCache]) -> Arena:
+    def _make(self, bucket: CacheShape, like: Sequence[LayerCache]) -> DecodeGraph:
         empty = [
             LayerCache(
                 layer.keys.new_zeros((rows, *layer.keys.shape[1:])),
                 layer.values.new_zeros((rows, *layer.values.shape[1:])),
-                torch.zeros_like(layer.offsets),
-                longest,
+                torch.zeros_like(layer.cu_seqlens),
+                max_seqlen,
             )
-            for layer, rows, longest in zip(like, bucket.rows, bucket.longest, strict=True)
+            for layer, rows, max_seqlen in zip(like, bucket.rows, bucket.max_seqlen, strict=True)
         ]
-        return Arena(self._adapter, self._weights, self._recorder, empty, bucket.batch)
+        return DecodeGraph(self._adapter, self._weights, self._recorder, empty, bucket.batch)

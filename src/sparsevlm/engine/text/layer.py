@@ -8,13 +8,13 @@ from torch import Tensor
 
 from ...kernels.elementwise import rms_norm, swiglu
 from ...models.base import BlockModules
-from ..fused_weights import Weights
+from ..fused_weights import FusedWeights
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def run_layer(
-    block: BlockModules, weights: Weights, hidden: Tensor, addend: Tensor | None, attend: Attend
+    block: BlockModules, weights: FusedWeights, hidden: Tensor, residual: Tensor | None, attend: Attend
 ) -> tuple[Tensor, Tensor]:
     """One layer's output, in two parts that are still to be added: the next norm does that on its way.
 
@@ -23,7 +23,7 @@ def run_layer(
     block : BlockModules
     weights : Weights
     hidden : Tensor of shape (n_rows, hidden_size)
-    addend : Tensor of shape (n_rows, hidden_size), optional
+    residual : Tensor of shape (n_rows, hidden_size), optional
         Second part of the input.
     attend : callable
         ``attend(query, key, value)`` with projections of shape (n_rows, heads, head_dim) rotates queries and keys and
@@ -32,22 +32,22 @@ def run_layer(
 
     Returns
     -------
-    hidden, addend : Tensor of shape (n_rows, hidden_size)
+    hidden, residual : Tensor of shape (n_rows, hidden_size)
     """
     norm = block.attention_norm
-    normed, hidden = rms_norm(hidden, norm.weight, norm.variance_epsilon, residual=addend)
+    normed, hidden = rms_norm(hidden, norm.weight, norm.variance_epsilon, residual=residual)
     n_rows = hidden.shape[0]
-    joined = weights.of(block.attention)
-    projected = joined(normed) if joined else [p(normed) for p in (block.query, block.key, block.value)]
+    fused = weights.of(block.attention)
+    projected = fused(normed) if fused else [p(normed) for p in (block.query, block.key, block.value)]
     query, key, value = (rows.unflatten(-1, (-1, block.head_dim)) for rows in projected)
     mixed = block.output(attend(query, key, value).reshape(n_rows, -1))
     norm = block.mlp_norm
     normed, hidden = rms_norm(mixed, norm.weight, norm.variance_epsilon, residual=hidden)
-    joined = weights.of(block.mlp)
-    gate, up = joined(normed) if joined else (block.gate(normed), block.up(normed))
+    fused = weights.of(block.mlp)
+    gate, up = fused(normed) if fused else (block.gate(normed), block.up(normed))
     return hidden, block.down(swiglu(gate, up))
 
 
-def summed(hidden: Tensor, addend: Tensor | None) -> Tensor:
+def summed(hidden: Tensor, residual: Tensor | None) -> Tensor:
     """Both parts of a layer's output."""
-    return hidden if addend is None else hidden + addend
+    return hidden if residual is None else hidden + residual

@@ -12,7 +12,7 @@ from ...kernels.elementwise import rotate
 from ...models import ModelAdapter
 from ...request.request import Request
 from ...request.step import Readout, choose_embedding_raters, prune_step
-from ..fused_weights import Weights
+from ..fused_weights import FusedWeights
 from .layer import Attend, run_layer, summed
 from .readout import read
 
@@ -27,17 +27,17 @@ class Packed:
     cos, sin : Tensor of shape (n_rows, head_dim)
     positions : list of Tensor
         Per sample, the position within the padded sequence of each of its rows, ascending.
-    offsets : Tensor of shape (batch + 1,), int32
+    cu_seqlens : Tensor of shape (batch + 1,), int32
     """
 
     hidden: Tensor
     cos: Tensor
     sin: Tensor
     positions: list[Tensor]
-    offsets: Tensor
+    cu_seqlens: Tensor
 
     @property
-    def longest(self) -> int:
+    def max_seqlen(self) -> int:
         """Rows of the longest sample."""
         return max(rows.shape[0] for rows in self.positions)
 
@@ -53,8 +53,8 @@ class LayerCache:
 
     keys: Tensor
     values: Tensor
-    offsets: Tensor
-    longest: int
+    cu_seqlens: Tensor
+    max_seqlen: int
 
 
 def pack(adapter: ModelAdapter, request: Request, embeds: Tensor, position_ids: Tensor) -> Packed:
@@ -78,7 +78,7 @@ def pack(adapter: ModelAdapter, request: Request, embeds: Tensor, position_ids: 
 
 
 def prefill(
-    adapter: ModelAdapter, weights: Weights, request: Request, packed: Packed
+    adapter: ModelAdapter, weights: FusedWeights, request: Request, packed: Packed
 ) -> tuple[Tensor, list[LayerCache]]:
     """Run the decoder over the prompt and drop tokens behind the target layers.
 
@@ -101,7 +101,7 @@ def prefill(
     choose_embedding_raters(request, lambda b, tokens: packed.hidden[packed.local(b, tokens)])
     if -1 in request.target_layers:
         _prune(request, packed, -1, Readout())
-    addend: Tensor | None = None
+    residual: Tensor | None = None
     for layer_idx, block in enumerate(weights.blocks):
         for sample in request.samples:
             sample.enter_layer()
@@ -109,13 +109,13 @@ def prefill(
         target = None
         if layer_idx in request.target_layers:
             target = layer_idx
-            packed.hidden, addend = summed(packed.hidden, addend), None
+            packed.hidden, residual = summed(packed.hidden, residual), None
         attend = _attention(request, packed, caches, block.scaling, target, reads)
-        packed.hidden, addend = run_layer(block, weights, packed.hidden, addend, attend)
+        packed.hidden, residual = run_layer(block, weights, packed.hidden, residual, attend)
         if target is not None:
-            packed.hidden, addend = summed(packed.hidden, addend), None
+            packed.hidden, residual = summed(packed.hidden, residual), None
             _prune(request, packed, target, reads[0])
-    last = summed(packed.hidden, addend)[packed.offsets[1:].long() - 1]
+    last = summed(packed.hidden, residual)[packed.cu_seqlens[1:].long() - 1]
     return adapter.decoder.norm(last), caches
 
 
@@ -126,10 +126,10 @@ def _attention(
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key = rotate(query, key, packed.cos, packed.sin)
-        caches.append(LayerCache(key, value.contiguous(), packed.offsets, packed.longest))
+        caches.append(LayerCache(key, value.contiguous(), packed.cu_seqlens, packed.max_seqlen))
         if target is not None:
             reads.append(read(request, packed, target, query, key, scaling))
-        return varlen_attention(query, key, value, packed.offsets, packed.longest, scaling, causal=True)
+        return varlen_attention(query, key, value, packed.cu_seqlens, packed.max_seqlen, scaling, causal=True)
 
     return attend
 
@@ -146,7 +146,7 @@ def _prune(request: Request, packed: Packed, target: int, readout: Readout) -> N
     positions = [sample.all_positions for sample in request.samples]
     rows = torch.cat([packed.local(b, own) for b, own in enumerate(positions)])
     packed.hidden, packed.cos, packed.sin = packed.hidden[rows], packed.cos[rows], packed.sin[rows]
-    packed.positions, packed.offsets = positions, _offsets(positions)
+    packed.positions, packed.cu_seqlens = positions, _offsets(positions)
 
 
 def _offsets(positions: list[Tensor]) -> Tensor:

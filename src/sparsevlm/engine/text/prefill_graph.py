@@ -12,25 +12,25 @@ from ...models import ModelAdapter
 from ...request.request import Request
 from ...selection.context import OrderedSelector
 from ..call import Prompt
-from ..cuda_graphs import Recorded, Recorder
-from ..fused_weights import Weights
+from ..cuda_graphs import CapturedPrograms, GraphPool
+from ..fused_weights import FusedWeights
 from . import bucketed_prefill
-from .bucketed_prefill import Inputs, Outputs, Plan
-from .decode_graph import Arena
+from .bucketed_prefill import BucketShape, Inputs, Outputs
+from .decode_graph import DecodeGraph
 from .prefill import LayerCache
 
 # Graphs that are kept; each holds the caches of its bucket.
-_MOST_PROGRAMS = 8
+_MOST_GRAPHS = 8
 
 
-class Program:
+class PrefillGraph:
     """One bucket's program with its own inputs, and the decode steps on the caches that it leaves.
 
     Parameters
     ----------
     adapter : ModelAdapter
     weights : Weights
-    recorder : Recorder or None
+    pool : Recorder or None
         ``None``: it is run once, and not recorded.
     bucket : Plan
     selector : OrderedSelector
@@ -39,9 +39,9 @@ class Program:
     def __init__(
         self,
         adapter: ModelAdapter,
-        weights: Weights,
-        recorder: Recorder | None,
-        bucket: Plan,
+        weights: FusedWeights,
+        pool: GraphPool | None,
+        bucket: BucketShape,
         selector: OrderedSelector,
     ) -> None:
         embedding = adapter.decoder.embed.weight
@@ -53,12 +53,12 @@ class Program:
             return bucketed_prefill.run(adapter, weights, bucket, selector, inputs)
 
         self._run: Callable[[], Outputs] = run
-        self._make_arena: Callable[[list[LayerCache]], Arena] | None = None
-        if recorder is not None:
-            inputs.offsets[:, -1] = torch.tensor(bucket.rows)  # it runs before a request is filled in
-            self._run = recorder.record(run)
-            self._make_arena = lambda caches: Arena(adapter, weights, recorder, caches, bucket.batch)
-        self._arena: Arena | None = None
+        self._make_decode_graph: Callable[[list[LayerCache]], DecodeGraph] | None = None
+        if pool is not None:
+            inputs.cu_seqlens[:, -1] = torch.tensor(bucket.rows)  # it runs before a request is filled in
+            self._run = pool.record(run)
+            self._make_decode_graph = lambda caches: DecodeGraph(adapter, weights, pool, caches, bucket.batch)
+        self._decode_graph: DecodeGraph | None = None
 
     def __call__(self, integers: Tensor, features: Tensor) -> Outputs:
         if self._integers.is_cuda:
@@ -67,27 +67,28 @@ class Program:
         self._features[: features.shape[0]].copy_(features)
         return self._run()
 
-    def arena(self, found: Outputs) -> Arena | None:
+    def decode_graph(self, found: Outputs) -> DecodeGraph | None:
         """Decode steps on the caches of the last call, where these stay in place."""
-        if self._make_arena is None:
+        if self._make_decode_graph is None:
             return None
-        if self._arena is None or self._arena.prompt is not found.caches:  # without a graph every call has its own
-            self._arena = self._make_arena(found.caches)
-        return self._arena
+        # Without a graph every call has caches of its own.
+        if self._decode_graph is None or self._decode_graph.prompt is not found.caches:
+            self._decode_graph = self._make_decode_graph(found.caches)
+        return self._decode_graph
 
 
-class Programs(Recorded[tuple[Plan, Hashable], Program]):
+class PrefillGraphs(CapturedPrograms[tuple[BucketShape, Hashable], PrefillGraph]):
     """Runs prompts whose choices are made on the device.
 
     Parameters
     ----------
     adapter : ModelAdapter
     weights : Weights
-    recorder : Recorder
+    pool : Recorder
     """
 
-    def __init__(self, adapter: ModelAdapter, weights: Weights, recorder: Recorder) -> None:
-        super().__init__(_MOST_PROGRAMS, recorder)
+    def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
+        super().__init__(_MOST_GRAPHS, pool)
         self._adapter, self._weights = adapter, weights
 
     @staticmethod
@@ -95,12 +96,12 @@ class Programs(Recorded[tuple[Plan, Hashable], Program]):
         """Whether neither counts nor choices wait for the device, and there is room for the features."""
         if any(sample.plan is None for sample in request.samples):
             return False
-        longest = max(sample.alive.shape[0] for sample in request.samples)
-        return request.traits.ordered and prompt.n_features <= longest * len(request.samples)
+        max_seqlen = max(sample.alive.shape[0] for sample in request.samples)
+        return request.traits.ordered and prompt.n_features <= max_seqlen * len(request.samples)
 
     def prefill(
         self, request: Request, prompt: Prompt, features: Tensor
-    ) -> tuple[Tensor, list[LayerCache], Arena | None]:
+    ) -> tuple[Tensor, list[LayerCache], DecodeGraph | None]:
         """Run a prompt.
 
         Parameters
@@ -115,7 +116,7 @@ class Programs(Recorded[tuple[Plan, Hashable], Program]):
         logits : Tensor of shape (batch, vocab_size)
             Overwritten by the next call.
         caches : list of LayerCache
-        arena : Arena or None
+        decode_graph : Arena or None
             To go on with on these caches, where they stay in place.
         """
         bucket, counts = bucketed_prefill.plan(request)
@@ -124,8 +125,10 @@ class Programs(Recorded[tuple[Plan, Hashable], Program]):
         assert isinstance(selector, OrderedSelector)
         # Objects without attributes of their own are as good as any other of their class.
         key: Any = (bucket, selector if vars(selector) else type(selector))
-        program = self.pick(key, lambda recorder: Program(self._adapter, self._weights, recorder, bucket, selector))
+        program = self.get_or_capture(
+            key, lambda pool: PrefillGraph(self._adapter, self._weights, pool, bucket, selector)
+        )
         found = program(integers, features)
         kept = [rows.clone() for rows in found.kept]
         bucketed_prefill.record(request, bucket, counts, kept, self._adapter.n_layers)
-        return found.logits, found.caches, program.arena(found)
+        return found.logits, found.caches, program.decode_graph(found)

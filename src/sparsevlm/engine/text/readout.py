@@ -47,8 +47,10 @@ def read(request: Request, packed: Packed, target: int, query: Tensor, key: Tens
         found.previous += [packed.hidden[rows] for rows in visual]
     if reads_text(request):
         n_top_heads = visual_head_count(query.shape[1]) if request.config.heads == "visual" else None
-        voters = [sample.voters[: None if sample.alive.shape[0] else 0] for sample in request.samples]
-        found.text += _attention(packed, voters, visual, query, key, scaling, n_top_heads)
+        rater_candidates = [
+            sample.rater_candidates[: None if sample.alive.shape[0] else 0] for sample in request.samples
+        ]
+        found.text += _attention(packed, rater_candidates, visual, query, key, scaling, n_top_heads)
     if "last_attention" in needs:
         last = [sample.last for sample in request.samples]
         found.last += [rows[0] for rows in _attention(packed, last, visual, query, key, scaling)]
@@ -71,7 +73,7 @@ def _attention(
     )
     marked = torch.zeros(key.shape[0], dtype=torch.bool, device=key.device)
     marked[torch.cat(visual)] = True
-    lse, mass = row_statistics(rows, key, packed.offsets, marked, scaling)
+    lse, mass = row_statistics(rows, key, packed.cu_seqlens, marked, scaling)
     n_heads = query.shape[1]
     if n_top_heads is None:
         weight = mass.new_full((len(visual), n_heads), 1 / n_heads)

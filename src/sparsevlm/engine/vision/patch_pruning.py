@@ -17,7 +17,7 @@ Grid = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptPatches:
     """Visual tokens that are computed.
 
     Attributes
@@ -41,12 +41,12 @@ class Kept:
     before: Tensor
 
     @classmethod
-    def empty(cls, n_kept: int, n_tokens: int, device: torch.device) -> Kept:
+    def empty(cls, n_kept: int, n_tokens: int, device: torch.device) -> KeptPatches:
         """Room for a choice."""
         lengths = (n_kept, n_kept, n_kept, n_kept, n_tokens + 1)
         return cls(*(torch.zeros(length, dtype=torch.int64, device=device) for length in lengths))
 
-    def become(self, other: Kept) -> None:
+    def become(self, other: KeptPatches) -> None:
         """Hold what another choice holds."""
         for field in fields(self):
             getattr(self, field.name).copy_(getattr(other, field.name))
@@ -65,7 +65,7 @@ def n_kept(grids: Sequence[Grid], share: float) -> list[int]:
     return [max(1, round(share * t * h * w)) for t, h, w in grids]
 
 
-def novelty(tokens: Tensor, grid: Grid) -> Tensor:
+def patch_saliency(tokens: Tensor, grid: Grid) -> Tensor:
     """How far a token is from the neighbour that it is least like; in a video no more than from the frame before.
 
     Parameters
@@ -92,7 +92,7 @@ def novelty(tokens: Tensor, grid: Grid) -> Tensor:
     return found.flatten()
 
 
-def choose(tokens: Tensor, grids: Sequence[Grid], share: float, order: Tensor | None) -> Kept:
+def choose(tokens: Tensor, grids: Sequence[Grid], share: float, order: Tensor | None) -> KeptPatches:
     """The most novel tokens of every picture; waits for nothing.
 
     Parameters
@@ -108,7 +108,7 @@ def choose(tokens: Tensor, grids: Sequence[Grid], share: float, order: Tensor | 
     sizes = [t * h * w for t, h, w in grids]
     found, start = [], 0
     for own, grid, number in zip(tokens.split(sizes), grids, n_kept(grids, share), strict=True):
-        ranked = novelty(own, grid).sort(descending=True, stable=True).indices
+        ranked = patch_saliency(own, grid).sort(descending=True, stable=True).indices
         found.append(start + ranked[:number].sort().values)
         start += own.shape[0]
     kept = torch.cat(found)
@@ -118,4 +118,4 @@ def choose(tokens: Tensor, grids: Sequence[Grid], share: float, order: Tensor | 
     before = torch.nn.functional.pad(mask.cumsum(0), (1, 0))
     places = torch.argsort(~mask, stable=True)[: kept.shape[0]]
     working = order[places]
-    return Kept(kept, working, places, torch.argsort(working), before)
+    return KeptPatches(kept, working, places, torch.argsort(working), before)

@@ -15,16 +15,16 @@ from ...kernels.attention import equal_attention, varlen_attention
 from ...kernels.elementwise import rms_norm, rotate, swiglu
 from ...models import ModelAdapter
 from ...models.base import PackedTower, TowerBlock
-from ..cuda_graphs import Recorded, Recorder
-from ..fused_weights import Weights
+from ..cuda_graphs import CapturedPrograms, GraphPool
+from ..fused_weights import FusedWeights
 from ..text.layer import summed
-from .patch_pruning import Kept, choose, n_kept
+from .patch_pruning import KeptPatches, choose, n_kept
 
 T = TypeVar("T")
 Grids = tuple[tuple[int, int, int], ...]
 
 # Graphs that are kept; each holds the activations of its grids.
-_MOST_PROGRAMS = 8
+_MOST_GRAPHS = 8
 
 
 @dataclass(frozen=True)
@@ -33,29 +33,29 @@ class Sequences:
 
     Attributes
     ----------
-    offsets : Tensor of shape (n + 1,), int32
+    cu_seqlens : Tensor of shape (n + 1,), int32
         Where each begins.
-    longest : int
+    max_seqlen : int
     equal : bool
         Whether all are as long.
     """
 
-    offsets: Tensor
-    longest: int
+    cu_seqlens: Tensor
+    max_seqlen: int
     equal: bool
 
     @classmethod
-    def of(cls, offsets: Tensor, device: torch.device) -> Sequences:
+    def of(cls, cu_seqlens: Tensor, device: torch.device) -> Sequences:
         """By their offsets on the host."""
-        lengths = offsets.diff()
-        longest = int(lengths.max())
-        return cls(offsets.to(device), longest, bool((lengths == longest).all()))
+        lengths = cu_seqlens.diff()
+        max_seqlen = int(lengths.max())
+        return cls(cu_seqlens.to(device), max_seqlen, bool((lengths == max_seqlen).all()))
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """Attention of each within itself."""
         if self.equal:
-            return equal_attention(query, key, value, self.longest, scaling, causal=False)
-        return varlen_attention(query, key, value, self.offsets, self.longest, scaling, causal=False)
+            return equal_attention(query, key, value, self.max_seqlen, scaling, causal=False)
+        return varlen_attention(query, key, value, self.cu_seqlens, self.max_seqlen, scaling, causal=False)
 
     def left(self, before: Tensor, per_token: int, length: int | None) -> Sequences:
         """What is left of each where only some tokens are kept.
@@ -69,8 +69,8 @@ class Sequences:
         length : int or None
             Patches that are left of each, if these are as many.
         """
-        offsets = (before[self.offsets.long() // per_token] * per_token).to(torch.int32)
-        return Sequences(offsets, self.longest if length is None else length, length is not None)
+        cu_seqlens = (before[self.cu_seqlens.long() // per_token] * per_token).to(torch.int32)
+        return Sequences(cu_seqlens, self.max_seqlen if length is None else length, length is not None)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def make_tables(tower: PackedTower, grids: Grids) -> Tables:
     return Tables(order, back, cos, sin, Sequences.of(frames, weight.device), Sequences.of(windows, weight.device))
 
 
-def see(tower: PackedTower, weights: Weights, tables: Tables, patches: Tensor) -> tuple[Tensor, Tensor]:
+def encode_images(tower: PackedTower, weights: FusedWeights, tables: Tables, patches: Tensor) -> tuple[Tensor, Tensor]:
     """Encode images.
 
     Parameters
@@ -134,21 +134,21 @@ def see(tower: PackedTower, weights: Weights, tables: Tables, patches: Tensor) -
     if tables.order is not None:
         patches = _reordered(tower, patches, tables.order)
     hidden = linear(patches, tower.projection.weight.flatten(1))  # kernel and stride are the same
-    addend: Tensor | None = None
+    residual: Tensor | None = None
     for block in tower.blocks:
         sequences = tables.frames if block.is_full else tables.windows
-        normed, hidden = _normed(block.attention_norm, hidden, addend)
+        normed, hidden = _normed(block.attention_norm, hidden, residual)
         query, key, value = block.qkv(normed).unflatten(-1, (3, block.n_heads, -1)).unbind(1)
         query, key = rotate(query, key, tables.cos, tables.sin)
         mixed = sequences.attend(query, key, value, block.scaling)
         normed, hidden = _normed(block.mlp_norm, block.output(mixed.flatten(1)), hidden)
-        addend = _mlp(block, weights, normed)
-    hidden = summed(hidden, addend)
+        residual = _mlp(block, weights, normed)
+    hidden = summed(hidden, residual)
     tokens = tower.merger(hidden)
     return hidden, tokens if tables.back is None else tokens[tables.back]
 
 
-def left_tables(tower: PackedTower, tables: Tables, grids: Grids, share: float, kept: Kept) -> Tables:
+def left_tables(tower: PackedTower, tables: Tables, grids: Grids, share: float, kept: KeptPatches) -> Tables:
     """Tables of the tokens that are kept; windows and frames stay what they are, with fewer patches in each."""
     per_token, sizes = tower.side**2, n_kept(grids, share)
     alone = len(set(sizes)) == 1 and all(t == 1 for t, _, _ in grids)
@@ -165,15 +165,15 @@ def _normed(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor,
     return norm(total), total
 
 
-def _mlp(block: TowerBlock, weights: Weights, hidden: Tensor) -> Tensor:
+def _mlp(block: TowerBlock, weights: FusedWeights, hidden: Tensor) -> Tensor:
     if block.gate is None:
         out: Tensor = block.mlp(hidden)
         return out
-    joined, down = weights.of(block.mlp), weights.of(block.down)
-    if joined is None or down is None:
+    fused, down = weights.of(block.mlp), weights.of(block.down)
+    if fused is None or down is None:
         out = block.down(swiglu(block.gate(hidden), block.up(hidden)))
         return out
-    return down(swiglu(*joined(hidden)))[0]
+    return down(swiglu(*fused(hidden)))[0]
 
 
 def _reordered(tower: PackedTower, patches: Tensor, order: Tensor) -> Tensor:
@@ -181,13 +181,13 @@ def _reordered(tower: PackedTower, patches: Tensor, order: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Seen:
+class VisionOutput:
     """Encoded pictures; the next call of the program overwrites them.
 
     Attributes
     ----------
     hidden, tokens : Tensor
-        As :func:`see` gives them.
+        As :func:`encode_images` gives them.
     kept : Tensor of shape (n_tokens,), int64, or None
         Which visual tokens these are, in reading order, if not all; on the host, once ``ready`` is over.
     ready : torch.cuda.Event or None
@@ -202,14 +202,14 @@ class Seen:
     stays: bool = True
 
 
-class VisionProgram:
+class VisionGraph:
     """The program of one set of grids, with its own patches.
 
     Parameters
     ----------
     adapter : ModelAdapter
     weights : Weights
-    recorder : Recorder or None
+    pool : Recorder or None
         ``None``: it is run once, and not recorded.
     grids : tuple of (t, h, w)
         In visual tokens.
@@ -222,8 +222,8 @@ class VisionProgram:
     def __init__(
         self,
         adapter: ModelAdapter,
-        weights: Weights,
-        recorder: Recorder | None,
+        weights: FusedWeights,
+        pool: GraphPool | None,
         grids: Grids,
         share: float,
         like: Tensor,
@@ -233,14 +233,14 @@ class VisionProgram:
         tables, per_token = make_tables(tower, grids), tower.side**2
         patches = torch.zeros_like(like, dtype=tower.projection.weight.dtype)
         self._patches = patches
-        self._is_recorded = recorder is not None
+        self._is_recorded = pool is not None
 
         def record(run: Callable[[], T]) -> Callable[[], T]:
-            return run if recorder is None else recorder.record(run)
+            return run if pool is None else pool.record(run)
 
         self._choose: Callable[[], Tensor] | None = None
         if share < 1.0:
-            kept = Kept.empty(sum(n_kept(grids, share)), like.shape[0] // per_token, like.device)
+            kept = KeptPatches.empty(sum(n_kept(grids, share)), like.shape[0] // per_token, like.device)
 
             def choose_again() -> Tensor:
                 tokens = patches.unflatten(0, (-1, per_token)).flatten(1)
@@ -248,42 +248,44 @@ class VisionProgram:
                 return kept.tokens
 
             self._choose = record(choose_again)
-            self._run = record(lambda: see(tower, weights, left_tables(tower, tables, grids, share, kept), patches))
+            self._run = record(
+                lambda: encode_images(tower, weights, left_tables(tower, tables, grids, share, kept), patches)
+            )
         else:
-            self._run = record(lambda: see(tower, weights, tables, patches))
+            self._run = record(lambda: encode_images(tower, weights, tables, patches))
 
-    def __call__(self, patches: Tensor) -> Seen:
+    def __call__(self, patches: Tensor) -> VisionOutput:
         self._patches.copy_(patches)
         if self._choose is None:
-            return Seen(*self._run(), stays=self._is_recorded)
+            return VisionOutput(*self._run(), stays=self._is_recorded)
         kept = self._choose()
         if not kept.is_cuda:
-            return Seen(*self._run(), kept, stays=self._is_recorded)
+            return VisionOutput(*self._run(), kept, stays=self._is_recorded)
         on_host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
         on_host.copy_(kept, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return Seen(*self._run(), on_host, ready, self._is_recorded)
+        return VisionOutput(*self._run(), on_host, ready, self._is_recorded)
 
 
-class VisionPrograms(Recorded[tuple[Grids, float], VisionProgram]):
+class VisionGraphs(CapturedPrograms[tuple[Grids, float], VisionGraph]):
     """The vision programs of a model, by grids and share.
 
     Parameters
     ----------
     adapter : ModelAdapter
     weights : Weights
-    recorder : Recorder
+    pool : Recorder
     """
 
-    def __init__(self, adapter: ModelAdapter, weights: Weights, recorder: Recorder) -> None:
-        super().__init__(_MOST_PROGRAMS, recorder)
+    def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
+        super().__init__(_MOST_GRAPHS, pool)
         self._adapter, self._weights = adapter, weights
 
-    def __call__(self, patches: Tensor, grids: Grids, share: float = 1.0) -> Seen:
+    def __call__(self, patches: Tensor, grids: Grids, share: float = 1.0) -> VisionOutput:
         """Encode pictures."""
 
-        def make(recorder: Recorder | None) -> VisionProgram:
-            return VisionProgram(self._adapter, self._weights, recorder, grids, share, patches)
+        def make(pool: GraphPool | None) -> VisionGraph:
+            return VisionGraph(self._adapter, self._weights, pool, grids, share, patches)
 
-        return self.pick((grids, share), make)(patches)
+        return self.get_or_capture((grids, share), make)(patches)

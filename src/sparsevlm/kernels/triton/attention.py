@@ -102,11 +102,11 @@ def _join(mixed_ptr, stats_ptr, out_ptr, n_parts, HEAD_DIM: tl.constexpr, BLOCK_
     tl.store(out_ptr + head * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty), mask=columns < HEAD_DIM)
 
 
-def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_prompt: int) -> Tensor:
+def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_seqlen: int) -> Tensor:
     """See :func:`sparsevlm.kernels.attention.decode_attention`."""
     batch, n_heads, head_dim = query.shape
     room, n_kv_heads = cache.new_keys.shape[1:3]
-    n_parts = max(1, min(_MOST_PARTS, (max_prompt + room) // _LEAST_ROWS))
+    n_parts = max(1, min(_MOST_PARTS, (max_seqlen + room) // _LEAST_ROWS))
     mixed = torch.empty((batch, n_heads, n_parts, head_dim), dtype=torch.float32, device=query.device)
     stats = torch.empty((batch, n_heads, n_parts, 2), dtype=torch.float32, device=query.device)
     out = torch.empty((batch, n_heads, head_dim), dtype=query.dtype, device=query.device)
@@ -115,7 +115,7 @@ def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_prom
     # The interpreter's products of bfloat16 are wrong.
     exact = query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
     _attend[(batch, n_kv_heads, n_parts)](
-        query.contiguous(), cache.prompt_keys, cache.prompt_values, cache.offsets, cache.new_keys, cache.new_values,
+        query.contiguous(), cache.prompt_keys, cache.prompt_values, cache.cu_seqlens, cache.new_keys, cache.new_values,
         cache.n_new, mixed, stats, room, n_parts, scaling, n_heads, n_kv_heads, head_dim, block_h, block_d, _BLOCK,
         exact, num_warps=4,
     )  # fmt: skip

@@ -98,8 +98,8 @@ def _pick_all(
         step += 1
 
 
-def pivots(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
-    """See :func:`sparsevlm.kernels.pivoted_cholesky.pivots`."""
+def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
+    """See :func:`sparsevlm.kernels.pivoted_cholesky.pivoted_cholesky`."""
     batch = quality.shape[0]
     order = torch.empty((batch, n_keep), dtype=torch.int64, device=gram.device)
     gram, quality = gram.contiguous(), quality.float().contiguous()

@@ -130,7 +130,7 @@ def row_statistics(
     grid = (key_offsets.shape[0] - 1, n_kv_heads, triton.cdiv(rows.most * (n_heads // n_kv_heads), _BLOCK_M))
     if rows.most:
         _row_statistics[grid](
-            rows.query.contiguous(), rows.offsets, rows.ends, key.contiguous(), key_offsets, marked, lse, mass,
+            rows.query.contiguous(), rows.cu_seqlens, rows.ends, key.contiguous(), key_offsets, marked, lse, mass,
             scaling, *_sizes(rows.query, key), _BLOCK_M, _BLOCK_N, _is_exact(rows.query),
         )  # fmt: skip
     return lse, mass
@@ -144,7 +144,7 @@ def row_attention(rows: Rows, key: Tensor, columns: Columns, lse: Tensor, weight
     grid = (batch, triton.cdiv(rows.most, block_m), triton.cdiv(most, _BLOCK_N))
     if rows.most and most:
         _row_attention[grid](
-            rows.query.contiguous(), rows.offsets, rows.ends, key.contiguous(), columns.keys.contiguous(),
+            rows.query.contiguous(), rows.cu_seqlens, rows.ends, key.contiguous(), columns.keys.contiguous(),
             columns.numbers, lse.contiguous(), weight.contiguous(), out, most, scaling,
             *_sizes(rows.query, key), block_m, _BLOCK_N, _is_exact(rows.query),
         )  # fmt: skip
