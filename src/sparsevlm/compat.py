@@ -69,7 +69,6 @@ def other_generation(model: Any, plain: Any, arguments: Mapping[str, Any]) -> st
         Of the call.
     """
     heals = getattr(arguments.get("generation_config"), "token_healing", None) or arguments.get("token_healing")
-    parameters = inspect.signature(plain).parameters.values()
     reasons = {
         "custom_generate": arguments.get("custom_generate") is not None,
         "trust_remote_code": bool(arguments.get("trust_remote_code")),
@@ -77,11 +76,15 @@ def other_generation(model: Any, plain: Any, arguments: Mapping[str, Any]) -> st
         # transformers has the tokenizer that these need only where it chooses the loop
         "token healing": bool(heals),
         "stop_strings in the model's generation_config": model.generation_config.stop_strings is not None,
-        "a generate that takes no custom_generate": not any(
-            one.name == "custom_generate" or one.kind is one.VAR_KEYWORD for one in parameters
-        ),
+        "a generate that takes no custom_generate": not _takes_custom_generate(getattr(plain, "__func__", plain)),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+@functools.lru_cache(maxsize=8)
+def _takes_custom_generate(function: Any) -> bool:
+    parameters = inspect.signature(function).parameters.values()
+    return any(one.name == "custom_generate" or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def split_mode_arguments(model: Any, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

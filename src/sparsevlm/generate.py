@@ -93,7 +93,7 @@ class Generate:
     def _prepare(self, arguments: dict[str, Any], modes: dict[str, Any], run: Callable[..., Any], *own: Any) -> Any:
         """Let transformers prepare the inputs, and ``run`` with them."""
         handed_on = {name: modes[name] for name in ("streamer", "assistant_model") if name in modes}
-        return self.plain(**arguments, **handed_on, custom_generate=functools.partial(run, *own, modes))
+        return self.plain(**arguments, **handed_on, custom_generate=_Loop(functools.partial(run, *own, modes)))
 
     def _run_hooks(
         self,
@@ -115,6 +115,25 @@ class Generate:
         else:
             modes = {name: modes[name] for name in ("streamer", "synced_gpus") if name in modes}
         return decode(model, input_ids, generation_config=generation_config, **modes, **prepared)
+
+
+class _Loop:
+    """What transformers calls with the prepared inputs; its signature is looked at several times in every call."""
+
+    __signature__ = inspect.Signature(
+        [
+            inspect.Parameter("model", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            inspect.Parameter("input_ids", inspect.Parameter.POSITIONAL_OR_KEYWORD),
+            inspect.Parameter("inputs_tensor", inspect.Parameter.KEYWORD_ONLY),
+            inspect.Parameter("prepared", inspect.Parameter.VAR_KEYWORD),
+        ]
+    )
+
+    def __init__(self, run: Callable[..., Any]) -> None:
+        self._run = run
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(*args, **kwargs)
 
 
 class _WithoutPrompt:

@@ -109,7 +109,6 @@ class Engine:
         )
         if self.reason:
             return None
-        arguments = compat.with_generation_config(self._adapter.model, arguments)
         with self._runner.open():
             self._runner.quick_check()
             call = Call.of(self._adapter, arguments, settings["num_return_sequences"] or 1)
@@ -128,6 +127,7 @@ class Engine:
         if self.reason:
             return None
         call.position_on_host(self._adapter.model, self._adapter.base_model)
+        call.arguments = compat.with_generation_config(self._adapter.model, call.arguments)
         return call
 
     def _may_encode(self) -> bool:
