@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .checkpoint import (
-    SUPPORTED_MODEL_TYPES,
     checkpoint_folder,
     load_model,
     load_skeleton,
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from .image_text_processor import ImageTextProcessor
 
 __all__ = [
-    "SUPPORTED_MODEL_TYPES",
     "ImageTextProcessor",
     "as_rgb",
     "checkpoint_folder",

@@ -13,7 +13,6 @@ from .torchvision_guard import torchvision_works
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED_MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
@@ -157,9 +156,11 @@ def load_skeleton(folder: Path) -> Any:
 
 
 def _check_model_type(folder: Path) -> None:
-    if (model_type := read_model_type(folder)) not in SUPPORTED_MODEL_TYPES:
+    from ..models import supported_model_types
+
+    if (model_type := read_model_type(folder)) not in (supported := supported_model_types()):
         raise NotImplementedError(
-            f"{folder} holds a model of type {model_type!r}; supported are {', '.join(SUPPORTED_MODEL_TYPES)}."
+            f"{folder} holds a model of type {model_type!r}; supported are {', '.join(supported)}."
         )
 
 

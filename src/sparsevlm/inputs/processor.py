@@ -31,24 +31,28 @@ def load_processor(path_or_id: str | Path, *, local_files_only: bool = False) ->
         If the checkpoint is missing, or has no tokenizer or image processor.
     """
     folder = checkpoint_folder(path_or_id, weights=False, local_files_only=local_files_only)
-    processor: Any = None
-    if torchvision_works():
-        processor = _auto_processor(folder)
+    torchvision_works()  # else it is hidden: transformers' models and processors die of one that is broken
+    processor, why_not = _auto_processor(folder)
     if processor is None:
         from .image_text_processor import ImageTextProcessor
 
-        processor = ImageTextProcessor.from_folder(folder)
+        try:
+            processor = ImageTextProcessor.from_folder(folder)
+        except ValueError as error:
+            raise ValueError(f"{error} (AutoProcessor does not load: {why_not})") from error
     processor.tokenizer.padding_side = "left"
     return processor
 
 
-def _auto_processor(folder: Path) -> Any | None:
+def _auto_processor(folder: Path) -> tuple[Any | None, str]:
+    """transformers' own processor, or why there is none."""
     from transformers import AutoProcessor, ProcessorMixin
 
     try:
         processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         logger.info("AutoProcessor does not load from %s (%s); using tokenizer and PIL image processor", folder, error)
-        return None
+        return None, str(error)
     # Without a processor config, AutoProcessor quietly returns a tokenizer or an image processor.
-    return processor if isinstance(processor, ProcessorMixin) else None
+    is_whole = isinstance(processor, ProcessorMixin)
+    return (processor, "") if is_whole else (None, f"{type(processor).__name__} is no processor of text and images")
