@@ -34,7 +34,7 @@ LEVELS = {
     "warmup": 3,
     "inputs": 4,
     "generate": 4,
-    "pictures": 5,
+    "visualization": 5,
     "state": 5,
     "api": 6,
     "evaluation": 7,

@@ -140,7 +140,7 @@ def _ask_all(model: Any, processor: Any, scene: Scene, config: SparseVLMConfig, 
 
 def _write_files(out: Path, scene: Scene, exchanges: list[Exchange]) -> list[Path]:
     """Write scene, overlay and one report per question."""
-    from ..pictures import Row, draw_rows, save_picture
+    from ..visualization import Row, draw_rows, save_picture
 
     picture = out / "scene.png"
     scene.image.save(picture)

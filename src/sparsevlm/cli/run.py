@@ -118,7 +118,7 @@ def _answers(
 
 
 def _draw(found: Any, visuals: list[Any], prompt: str, answers: dict[str, Any], picture: Path) -> None:
-    from ..pictures import draw_report, save_picture
+    from ..visualization import draw_report, save_picture
 
     said = "\n".join(f"{name}: {answer.text}" for name, answer in answers.items())
     save_picture(draw_report(found, visuals, title=f"{prompt}\n{said}"), picture)

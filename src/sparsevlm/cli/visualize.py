@@ -30,8 +30,8 @@ def visualize(
     out = prepare_file(out, ".png") or out
     check_not_overwritten(out, "--out", [*(image or ()), video])
     from ..inputs.decoding import check_is_file
-    from ..pictures import draw_report, save_picture
     from ..report import Report
+    from ..visualization import draw_report, save_picture
 
     images, frames = read_visuals(image, video, frame)
     visuals: list[Any] = [*images, *([frames] if frames else [])]

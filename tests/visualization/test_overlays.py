@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevlm.pictures import Row, draw_report, draw_rows, save_picture
-from sparsevlm.pictures.overlay import DROPPED, KEPT, RECYCLED, shade, token_states
 from sparsevlm.report import Cost, Report, SampleReport, StageReport
+from sparsevlm.visualization import Row, draw_report, draw_rows, save_picture
+from sparsevlm.visualization.overlay import DROPPED, KEPT, RECYCLED, shade, token_states
 
 
 def stage(layer, n_in, kept=(), recycled=(), skipped=None):
@@ -195,5 +195,5 @@ def test_no_global_state():
 
 
 def test_pyplot_stays_out():
-    code = "import sys, sparsevlm.pictures; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, sparsevlm.visualization; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
