@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 
 from benchmark.e2e_rows import e2e_table, read_e2e
-from sparsevlm.evaluation.csv_rows import read_rows
+from sparsevlm.evaluation.reporting.csv_rows import read_rows
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparsevlm.bench.floor import Ceilings, measure_ceilings
 from sparsevlm.bench.rows import Row, append_rows, check_columns, device_and_versions, spread, text
-from sparsevlm.evaluation.provenance import commit
+from sparsevlm.evaluation.execution.provenance import commit
 
 RESULTS = Path(__file__).parent / "results"
 COLUMNS = (

@@ -19,10 +19,11 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from sparsevlm.cli import app
-from sparsevlm.evaluation import EvalConfig, EvaluationRun, workers
-from sparsevlm.evaluation.answering import Answerer, answer_each
-from sparsevlm.evaluation.predictions import PredictionStore
-from sparsevlm.evaluation.suite import Sample
+from sparsevlm.evaluation import EvalConfig, EvaluationRun
+from sparsevlm.evaluation.execution import workers
+from sparsevlm.evaluation.execution.generation import Answerer, answer_each
+from sparsevlm.evaluation.execution.predictions import PredictionStore
+from sparsevlm.evaluation.suites.suite import Sample
 from tiny_checkpoint import save_tiny_checkpoint
 
 SETTINGS = ["--selectors", "sparsevlm,random,downsample", "--keep", "0.6", "--seeds", "0,1", "--max-new-tokens", "3"]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sparsevlm.evaluation.bootstrap import retained
+from sparsevlm.evaluation.metrics.bootstrap import retained
 
 
 def pair(pruned, dense):

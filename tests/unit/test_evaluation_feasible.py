@@ -3,8 +3,8 @@
 import pytest
 
 from sparsevlm.evaluation import ALL, DOWNSAMPLE, EvalConfig, make_settings
-from sparsevlm.evaluation.feasible import feasible_settings
-from sparsevlm.evaluation.lmms_suite import lmms_refusals
+from sparsevlm.evaluation.execution.feasible import feasible_settings
+from sparsevlm.evaluation.suites.lmms import lmms_refusals
 from tiny_checkpoint import save_tiny_checkpoint
 
 

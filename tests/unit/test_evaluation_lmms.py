@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from sparsevlm.evaluation import DENSE, EvalConfig, Setting, make_settings
-from sparsevlm.evaluation.lmms_scores import lmms_results, read_lmms
-from sparsevlm.evaluation.lmms_suite import lmms_refusals, model_arguments
-from sparsevlm.evaluation.model_place import ModelPlace
-from sparsevlm.evaluation.results import AVERAGE, not_averaged
-from sparsevlm.evaluation.suites import lmms_suite
+from sparsevlm.evaluation.execution.resolved_model import ModelPlace
+from sparsevlm.evaluation.reporting.lmms_results import lmms_results, read_lmms
+from sparsevlm.evaluation.reporting.results import AVERAGE, not_averaged
+from sparsevlm.evaluation.suites.lmms import lmms_refusals, model_arguments
+from sparsevlm.evaluation.suites.registry import lmms_suite
 from sparsevlm.report import Cost, ReportTotal
 
 OURS = Setting("ours", 0.5)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevlm.evaluation.local_suite import LocalSuite
+from sparsevlm.evaluation.suites.local import LocalSuite
 
 ANSWER = {"question": "What?", "answer": "red"}
 

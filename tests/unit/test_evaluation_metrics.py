@@ -2,8 +2,8 @@
 
 import pytest
 
-from sparsevlm.evaluation.metrics import METRICS, anls, box_iou, check_answers, exact_match, score
-from sparsevlm.evaluation.vqa import normalised, vqa_accuracy
+from sparsevlm.evaluation.metrics.scores import METRICS, anls, box_iou, check_answers, exact_match, score
+from sparsevlm.evaluation.metrics.vqa import normalised, vqa_accuracy
 
 
 @pytest.mark.parametrize(

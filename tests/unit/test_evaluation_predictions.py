@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from sparsevlm.evaluation.predictions import PredictionStore
-from sparsevlm.evaluation.run_folder import RunFolder
+from sparsevlm.evaluation.execution.predictions import PredictionStore
+from sparsevlm.evaluation.execution.run_folder import RunFolder
 from sparsevlm.evaluation.settings import EvalConfig
 
 

@@ -7,10 +7,17 @@ import pytest
 from PIL import Image
 
 from sparsevlm.evaluation import DENSE, Setting
-from sparsevlm.evaluation.csv_rows import COLUMNS, append_rows, check_target, csv_rows, read_rows, write_rows
-from sparsevlm.evaluation.plot import plot
-from sparsevlm.evaluation.results import AVERAGE, failures, left_out, make_results, not_averaged
-from sparsevlm.evaluation.table import markdown
+from sparsevlm.evaluation.reporting.csv_rows import (
+    COLUMNS,
+    append_rows,
+    check_target,
+    csv_rows,
+    read_rows,
+    write_rows,
+)
+from sparsevlm.evaluation.reporting.plot import plot
+from sparsevlm.evaluation.reporting.results import AVERAGE, failures, left_out, make_results, not_averaged
+from sparsevlm.evaluation.reporting.table import markdown
 
 
 def prediction(score, *, tokens=100, ms=10.0, **more):

@@ -3,8 +3,8 @@
 import pytest
 
 from sparsevlm.evaluation import ALL, DENSE, DOWNSAMPLE, EvalConfig, make_settings
-from sparsevlm.evaluation.demo_suite import DemoSuite
-from sparsevlm.evaluation.suites import open_suite
+from sparsevlm.evaluation.suites.demo import DemoSuite
+from sparsevlm.evaluation.suites.registry import open_suite
 from sparsevlm.scenes import LAYOUTS, TASKS
 from sparsevlm.selection.context import BEFORE_DECODER
 from sparsevlm.selection.selectors import SELECTORS

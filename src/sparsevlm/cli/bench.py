@@ -59,7 +59,7 @@ def bench(
     from ..bench.rounds import NOT_TIMED, Settings
     from ..bench.rows import COLUMNS, append_rows, check_columns
     from ..bench.run import run
-    from ..evaluation.provenance import commit
+    from ..evaluation.execution.provenance import commit
 
     names = None if cases is None else tuple(name.strip() for name in cases.split(",") if name.strip())
     chosen, keeps = named_cases(names, full=full), _budgets(keep)

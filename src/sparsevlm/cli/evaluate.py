@@ -173,8 +173,8 @@ def _print(evaluation: Evaluation) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from ..evaluation.results import left_out, not_averaged
-    from ..evaluation.table import summary_cells
+    from ..evaluation.reporting.results import left_out, not_averaged
+    from ..evaluation.reporting.table import summary_cells
 
     heads, cells = summary_cells(evaluation.results)
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True)

@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .csv_rows import append_rows, check_target, csv_rows, write_rows
-from .feasible import feasible_settings
-from .lmms_scores import lmms_results
-from .lmms_suite import LmmsSuite, lmms_refusals, run_lmms
-from .model_place import locate
-from .plot import plot
-from .predictions import PredictionStore
-from .provenance import versions
-from .results import Result, failures, left_out, make_results, not_averaged
-from .run_folder import RunFolder
+from .execution.feasible import feasible_settings
+from .execution.predictions import PredictionStore
+from .execution.provenance import versions
+from .execution.resolved_model import locate
+from .execution.run_folder import RunFolder
+from .execution.sharding import Share, run_share
+from .execution.workers import run_workers
+from .reporting.csv_rows import append_rows, check_target, csv_rows, write_rows
+from .reporting.lmms_results import lmms_results
+from .reporting.plot import plot
+from .reporting.results import Result, failures, left_out, make_results, not_averaged
+from .reporting.table import markdown
 from .settings import EvalConfig, make_settings
-from .sharing import Share, run_share
-from .suite import chosen_tasks
-from .suites import lmms_suite, open_suite
-from .table import markdown
-from .workers import run_workers
+from .suites.lmms import LmmsSuite, lmms_refusals, run_lmms
+from .suites.registry import lmms_suite, open_suite
+from .suites.suite import chosen_tasks
 
 NOTES = (
     "tokens: visual tokens of a sample, averaged over the inputs of the decoder layers, recycled ones included, of "

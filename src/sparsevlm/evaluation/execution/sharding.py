@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .answering import Answer, Answerer, answer_each
-from .metrics import score
+from ..metrics.scores import score
+from ..settings import EvalConfig, Setting
+from ..suites.suite import Row, Sample, Suite, chosen_tasks
+from .generation import Answer, Answerer, answer_each
 from .predictions import Prediction, PredictionStore, Stored, storable
-from .settings import EvalConfig, Setting
-from .suite import Row, Sample, Suite, chosen_tasks
 
 _WARM_UP = 2  # samples
 # Decimal places of what is stored.

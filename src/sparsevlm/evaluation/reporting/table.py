@@ -31,7 +31,7 @@ def markdown(title: str, results: Sequence[Result], failed: Mapping[tuple[str, s
     title : str
     results : sequence of Result
     failed : mapping
-        Of :func:`~sparsevlm.evaluation.results.failures`.
+        Of :func:`~sparsevlm.evaluation.reporting.results.failures`.
     notes : sequence of str
         Sentences below the tables.
     """

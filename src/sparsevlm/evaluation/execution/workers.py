@@ -13,9 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .settings import EvalConfig, Setting
-from .sharing import Share, run_share
-from .suites import open_suite
+from ..settings import EvalConfig, Setting
+from ..suites.registry import open_suite
+from .sharding import Share, run_share
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def run_workers(
     count : int
     settings : sequence of Setting
     on_rows : callable
-        As in :func:`~sparsevlm.evaluation.sharing.run_share`.
+        As in :func:`~sparsevlm.evaluation.execution.sharding.run_share`.
 
     Raises
     ------

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..inputs import torchvision_works
-from ..report import ReportTotal
-from .lmms_scores import read_lmms
-from .model_place import ModelPlace
-from .settings import DOWNSAMPLE, EvalConfig, Setting
+from ...inputs import torchvision_works
+from ...report import ReportTotal
+from ..execution.resolved_model import ModelPlace
+from ..reporting.lmms_results import read_lmms
+from ..settings import DOWNSAMPLE, EvalConfig, Setting
 
 MODEL = "sparsevlm"
 MISSING = (

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from ..report import ReportTotal
-from .bootstrap import Retained, retained
-from .predictions import Prediction
+from ...report import ReportTotal
+from ..execution.predictions import Prediction
+from ..metrics.bootstrap import Retained, retained
+from ..settings import DENSE, Setting, keep_text
 from .results import AVERAGE, Result, without_figures
-from .settings import DENSE, Setting, keep_text
 
 # A metric is a mean of its rows' scores up to a factor; other metrics get no interval.
 _TOLERANCE = 1e-6

@@ -21,7 +21,7 @@ class Sample:
     answers : tuple of str
         Every answer that counts; the ``vqa`` metric takes one per annotator.
     metric : str
-        A name of :data:`sparsevlm.evaluation.metrics.METRICS`.
+        A name of :data:`sparsevlm.evaluation.metrics.scores.METRICS`.
     """
 
     images: tuple[Image.Image, ...]

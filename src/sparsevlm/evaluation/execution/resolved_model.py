@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..bundled import bundled_path
-from ..inputs import checkpoint_folder, pick_device
-from ..inputs.checkpoint import read_json
-from .settings import EvalConfig
+from ...bundled import bundled_path
+from ...inputs import checkpoint_folder, pick_device
+from ...inputs.checkpoint import read_json
+from ..settings import EvalConfig
 
 BUNDLED = "bundled"
 

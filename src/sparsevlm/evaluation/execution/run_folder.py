@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .settings import EvalConfig
+from ..settings import EvalConfig
 
 
 class RunFolder:

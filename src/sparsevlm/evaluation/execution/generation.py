@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
-from .. import api
-from ..inputs import load_model, load_processor
-from ..models import adapter_for
-from ..report import SampleReport
-from ..request.costs import prefill_flops
+from ... import api
+from ...inputs import load_model, load_processor
+from ...models import adapter_for
+from ...report import SampleReport
+from ...request.costs import prefill_flops
+from ..settings import DOWNSAMPLE, EvalConfig, Setting
+from ..suites.suite import Sample
 from .downsample import shrunk
-from .model_place import locate
-from .settings import DOWNSAMPLE, EvalConfig, Setting
-from .suite import Sample
+from .resolved_model import locate
 
 
 @dataclasses.dataclass(frozen=True)

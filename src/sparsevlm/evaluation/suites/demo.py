@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-from ..scenes import HOLDOUT_SEEDS, LAYOUTS, PAIR, TASKS, draw_example
+from ...scenes import HOLDOUT_SEEDS, LAYOUTS, PAIR, TASKS, draw_example
 from .suite import Row, Sample
 
 FIRST_SEED = 500_000

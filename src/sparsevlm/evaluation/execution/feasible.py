@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .. import api
-from ..inputs import load_skeleton
-from .settings import ALL, DENSE, EvalConfig, Setting, make_settings
+from ... import api
+from ...inputs import load_skeleton
+from ..settings import ALL, DENSE, EvalConfig, Setting, make_settings
 
 _NO_SIZE = "downsample needs a budget that is a size: a fraction or a number of tokens, not adaptive"
 

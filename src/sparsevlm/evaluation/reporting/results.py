@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .bootstrap import retained
-from .predictions import Prediction, Stored
-from .settings import DENSE, Setting, keep_text
+from ..execution.predictions import Prediction, Stored
+from ..metrics.bootstrap import retained
+from ..settings import DENSE, Setting, keep_text
 
 AVERAGE = "average"
 _Place = tuple[str, str]
@@ -84,7 +84,7 @@ def make_results(settings: Sequence[Setting], tasks: Sequence[str], stored: Stor
     tasks : sequence of str
         Both in the order in which they are to be shown.
     stored : dict
-        Of :meth:`~sparsevlm.evaluation.predictions.PredictionStore.read`.
+        Of :meth:`~sparsevlm.evaluation.execution.predictions.PredictionStore.read`.
     """
     dense = stored.get(DENSE, {})
     answered = {task for (task, _), one in dense.items() if "score" in one}

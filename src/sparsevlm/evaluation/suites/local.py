@@ -8,16 +8,16 @@ from typing import Any
 
 from PIL import Image
 
-from ..inputs import decode_image, load_image
-from ..inputs.decoding import check_is_file
-from ..inputs.media import MAX_ASPECT_RATIO
-from ..inputs.placeholders import IMAGE_TOKEN, VIDEO_TOKEN
-from ..inputs.sources import resolve
+from ...inputs import decode_image, load_image
+from ...inputs.decoding import check_is_file
+from ...inputs.media import MAX_ASPECT_RATIO
+from ...inputs.placeholders import IMAGE_TOKEN, VIDEO_TOKEN
+from ...inputs.sources import resolve
+from ..execution.predictions import storable
+from ..metrics.scores import check_answers, check_metric
+from ..reporting.results import AVERAGE
 from .fingerprint import fingerprint
-from .local_files import PICTURE_COLUMNS, Record, read_records
-from .metrics import check_answers, check_metric
-from .predictions import storable
-from .results import AVERAGE
+from .records import PICTURE_COLUMNS, Record, read_records
 from .suite import Row, Sample
 
 

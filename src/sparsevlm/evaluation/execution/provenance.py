@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from .. import __version__
-from .fingerprint import fingerprint
-from .model_place import ModelPlace
+from ... import __version__
+from ..suites.fingerprint import fingerprint
+from .resolved_model import ModelPlace
 
-_ROOT = Path(__file__).parents[3]
+_ROOT = Path(__file__).parents[4]
 
 
 def versions(place: ModelPlace, data: str) -> dict[str, str]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .demo_suite import FIRST_SEED, DemoSuite
-from .lmms_suite import LmmsSuite
-from .local_suite import LocalSuite
-from .settings import EvalConfig
+from ..settings import EvalConfig
+from .demo import FIRST_SEED, DemoSuite
+from .lmms import LmmsSuite
+from .local import LocalSuite
 from .suite import Suite, chosen_tasks
 
 LMMS_PREFIX = "lmms:"

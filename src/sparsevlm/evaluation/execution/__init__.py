@@ -1,0 +1,1 @@
+"""Runs a model over a suite under every setting and stores the predictions."""

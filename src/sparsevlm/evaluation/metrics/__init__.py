@@ -1,0 +1,1 @@
+"""Scores of answers, and intervals of what pruning retains."""

@@ -1,0 +1,1 @@
+"""Results from stored predictions, as tables, CSV rows and plots."""

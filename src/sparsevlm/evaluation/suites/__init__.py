@@ -1,0 +1,1 @@
+"""Suites of questions: bundled scenes, local files, tasks of lmms-eval."""
