@@ -44,6 +44,16 @@ LEVELS = {
     "__main__": 9,
     "__init__": 9,
 }
+# The same within evaluation.
+EVALUATION_LEVELS = {
+    "settings": 0,
+    "metrics": 1,
+    "suites": 2,
+    "execution": 3,
+    "reporting": 4,
+    "run": 5,
+    "__init__": 6,
+}
 # Of a room's names, what may stand in no other room.
 FAMILIES = re.compile(r"qwen|llava", re.IGNORECASE)
 
@@ -52,21 +62,25 @@ def room_of(path: Path) -> str:
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
-def imported_rooms(path: Path) -> set[str]:
-    """Rooms of ours that a file imports, wherever in the file it does."""
+def imported_modules(path: Path) -> set[tuple[str, ...]]:
+    """Dotted names of ours that a file imports, wherever in the file it does."""
     package = ("sparsevlm", *path.relative_to(ROOT).parts[:-1])
-    rooms = set()
+    modules: set[tuple[str, ...]] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             full = (*base, *(node.module.split(".") if node.module else ()))
-            names = [full] if len(full) > 1 else [(*full, alias.name) for alias in node.names]
+            names = [(*full, alias.name) for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [tuple(alias.name.split(".")) for alias in node.names]
         else:
             continue
-        rooms |= {name[1] for name in names if name[0] == "sparsevlm" and len(name) > 1}
-    return {room for room in rooms if room in LEVELS}
+        modules |= {name for name in names if name[0] == "sparsevlm" and len(name) > 1}
+    return modules
+
+
+def imported_rooms(path: Path) -> set[str]:
+    return {name[1] for name in imported_modules(path) if name[1] in LEVELS}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
@@ -75,6 +89,15 @@ def test_imports_run_downwards(path):
     assert room in LEVELS, f"{room} is a new room: give it a level"
     for other in imported_rooms(path) - {room}:
         assert LEVELS[other] < LEVELS[room], f"{room} imports {other}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "evaluation").rglob("*.py")), ids=lambda path: str(path.name))
+def test_imports_run_downwards_within_evaluation(path):
+    place = path.relative_to(ROOT / "evaluation").parts[0].removesuffix(".py")
+    assert place in EVALUATION_LEVELS, f"evaluation/{place} is new: give it a level"
+    imported = {name[2] for name in imported_modules(path) if name[1] == "evaluation"}
+    for other in imported - {place}:
+        assert EVALUATION_LEVELS[other] < EVALUATION_LEVELS[place], f"{place} imports {other}"
 
 
 def names_in(path: Path) -> set[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .execution.feasible import feasible_settings
+from .execution.lmms import lmms_refusals, run_lmms
 from .execution.predictions import PredictionStore
 from .execution.provenance import versions
 from .execution.resolved_model import locate
@@ -22,7 +23,7 @@ from .reporting.plot import plot
 from .reporting.results import Result, failures, left_out, make_results, not_averaged
 from .reporting.table import markdown
 from .settings import EvalConfig, make_settings
-from .suites.lmms import LmmsSuite, lmms_refusals, run_lmms
+from .suites.lmms import LmmsSuite
 from .suites.registry import lmms_suite, open_suite
 from .suites.suite import chosen_tasks
 

@@ -15,6 +15,7 @@ from ..selection.selectors import SELECTORS, make_selector
 DENSE = "dense"
 DOWNSAMPLE = "downsample"
 ALL = "all"
+AVERAGE = "average"  # the task that stands for the mean over all tasks
 _OWN_OPTIONS = ("keep", "selector", "seed", "target_layers", "n_vis")
 
 Keep = int | float | None

@@ -4,7 +4,7 @@ import pytest
 
 from sparsevlm.evaluation import ALL, DOWNSAMPLE, EvalConfig, make_settings
 from sparsevlm.evaluation.execution.feasible import feasible_settings
-from sparsevlm.evaluation.suites.lmms import lmms_refusals
+from sparsevlm.evaluation.execution.lmms import lmms_refusals
 from tiny_checkpoint import save_tiny_checkpoint
 
 

@@ -16,8 +16,9 @@ from sparsevlm.evaluation.reporting.csv_rows import (
     write_rows,
 )
 from sparsevlm.evaluation.reporting.plot import plot
-from sparsevlm.evaluation.reporting.results import AVERAGE, failures, left_out, make_results, not_averaged
+from sparsevlm.evaluation.reporting.results import failures, left_out, make_results, not_averaged
 from sparsevlm.evaluation.reporting.table import markdown
+from sparsevlm.evaluation.settings import AVERAGE
 
 
 def prediction(score, *, tokens=100, ms=10.0, **more):

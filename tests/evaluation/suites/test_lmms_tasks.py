@@ -7,10 +7,11 @@ import sys
 import pytest
 
 from sparsevlm.evaluation import DENSE, EvalConfig, Setting, make_settings
+from sparsevlm.evaluation.execution.lmms import lmms_refusals, model_arguments, read_lmms
 from sparsevlm.evaluation.execution.resolved_model import ModelPlace
-from sparsevlm.evaluation.reporting.lmms_results import lmms_results, read_lmms
-from sparsevlm.evaluation.reporting.results import AVERAGE, not_averaged
-from sparsevlm.evaluation.suites.lmms import lmms_refusals, model_arguments
+from sparsevlm.evaluation.reporting.lmms_results import lmms_results
+from sparsevlm.evaluation.reporting.results import not_averaged
+from sparsevlm.evaluation.settings import AVERAGE
 from sparsevlm.evaluation.suites.registry import lmms_suite
 from sparsevlm.report import Cost, ReportTotal
 

@@ -12,11 +12,6 @@ Prediction = dict[str, Any]
 Stored = dict[str, dict[tuple[str, str], Prediction]]
 
 
-def storable(text: str) -> str:
-    """A text that UTF-8 can hold: halves of characters (lone surrogates), which it cannot, as their escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 class PredictionStore:
     """The predictions of one run folder.
 

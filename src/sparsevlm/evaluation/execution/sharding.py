@@ -11,9 +11,9 @@ from typing import Any
 
 from ..metrics.scores import score
 from ..settings import EvalConfig, Setting
-from ..suites.suite import Row, Sample, Suite, chosen_tasks
+from ..suites.suite import Row, Sample, Suite, chosen_tasks, storable
 from .generation import Answer, Answerer, answer_each
-from .predictions import Prediction, PredictionStore, Stored, storable
+from .predictions import Prediction, PredictionStore, Stored
 
 _WARM_UP = 2  # samples
 # Decimal places of what is stored.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -12,49 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ...report import ReportTotal
-from ..execution.predictions import Prediction
 from ..metrics.bootstrap import Retained, retained
-from ..settings import DENSE, Setting, keep_text
-from .results import AVERAGE, Result, without_figures
+from ..settings import AVERAGE, DENSE, Setting, keep_text
+from .results import Result, without_figures
 
 # A metric is a mean of its rows' scores up to a factor; other metrics get no interval.
 _TOLERANCE = 1e-6
-
-
-def read_lmms(
-    found: dict[str, Any], totals: Mapping[str, ReportTotal], setting: Setting
-) -> tuple[dict[str, dict[str, Any]], list[Prediction]]:
-    """Scores by task and metric, and one prediction per logged sample and metric.
-
-    A task with several metrics becomes several rows of the table, ``task:metric``. Metrics of which less is better,
-    and what is no number, are left out.
-
-    Parameters
-    ----------
-    found : dict
-        What ``simple_evaluate`` returned.
-    totals : mapping
-        What the model counted, by task.
-    setting : Setting
-
-    Returns
-    -------
-    figures : dict
-        Per row of the table: ``score`` as lmms-eval aggregates it, ``n`` samples, and means of what was counted.
-    predictions : list of dict
-        With a ``score`` where a sample has one number.
-    """
-    figures: dict[str, dict[str, Any]] = {}
-    predictions: list[Prediction] = []
-    for task, samples in found["samples"].items():
-        better = found.get("higher_is_better", {}).get(task, {})
-        metrics = [(name, value) for name, value in _metrics(found["results"][task]) if better.get(name, True)]
-        for metric, value in metrics:
-            row = task if len(metrics) == 1 else f"{task}:{metric}"
-            figures[row] = {"score": value, "n": len(samples), **_counted(totals.get(task))}
-            predictions += [_prediction(row, metric, sample, setting) for sample in samples]
-    return figures, predictions
 
 
 def lmms_results(settings: Sequence[Setting], folder: Path) -> list[Result]:
@@ -88,39 +51,6 @@ def lmms_results(settings: Sequence[Setting], folder: Path) -> list[Result]:
             average = _average(rows, retained(pairs) if complete else None)
             results.append(average if all(one.n for one in rows) else without_figures(average))
     return results
-
-
-def _counted(total: ReportTotal | None) -> dict[str, float]:
-    """Means per sample; an unpruned run counts no FLOPs."""
-    if total is None or not total.n_samples:
-        return {}
-    counted = {"n_visual": total.visual_tokens / total.n_samples, "avg_tokens": total.average_in}
-    if total.flops.dense:
-        counted["tflops"] = total.flops.sparse / total.n_samples / 1e12
-        counted["dense_tflops"] = total.flops.dense / total.n_samples / 1e12
-    return counted
-
-
-def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    for name, value in results.items():
-        metric, comma, _ = name.partition(",")
-        if comma and "_stderr" not in metric and isinstance(value, (int, float)) and not math.isnan(value):
-            yield metric, float(value)
-
-
-def _prediction(row: str, metric: str, sample: dict[str, Any], setting: Setting) -> Prediction:
-    said = sample["filtered_resps"]
-    prediction = {
-        "id": str(sample["doc_id"]),
-        "task": row,
-        "setting": setting.name,
-        "prediction": str(said[0] if isinstance(said, list) and len(said) == 1 else said),
-        "answers": [str(sample["target"])],
-    }
-    score = sample.get(metric)
-    if isinstance(score, dict):
-        score = score.get("score")
-    return {**prediction, "score": float(score)} if isinstance(score, (int, float)) else prediction
 
 
 def _scores(file: Path) -> dict[str, dict[str, float]]:

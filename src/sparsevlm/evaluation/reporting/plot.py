@@ -10,8 +10,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..settings import DENSE, DOWNSAMPLE
-from .results import AVERAGE, Result
+from ..settings import AVERAGE, DENSE, DOWNSAMPLE
+from .results import Result
 
 _COLUMNS = 4
 _PANEL = (4.2, 3.2)  # inches

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 
 from ..execution.predictions import Prediction, Stored
 from ..metrics.bootstrap import retained
-from ..settings import DENSE, Setting, keep_text
+from ..settings import AVERAGE, DENSE, Setting, keep_text
 
-AVERAGE = "average"
 _Place = tuple[str, str]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from .results import AVERAGE, Result
+from ..settings import AVERAGE
+from .results import Result
 
 _MAX_NAMED = 20
 _SUMMARY = (

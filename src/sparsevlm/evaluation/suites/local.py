@@ -13,12 +13,11 @@ from ...inputs.decoding import check_is_file
 from ...inputs.media import MAX_ASPECT_RATIO
 from ...inputs.placeholders import IMAGE_TOKEN, VIDEO_TOKEN
 from ...inputs.sources import resolve
-from ..execution.predictions import storable
 from ..metrics.scores import check_answers, check_metric
-from ..reporting.results import AVERAGE
+from ..settings import AVERAGE
 from .fingerprint import fingerprint
 from .records import PICTURE_COLUMNS, Record, read_records
-from .suite import Row, Sample
+from .suite import Row, Sample, storable
 
 
 class LocalSuite:

@@ -9,6 +9,11 @@ from typing import Protocol
 from PIL import Image
 
 
+def storable(text: str) -> str:
+    """A text that UTF-8 can hold: halves of characters (lone surrogates), which it cannot, as their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 @dataclass(frozen=True)
 class Sample:
     """A loaded row.

@@ -1,0 +1,172 @@
+"""Tasks of lmms-eval, run by lmms-eval under every setting; its scores and predictions are stored."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...report import ReportTotal
+from ..settings import DOWNSAMPLE, EvalConfig, Setting
+from ..suites.lmms import LmmsSuite, task_manager
+from .predictions import Prediction
+from .resolved_model import ModelPlace
+
+MODEL = "sparsevlm"
+_NO_PIXELS = "lmms-eval loads the pictures itself, so that they cannot be made smaller here"
+
+
+def lmms_refusals(settings: Sequence[Setting]) -> dict[str, str]:
+    """Settings that lmms-eval cannot run, by name, and why."""
+    return {setting.name: _NO_PIXELS for setting in settings if setting.selector == DOWNSAMPLE}
+
+
+def run_lmms(
+    config: EvalConfig,
+    suite: LmmsSuite,
+    place: ModelPlace,
+    settings: Sequence[Setting],
+    folder: Path,
+    on_rows: Callable[[int], None],
+) -> None:
+    """Run what is missing, one setting at a time; a setting counts as done when its scores are written.
+
+    Parameters
+    ----------
+    config : EvalConfig
+    suite : LmmsSuite
+    place : ModelPlace
+    settings : sequence of Setting
+    folder : Path
+        Of the predictions.
+    on_rows : callable
+        Called with the number of tasks that have been dealt with.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for setting in settings:
+        scores = folder / f"{setting.name}.scores.json"
+        if not scores.is_file():
+            found, totals = _simple_evaluate(config, suite, place, setting)
+            figures, predictions = read_lmms(found, totals, setting)
+            lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in predictions)
+            _write(folder / f"{setting.name}.jsonl", lines)
+            _write(scores, json.dumps(figures, indent=1) + "\n")
+        on_rows(len(suite.tasks))
+
+
+def _simple_evaluate(
+    config: EvalConfig, suite: LmmsSuite, place: ModelPlace, setting: Setting
+) -> tuple[dict[str, Any], dict[str, ReportTotal]]:
+    """What lmms-eval returned, and what the model counted by task."""
+    manager = task_manager(suite.include_path)
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.models import get_model
+
+    model = get_model(MODEL)(**model_arguments(config, place, setting))
+    found: dict[str, Any] = simple_evaluate(
+        model=model,
+        tasks=list(suite.tasks),
+        batch_size=config.batch,
+        limit=config.limit,
+        bootstrap_iters=0,
+        log_samples=True,
+        task_manager=manager,
+        verbosity="WARNING",
+    )
+    return found, dict(model.totals.tasks)
+
+
+def model_arguments(config: EvalConfig, place: ModelPlace, setting: Setting) -> dict[str, Any]:
+    """What ``--model_args`` of ``python -m lmms_eval --model sparsevlm`` would say."""
+    arguments: dict[str, Any] = {
+        "pretrained": str(place.folder),
+        "device": place.device,
+        "dtype": place.dtype,
+        "attn_implementation": config.attn,
+        "batch_size": config.batch,
+    }
+    if setting.pruning is None:
+        return {**arguments, "keep": 1.0}
+    pruning = {"selector": setting.selector, "keep": setting.keep, **config.options}
+    if setting.pruning.target_layers is not None:
+        pruning["target_layers"] = list(setting.pruning.target_layers)
+    if setting.seed is not None:
+        pruning["seed"] = setting.seed
+    return {**arguments, **pruning}
+
+
+def read_lmms(
+    found: dict[str, Any], totals: Mapping[str, ReportTotal], setting: Setting
+) -> tuple[dict[str, dict[str, Any]], list[Prediction]]:
+    """Scores by task and metric, and one prediction per logged sample and metric.
+
+    A task with several metrics becomes several rows of the table, ``task:metric``. Metrics of which less is better,
+    and what is no number, are left out.
+
+    Parameters
+    ----------
+    found : dict
+        What ``simple_evaluate`` returned.
+    totals : mapping
+        What the model counted, by task.
+    setting : Setting
+
+    Returns
+    -------
+    figures : dict
+        Per row of the table: ``score`` as lmms-eval aggregates it, ``n`` samples, and means of what was counted.
+    predictions : list of dict
+        With a ``score`` where a sample has one number.
+    """
+    figures: dict[str, dict[str, Any]] = {}
+    predictions: list[Prediction] = []
+    for task, samples in found["samples"].items():
+        better = found.get("higher_is_better", {}).get(task, {})
+        metrics = [(name, value) for name, value in _metrics(found["results"][task]) if better.get(name, True)]
+        for metric, value in metrics:
+            row = task if len(metrics) == 1 else f"{task}:{metric}"
+            figures[row] = {"score": value, "n": len(samples), **_counted(totals.get(task))}
+            predictions += [_prediction(row, metric, sample, setting) for sample in samples]
+    return figures, predictions
+
+
+def _counted(total: ReportTotal | None) -> dict[str, float]:
+    """Means per sample; an unpruned run counts no FLOPs."""
+    if total is None or not total.n_samples:
+        return {}
+    counted = {"n_visual": total.visual_tokens / total.n_samples, "avg_tokens": total.average_in}
+    if total.flops.dense:
+        counted["tflops"] = total.flops.sparse / total.n_samples / 1e12
+        counted["dense_tflops"] = total.flops.dense / total.n_samples / 1e12
+    return counted
+
+
+def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    for name, value in results.items():
+        metric, comma, _ = name.partition(",")
+        if comma and "_stderr" not in metric and isinstance(value, (int, float)) and not math.isnan(value):
+            yield metric, float(value)
+
+
+def _prediction(row: str, metric: str, sample: dict[str, Any], setting: Setting) -> Prediction:
+    said = sample["filtered_resps"]
+    prediction = {
+        "id": str(sample["doc_id"]),
+        "task": row,
+        "setting": setting.name,
+        "prediction": str(said[0] if isinstance(said, list) and len(said) == 1 else said),
+        "answers": [str(sample["target"])],
+    }
+    score = sample.get(metric)
+    if isinstance(score, dict):
+        score = score.get("score")
+    return {**prediction, "score": float(score)} if isinstance(score, (int, float)) else prediction
+
+
+def _write(file: Path, text: str) -> None:
+    """In one step, so that a kill leaves no half of a file."""
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
