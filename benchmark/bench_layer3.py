@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmark.timed import Bench
 from sparsevlm import apply_sparsevlm
 from sparsevlm.bench.cases import Case
-from sparsevlm.bench.floor import floors
+from sparsevlm.bench.roofline import floors
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.bench.workload import fresh_inputs
 from sparsevlm.engine.call import Prompt

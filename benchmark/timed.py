@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevlm.bench.floor import Ceilings, measure_ceilings
+from sparsevlm.bench.roofline import Ceilings, measure_ceilings
 from sparsevlm.bench.rows import Row, append_rows, check_columns, device_and_versions, spread, text
 from sparsevlm.evaluation.execution.provenance import commit
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.bench import gate, shapes
+from sparsevlm.bench import agreement, shapes
 from sparsevlm.bench.cases import CORE, FULL, N_TEXT, Case, named_cases
-from sparsevlm.bench.floor import Ceilings, floors
 from sparsevlm.bench.providers import make_providers, shared_copy
+from sparsevlm.bench.roofline import Ceilings, floors
 from sparsevlm.bench.rounds import Measured, Settings, measure
 from sparsevlm.bench.rows import COLUMNS
 from sparsevlm.bench.run import run
@@ -91,20 +91,20 @@ def test_wrong_answers_are_not_timed(monkeypatch):
     model = tiny_model(n_layers=12)
     providers = make_providers(model, (0.5,), static=False)
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
-    gate.check(providers, inputs, SMALL.new_tokens)
+    agreement.check(providers, inputs, SMALL.new_tokens)
     model.lm_head = torch.nn.Linear(64, 96, bias=False)
     with torch.no_grad(), pytest.raises(RuntimeError, match="logits of token 1 differ"):
-        gate.check(providers, inputs, SMALL.new_tokens)
+        agreement.check(providers, inputs, SMALL.new_tokens)
 
 
 def test_a_case_that_is_not_right_is_a_row(monkeypatch):
-    check = gate.check
+    check = agreement.check
 
     def fail_once(providers, inputs, new_tokens):
-        monkeypatch.setattr(gate, "check", check)
-        raise gate.DisagreementError("they differ.")
+        monkeypatch.setattr(agreement, "check", check)
+        raise agreement.DisagreementError("they differ.")
 
-    monkeypatch.setattr(gate, "check", fail_once)
+    monkeypatch.setattr(agreement, "check", fail_once)
     rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)
     wrong = [row for row in rows if row["note"] == "not timed: they differ."]
     assert len(wrong) == 5
@@ -120,7 +120,7 @@ def test_wrong_further_tokens_are_not_timed(monkeypatch):
     step = decode_graph.decode_step
     monkeypatch.setattr(decode_graph, "decode_step", lambda *arguments: step(*arguments).flip(-1))
     with pytest.raises(RuntimeError, match="logits of token 2 differ"):
-        gate.check(providers, inputs, SMALL.new_tokens)
+        agreement.check(providers, inputs, SMALL.new_tokens)
 
 
 def test_other_tokens_kept_are_not_timed(monkeypatch):
@@ -130,14 +130,14 @@ def test_other_tokens_kept_are_not_timed(monkeypatch):
     first = lambda picks, left, n: torch.arange(picks.shape[1]).expand_as(picks)  # noqa: E731
     monkeypatch.setattr(bucketed_prefill, "_ascending", first)
     with pytest.raises(RuntimeError, match="that the plain path keeps, the engine keeps"):
-        gate.check(providers, inputs, SMALL.new_tokens)
+        agreement.check(providers, inputs, SMALL.new_tokens)
 
 
 def test_want_of_memory_is_a_row(monkeypatch):
     def fail(*args):
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(gate, "check", fail)
+    monkeypatch.setattr(agreement, "check", fail)
     rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)
     assert len(rows) == 10
     assert all(row["note"].startswith("out of memory") and row["p50"] == "" for row in rows)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..warmup import CALLS
-from . import gate
+from . import agreement
 from .cases import Case
 from .providers import Inputs, Provider
 from .timing import time_call
@@ -125,9 +125,9 @@ def measure(
     }
     inputs = fresh_inputs(providers[0].model, case, generator)
     try:
-        gate.check(list(found), inputs, case.new_tokens)
-    except (torch.OutOfMemoryError, gate.DisagreementError) as error:  # such answers are not timed
-        differ = isinstance(error, gate.DisagreementError)
+        agreement.check(list(found), inputs, case.new_tokens)
+    except (torch.OutOfMemoryError, agreement.DisagreementError) as error:  # such answers are not timed
+        differ = isinstance(error, agreement.DisagreementError)
         for one in found.values():
             one.note = f"{NOT_TIMED}: {error}" if differ else "out of memory while answers were compared"
         return found

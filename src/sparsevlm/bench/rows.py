@@ -16,8 +16,8 @@ import torch
 
 from ..models import adapter_for
 from .cases import N_TEXT, Case
-from .floor import Ceilings, floors
 from .providers import Provider
+from .roofline import Ceilings, floors
 from .rounds import Measured
 
 COLUMNS = (

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from .cases import Case
-from .floor import measure_ceilings
 from .providers import make_providers
+from .roofline import measure_ceilings
 from .rounds import Settings, measure
 from .rows import Row, place, rows_of
 
