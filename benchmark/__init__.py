@@ -1,1 +1,1 @@
-"""Measurements; every row says how it was made."""
+"""Benchmark scripts, their stored rows, and the tables and plots made from these."""

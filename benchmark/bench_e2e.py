@@ -1,4 +1,7 @@
-"""``sparsevlm bench`` whose rows go to ``results/e2e.csv``: ``python -m benchmark.bench_e2e [its options]``."""
+"""Whole ``generate`` calls: ``sparsevlm bench`` with rows in ``results/e2e.csv``.
+
+``python -m benchmark.bench_e2e`` takes the options of ``sparsevlm bench``.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from sparsevlm.cli import main as sparsevlm
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; the rows name it as it would have to be typed."""
+    """Runs ``sparsevlm bench``; the rows hold the command as it would have to be typed."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not any(argument.startswith("--append-to") for argument in given):
         given += ["--append-to", os.path.relpath(E2E)]  # the rows hold it

@@ -1,7 +1,7 @@
-"""Kernels against plain torch, and the sketch of the rank against singular values.
+"""Benchmark of kernels against plain torch, and of the rank sketch against singular values.
 
-``python -m benchmark.bench_layer1`` appends its rows to ``results/kernels.csv``. It also prints
-what a decoder layer takes with fewer visual tokens, beside stored rows of accuracy.
+``python -m benchmark.bench_layer1`` appends its rows to ``results/kernels.csv``. It also prints the time of a decoder
+layer with fewer visual tokens, beside stored rows of accuracy.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _DRIVERS = ("gesvd", "gesvdj", "gesvda")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a decoder, of a vision tower, and of requests."""
+    """Sizes of a decoder, of a vision tower, and of requests."""
 
     hidden: int = 3584
     heads: int = 28
@@ -62,12 +62,12 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """Of one prompt."""
+        """Rows of one prompt."""
         return self.visual + self.text
 
     @property
     def lengths(self) -> list[int]:
-        """Rows of the prompts of a batch, which are unequal."""
+        """Unequal rows of the prompts of a batch."""
         return [self.visual_of_batch - b % 4 * (self.visual_of_batch // 8) + self.text for b in range(self.batch)]
 
 
@@ -75,7 +75,7 @@ SMALL = Sizes(64, 4, 2, 16, 96, 2, 20, 8, 32, 24, 6, 3, 16, 8, 40)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure everything and append the rows to ``results/kernels.csv``."""
+    """Measures everything and appends the rows to ``results/kernels.csv``."""
     bench = Bench.begin("bench_layer1", "kernels.csv", arguments)
     sizes = SMALL if bench.small else Sizes()
     with torch.no_grad():
@@ -86,16 +86,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _pair(
-    bench: Bench, operation: str, shape: str, plain: Callable[..., object], kernel: Callable[..., object],
-    make: Callable[[], tuple[object, ...]], work: Work, *, plain_waits: bool = False,
+    bench: Bench, operation: str, shape: str, reference: Callable[..., object], kernel: Callable[..., object],
+    make: Callable[[], tuple[object, ...]], work: Work, *, reference_waits: bool = False,
 ) -> None:  # fmt: skip
     sets = bench.sets(make)
-    bench.time(operation, shape, "plain torch", plain, sets, graph=not plain_waits, work=work)
+    bench.time(operation, shape, "plain torch", reference, sets, graph=not reference_waits, work=work)
     bench.time(operation, shape, "ours", kernel, sets, work=work)
 
 
 def elementwise(bench: Bench, sizes: Sizes) -> None:
-    """Norm, activation and rotation."""
+    """Measures norm, activation and rotation."""
     element = torch.empty(0, dtype=bench.dtype).element_size()
     for n in (sizes.rows, 1):
         weight = bench.random(sizes.hidden)
@@ -126,7 +126,7 @@ def elementwise(bench: Bench, sizes: Sizes) -> None:
 
 
 def attention(bench: Bench, sizes: Sizes) -> None:
-    """Packed sequences: prompts of a batch, and windows of a picture."""
+    """Measures attention over packed sequences: prompts of a batch, and windows of an image."""
     cases = [
         ("prompts", sizes.lengths, sizes.heads, sizes.kv_heads, sizes.head_dim, True),
         ("windows", [sizes.window] * (sizes.patches // sizes.window), sizes.vision_heads, sizes.vision_heads,
@@ -142,12 +142,12 @@ def attention(bench: Bench, sizes: Sizes) -> None:
             lambda q, k, v, o=cu_seqlens, m=max_seqlen, s=scaling, c=causal: varlen_attention(q, k, v, o, m, s, c),
             lambda n=n, h=heads, g=kv_heads, d=head_dim: tuple(bench.random(n, x, d) for x in (h, g, g)),
             Work(4 * heads * head_dim * pairs, 2 * n * (heads + kv_heads) * head_dim * element),
-            plain_waits=True,
+            reference_waits=True,
         )  # fmt: skip
 
 
 def decoding(bench: Bench, sizes: Sizes) -> None:
-    """One new token per sample, against padded keys and values in torch's attention, as transformers holds them."""
+    """Measures decode attention, against torch's attention over padded keys and values."""
     element = torch.empty(0, dtype=bench.dtype).element_size()
     scaling, n_new = sizes.head_dim**-0.5, sizes.raters // 2
     for lengths in ([sizes.rows], sizes.lengths):
@@ -187,7 +187,7 @@ def decoding(bench: Bench, sizes: Sizes) -> None:
 
 
 def raters(bench: Bench, sizes: Sizes) -> None:
-    """What the text looks at among the visual tokens: both passes."""
+    """Measures both passes of rater attention."""
     n, scaling = sizes.rows, sizes.head_dim**-0.5
     lengths, cu_seqlens = bench.cu_seqlens([sizes.text]), bench.cu_seqlens([n])
     ends = torch.arange(sizes.visual, n, device=bench.device, dtype=torch.int32) + 1
@@ -216,12 +216,12 @@ def raters(bench: Bench, sizes: Sizes) -> None:
             bench.random(sizes.text, sizes.heads, sizes.head_dim), bench.random(n, sizes.kv_heads, sizes.head_dim)
         ),
         Work(flops=4 * sizes.text * n * sizes.heads * sizes.head_dim),
-        plain_waits=True,
+        reference_waits=True,
     )  # fmt: skip
 
 
 def choosing(bench: Bench, sizes: Sizes) -> None:
-    """Products of all pairs, and the picks out of them."""
+    """Measures Gram matrices, and the pivots picked from them."""
     for batch, n in ((1, sizes.visual), (sizes.batch, sizes.visual_of_batch)):
         n_keep = n // 4
         _pair(
@@ -239,41 +239,41 @@ def choosing(bench: Bench, sizes: Sizes) -> None:
             bench, "pivots", f"{batch} x {n}, {n_keep} picks",
             lambda gram, quality, k=n_keep: pivoted_cholesky.pivoted_cholesky_reference(gram, quality, k, True, _NOISE),
             lambda gram, quality, k=n_keep: pivoted_cholesky.pivoted_cholesky(gram, quality, k, True, _NOISE),
-            make, Work(bytes=4 * batch * n_keep * n), plain_waits=True,
+            make, Work(bytes=4 * batch * n_keep * n), reference_waits=True,
         )  # fmt: skip
 
 
 def rank(bench: Bench, sizes: Sizes) -> None:
-    """Ranks of rater attention, which have to be those of the singular values."""
+    """Measures ranks by sketch, which have to be those of the singular values."""
     drivers = _DRIVERS if bench.device.type == "cuda" else (None,)
     for batch in (1, sizes.batch):
 
         def make(batch: int = batch) -> tuple[Tensor]:
-            few = bench.random(batch, sizes.raters, 8, dtype=torch.float32)
-            return ((few @ bench.random(batch, 8, sizes.columns, dtype=torch.float32)).softmax(dim=-1),)
+            left = bench.random(batch, sizes.raters, 8, dtype=torch.float32)
+            return ((left @ bench.random(batch, 8, sizes.columns, dtype=torch.float32)).softmax(dim=-1),)
 
         sets = bench.sets(make)
         shape = f"{batch} x {sizes.raters} x {sizes.columns}"
-        found = torch.cat([sketch_rank(matrices, _TOLERANCE) for (matrices,) in sets])
-        check_ranks(torch.cat([matrices for (matrices,) in sets]), found)
+        ranks = torch.cat([sketch_rank(matrices, _TOLERANCE) for (matrices,) in sets])
+        check_ranks(torch.cat([matrices for (matrices,) in sets]), ranks)
         for driver in drivers:
             theirs = partial(singular_ranks, tolerance=_TOLERANCE, driver=driver)
-            n_differ = int((torch.cat([theirs(matrices) for (matrices,) in sets]) != found).sum())
-            name, note = f"svdvals {driver or ''}".strip(), f"{n_differ} of {len(found)} ranks differ"
+            n_differ = int((torch.cat([theirs(matrices) for (matrices,) in sets]) != ranks).sum())
+            name, note = f"svdvals {driver or ''}".strip(), f"{n_differ} of {len(ranks)} ranks differ"
             bench.time("rank", shape, name, theirs, sets, graph=False, note=note)
         bench.time("rank", shape, "sketch", lambda matrices: sketch_rank(matrices, _TOLERANCE), sets)
 
 
-def check_ranks(matrices: Tensor, found: Tensor) -> None:
-    """Nothing is timed that gives other ranks than singular values in float64, rounding at the threshold aside."""
-    most, least = (singular_ranks(matrices.double(), _TOLERANCE + share) for share in (-_AT_THRESHOLD, _AT_THRESHOLD))
-    n_wrong = int(((found < least) | (found > most)).sum())
+def check_ranks(matrices: Tensor, ranks: Tensor) -> None:
+    """Raises if ranks are not those of singular values in float64, rounding at the threshold aside."""
+    most, least = (singular_ranks(matrices.double(), _TOLERANCE + margin) for margin in (-_AT_THRESHOLD, _AT_THRESHOLD))
+    n_wrong = int(((ranks < least) | (ranks > most)).sum())
     if n_wrong:
-        raise RuntimeError(f"{n_wrong} of {len(found)} ranks by sketch are not those of the singular values.")
+        raise RuntimeError(f"{n_wrong} of {len(ranks)} ranks by sketch are not those of the singular values.")
 
 
 def singular_ranks(matrices: Tensor, tolerance: float, driver: str | None = None) -> Tensor:
-    """How many singular values hold all but ``tolerance`` of the energy, per matrix."""
+    """Ranks of matrices: singular values that hold all but ``tolerance`` of the energy."""
     energy = torch.linalg.svdvals(matrices, driver=driver).double().square()
     wanted = (1.0 - tolerance) * energy.sum(dim=-1, keepdim=True)
     return (energy.cumsum(dim=-1) < wanted).sum(dim=-1) + 1

@@ -1,4 +1,4 @@
-"""Packing: one attention call per block of the vision tower, prompts without padding; against transformers' modules.
+"""Benchmark of packed vision blocks and prompts against transformers' padded modules.
 
 ``python -m benchmark.bench_layer2`` appends its rows to ``results/packing.csv``.
 """
@@ -23,15 +23,13 @@ from sparsevlm.kernels.elementwise import rotate
 from sparsevlm.models import ModelAdapter, adapter_for
 from sparsevlm.request.costs import prefill_flops
 
-LAYERS, BLOCKS = (
-    4,
-    8,
-)  # an eighth to a quarter of the whole; of the blocks one sees the whole picture, as in all of them
+# An eighth to a quarter of the whole. One of the blocks has full attention, as one in eight of the whole.
+LAYERS, BLOCKS = 4, 8
 _GRIDS: dict[str, Grids] = {
-    "one picture": ((1, 64, 64),),
-    "six pictures": ((1, 16, 16), (1, 32, 32), (1, 64, 64), (1, 18, 42), (1, 36, 54), (1, 80, 24)),
+    "one image": ((1, 64, 64),),
+    "six images": ((1, 16, 16), (1, 32, 32), (1, 64, 64), (1, 18, 42), (1, 36, 54), (1, 80, 24)),
 }
-_SMALL_GRIDS: dict[str, Grids] = {"one picture": ((1, 8, 8),), "three pictures": ((1, 4, 4), (1, 6, 8), (1, 8, 4))}
+_SMALL_GRIDS: dict[str, Grids] = {"one image": ((1, 8, 8),), "three images": ((1, 4, 4), (1, 6, 8), (1, 8, 4))}
 _LENGTHS = {
     "equal": [1066] * 8,
     "some shorter": [1066, 1066, 810, 810, 618, 618, 298, 298],
@@ -41,7 +39,7 @@ _SMALL_LENGTHS = {"equal": [20] * 3, "some shorter": [20, 12, 7], "one long": [4
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure everything and append the rows."""
+    """Measures everything and appends the rows."""
     bench = Bench.begin("bench_layer2", "packing.csv", arguments)
     shape, layers, blocks = ("tiny", 2, 2) if bench.small else ("7b", LAYERS, BLOCKS)
     with torch.no_grad():
@@ -56,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def tower(bench: Bench, model: Any, adapter: ModelAdapter, weights: FusedWeights, cases: dict[str, Grids]) -> None:
-    """Some blocks of the vision tower."""
+    """Measures blocks of the vision tower."""
     vision, program = model.model.visual, adapter.vision.program
     assert program is not None  # of a family with a tower that the engine runs
     size = vision.patch_embed.proj.weight[0].numel()
@@ -68,7 +66,7 @@ def tower(bench: Bench, model: Any, adapter: ModelAdapter, weights: FusedWeights
         on_device, tables = torch.tensor(grids, device=bench.device), make_tables(program, tokens)
         theirs = partial(vision, grid_thw=on_device)
         ours = partial(encode_images, program, weights, tables)
-        _compare(theirs(*sets[0]).pooler_output, ours(*sets[0])[1], bench.dtype)
+        _check_equal(theirs(*sets[0]).pooler_output, ours(*sets[0])[1], bench.dtype)
         shape, work = f"{what}, {n} patches, {adapter.vision.n_blocks} blocks", Work(2 * n * n_weights)
         bench.time("vision tower", shape, "transformers", theirs, sets, graph=False, work=work)
         bench.time_both("vision tower", shape, "ours", ours, sets, work)
@@ -77,7 +75,7 @@ def tower(bench: Bench, model: Any, adapter: ModelAdapter, weights: FusedWeights
 def prompts(
     bench: Bench, model: Any, adapter: ModelAdapter, weights: FusedWeights, cases: dict[str, list[int]]
 ) -> None:
-    """Some decoder layers over a batch of prompts, padded and packed."""
+    """Measures decoder layers over a batch of prompts, padded and packed."""
     size = adapter.decoder.module.config.hidden_size
     for what, lengths in cases.items():
         batch, max_seqlen = len(lengths), max(lengths)
@@ -89,7 +87,7 @@ def prompts(
         packed = [(embeds.flatten(0, 1)[rows],) for (embeds,) in padded]
         theirs = partial(_padded, model.model.language_model, mask.long(), positions)
         ours = _packed(adapter, weights, lengths, positions.flatten(1)[:, rows])
-        _compare(theirs(*padded[0]).flatten(0, 1)[rows], ours(*packed[0]), bench.dtype)
+        _check_equal(theirs(*padded[0]).flatten(0, 1)[rows], ours(*packed[0]), bench.dtype)
         shape = f"{what}, {batch} x {max_seqlen}, {sum(lengths)} rows, {adapter.n_layers} layers"
         work = Work(sum(prefill_flops(adapter, [length] * adapter.n_layers, 0) for length in lengths))
         waste = f"{100 * (1 - sum(lengths) / (batch * max_seqlen)):.0f} % of the padded rows are padding"
@@ -98,10 +96,10 @@ def prompts(
 
 
 def _padded(decoder: Any, mask: Tensor, positions: Tensor, embeds: Tensor) -> Tensor:
-    found: Tensor = decoder(
+    output: Tensor = decoder(
         inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
     ).last_hidden_state
-    return found
+    return output
 
 
 def _packed(
@@ -120,15 +118,15 @@ def _packed(
                 return varlen_attention(query, key, value.contiguous(), cu_seqlens, max(lengths), scaling, causal=True)
 
             hidden, residual = run_layer(block, weights, hidden, residual, attend)
-        found: Tensor = adapter.decoder.norm(summed(hidden, residual))
-        return found
+        output: Tensor = adapter.decoder.norm(summed(hidden, residual))
+        return output
 
     return run
 
 
-def _compare(wanted: Tensor, found: Tensor, dtype: torch.dtype) -> None:
-    """Nothing is timed that says something else."""
-    error = float((found.float() - wanted.float()).norm() / wanted.float().norm())
+def _check_equal(expected: Tensor, packed: Tensor, dtype: torch.dtype) -> None:
+    """Raises if packed outputs are not the padded ones."""
+    error = float((packed.float() - expected.float()).norm() / expected.float().norm())
     if not error <= (5e-2 if dtype == torch.bfloat16 else 1e-4):
         raise RuntimeError(f"packed rows differ from padded ones by {error:.2g} (relative): nothing was timed.")
 

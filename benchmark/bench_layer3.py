@@ -1,7 +1,7 @@
-"""CUDA graphs against the same operations one by one, for the prompt and for a decode step.
+"""Benchmark of CUDA graphs against the same operations one by one, for the prompt and for a decode step.
 
-``python -m benchmark.bench_layer3`` appends its rows to ``results/graphs.csv``: times, what fills the bucket up, and
-what recording costs. Where there are no CUDA graphs both are the same.
+``python -m benchmark.bench_layer3`` appends its rows to ``results/graphs.csv``: times, padding of the bucket, and
+costs of the capture. Without CUDA graphs both are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmark.timed import Bench
 from sparsevlm import apply_sparsevlm
 from sparsevlm.bench.cases import Case
-from sparsevlm.bench.roofline import floors
+from sparsevlm.bench.roofline import roofline_bounds
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.bench.workload import fresh_inputs
 from sparsevlm.engine.call import Prompt
@@ -39,7 +39,7 @@ _SECONDS = 2.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure everything and append the rows."""
+    """Measures everything and appends the rows."""
     bench = Bench.begin("bench_layer3", "graphs.csv", arguments)
     shape, cases = ("tiny", SMALL_CASES) if bench.small else ("7b", CASES)
     with torch.no_grad():
@@ -51,21 +51,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for keep in KEEPS:
                 with state.options(keep=keep):
                     for provider, device in (("one by one", torch.device("cpu")), ("graph", bench.device)):
-                        Measurement(bench, state, weights, case, f"{case.name}, keep {keep}", provider).run(
+                        GraphBenchmark(bench, state, weights, case, f"{case.name}, keep {keep}", provider).run(
                             GraphPool(device)
                         )
     bench.end()
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One provider in one case.
+class GraphBenchmark:
+    """Benchmark of one provider in one case.
 
     Attributes
     ----------
     bench : Bench
     state : SparseVLMState
-    weights : Weights
+    weights : FusedWeights
     case : Case
     shape, provider : str
         Of the rows.
@@ -79,7 +79,7 @@ class Measurement:
     provider: str
 
     def run(self, pool: GraphPool) -> None:
-        """Time the prompt and the steps, by programs that ``pool`` makes."""
+        """Times the prompt and the decode steps, by graphs of ``pool``."""
         adapter, case = self.state.adapter, self.case
         gc.collect()  # programs of the case before
         prompt, host = self._prompt()
@@ -89,7 +89,7 @@ class Measurement:
         bucket, counts = bucketed_prefill.plan(request)
         full = sum(sum(stage) for stage in counts.total) / sum(bucket.rows)
         note = f"{100 * (1 - full):.1f} % of the bucket's rows fill up"
-        floor = self._floors(request)
+        bounds = self._bounds(request)
 
         made: list[PrefillGraph] = []
 
@@ -104,14 +104,14 @@ class Measurement:
         decode_graph, cost = self._first(lambda: prefill(request))
         requests = iter([self._request(host) for _ in range(_REPEATS)])
         values = self._repeat(lambda: prefill(next(requests)))
-        self._keep("prompt", values, cost, floor["prefill"], note)
+        self._keep("prompt", values, cost, bounds["prefill"], note)
         if self.provider == "one by one":
             decode_graph = prefill(self._request(host))  # the last prompt's caches
         decode_graph.start(prompt.next_positions, case.new_tokens)
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=self.bench.device)
         _, cost = self._first(lambda: decode_graph.step(tokens))
         values = self._repeat(lambda: decode_graph.step(tokens), min(_REPEATS, case.new_tokens - 1))
-        self._keep("decode step", values, cost, floor["decode_per_token"])
+        self._keep("decode step", values, cost, bounds["decode_per_token"])
 
     def _prompt(self) -> tuple[Prompt, dict[str, Tensor]]:
         adapter = self.state.adapter
@@ -125,28 +125,28 @@ class Measurement:
         grids = {"image": adapter.family.grids(adapter, "image", host)}
         return open_request(self.state._session, host, visual_masks(adapter, host), grids)
 
-    def _floors(self, request: Any) -> dict[str, float]:
-        """By the visual tokens at each layer that the plan of the first sample gives."""
+    def _bounds(self, request: Any) -> dict[str, float]:
+        """Roofline bounds at the visual tokens that the plan of the first sample gives each layer."""
         targets, counts = bucketed_prefill.count(request)
         adapter = self.state.adapter
         visual = [counts.visual[sum(target < layer for target in targets)][0] for layer in range(adapter.n_layers)]
-        return floors(adapter, self.case, visual, self.bench.ceilings)
+        return roofline_bounds(adapter, self.case, visual, self.bench.roofline)
 
     def _first(self, call: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
-        """What the first call gives, its milliseconds, and the bytes that it takes from the device for good."""
+        """Result of a first call, its milliseconds, and the device memory that stays allocated, in bytes."""
         cuda = self.bench.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
         before = torch.cuda.memory_reserved() if cuda else 0
         begin = time.perf_counter()
-        found = call()
+        result = call()
         if cuda:
             torch.cuda.synchronize()
         took = 1e3 * (time.perf_counter() - begin)
         if cuda:
             torch.cuda.empty_cache()
-        return found, (took, float(torch.cuda.memory_reserved() - before) if cuda else 0.0)
+        return result, (took, float(torch.cuda.memory_reserved() - before) if cuda else 0.0)
 
     def _repeat(self, call: Callable[[], Any], most: int = _REPEATS) -> list[float]:
         values: list[float] = []
@@ -161,10 +161,10 @@ class Measurement:
         return values
 
     def _keep(
-        self, operation: str, values: list[float], cost: tuple[float, float], floor: float, note: str = ""
+        self, operation: str, values: list[float], cost: tuple[float, float], bound: float, note: str = ""
     ) -> None:
         keep = self.bench.keep
-        keep(operation, self.shape, self.provider, "ms", values, timing="calls", floor=floor, note=note)
+        keep(operation, self.shape, self.provider, "ms", values, timing="calls", bound=bound, note=note)
         keep(f"{operation}, first", self.shape, self.provider, "ms", [cost[0]], timing="calls")
         keep(f"{operation}, first", self.shape, self.provider, "bytes", [cost[1]])
 

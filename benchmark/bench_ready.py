@@ -1,4 +1,4 @@
-"""How soon the first answer comes after ``apply_sparsevlm``, with Triton's cache empty and filled.
+"""Benchmark of the time until the first answer after ``apply_sparsevlm``, with Triton's cache empty and filled.
 
 ``python -m benchmark.bench_ready`` starts a process for each and appends its rows to ``results/ready.csv``.
 """
@@ -25,7 +25,7 @@ CASE, SMALL_CASE = Case(1024, 1, 8), Case(36, 1, 8)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure both and append the rows."""
+    """Measures with both caches and appends the rows."""
     bench = Bench.begin("bench_ready", "ready.csv", arguments)
     case = SMALL_CASE if bench.small else CASE
     with tempfile.TemporaryDirectory() as folder:
@@ -33,14 +33,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for cache in ("empty", "filled"):
             child = [sys.executable, "-m", "benchmark.bench_ready", "--child", str(bench.device), str(int(bench.small))]
             output = subprocess.run(child, env=environment, check=True, capture_output=True, text=True).stdout
-            found = json.loads(output.splitlines()[-1])
-            for operation, milliseconds in found.items():
+            times = json.loads(output.splitlines()[-1])
+            for operation, milliseconds in times.items():
                 bench.keep(operation, case.name, "ours", "ms", [milliseconds], timing=f"Triton's cache {cache}")
     bench.end()
 
 
 def child(device: str, small: bool) -> None:
-    """One process: load, apply with a warm-up, answer."""
+    """Loads, applies with warmup and answers, in a process of its own."""
     case = SMALL_CASE if small else CASE
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = random_model("tiny" if small else "7b", device, dtype, "sdpa")

@@ -1,4 +1,4 @@
-"""Stored rows of ``sparsevlm bench``, the last run of each case, and tables of them."""
+"""Stored rows of ``sparsevlm bench``: reading, the last run of each case, Markdown tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Setting = tuple[str, str]  # provider and keep
 
 
 def read_e2e(file: Path = E2E) -> list[StoredRow]:
-    """All rows; none where there is no file."""
+    """Loads all rows of a CSV file; a missing file has none."""
     if not file.exists():
         return []
     with file.open(newline="", encoding="utf-8") as lines:
@@ -23,28 +23,28 @@ def read_e2e(file: Path = E2E) -> list[StoredRow]:
 
 
 def last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[str, StoredRow]]]:
-    """By case, provider with keep, and phase: rows of time, of the run that measured the case last.
+    """Returns the rows of time of each case's last run, by case, provider with keep, and phase.
 
     All rows of a case in one run have the same time stamp, so that what is compared was measured in turn.
     """
     last: dict[str, str] = {}
     for row in rows:
         last[row["case"]] = max(last.get(row["case"], ""), row["timestamp"])
-    found: dict[str, dict[Setting, dict[str, StoredRow]]] = {}
+    runs: dict[str, dict[Setting, dict[str, StoredRow]]] = {}
     for row in rows:
         if row["metric"] == "ms" and row["timestamp"] == last[row["case"]]:
-            of_case = found.setdefault(row["case"], {})
+            of_case = runs.setdefault(row["case"], {})
             of_case.setdefault((row["provider"], row["keep"]), {})[row["phase"]] = row
-    return found
+    return runs
 
 
 def e2e_table(rows: list[StoredRow]) -> str:
-    """One line per case and provider: median, floor and how many times faster than hf-dense, per phase."""
+    """Makes a Markdown table: per case, provider and phase the median, its roofline bound, and the speed-up."""
     if not rows:
         return "No rows yet: `python -m benchmark.bench_e2e` on a GPU adds them.\n"
     heads = ["case", "provider", "keep"]
     for phase in PHASES.values():
-        heads += [f"{phase}, ms", "floor", "x"]
+        heads += [f"{phase}, ms", "bound", "x"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     runs = last_runs(rows)
     for case, settings in runs.items():
@@ -72,9 +72,9 @@ def _origin(rows: list[StoredRow]) -> str:
         return ", ".join(dict.fromkeys(row[name] for row in rows))
 
     return (
-        "Medians; floor: the least that the device can take for what has to be computed and read, from its measured "
-        "ceilings; x: how many times faster than hf-dense in the same run. Cases: visual tokens, batch, new tokens. "
-        f"{all_of('model')}; {all_of('dtype')}, {all_of('gpu')}, torch {all_of('torch')}, triton {all_of('triton')}, "
-        f"transformers {all_of('transformers')}, commit {all_of('commit')}; rows with their commands: e2e.csv in "
-        "benchmark/results."
+        "Medians; bound: the roofline bound, the least that the device can take for what has to be computed and read, "
+        "from its measured peaks; x: how many times faster than hf-dense in the same run. "
+        f"Cases: visual tokens, batch, new tokens. {all_of('model')}; {all_of('dtype')}, {all_of('gpu')}, "
+        f"torch {all_of('torch')}, triton {all_of('triton')}, transformers {all_of('transformers')}, "
+        f"commit {all_of('commit')}; rows with their commands: e2e.csv in benchmark/results."
     )

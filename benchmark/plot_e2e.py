@@ -1,4 +1,4 @@
-"""A picture of the stored rows of whole calls: ``python -m benchmark.plot_e2e`` writes ``docs/images/e2e.png``."""
+"""Plot of the stored rows of whole calls: ``python -m benchmark.plot_e2e`` writes ``docs/images/e2e.png``."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from benchmark.e2e_rows import PHASES, Setting, StoredRow, last_runs, read_e2e
 
-PICTURE = Path(__file__).parent.parent / "docs" / "images" / "e2e.png"
+PLOT = Path(__file__).parent.parent / "docs" / "images" / "e2e.png"
 _INCHES_PER_CASE = 1.1
 _HEIGHT = 3.2
 
 
 def plot(rows: list[StoredRow], file: Path) -> None:
-    """Draw one panel per phase: bars of the medians with p20 and p80, and a line at the floor of each.
+    """Draws one panel per phase: bars of the medians with p20 and p80, and a line at the roofline bound of each.
 
     Parameters
     ----------
@@ -46,7 +46,7 @@ def plot(rows: list[StoredRow], file: Path) -> None:
         panel.set_ylabel("ms")
         panel.set_xticks(range(len(cases)), cases, fontsize="small")
     handles, names = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, fontsize="small", ncols=4, title="line: floor", loc="lower center")
+    figure.legend(handles, names, fontsize="small", ncols=4, title="line: roofline bound", loc="lower center")
     origin = next(iter(next(iter(next(iter(runs.values())).values())).values()))
     figure.suptitle(f"{origin['model']}, {origin['dtype']}, {origin['gpu']}", fontsize="medium")
     figure.tight_layout(rect=(0, 0.09, 1, 1))
@@ -59,25 +59,25 @@ def _bars(
     panel: object, runs: dict[str, dict[Setting, dict[str, StoredRow]]], cases: list[str], setting: Setting, phase: str,
     i: int, n: int,
 ) -> None:  # fmt: skip
-    """Bars of one provider in all cases that it has times of."""
+    """Draws the bars of one provider in all cases that it has times of."""
     width = 0.8 / n
-    found = {x: runs[case].get(setting, {}).get(phase, {}) for x, case in enumerate(cases)}
-    found = {x + (i - (n - 1) / 2) * width: row for x, row in found.items() if row.get("p50")}
-    middle = [float(row["p50"]) for row in found.values()]
-    below = [float(row["p50"]) - float(row["p20"]) for row in found.values()]
-    above = [float(row["p80"]) - float(row["p50"]) for row in found.values()]
+    rows = {x: runs[case].get(setting, {}).get(phase, {}) for x, case in enumerate(cases)}
+    rows = {x + (i - (n - 1) / 2) * width: row for x, row in rows.items() if row.get("p50")}
+    middle = [float(row["p50"]) for row in rows.values()]
+    below = [float(row["p50"]) - float(row["p20"]) for row in rows.values()]
+    above = [float(row["p80"]) - float(row["p50"]) for row in rows.values()]
     provider, keep = setting
     name = provider if keep == "1.0" else f"{provider} {keep}"
-    panel.bar(list(found), middle, width, yerr=[below, above], label=name, error_kw={"linewidth": 0.7})
-    with_floor = {x: float(row["floor"]) for x, row in found.items() if row["floor"]}
-    starts, ends = ([x + side * width / 2 for x in with_floor] for side in (-1, 1))
-    panel.hlines(list(with_floor.values()), starts, ends, color="black", linewidth=1.2)
+    panel.bar(list(rows), middle, width, yerr=[below, above], label=name, error_kw={"linewidth": 0.7})
+    bounds = {x: float(row["floor"]) for x, row in rows.items() if row["floor"]}
+    starts, ends = ([x + side * width / 2 for x in bounds] for side in (-1, 1))
+    panel.hlines(list(bounds.values()), starts, ends, color="black", linewidth=1.2)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the picture, to another place if one is given."""
+    """Writes the plot, to another file if one is given."""
     given = sys.argv[1:] if arguments is None else list(arguments)
-    plot(read_e2e(), Path(given[0]) if given else PICTURE)
+    plot(read_e2e(), Path(given[0]) if given else PLOT)
 
 
 if __name__ == "__main__":

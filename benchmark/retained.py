@@ -1,4 +1,4 @@
-"""What a decoder layer takes with fewer visual tokens, beside what the stored rows say of accuracy."""
+"""Time of a decoder layer by retained visual tokens, beside the stored accuracy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RETAINED = (256, 128, 96, 64)
 
 
 def print_retained(bench: Bench, n_text: int) -> None:
-    """Time a decoder layer at each number of retained tokens and print the table; the rows are kept."""
+    """Times a decoder layer at each number of retained tokens and prints the table; the rows are kept."""
     model = random_model("tiny" if bench.small else "7b", str(bench.device), bench.dtype, "sdpa", layers=1)
     adapter = adapter_for(model)
     weights = FusedWeights(adapter)
@@ -57,13 +57,13 @@ def _layer(adapter: ModelAdapter, weights: FusedWeights, n: int) -> Callable[[Te
 
 
 def accuracy(rows: list[StoredRow], n_retained: int) -> str:
-    """Retained percent at that share of the tokens of :data:`RETAINED`'s first, of the run with most questions.
+    """Retained percent at a number of tokens of 256, from the stored run with the most questions.
 
-    The share is the stored budget that is nearest; the cell names the model, the selector and the run.
+    The row is that of the stored budget that is nearest; the cell names the model, the selector and the run.
     """
     if n_retained == RETAINED[0]:
         return "100 (dense)"
-    share = n_retained / RETAINED[0]
+    fraction = n_retained / RETAINED[0]
     fitting = [
         row
         for row in rows
@@ -71,7 +71,7 @@ def accuracy(rows: list[StoredRow], n_retained: int) -> str:
         == ("demo", "average", "span", "default", "")
         and row["keep"] not in ("", "adaptive")
         and row["retained"]
-        and abs(float(row["keep"]) - share) < 0.01
+        and abs(float(row["keep"]) - fraction) < 0.01
     ]
     if not fitting:
         return "no stored row"

@@ -1,4 +1,4 @@
-"""Tables of README and documents from stored rows: ``python -m benchmark.tables`` rewrites them in place.
+"""Tables of the README and the documents: ``python -m benchmark.tables`` rewrites them from the stored rows.
 
 A document marks the place of a table with ``<!-- accuracy: FILTER -->`` and ``<!-- end of accuracy -->``. The filter
 names columns of ``results/accuracy.csv`` and the values that its rows must have:
@@ -27,12 +27,12 @@ StoredRow = dict[str, str]
 
 
 def stored_rows() -> list[StoredRow]:
-    """All rows of ``sparsevlm eval ... --append-to benchmark/results/accuracy.csv``."""
+    """Loads the rows of ``sparsevlm eval ... --append-to benchmark/results/accuracy.csv``."""
     return read_rows(RESULTS / "accuracy.csv")
 
 
 def chosen(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
-    """Rows that a table's filter lets through."""
+    """Selects the rows that fit a table's filter."""
     for condition in filter_text.split():
         name, _, values = condition.partition("=")
         wanted = {value.replace("+", " ") for value in values.split(",")}
@@ -41,7 +41,7 @@ def chosen(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
 
 
 def accuracy_table(rows: list[StoredRow]) -> str:
-    """One line per setting, in the order of the rows; retained percent of the dense score on average and by task.
+    """Makes a Markdown table: per setting the retained percent of the dense score, on average and by task.
 
     Raises
     ------
@@ -65,11 +65,11 @@ def accuracy_table(rows: list[StoredRow]) -> str:
         is_dense = selector == "dense"
         # A run of one task has no average of its own.
         average = by_task.get(_AVERAGE) or (by_task.get(tasks[0], {}) if len(tasks) == 1 else {})
-        cells = [_share(by_task.get(task, {}), is_dense) for task in tasks]
-        overall = _share(average, is_dense) if is_dense else f"**{_share(average, is_dense)}** {_interval(average)}"
-        where = "–" if is_dense or selector == "downsample" else _place(selector, layers)
+        cells = [_score(by_task.get(task, {}), is_dense) for task in tasks]
+        overall = _score(average, is_dense) if is_dense else f"**{_score(average, is_dense)}** {_interval(average)}"
+        layers_cell = "–" if is_dense or selector == "downsample" else _target_layers(selector, layers)
         lines.append(
-            f"| {selector}{f' ({options})' if options else ''} | {where} | {'–' if is_dense else keep} | "
+            f"| {selector}{f' ({options})' if options else ''} | {layers_cell} | {'–' if is_dense else keep} | "
             f"{_number(average, 'avg_tokens', 0)} of {_number(average, 'n_visual', 0)} | {overall.strip()} | "
             + " | ".join(cells)
             + " |"
@@ -78,23 +78,23 @@ def accuracy_table(rows: list[StoredRow]) -> str:
 
 
 def _check_same(before: StoredRow | None, row: StoredRow) -> None:
-    """Two runs may show the same setting, the dense one for example, if they measured the same."""
-    told = ("n", "n_visual", "data", "weights", "dtype", "device")
-    if before is not None and any(before[name] != row[name] for name in told):
-        what = ", ".join(name for name in told if before[name] != row[name])
+    """Raises if two runs that show the same setting, such as dense, measured something else."""
+    conditions = ("n", "n_visual", "data", "weights", "dtype", "device")
+    if before is not None and any(before[name] != row[name] for name in conditions):
+        what = ", ".join(name for name in conditions if before[name] != row[name])
         raise ValueError(
             f"runs {before['run']} and {row['run']} both have {row['selector']} on {row['task']}, and differ in "
             f"{what}: narrow the filter"
         )
 
 
-def _place(selector: str, layers: str) -> str:
+def _target_layers(selector: str, layers: str) -> str:
     before = selector in SELECTORS and SelectorTraits.of(SELECTORS[selector]()).placement == BEFORE_DECODER
     return "before" if before else layers.replace(" ", ", ")
 
 
-def _share(row: StoredRow, is_dense: bool) -> str:
-    """The score of dense in percent, or what is retained of it."""
+def _score(row: StoredRow, is_dense: bool) -> str:
+    """Dense score in percent, or retained percent of it."""
     if not is_dense:
         return _number(row, "retained", 1)
     return f"{100 * float(row['dense_score']):.1f} %" if row.get("dense_score") else _UNKNOWN
@@ -105,7 +105,7 @@ def _interval(row: StoredRow) -> str:
 
 
 def _number(row: StoredRow, name: str, places: int) -> str:
-    """A figure of a row; not every row has each."""
+    """Formats a figure of a row, or a dash where the row has none."""
     return f"{float(row[name]):.{places}f}" if row.get(name) else _UNKNOWN
 
 
@@ -123,7 +123,7 @@ def _origin(rows: list[StoredRow]) -> str:
 
 
 def with_tables(text: str) -> str:
-    """A document's text with its tables made anew."""
+    """Replaces the tables in a document's text."""
     stored = {"accuracy": stored_rows(), "e2e": read_e2e()}
     tables = {"accuracy": accuracy_table, "e2e": e2e_table}
 

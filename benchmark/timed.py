@@ -1,4 +1,4 @@
-"""Times single operations: by CUDA graph or events on a GPU, by the host's clock elsewhere; rows of CSV files."""
+"""Timing of single operations for benchmark scripts: CUDA graphs or events on a GPU, the host's clock elsewhere."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparsevlm.bench.roofline import Ceilings, measure_ceilings
-from sparsevlm.bench.rows import Row, append_rows, check_columns, device_and_versions, spread, text
+from sparsevlm.bench.roofline import Roofline, measure_roofline
+from sparsevlm.bench.rows import Row, append_rows, cell, check_columns, device_and_versions, spread
 from sparsevlm.evaluation.execution.provenance import commit
 
 RESULTS = Path(__file__).parent / "results"
@@ -24,15 +24,15 @@ COLUMNS = (
     *("gpu", "torch", "triton", "transformers", "commit", "command", "timestamp", "note"),
 )
 _SECONDS = 0.4
-_LEAST, _MOST = 5, 50
-_MOST_SETS = 8
+_MIN_RUNS, _MAX_RUNS = 5, 50
+_MAX_SETS = 8
 
 Inputs = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Work:
-    """What an operation has to compute and to move at least.
+    """FLOPs and bytes that an operation needs at least.
 
     Attributes
     ----------
@@ -42,14 +42,14 @@ class Work:
     flops: float = 0.0
     bytes: float = 0.0
 
-    def floor_ms(self, ceilings: Ceilings) -> float:
-        """Milliseconds that it takes at least."""
-        return 1e3 * max(self.flops / ceilings.flops_per_s, self.bytes / ceilings.bytes_per_s)
+    def bound_ms(self, roofline: Roofline) -> float:
+        """Roofline bound in milliseconds."""
+        return 1e3 * max(self.flops / roofline.flops_per_s, self.bytes / roofline.bytes_per_s)
 
 
 @dataclass
 class Bench:
-    """One benchmark script's run.
+    """Run of one benchmark script.
 
     Attributes
     ----------
@@ -71,7 +71,7 @@ class Bench:
 
     @classmethod
     def begin(cls, name: str, file: str, arguments: Sequence[str] | None) -> Bench:
-        """Read the command line.
+        """Parses the command line.
 
         Parameters
         ----------
@@ -92,30 +92,30 @@ class Bench:
         return cls(name, device, dtype, given.small, given.append_to)
 
     def __post_init__(self) -> None:
-        self.ceilings = measure_ceilings(self.device, self.dtype)
+        self.roofline = measure_roofline(self.device, self.dtype)
         self.generator = torch.Generator(device=self.device).manual_seed(0)
 
     def random(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Normal numbers on the device."""
+        """Draws normal numbers on the device."""
         return torch.randn(shape, generator=self.generator, device=self.device).to(dtype or self.dtype)
 
     def cu_seqlens(self, lengths: Sequence[int]) -> Tensor:
-        """Where sequences of these lengths begin and end, int32."""
+        """Cumulative lengths of packed sequences, int32 of shape (n_sequences + 1,)."""
         return torch.tensor([0, *lengths], device=self.device).cumsum(0).to(torch.int32)
 
     def sets(self, make: Callable[[], Inputs]) -> list[Inputs]:
-        """Inputs to rotate through: more than the device's cache holds, as far as eight sets do."""
-        found = [make()]
-        size = sum(part.nbytes for part in found[0] if isinstance(part, Tensor))
+        """Makes inputs to rotate through: more than the device's cache holds, eight sets at most."""
+        made = [make()]
+        size = sum(part.nbytes for part in made[0] if isinstance(part, Tensor))
         cache = torch.cuda.get_device_properties(self.device).L2_cache_size if self.device.type == "cuda" else 0
-        n = min(_MOST_SETS, max(2, -(-2 * cache // max(size, 1))))
-        return found + [make() for _ in range(n - 1)]
+        n = min(_MAX_SETS, max(2, -(-2 * cache // max(size, 1))))
+        return made + [make() for _ in range(n - 1)]
 
     def time(
         self, operation: str, shape: str, provider: str, run: Callable[..., Any], sets: Sequence[Inputs],
         *, graph: bool = True, work: Work | None = None, note: str = "",
     ) -> float:  # fmt: skip
-        """Time ``run(*inputs)`` and keep a row.
+        """Times ``run(*inputs)`` and keeps a row.
 
         Parameters
         ----------
@@ -136,31 +136,31 @@ class Bench:
         """
         graph = graph and self.device.type == "cuda"
         values = _milliseconds(run, sets, self.device, graph)
-        floor = None if work is None else work.floor_ms(self.ceilings)
+        bound = None if work is None else work.bound_ms(self.roofline)
         self.keep(
-            operation, shape, provider, "ms", values, timing="graph" if graph else "calls", floor=floor, note=note
+            operation, shape, provider, "ms", values, timing="graph" if graph else "calls", bound=bound, note=note
         )
         return sorted(values)[len(values) // 2]
 
     def time_both(
         self, operation: str, shape: str, provider: str, run: Callable[..., Any], sets: Sequence[Inputs], work: Work
     ) -> None:
-        """As :meth:`time`, call by call, and then as one CUDA graph where there are any."""
+        """Times calls one by one, and on a GPU as one CUDA graph as well."""
         self.time(operation, shape, provider, run, sets, graph=False, work=work)
         if self.device.type == "cuda":
             self.time(operation, shape, provider, run, sets, work=work)
 
     def keep(
         self, operation: str, shape: str, provider: str, metric: str, values: Sequence[float], *, timing: str = "",
-        floor: float | None = None, note: str = "",
+        bound: float | None = None, note: str = "",
     ) -> None:  # fmt: skip
-        """Keep a row of values that were measured elsewhere."""
+        """Keeps a row of values that were measured elsewhere."""
         row = {"benchmark": self.name, "operation": operation, "shape": shape, "provider": provider, "timing": timing}
         row |= {"dtype": str(self.dtype).removeprefix("torch."), "metric": metric, "note": note}
-        self.rows.append({**dict.fromkeys(COLUMNS, ""), **row, **spread(values), "floor": text(floor)})
+        self.rows.append({**dict.fromkeys(COLUMNS, ""), **row, **spread(values), "floor": cell(bound)})
 
     def end(self) -> None:
-        """Print the rows and add them to the file."""
+        """Prints the rows and appends them to the file."""
         command = shlex.join(["python", "-m", f"benchmark.{self.name}", *sys.argv[1:]])
         shared = {**device_and_versions(self.device), "commit": commit(), "command": command}
         self.rows = [{**row, **shared} for row in self.rows]
@@ -169,7 +169,7 @@ class Bench:
 
 
 def _milliseconds(run: Callable[..., Any], sets: Sequence[Inputs], device: torch.device, graph: bool) -> list[float]:
-    """Of one call, as often as fits."""
+    """Milliseconds of a call, timed as often as the seconds allow."""
 
     def once() -> None:
         for inputs in sets:
@@ -183,7 +183,7 @@ def _milliseconds(run: Callable[..., Any], sets: Sequence[Inputs], device: torch
         once = _recorded(once)
     values: list[float] = []
     begin = time.perf_counter()
-    while len(values) < _LEAST or (len(values) < _MOST and time.perf_counter() - begin < _SECONDS):
+    while len(values) < _MIN_RUNS or (len(values) < _MAX_RUNS and time.perf_counter() - begin < _SECONDS):
         values.append(_elapsed(once, device) / len(sets))
     return values
 
@@ -215,7 +215,7 @@ def _elapsed(once: Callable[[], None], device: torch.device) -> float:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    """Lines with how many times faster each is than the first of its operation and shape."""
+    """Formats rows as a table, with the speed-up over the first row of each operation and shape."""
     lines = [("operation", "shape", "provider", "timing", "metric", "p50", "p20", "p80", "floor", "x", "note")]
     first: dict[tuple[str, str, str], float] = {}
     for row in rows:

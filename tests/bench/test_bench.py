@@ -11,8 +11,8 @@ from sparsevlm import apply_sparsevlm
 from sparsevlm.bench import agreement, shapes
 from sparsevlm.bench.cases import CORE, FULL, N_TEXT, Case, named_cases
 from sparsevlm.bench.providers import make_providers, shared_copy
-from sparsevlm.bench.roofline import Ceilings, floors
-from sparsevlm.bench.rounds import Measured, Settings, measure
+from sparsevlm.bench.roofline import Roofline, roofline_bounds
+from sparsevlm.bench.rounds import Measurement, Settings, measure
 from sparsevlm.bench.rows import COLUMNS
 from sparsevlm.bench.run import run
 from sparsevlm.bench.timing import time_call
@@ -145,9 +145,9 @@ def test_want_of_memory_is_a_row(monkeypatch):
 
 def test_a_shared_copy_has_the_weights_of_its_model():
     model = tiny_model()
-    twin = shared_copy(model)
-    assert twin.lm_head is not model.lm_head
-    assert all(a is b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+    copied = shared_copy(model)
+    assert copied.lm_head is not model.lm_head
+    assert all(a is b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
 
 
 def test_phases_add_up():
@@ -180,7 +180,7 @@ def test_nothing_is_hooked_once_the_first_token_is_there():
 
 def test_a_provider_that_has_had_its_time_is_done():
     settings = Settings(seconds=8.0, iterations=10, warmup=3)
-    slow, fast = Measured(), Measured()
+    slow, fast = Measurement(), Measurement()
     slow.warmup(2.5)
     fast.warmup(0.1)
     assert slow.is_warm(settings)
@@ -193,12 +193,12 @@ def test_a_provider_that_has_had_its_time_is_done():
     assert fast.is_done(settings)
 
 
-def test_the_engine_forgets_and_begins_anew():
+def test_a_reset_engine_begins_anew():
     model = tiny_model(n_layers=12)
     ours = next(provider for provider in make_providers(model, (0.5,), static=False) if provider.name == "ours")
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
     before = ours.generate(inputs, 4)
-    ours.forget()
+    ours.reset()
     assert torch.equal(ours.generate(inputs, 4), before)
     assert ours.state.report.path == "engine"
 
@@ -211,9 +211,9 @@ def test_budgets_that_would_drive_each_other_out_are_refused():
 def test_compiled_decoding_is_measured_where_one_sample_decodes():
     providers = make_providers(tiny_model(n_layers=12), (), static=True)
     static = next(provider for provider in providers if provider.name == "hf-static")
-    answered = [static.answers(case) for case in (Case(256, 1, 64), Case(256, 1, 1), Case(256, 32, 64))]
-    assert answered == [True, False, False]
-    assert all(provider.answers(Case(256, 32, 1)) for provider in providers if provider is not static)
+    supported = [static.supports(case) for case in (Case(256, 1, 64), Case(256, 1, 1), Case(256, 32, 64))]
+    assert supported == [True, False, False]
+    assert all(provider.supports(Case(256, 32, 1)) for provider in providers if provider is not static)
 
 
 def test_what_may_fail_is_a_row_if_it_does():
@@ -232,15 +232,17 @@ def test_what_may_fail_is_a_row_if_it_does():
         measure(Case(100, 1, 2), broken, Settings((0.5,), iterations=1, warmup=1), generator)
 
 
-def test_floors_of_the_7b_shape():
+def test_roofline_bounds_of_the_7b_shape():
     """As worked out once by hand: 5.5 TFLOP for the tower and 14.1 GB for a token at 1024 visual tokens."""
     with torch.device("meta"):
         model = shapes.empty_model("7b", torch.bfloat16, "sdpa")
-    least = floors(adapter_for(model), Case(1024, 1, 2), [1024.0] * 28, Ceilings(773e12, 4.15e12))
-    assert least["vision"] == pytest.approx(7.3, rel=0.06)
-    assert least["prefill"] == pytest.approx(18.3, rel=0.05)
-    assert least["decode_per_token"] == pytest.approx(3.4, rel=0.02)
-    pruned = floors(adapter_for(model), Case(1024, 1, 2), [1024.0] * 3 + [164.0] * 25, Ceilings(773e12, 4.15e12))
+    dense = roofline_bounds(adapter_for(model), Case(1024, 1, 2), [1024.0] * 28, Roofline(773e12, 4.15e12))
+    assert dense["vision"] == pytest.approx(7.3, rel=0.06)
+    assert dense["prefill"] == pytest.approx(18.3, rel=0.05)
+    assert dense["decode_per_token"] == pytest.approx(3.4, rel=0.02)
+    pruned = roofline_bounds(
+        adapter_for(model), Case(1024, 1, 2), [1024.0] * 3 + [164.0] * 25, Roofline(773e12, 4.15e12)
+    )
     assert pruned["vision"] + pruned["prefill"] == pytest.approx(12.6, rel=0.05)
 
 
@@ -255,7 +257,7 @@ def test_random_weights_work():
         shapes.random_model("13b", "cpu", torch.float32, "sdpa")
 
 
-def test_words_are_no_pictures():
+def test_words_are_no_image_tokens():
     model = tiny_model()
     config = model.config
     special = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}

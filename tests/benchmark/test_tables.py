@@ -94,7 +94,7 @@ def test_a_table_of_whole_calls(tables):
     rows += [whole_call("ours", "total", "0.25", metric="bytes", p50="1e9")]
     rows += [whole_call("random", "total", "0.25", note="out of memory", p50="", floor="")]
     lines = tables.e2e_table(rows).splitlines()
-    assert lines[0].split("|")[4:7] == [" first token, ms ", " floor ", " x "]
+    assert lines[0].split("|")[4:7] == [" first token, ms ", " bound ", " x "]
     assert lines[2] == "| v256-b1-n64 | hf-dense | 1.0 | 20.0 | 10.0 | 1.00 | – | – | – | 80.0 | 10.0 | 1.00 |"
     assert lines[3] == "| v256-b1-n64 | ours | 0.25 | 12.5 | 10.0 | 1.60 | – | – | – | 40.0 | – | 2.00 |"
     assert lines[4] == "| v256-b1-n64 | random | 0.25 | – | – | – | – | – | – | out of memory | – | – |"
@@ -133,7 +133,7 @@ def test_whole_calls_say_where_they_come_from(tables):
         assert row["command"].startswith("sparsevlm bench")
 
 
-def test_a_picture_of_whole_calls(tables, tmp_path):
+def test_a_plot_of_whole_calls(tables, tmp_path):
     from benchmark.plot_e2e import plot
 
     rows = [whole_call("hf-dense"), whole_call("ours", keep="0.25"), whole_call("ours", "total", "0.25", floor="")]

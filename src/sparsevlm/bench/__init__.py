@@ -1,1 +1,1 @@
-"""What a model gains on the user's own device: ``sparsevlm bench``."""
+"""Benchmark of whole ``generate`` calls on the user's device: ``sparsevlm bench``."""

@@ -1,4 +1,4 @@
-"""Which requests are measured."""
+"""Benchmark cases: batches of equal requests."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ N_TEXT = 42  # tokens of a request that are not visual: a short question in its 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch of like requests.
+    """A batch of equal requests.
 
     Attributes
     ----------
     n_visual : int
-        Visual tokens of each sample: one square picture.
+        Visual tokens of each sample: one square image.
     batch, new_tokens : int
     """
 
@@ -24,12 +24,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """As the rows name it."""
+        """Name in the rows, such as ``v1024-b1-n64``."""
         return f"v{self.n_visual}-b{self.batch}-n{self.new_tokens}"
 
     @property
     def side(self) -> int:
-        """Visual tokens along one side of the picture."""
+        """Visual tokens along one side of the image."""
         return round(self.n_visual**0.5)
 
 
@@ -48,7 +48,7 @@ _BY_NAME = {case.name: case for case in FULL}
 
 
 def named_cases(names: tuple[str, ...] | None, *, full: bool) -> tuple[Case, ...]:
-    """Cases by their names, or all.
+    """Returns cases by their names, or all.
 
     Raises
     ------

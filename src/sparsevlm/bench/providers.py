@@ -1,4 +1,4 @@
-"""Who answers: the model as transformers runs it, and under this library."""
+"""Providers: ``generate`` as transformers runs it and under this library, over the same weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..state import SparseVLMState
 from .cases import Case
 
 Inputs = dict[str, Tensor]
-# The engine keeps eight programs of a kind, of which a budget takes two: with more they would drive each other out.
-MOST_BUDGETS = 3
+# With more, the captured graphs of the budgets would evict each other from round to round.
+MAX_BUDGETS = 3
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to answer.
+    """One way to run ``generate``, with its name and budget.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Provider:
         ``generate(inputs, new_tokens, **options)``, with more options of ``generate``; with ``engine=False`` as well
         where there is a ``state``.
     state : SparseVLMState or None
-        Tells which path ran, what was kept and how long it took.
+        Has the report of the last call, where this library runs.
     config : SparseVLMConfig or None
     compiles : bool
         Whether every new shape is compiled first, which takes half a minute.
@@ -50,15 +50,15 @@ class Provider:
 
     @property
     def is_optional(self) -> bool:
-        """Whether its failure is a row: what others install and compile may not run here."""
+        """True if a failure becomes a row: packages and compilers of others may not run here."""
         return self.compiles or self.name == "hf-flash"
 
-    def answers(self, case: Case) -> bool:
-        """Whether it is measured on a case: compiled decoding only where one sample decodes."""
+    def supports(self, case: Case) -> bool:
+        """True if a case is measured: compiled decoding only with one sample that decodes."""
         return not self.compiles or (case.batch == 1 and case.new_tokens > 1)
 
-    def forget(self) -> None:
-        """Free what it holds of earlier calls: programs, graphs, compiled code."""
+    def reset(self) -> None:
+        """Frees programs, graphs and compiled code of earlier calls."""
         if self.state is not None:
             self.state.detach()
             self.state.attach()
@@ -67,7 +67,7 @@ class Provider:
 
 
 def shared_copy(model: Any) -> Any:
-    """A second model of the same weights, so that one may be under this library and the other not."""
+    """Copies a model but for its weights, so that this library can be applied to one of the two."""
     tensors = [*model.parameters(), *model.buffers()]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
@@ -75,7 +75,7 @@ def shared_copy(model: Any) -> Any:
 def make_providers(
     model: Any, keeps: tuple[float, ...], *, static: bool, seed: int = 0, vision_keep: float = 1.0
 ) -> list[Provider]:
-    """All providers that can run here.
+    """Makes all providers that can run on this machine.
 
     Parameters
     ----------
@@ -93,47 +93,47 @@ def make_providers(
     ValueError
         If there are more than three budgets.
     """
-    if len(keeps) > MOST_BUDGETS:
-        raise ValueError(f"at most {MOST_BUDGETS} budgets are measured at a time, got {len(keeps)}: start another run.")
+    if len(keeps) > MAX_BUDGETS:
+        raise ValueError(f"at most {MAX_BUDGETS} budgets are measured at a time, got {len(keeps)}: start another run.")
     ours = shared_copy(model)
     state = api.apply_sparsevlm(ours)
-    found = [Provider("hf-dense", 1.0, model, _plain(model))]
+    providers = [Provider("hf-dense", 1.0, model, _dense_generate(model))]
     if importlib.util.find_spec("flash_attn") is not None and model.device.type == "cuda":
         flash = shared_copy(model)
         flash.set_attn_implementation("flash_attention_2")
-        found.append(Provider("hf-flash", 1.0, flash, _plain(flash)))
+        providers.append(Provider("hf-flash", 1.0, flash, _dense_generate(flash)))
     if static:
-        generate = _plain(model, cache_implementation="static")
-        found.append(Provider("hf-static", 1.0, model, generate, compiles=True))
+        generate = _dense_generate(model, cache_implementation="static")
+        providers.append(Provider("hf-static", 1.0, model, generate, compiles=True))
     settings = [("ours-dense", 1.0, "span", 1.0)]
     for keep in keeps:
         settings += [("ours", keep, "span", 1.0), ("random", keep, "random", 1.0)]
         if vision_keep < 1.0:
             settings.append(("ours-vision", keep, "span", vision_keep))
-    for name, keep, selector, share in settings:
-        config = SparseVLMConfig(keep=keep, selector=selector, engine=True, seed=seed, vision_keep=share)
-        found.append(Provider(name, keep, ours, _pruned(state, config), state, config))
-    return found
+    for name, keep, selector, tower_keep in settings:
+        config = SparseVLMConfig(keep=keep, selector=selector, engine=True, seed=seed, vision_keep=tower_keep)
+        providers.append(Provider(name, keep, ours, _pruned_generate(state, config), state, config))
+    return providers
 
 
-def _length(new_tokens: int) -> dict[str, Any]:
+def _exact_length(new_tokens: int) -> dict[str, Any]:
     return {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "do_sample": False}
 
 
-def _plain(model: Any, **own: Any) -> Callable[..., Tensor]:
+def _dense_generate(model: Any, **fixed: Any) -> Callable[..., Tensor]:
     def generate(inputs: Inputs, new_tokens: int, **options: Any) -> Tensor:
-        found: Tensor = model.generate(**inputs, **_length(new_tokens), **own, **options)
-        return found
+        output: Tensor = model.generate(**inputs, **_exact_length(new_tokens), **fixed, **options)
+        return output
 
     return generate
 
 
-def _pruned(state: SparseVLMState, config: SparseVLMConfig) -> Callable[..., Tensor]:
+def _pruned_generate(state: SparseVLMState, config: SparseVLMConfig) -> Callable[..., Tensor]:
     changes = {name: getattr(config, name) for name in ("keep", "selector", "seed", "vision_keep")}
 
     def generate(inputs: Inputs, new_tokens: int, engine: bool = True, **options: Any) -> Tensor:
         with state.options(**changes, engine=engine):
-            found: Tensor = state.adapter.model.generate(**inputs, **_length(new_tokens), **options)
-            return found
+            output: Tensor = state.adapter.model.generate(**inputs, **_exact_length(new_tokens), **options)
+            return output
 
     return generate

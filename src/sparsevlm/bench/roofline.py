@@ -1,4 +1,4 @@
-"""The least time that a phase can take: measured ceilings of the device, and what has to be computed and read."""
+"""Roofline bounds: the least time of a phase, from measured peaks of the device and the work of the phase."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ _REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """Of one device and dtype.
+class Roofline:
+    """Measured peaks of one device and dtype.
 
     Attributes
     ----------
     flops_per_s : float
-        A large square matrix product.
+        Of a large square matrix product.
     bytes_per_s : float
-        A large copy, bytes read and written.
+        Of a large copy, bytes read and written.
     """
 
     flops_per_s: float
     bytes_per_s: float
 
 
-def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """Measure both; a second or so."""
+def measure_roofline(device: torch.device, dtype: torch.dtype) -> Roofline:
+    """Measures the peaks of a device; takes about a second."""
     size, n = (8192, 1 << 30) if device.type == "cuda" else (1024, 1 << 24)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(n, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    product, copy = _best(lambda: a @ b, device), _best(lambda: target.copy_(source), device)
-    return Ceilings(2 * size**3 / product, 2 * n / copy)
+    product, copy = _best_seconds(lambda: a @ b, device), _best_seconds(lambda: target.copy_(source), device)
+    return Roofline(2 * size**3 / product, 2 * n / copy)
 
 
-def _best(run: Callable[[], Any], device: torch.device) -> float:
+def _best_seconds(run: Callable[[], Any], device: torch.device) -> float:
     seconds = []
     for _ in range(_REPEATS + 1):
         if device.type == "cuda":
@@ -55,10 +55,10 @@ def _best(run: Callable[[], Any], device: torch.device) -> float:
     return min(seconds[1:])
 
 
-def floors(
-    adapter: ModelAdapter, case: Case, visual_per_layer: Sequence[float], ceilings: Ceilings, vision_keep: float = 1.0
+def roofline_bounds(
+    adapter: ModelAdapter, case: Case, visual_per_layer: Sequence[float], roofline: Roofline, vision_keep: float = 1.0
 ) -> dict[str, float]:
-    """Milliseconds per phase.
+    """Roofline bounds of a case, in milliseconds per phase.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def floors(
     case : Case
     visual_per_layer : sequence of float
         Visual tokens of a sample at the input of each decoder layer.
-    ceilings : Ceilings
+    roofline : Roofline
     vision_keep : float
         Share of the visual tokens that the tower computes.
     """
@@ -78,32 +78,32 @@ def floors(
     tokens = [round(visual) + N_TEXT for visual in visual_per_layer]
     kv = sum(tokens) * _kv_bytes(adapter, element)
     vision = max(
-        case.batch * _vision_flops(adapter, patches) / ceilings.flops_per_s, tower * element / ceilings.bytes_per_s
+        case.batch * _vision_flops(adapter, patches) / roofline.flops_per_s, tower * element / roofline.bytes_per_s
     )
     prefill = max(
-        case.batch * (prefill_flops(adapter, tokens, 0) + 2 * head) / ceilings.flops_per_s,
-        (layers + head) * element / ceilings.bytes_per_s,
+        case.batch * (prefill_flops(adapter, tokens, 0) + 2 * head) / roofline.flops_per_s,
+        (layers + head) * element / roofline.bytes_per_s,
     )
-    decode = ((layers + head) * element + case.batch * kv) / ceilings.bytes_per_s
-    found = {"vision": vision, "prefill": prefill, "first_token": vision + prefill}
-    found["total"] = vision + prefill + (case.new_tokens - 1) * decode
+    decode = ((layers + head) * element + case.batch * kv) / roofline.bytes_per_s
+    bounds = {"vision": vision, "prefill": prefill, "first_token": vision + prefill}
+    bounds["total"] = vision + prefill + (case.new_tokens - 1) * decode
     if case.new_tokens > 1:
-        found["decode_per_token"] = decode
-    return {phase: 1e3 * seconds for phase, seconds in found.items()}
+        bounds["decode_per_token"] = decode
+    return {phase: 1e3 * seconds for phase, seconds in bounds.items()}
 
 
 def _kv_bytes(adapter: ModelAdapter, element: int) -> int:
-    """Of one token in one layer."""
+    """Bytes of the keys and values of one token in one layer."""
     config = adapter.decoder.module.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_key_value_heads * head_dim * element
 
 
 def _vision_flops(adapter: ModelAdapter, patches: int) -> float:
-    """Of one picture: two per weight and patch (a quarter of that in the merger), attention in windows and whole."""
+    """FLOPs of one image: two per weight and patch (a quarter in the merger), attention in windows and whole."""
     tower = adapter.vision.program
     if tower is None:
-        raise NotImplementedError(f"no floor is known for the vision tower of a {adapter.name}.")
+        raise NotImplementedError(f"no roofline bound is known for the vision tower of a {adapter.name}.")
     merger = sum(weight.numel() for weight in tower.merger.parameters())
     weights = sum(weight.numel() for weight in adapter.vision.module.parameters()) - merger
     width = tower.blocks[0].output.in_features

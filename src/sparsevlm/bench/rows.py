@@ -1,4 +1,4 @@
-"""What was measured, as rows of a CSV file."""
+"""Rows of the benchmark's CSV file."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch
 from ..models import adapter_for
 from .cases import N_TEXT, Case
 from .providers import Provider
-from .roofline import Ceilings, floors
-from .rounds import Measured
+from .roofline import Roofline, roofline_bounds
+from .rounds import Measurement
 
 COLUMNS = (
     *("case", "provider", "path", "selector", "schedule", "recycle", "dtype", "batch", "n_visual", "n_text"),
@@ -28,59 +28,61 @@ COLUMNS = (
 Row = dict[str, str]
 
 
-def rows_of(case: Case, provider: Provider, one: Measured, ceilings: Ceilings, shared: Row) -> list[Row]:
-    """Rows of one provider in one case, in :data:`COLUMNS`; one with a note where nothing counts.
+def rows_of(case: Case, provider: Provider, measured: Measurement, roofline: Roofline, shared: Row) -> list[Row]:
+    """Returns the rows of one provider in one case, in :data:`COLUMNS`; a single row with a note if no time counts.
 
     Parameters
     ----------
     case : Case
     provider : Provider
-    one : Measured
-    ceilings : Ceilings
+    measured : Measurement
+    roofline : Roofline
     shared : dict
         Columns that all rows of a case share.
     """
     shared = {**dict.fromkeys(COLUMNS, ""), **shared, **{name: str(value) for name, value in asdict(case).items()}}
-    shared |= {"case": case.name, "n_text": str(N_TEXT), "note": one.note}
+    shared |= {"case": case.name, "n_text": str(N_TEXT), "note": measured.note}
     shared |= {"provider": provider.name, "keep": str(provider.keep)}
     if provider.config is not None:
         shared |= {"selector": str(provider.config.selector), "schedule": str(provider.config.schedule or "default")}
         shared |= {"recycle": str(provider.config.recycle), "vision_keep": str(provider.config.vision_keep)}
-    if one.note:
+    if measured.note:
         return [{**shared, "phase": "total", "metric": "ms"}]
     adapter = adapter_for(provider.model)
-    shared["path"] = one.path
-    share = 1.0 if provider.config is None else provider.config.vision_keep
-    least = floors(adapter, case, one.layer_tokens or (case.n_visual,) * adapter.n_layers, ceilings, share)
-    found = []
-    for phase in one.times[0]:
-        values = [times[phase] for times in one.times]
-        found.append({**shared, "phase": phase, "metric": "ms", **spread(values), "floor": text(least.get(phase))})
+    shared["path"] = measured.path
+    vision_keep = 1.0 if provider.config is None else provider.config.vision_keep
+    bounds = roofline_bounds(
+        adapter, case, measured.layer_tokens or (case.n_visual,) * adapter.n_layers, roofline, vision_keep
+    )
+    rows = []
+    for phase in measured.times[0]:
+        values = [times[phase] for times in measured.times]
+        rows.append({**shared, "phase": phase, "metric": "ms", **spread(values), "floor": cell(bounds.get(phase))})
         if phase == "total":
             speeds = [1e3 * case.batch * case.new_tokens / value for value in values]
-            found.append({**shared, "phase": phase, "metric": "tokens_per_s", **spread(speeds)})
-    if one.peak_bytes:
-        found.append({**shared, "phase": "total", "metric": "bytes", **spread([one.peak_bytes])})
-    return found
+            rows.append({**shared, "phase": phase, "metric": "tokens_per_s", **spread(speeds)})
+    if measured.peak_bytes:
+        rows.append({**shared, "phase": "total", "metric": "bytes", **spread([measured.peak_bytes])})
+    return rows
 
 
 def spread(values: Sequence[float]) -> Row:
-    """Median and the percentiles that enclose three fifths of the values."""
-    return {f"p{q}": text(float(np.percentile(values, q))) for q in (50, 20, 80)}
+    """Returns the median and the 20 and 80 percentiles as columns."""
+    return {f"p{q}": cell(float(np.percentile(values, q))) for q in (50, 20, 80)}
 
 
-def text(value: float | None) -> str:
-    """Six digits; nothing for what there is not."""
+def cell(value: float | None) -> str:
+    """Formats a number with six digits; ``None`` and NaN as an empty cell."""
     return "" if value is None or math.isnan(value) else f"{value:.6g}"
 
 
-def place(model: Any) -> Row:
-    """Columns that tell where and when: dtype, device, versions, time."""
+def environment(model: Any) -> Row:
+    """Returns the columns of dtype, device, versions and time."""
     return {"dtype": str(model.dtype).removeprefix("torch."), **device_and_versions(model.device)}
 
 
 def device_and_versions(device: torch.device) -> Row:
-    """The same without the dtype."""
+    """Returns the columns of device, versions and time."""
 
     def version(name: str) -> str:
         try:
@@ -98,7 +100,7 @@ def device_and_versions(device: torch.device) -> Row:
 
 
 def check_columns(file: Path, columns: Sequence[str]) -> None:
-    """Refuse a file that rows cannot be added to, before there are any.
+    """Checks that rows can be added to a file, before there are any.
 
     Raises
     ------
@@ -108,17 +110,17 @@ def check_columns(file: Path, columns: Sequence[str]) -> None:
     if not file.exists():
         return
     with file.open(newline="", encoding="utf-8") as existing:
-        if (found := next(csv.reader(existing), [])) != list(columns):
-            raise ValueError(f"{file} has other columns ({', '.join(found)}); name another file.")
+        if (heads := next(csv.reader(existing), [])) != list(columns):
+            raise ValueError(f"{file} has other columns ({', '.join(heads)}); name another file.")
 
 
 def append_rows(file: Path, rows: Sequence[Row]) -> None:
-    """Add rows to a CSV file of the same columns, which is made if there is none.
+    """Adds rows to a CSV file of the same columns, which is made if there is none.
 
     Raises
     ------
     ValueError
-        If the file has others.
+        If the file has other columns.
     """
     heads = list(rows[0])
     check_columns(file, heads)

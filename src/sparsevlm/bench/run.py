@@ -1,4 +1,4 @@
-"""Measures cases: all providers in one process, in turn."""
+"""A benchmark run: all cases and providers in one process."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from .cases import Case
 from .providers import make_providers
-from .roofline import measure_ceilings
+from .roofline import measure_roofline
 from .rounds import Settings, measure
-from .rows import Row, place, rows_of
+from .rows import Row, environment, rows_of
 
 
 def run(
@@ -21,7 +21,7 @@ def run(
     origin: dict[str, str],
     on_case: Callable[[Case, list[Row]], None] = lambda case, rows: None,
 ) -> list[Row]:
-    """Measure cases.
+    """Measures cases.
 
     Parameters
     ----------
@@ -46,16 +46,18 @@ def run(
         seed=settings.seed,
         vision_keep=settings.vision_keep,
     )
-    ceilings = measure_ceilings(device, model.dtype)
+    roofline = measure_roofline(device, model.dtype)
     generator = torch.Generator(device=device).manual_seed(settings.seed)
     rows: list[Row] = []
     with torch.no_grad():
         for case in cases:
-            measured = measure(case, providers, settings, generator)
-            shared = {**place(model), **origin}
-            found = [
-                row for provider, one in measured.items() for row in rows_of(case, provider, one, ceilings, shared)
+            measurements = measure(case, providers, settings, generator)
+            shared = {**environment(model), **origin}
+            new = [
+                row
+                for provider, measurement in measurements.items()
+                for row in rows_of(case, provider, measurement, roofline, shared)
             ]
-            rows += found
-            on_case(case, found)
+            rows += new
+            on_case(case, new)
     return rows

@@ -1,4 +1,4 @@
-"""Models to measure: a checkpoint, or a published shape with random weights, on which time is the same."""
+"""Qwen2.5-VL models of published shapes with random weights, which take as long as trained ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SCALE = 0.02
 def random_model(
     shape: str, device: str, dtype: torch.dtype, attn: str, layers: int | None = None, blocks: int | None = None
 ) -> Any:
-    """Qwen2.5-VL of a published shape with random weights.
+    """Makes a Qwen2.5-VL of a published shape with random weights.
 
     Parameters
     ----------
@@ -56,11 +56,11 @@ def random_model(
     """
     with torch.device("meta"):
         model = empty_model(shape, dtype, attn, layers, blocks)
-    return filled(model.to_empty(device=device)).eval()
+    return with_random_weights(model.to_empty(device=device)).eval()
 
 
 def empty_model(shape: str, dtype: torch.dtype, attn: str, layers: int | None = None, blocks: int | None = None) -> Any:
-    """The same without weights, for the device that is in force."""
+    """Makes a Qwen2.5-VL of a published shape with uninitialised weights on the default device."""
     if shape not in _TEXT:
         raise ValueError(f"there is no shape {shape!r}; there are {', '.join(SHAPES)}.")
     sections = _SECTIONS.get(shape, _MROPE)
@@ -85,8 +85,8 @@ def empty_model(shape: str, dtype: torch.dtype, attn: str, layers: int | None = 
 
 
 @torch.no_grad()
-def filled(model: Any) -> Any:
-    """Random weights in the place of empty ones, and buffers as their modules compute them."""
+def with_random_weights(model: Any) -> Any:
+    """Fills a model with random weights, and its buffers as their modules compute them."""
     for module in model.modules():
         if hasattr(module, "inv_freq"):  # the only buffers
             fresh = type(module)(module.config)

@@ -1,4 +1,4 @@
-"""The phases of one call of ``generate``: tokens as they reach the host, parts as whoever runs them can tell."""
+"""Times of the phases of one ``generate`` call."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..request.timing import Mark
 from .providers import Inputs, Provider
 
 
-class Arrivals(BaseStreamer):
-    """Host time at which every token is there, the device's work for it done.
+class ArrivalTimes(BaseStreamer):
+    """Streamer that records the host time at which each new token arrives.
 
     Parameters
     ----------
@@ -34,7 +34,7 @@ class Arrivals(BaseStreamer):
         self._has_prompt = False
 
     def put(self, value: Tensor) -> None:
-        """Note new tokens; ``generate`` begins with the prompt."""
+        """Records new tokens; ``generate`` begins with the prompt."""
         if not self._has_prompt:
             self._has_prompt = True
             return
@@ -43,11 +43,11 @@ class Arrivals(BaseStreamer):
             self._on_first()
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Part of the protocol of streamers."""
 
 
-class Watched:
-    """Time of the vision tower and of the decoder until the first token, where their modules are called.
+class ModuleTimes:
+    """Device times of the vision tower and of the decoder, by hooks on their modules.
 
     Parameters
     ----------
@@ -64,12 +64,12 @@ class Watched:
             self._handles.append(module.register_forward_hook(self._end(name)))
 
     def stop(self) -> None:
-        """Watch no longer: what is compiled for further tokens shall find no hooks."""
+        """Removes the hooks: what is compiled for further tokens shall find none."""
         for handle in self._handles:
             handle.remove()
 
     def milliseconds(self) -> dict[str, float]:
-        """Per part; waits for the device."""
+        """Returns milliseconds per part; waits for the device."""
         return {name: sum(begin.ms_until(end) for begin, end in spans) for name, spans in self._spans.items()}
 
     def _begin(self, name: str) -> Callable[..., None]:
@@ -86,14 +86,14 @@ class Watched:
 
 
 def time_call(provider: Provider, inputs: Inputs, new_tokens: int) -> dict[str, float]:
-    """Milliseconds per phase of a call that makes ``new_tokens`` tokens.
+    """Times a call that makes ``new_tokens`` tokens, in milliseconds per phase.
 
     ``first_token`` and ``total`` are read on the host's clock from the call on, ``decode_per_token`` between the
     first token and the last. ``vision`` and ``prefill`` are of the device: by hooks, or from the report where this
     library runs, which calls no modules and lets nobody hook them. ``overhead`` is what they leave of the first token.
     """
-    watched = Watched(provider.model) if provider.state is None else None
-    arrivals = Arrivals(watched.stop if watched else lambda: None)
+    module_times = ModuleTimes(provider.model) if provider.state is None else None
+    arrivals = ArrivalTimes(module_times.stop if module_times else lambda: None)
     try:
         if provider.model.device.type == "cuda":
             torch.cuda.synchronize(provider.model.device)
@@ -101,13 +101,13 @@ def time_call(provider: Provider, inputs: Inputs, new_tokens: int) -> dict[str, 
         provider.generate(inputs, new_tokens, streamer=arrivals)
         end = time.perf_counter()
     finally:
-        if watched:
-            watched.stop()
-    parts = watched.milliseconds() if watched else provider.state.report.wall_ms  # type: ignore[union-attr]
+        if module_times:
+            module_times.stop()
+    parts = module_times.milliseconds() if module_times else provider.state.report.wall_ms  # type: ignore[union-attr]
     first, last = arrivals.seconds[0], arrivals.seconds[-1]
-    found = {"vision": parts.get("vision", 0.0), "prefill": parts["prefill"], "first_token": 1e3 * (first - begin)}
-    found["total"] = 1e3 * (end - begin)
-    found["overhead"] = found["first_token"] - found["vision"] - found["prefill"]
+    times = {"vision": parts.get("vision", 0.0), "prefill": parts["prefill"], "first_token": 1e3 * (first - begin)}
+    times["total"] = 1e3 * (end - begin)
+    times["overhead"] = times["first_token"] - times["vision"] - times["prefill"]
     if new_tokens > 1:
-        found["decode_per_token"] = 1e3 * (last - first) / (new_tokens - 1)
-    return found
+        times["decode_per_token"] = 1e3 * (last - first) / (new_tokens - 1)
+    return times

@@ -1,4 +1,4 @@
-"""Fresh inputs: textured pixels that no cache has seen, and a text of random words."""
+"""Random inputs of ``generate``: noise images and texts of random words, new in every call."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 from .cases import N_TEXT, Case
 
-_BEFORE = 8  # text tokens in front of the picture
+_BEFORE = 8  # text tokens in front of the image
 
 
 def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
-    """Inputs of ``generate`` as the model's processor makes them.
+    """Draws inputs of ``generate`` in the form of the model's processor.
 
     Parameters
     ----------
@@ -28,7 +28,7 @@ def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str
     n_words = config.text_config.vocab_size - len(special)
     words = torch.randint(0, n_words, (case.batch, N_TEXT - 2), generator=generator, device=device)
     for token_id in sorted(special):
-        words += words >= token_id  # none of them is a word
+        words += words >= token_id  # no word is a special token
 
     def column(token: int, n: int = 1) -> Tensor:
         return torch.full((case.batch, n), token, dtype=torch.int64, device=device)
