@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from sparsevlm.cli import app
 from sparsevlm.evaluation import EvalConfig, EvaluationRun
 from sparsevlm.evaluation.execution import workers
-from sparsevlm.evaluation.execution.generation import Answerer, answer_each
+from sparsevlm.evaluation.execution.generation import BatchGenerator, generate_each
 from sparsevlm.evaluation.execution.predictions import PredictionStore
 from sparsevlm.evaluation.suites.suite import Sample
 from tiny_checkpoint import save_tiny_checkpoint
@@ -125,8 +125,8 @@ def test_tokens_are_those_that_were_computed(done):
 
 def test_dense_is_what_the_model_says(done, desk):
     _, folder = done
-    answerer = Answerer(EvalConfig("x", str(desk / "model"), device="cpu"), 3)
-    model, processor = answerer.model, answerer.processor
+    generator = BatchGenerator(EvalConfig("x", str(desk / "model"), device="cpu"), 3)
+    model, processor = generator.model, generator.processor
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is 2?"}]}]
     prompt = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = processor(text=[prompt], images=[Image.open(desk / "2.png").convert("RGB")], return_tensors="pt")
@@ -280,16 +280,16 @@ def test_half_of_a_character_costs_its_row_only(desk, tmp_path):
 
 def test_only_the_row_at_fault_is_without_an_answer(desk):
     config = EvalConfig("x", str(desk / "model"), device="cpu")
-    answerer = Answerer(config, 2)
+    generator = BatchGenerator(config, 2)
     (dense,) = [setting for setting in run_of(desk)(desk)._settings if setting.selector == "dense"]
     image = Image.new("RGB", (100, 100), "red")
     samples = [Sample((image,), text, ("x",), "exact") for text in ("What?", "Is <|image_pad|> one?", "Who?")]
-    outcomes = answer_each(lambda some: answerer.answer(dense, some), samples)
+    outcomes = generate_each(lambda batch: generator.generate(dense, batch), samples)
     assert isinstance(outcomes[1], Exception)
-    alone = [answerer.answer(dense, [samples[i]])[0].text for i in (0, 2)]
+    alone = [generator.generate(dense, [samples[i]])[0].text for i in (0, 2)]
     assert [outcomes[0].text, outcomes[2].text] == alone
     with pytest.raises((ValueError, RuntimeError)):
-        answer_each(lambda some: answerer.answer(dense, some), [samples[1], samples[1]])
+        generate_each(lambda batch: generator.generate(dense, batch), [samples[1], samples[1]])
 
 
 @pytest.mark.parametrize(

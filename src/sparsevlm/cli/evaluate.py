@@ -184,7 +184,7 @@ def _print(evaluation: Evaluation) -> None:
         table.add_row(*cell_row)
     # Wide enough for a log file; a terminal shows what fits.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
-    for line in (*left_out(evaluation.refused), *not_averaged(evaluation.results)):
+    for line in (*left_out(evaluation.unsupported), *not_averaged(evaluation.results)):
         typer.echo(line, err=True)
     for (task, row), text in list(evaluation.failed.items())[:SHOWN_FAILURES]:
         typer.echo(f"no score: {task}, {row}: {text}", err=True)

@@ -1,4 +1,4 @@
-"""Accuracy under one protocol: suites of questions, a grid of settings, results with intervals."""
+"""Accuracy of pruning: suites of questions, a grid of settings, results with intervals."""
 
 from .run import Evaluation, EvaluationRun
 from .settings import ALL, DENSE, DOWNSAMPLE, EvalConfig, Setting, make_settings

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .execution.feasible import feasible_settings
-from .execution.lmms import lmms_refusals, run_lmms
+from .execution.lmms import lmms_unsupported, run_lmms
 from .execution.predictions import PredictionStore
 from .execution.provenance import versions
-from .execution.resolved_model import locate
+from .execution.resolved_model import resolve_model
 from .execution.run_folder import RunFolder
-from .execution.sharding import Share, run_share
+from .execution.sharding import Shard, run_shard
 from .execution.workers import run_workers
 from .reporting.csv_rows import append_rows, check_target, csv_rows, write_rows
 from .reporting.lmms_results import lmms_results
@@ -50,14 +50,14 @@ class Evaluation:
     results : list of Result
     failed : dict
         (task, id) of rows without a score in some setting, and why.
-    refused : dict
+    unsupported : dict
         Settings that the model cannot run, by name, and why.
     """
 
     folder: Path
     results: list[Result]
     failed: dict[tuple[str, str], str]
-    refused: dict[str, str]
+    unsupported: dict[str, str]
 
 
 class EvaluationRun:
@@ -86,9 +86,9 @@ class EvaluationRun:
         self.config = config
         settings = make_settings(config)  # first, as it takes no time and finds what is misspelt
         self._suite = lmms_suite(config) or open_suite(config)
-        self._place = locate(config)
-        refused = lmms_refusals(settings) if isinstance(self._suite, LmmsSuite) else {}
-        self._settings, self._refused = feasible_settings(config, self._place.folder, refused)
+        self._place = resolve_model(config)
+        unsupported = lmms_unsupported(settings) if isinstance(self._suite, LmmsSuite) else {}
+        self._settings, self._refused = feasible_settings(config, self._place.folder, unsupported)
         self._run_folder = RunFolder(out, config, f"{self._suite.name}-{self._place.name}")
         self.folder = self._run_folder.path
         if isinstance(self._suite, LmmsSuite):
@@ -152,7 +152,7 @@ class EvaluationRun:
         if workers > 1:
             run_workers(self.config, folder, workers, self._settings, on_rows)
         else:
-            run_share(self.config, self._suite, folder, Share(), self._settings, on_rows)
+            run_shard(self.config, self._suite, folder, Shard(), self._settings, on_rows)
         stored = PredictionStore(folder).read()
         results = make_results(self._settings, chosen_tasks(self._suite, self.config.tasks), stored)
         return Evaluation(self.folder, results, failures(stored), self._refused)
@@ -184,7 +184,7 @@ def _write(evaluation: Evaluation, origin: dict[str, Any], collect: Path | None)
     write_rows(folder / "metrics.csv", rows)
     title = f"{origin['suite']} on {origin['model']}"
     notes = [*NOTES, *([_SHARED_DEVICE.format(workers=workers)] if workers > 1 else [])]
-    notes += [*left_out(evaluation.refused), *not_averaged(evaluation.results)]
+    notes += [*left_out(evaluation.unsupported), *not_averaged(evaluation.results)]
     notes.append(", ".join(f"{name} {origin[name]}" for name in ("device", "dtype", "torch", "transformers", "commit")))
     (folder / "table.md").write_text(markdown(title, evaluation.results, evaluation.failed, notes), encoding="utf-8")
     plot(evaluation.results, title, [folder / "plot.png", folder / "plot.svg"])

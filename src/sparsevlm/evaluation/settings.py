@@ -122,7 +122,7 @@ class Setting:
             return DENSE
         return f"{self.selector}-keep{keep_text(self.keep)}" + ("" if self.seed is None else f"-seed{self.seed}")
 
-    def drawn(self, batch: int) -> Setting:
+    def for_batch(self, batch: int) -> Setting:
         """This setting for one batch of a run: what is drawn at random differs from batch to batch."""
         if self.seed is None or self.pruning is None:
             return self

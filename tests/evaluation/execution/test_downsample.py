@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from sparsevlm.evaluation.execution.downsample import fitting_grid, shrunk, visual_tokens
+from sparsevlm.evaluation.execution.downsample import downsampled, fitting_grid, visual_tokens
 
 PROCESSOR = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
 
@@ -30,18 +30,18 @@ def grids(images):
     ],
 )
 def test_one_picture(size, keep, expected):
-    (small,) = shrunk(PROCESSOR, [Image.new("RGB", size)], keep)
+    (small,) = downsampled(PROCESSOR, [Image.new("RGB", size)], keep)
     assert grids([small]) == [expected]
     assert visual_tokens(PROCESSOR, small) == expected[0] * expected[1]
 
 
 def test_several_pictures_share_the_budget():
     images = [Image.new("RGB", (448, 448)), Image.new("RGB", (224, 224))]
-    assert grids(shrunk(PROCESSOR, images, 80)) == [(8, 8), (4, 4)]
+    assert grids(downsampled(PROCESSOR, images, 80)) == [(8, 8), (4, 4)]
 
 
 def test_the_lower_bound_of_the_processor_shows():
-    (small,) = shrunk(PROCESSOR, [Image.new("RGB", (84, 84))], 0.2)
+    (small,) = downsampled(PROCESSOR, [Image.new("RGB", (84, 84))], 0.2)
     assert small.size == (28, 28)
     assert visual_tokens(PROCESSOR, small) == 4
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from sparsevlm.evaluation import DENSE, EvalConfig, Setting, make_settings
-from sparsevlm.evaluation.execution.lmms import lmms_refusals, model_arguments, read_lmms
-from sparsevlm.evaluation.execution.resolved_model import ModelPlace
+from sparsevlm.evaluation.execution.lmms import lmms_unsupported, model_arguments, read_lmms
+from sparsevlm.evaluation.execution.resolved_model import ResolvedModel
 from sparsevlm.evaluation.reporting.lmms_results import lmms_results
 from sparsevlm.evaluation.reporting.results import not_averaged
 from sparsevlm.evaluation.settings import AVERAGE
@@ -108,7 +108,7 @@ def test_the_plugin_gets_what_the_command_line_says(tmp_path):
     config = EvalConfig(
         "lmms:mme", "m", ("sparsevlm", "random"), (0.25,), seeds=(3,), target_layers=(2, 6), options={"tau": 0.3}
     )
-    place = ModelPlace("m", tmp_path, "cpu", "float32")
+    place = ResolvedModel("m", tmp_path, "cpu", "float32")
     dense, ours, random = make_settings(config)
     common = {
         "pretrained": str(tmp_path),
@@ -125,7 +125,7 @@ def test_the_plugin_gets_what_the_command_line_says(tmp_path):
 
 def test_pictures_of_lmms_eval_are_not_made_smaller():
     settings = make_settings(EvalConfig("lmms:mme", "m", ("random", "downsample")))
-    assert list(lmms_refusals(settings)) == ["downsample-keep0.5"]
+    assert list(lmms_unsupported(settings)) == ["downsample-keep0.5"]
 
 
 def test_without_lmms_eval_the_pip_line_is_named(monkeypatch):

@@ -1,4 +1,4 @@
-"""The baseline that is no selector: a smaller picture, then everything dense."""
+"""The downsampling baseline: smaller images, then no pruning."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from PIL import Image
 
 
 def visual_tokens(image_processor: Any, image: Image.Image) -> int:
-    """Visual tokens that a picture becomes."""
+    """Number of visual tokens of an image."""
     patches = image_processor.get_number_of_image_patches(image.height, image.width, {})
     return int(patches) // image_processor.merge_size**2
 
 
-def shrunk(image_processor: Any, images: Sequence[Image.Image], keep: int | float) -> tuple[Image.Image, ...]:
-    """Shrink the pictures of a sample until their visual tokens fit a budget.
+def downsampled(image_processor: Any, images: Sequence[Image.Image], keep: int | float) -> tuple[Image.Image, ...]:
+    """Downsamples the images of a sample until their visual tokens fit a budget.
 
-    Each picture gets its share of the budget. Its sides become the multiples of ``patch_size * merge_size`` nearest
+    Each image gets its share of the budget. Its sides become the multiples of ``patch_size * merge_size`` nearest
     to the same aspect that use the most of it; resampling is bicubic, as the image processor's own. The processor's
     lower bound on pixels holds here as well: what it enlarges again shows in the measured number of tokens.
 
@@ -35,16 +35,18 @@ def shrunk(image_processor: Any, images: Sequence[Image.Image], keep: int | floa
     if fraction >= 1:
         return tuple(images)
     side = image_processor.patch_size * image_processor.merge_size
-    small = []
+    smaller = []
     for image, count in zip(images, counts, strict=True):
         rows, columns = fitting_grid(image.height, image.width, fraction * count)
-        small.append(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
-    return tuple(small)
+        smaller.append(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
+    return tuple(smaller)
 
 
 def fitting_grid(height: int, width: int, budget: float) -> tuple[int, int]:
-    """The largest grid (rows, columns) of an aspect near ``height / width`` with at most ``budget`` cells, at least
-    one; of several the one nearest to the aspect."""
+    """Largest grid (rows, columns) of an aspect near ``height / width`` with at most ``budget`` cells, at least one.
+
+    Of several the grid nearest to the aspect.
+    """
     most = max(1, math.floor(budget + 1e-9))  # the small amount takes back rounding, as in 63.999… for 64
     sides = (math.sqrt(budget * height / width), math.sqrt(budget * width / height))
     nearest = [{min(most, max(1, near)) for near in (math.floor(side + 1e-9), math.ceil(side))} for side in sides]

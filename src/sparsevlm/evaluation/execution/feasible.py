@@ -1,4 +1,4 @@
-"""Which settings a model can run, found out before anything runs."""
+"""Feasible settings of a model, checked on its skeleton before weights are read."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ _NO_SIZE = "downsample needs a budget that is a size: a fraction or a number of 
 
 
 def feasible_settings(
-    config: EvalConfig, folder: Path, refused: Mapping[str, str]
+    config: EvalConfig, folder: Path, unsupported: Mapping[str, str]
 ) -> tuple[list[Setting], dict[str, str]]:
-    """The settings that the model can run, and why not, by name, for the others.
+    """Splits the settings into those that the model can run and the reasons against the others, by name.
 
     Parameters
     ----------
     config : EvalConfig
     folder : Path
         Of the checkpoint.
-    refused : mapping of str to str
-        Settings that are left out whatever the model can, by name, and why.
+    unsupported : mapping of str to str
+        Reasons, by name, against settings that no model can run here.
 
     Raises
     ------
@@ -32,24 +32,24 @@ def feasible_settings(
         If the model cannot run a selector that was asked for by name, or if nothing is left to compare with dense.
     """
     model = load_skeleton(folder)
-    reasons, left = dict(refused), []
+    reasons, feasible = dict(unsupported), []
     for setting in make_settings(config):
-        if setting.name in refused:
+        if setting.name in unsupported:
             continue
-        reason = _refusal(model, setting)
+        reason = _unsupported_reason(model, setting)
         if reason is None:
-            left.append(setting)
+            feasible.append(setting)
             continue
         if config.selectors != (ALL,):
             raise ValueError(f"{setting.name} cannot run: {reason}")
         reasons[setting.name] = reason
-    if left == [Setting(DENSE)] and not set(config.selectors) <= {DENSE}:
+    if feasible == [Setting(DENSE)] and not set(config.selectors) <= {DENSE}:
         raise ValueError(f"nothing is left to compare with dense: {next(iter(reasons.values()), _NO_SIZE)}.")
-    return left, reasons
+    return feasible, reasons
 
 
-def _refusal(model: Any, setting: Setting) -> str | None:
-    """Why a model cannot run a setting, or ``None``."""
+def _unsupported_reason(model: Any, setting: Setting) -> str | None:
+    """Reason why a model cannot run a setting, or ``None``."""
     if setting.pruning is None:
         return None
     try:

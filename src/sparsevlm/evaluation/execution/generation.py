@@ -1,4 +1,4 @@
-"""A model that answers batches of samples under any setting."""
+"""Batched generation: answers of one model under any setting."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ...report import SampleReport
 from ...request.costs import prefill_flops
 from ..settings import DOWNSAMPLE, EvalConfig, Setting
 from ..suites.suite import Sample
-from .downsample import shrunk
-from .resolved_model import locate
+from .downsample import downsampled
+from .resolved_model import resolve_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What came of one sample.
+    """Generated answer to one sample, with its costs.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class Answer:
     ms : float
         Wall time of ``generate`` (vision tower, prefill and decoding) for the batch, divided by its size.
     path : str
-        Which implementation pruned; ``"dense"`` where nothing did.
+        Path that pruned; ``"dense"`` without pruning.
     """
 
     text: str
@@ -49,8 +49,8 @@ class Answer:
     path: str
 
 
-class Answerer:
-    """A loaded model with its processor.
+class BatchGenerator:
+    """Loaded model with its processor, which answers batches of samples.
 
     Parameters
     ----------
@@ -59,9 +59,11 @@ class Answerer:
     """
 
     def __init__(self, config: EvalConfig, max_new_tokens: int) -> None:
-        place = locate(config)
-        self.model = load_model(place.folder, dtype=place.dtype, device=place.device, attn_implementation=config.attn)
-        self.processor = load_processor(place.folder)
+        resolved = resolve_model(config)
+        self.model = load_model(
+            resolved.folder, dtype=resolved.dtype, device=resolved.device, attn_implementation=config.attn
+        )
+        self.processor = load_processor(resolved.folder)
         self.instruction = config.instruction
         self.max_new_tokens = max_new_tokens
         self._adapter = adapter_for(self.model)
@@ -69,8 +71,8 @@ class Answerer:
         self._last_inputs: tuple[Sequence[Sample], Any] | None = None
         self._state: Any = None
 
-    def answer(self, setting: Setting, samples: Sequence[Sample]) -> list[Answer]:
-        """Answer a batch greedily.
+    def generate(self, setting: Setting, samples: Sequence[Sample]) -> list[Answer]:
+        """Answers a batch greedily.
 
         Pruning stays applied from one call to the next until a setting without it comes: run those first.
         """
@@ -86,8 +88,8 @@ class Answerer:
         n_visual = (inputs["input_ids"] == image_token).sum(dim=1).tolist()
         reports: Sequence[SampleReport | None] = [None] * len(samples) if report is None else report.samples
         answers = []
-        for text, visual, length, found in zip(texts, n_visual, lengths, reports, strict=True):
-            layer_tokens = (visual,) * self._adapter.n_layers if found is None else found.layer_tokens
+        for text, visual, length, sample_report in zip(texts, n_visual, lengths, reports, strict=True):
+            layer_tokens = (visual,) * self._adapter.n_layers if sample_report is None else sample_report.layer_tokens
             tflops = self._flops(tuple(length - visual + tokens for tokens in layer_tokens)) / 1e12
             average = sum(layer_tokens) / len(layer_tokens)
             path = "dense" if report is None else report.path
@@ -96,7 +98,7 @@ class Answerer:
 
     @contextlib.contextmanager
     def _pruning(self, setting: Setting) -> Iterator[None]:
-        """Apply once, change the options from then on; a setting without pruning gets the untouched model."""
+        """Applies pruning once and changes its options from then on; other settings get the untouched model."""
         if setting.pruning is None:
             api.remove_sparsevlm(self.model)
             self._state = None
@@ -109,16 +111,16 @@ class Answerer:
             yield
 
     def _inputs(self, setting: Setting, samples: Sequence[Sample]) -> Any:
-        """Left-padded inputs on the device; those of the last batch are kept for the next setting."""
+        """Prepares left-padded inputs on the device; those of the last batch are kept for the next setting."""
         if setting.selector != DOWNSAMPLE:
             if self._last_inputs is None or self._last_inputs[0] is not samples:
                 self._last_inputs = samples, self._processed(samples)
             return self._last_inputs[1]
         assert setting.keep is not None  # no setting without a budget is made
         processor = self.processor.image_processor
-        images = (shrunk(processor, sample.images, setting.keep) for sample in samples)
+        images = (downsampled(processor, sample.images, setting.keep) for sample in samples)
         return self._processed(
-            [dataclasses.replace(sample, images=few) for sample, few in zip(samples, images, strict=True)]
+            [dataclasses.replace(sample, images=smaller) for sample, smaller in zip(samples, images, strict=True)]
         )
 
     def _processed(self, samples: Sequence[Sample]) -> Any:
@@ -142,10 +144,10 @@ class Answerer:
         return time.perf_counter()
 
 
-def answer_each(
-    answer: Callable[[Sequence[Sample]], list[Answer]], samples: Sequence[Sample]
+def generate_each(
+    generate: Callable[[Sequence[Sample]], list[Answer]], samples: Sequence[Sample]
 ) -> list[Answer | Exception]:
-    """Answer a batch; where that raises, find out which samples are to blame and answer the rest without them.
+    """Answers a batch; if that raises, answers it without the samples that raise by themselves.
 
     Raises
     ------
@@ -155,25 +157,27 @@ def answer_each(
         If the device has not enough memory for the batch.
     """
     try:
-        return list(answer(samples))
+        return list(generate(samples))
     except torch.OutOfMemoryError as error:
         raise ValueError(f"out of memory with {len(samples)} samples at once: choose a smaller --batch.") from error
     except (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError) as error:
-        failures = {i: failure for i, failure in enumerate(_alone(answer, samples)) if failure is not None}
+        failures = {i: failure for i, failure in enumerate(_each_failure(generate, samples)) if failure is not None}
         if len(samples) > 1 and len(failures) == len(samples):
             raise error
         if not failures:
             raise
     rest = [sample for i, sample in enumerate(samples) if i not in failures]
-    answers = iter(answer(rest) if rest else ())
+    answers = iter(generate(rest) if rest else ())
     return [failures[i] if i in failures else next(answers) for i in range(len(samples))]
 
 
-def _alone(answer: Callable[[Sequence[Sample]], list[Answer]], samples: Sequence[Sample]) -> list[Exception | None]:
+def _each_failure(
+    generate: Callable[[Sequence[Sample]], list[Answer]], samples: Sequence[Sample]
+) -> list[Exception | None]:
     failures: list[Exception | None] = []
     for sample in samples:
         try:
-            answer([sample])
+            generate([sample])
             failures.append(None)
         except (ValueError, RuntimeError, TypeError, IndexError, NotImplementedError) as error:
             failures.append(error)

@@ -1,4 +1,4 @@
-"""Tasks of lmms-eval, run by lmms-eval under every setting; its scores and predictions are stored."""
+"""Runs tasks of lmms-eval under every setting and stores its scores and predictions."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from ...report import ReportTotal
 from ..settings import DOWNSAMPLE, EvalConfig, Setting
 from ..suites.lmms import LmmsSuite, task_manager
 from .predictions import Prediction
-from .resolved_model import ModelPlace
+from .resolved_model import ResolvedModel
 
 MODEL = "sparsevlm"
-_NO_PIXELS = "lmms-eval loads the pictures itself, so that they cannot be made smaller here"
+_NO_DOWNSAMPLING = "lmms-eval loads the images itself, so that they cannot be made smaller here"
 
 
-def lmms_refusals(settings: Sequence[Setting]) -> dict[str, str]:
-    """Settings that lmms-eval cannot run, by name, and why."""
-    return {setting.name: _NO_PIXELS for setting in settings if setting.selector == DOWNSAMPLE}
+def lmms_unsupported(settings: Sequence[Setting]) -> dict[str, str]:
+    """Reasons against settings that lmms-eval cannot run, by name."""
+    return {setting.name: _NO_DOWNSAMPLING for setting in settings if setting.selector == DOWNSAMPLE}
 
 
 def run_lmms(
     config: EvalConfig,
     suite: LmmsSuite,
-    place: ModelPlace,
+    model: ResolvedModel,
     settings: Sequence[Setting],
     folder: Path,
     on_rows: Callable[[int], None],
 ) -> None:
-    """Run what is missing, one setting at a time; a setting counts as done when its scores are written.
+    """Runs the settings that are missing; a setting is done when its scores are written.
 
     Parameters
     ----------
     config : EvalConfig
     suite : LmmsSuite
-    place : ModelPlace
+    model : ResolvedModel
     settings : sequence of Setting
     folder : Path
         Of the predictions.
@@ -48,25 +48,25 @@ def run_lmms(
     for setting in settings:
         scores = folder / f"{setting.name}.scores.json"
         if not scores.is_file():
-            found, totals = _simple_evaluate(config, suite, place, setting)
-            figures, predictions = read_lmms(found, totals, setting)
-            lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in predictions)
+            output, totals = _simple_evaluate(config, suite, model, setting)
+            figures, predictions = read_lmms(output, totals, setting)
+            lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
             _write(folder / f"{setting.name}.jsonl", lines)
             _write(scores, json.dumps(figures, indent=1) + "\n")
         on_rows(len(suite.tasks))
 
 
 def _simple_evaluate(
-    config: EvalConfig, suite: LmmsSuite, place: ModelPlace, setting: Setting
+    config: EvalConfig, suite: LmmsSuite, model: ResolvedModel, setting: Setting
 ) -> tuple[dict[str, Any], dict[str, ReportTotal]]:
-    """What lmms-eval returned, and what the model counted by task."""
+    """Returns the output of lmms-eval, and the model's totals by task."""
     manager = task_manager(suite.include_path)
     from lmms_eval.evaluator import simple_evaluate
     from lmms_eval.models import get_model
 
-    model = get_model(MODEL)(**model_arguments(config, place, setting))
-    found: dict[str, Any] = simple_evaluate(
-        model=model,
+    pruned = get_model(MODEL)(**model_arguments(config, model, setting))
+    output: dict[str, Any] = simple_evaluate(
+        model=pruned,
         tasks=list(suite.tasks),
         batch_size=config.batch,
         limit=config.limit,
@@ -75,15 +75,15 @@ def _simple_evaluate(
         task_manager=manager,
         verbosity="WARNING",
     )
-    return found, dict(model.totals.tasks)
+    return output, dict(pruned.totals.tasks)
 
 
-def model_arguments(config: EvalConfig, place: ModelPlace, setting: Setting) -> dict[str, Any]:
-    """What ``--model_args`` of ``python -m lmms_eval --model sparsevlm`` would say."""
+def model_arguments(config: EvalConfig, model: ResolvedModel, setting: Setting) -> dict[str, Any]:
+    """Makes the ``--model_args`` of ``python -m lmms_eval --model sparsevlm``."""
     arguments: dict[str, Any] = {
-        "pretrained": str(place.folder),
-        "device": place.device,
-        "dtype": place.dtype,
+        "pretrained": str(model.folder),
+        "device": model.device,
+        "dtype": model.dtype,
         "attn_implementation": config.attn,
         "batch_size": config.batch,
     }
@@ -98,33 +98,33 @@ def model_arguments(config: EvalConfig, place: ModelPlace, setting: Setting) -> 
 
 
 def read_lmms(
-    found: dict[str, Any], totals: Mapping[str, ReportTotal], setting: Setting
+    output: dict[str, Any], totals: Mapping[str, ReportTotal], setting: Setting
 ) -> tuple[dict[str, dict[str, Any]], list[Prediction]]:
-    """Scores by task and metric, and one prediction per logged sample and metric.
+    """Reads the output of lmms-eval: scores by task and metric, and a prediction per logged sample and metric.
 
     A task with several metrics becomes several rows of the table, ``task:metric``. Metrics of which less is better,
     and what is no number, are left out.
 
     Parameters
     ----------
-    found : dict
-        What ``simple_evaluate`` returned.
+    output : dict
+        Of ``simple_evaluate``.
     totals : mapping
-        What the model counted, by task.
+        Totals of the model by task.
     setting : Setting
 
     Returns
     -------
     figures : dict
-        Per row of the table: ``score`` as lmms-eval aggregates it, ``n`` samples, and means of what was counted.
+        Per row of the table: ``score`` as lmms-eval aggregates it, ``n`` samples, and means of the totals.
     predictions : list of dict
-        With a ``score`` where a sample has one number.
+        With a ``score`` if the sample has a single number.
     """
     figures: dict[str, dict[str, Any]] = {}
     predictions: list[Prediction] = []
-    for task, samples in found["samples"].items():
-        better = found.get("higher_is_better", {}).get(task, {})
-        metrics = [(name, value) for name, value in _metrics(found["results"][task]) if better.get(name, True)]
+    for task, samples in output["samples"].items():
+        better = output.get("higher_is_better", {}).get(task, {})
+        metrics = [(name, value) for name, value in _metrics(output["results"][task]) if better.get(name, True)]
         for metric, value in metrics:
             row = task if len(metrics) == 1 else f"{task}:{metric}"
             figures[row] = {"score": value, "n": len(samples), **_counted(totals.get(task))}
@@ -151,12 +151,12 @@ def _metrics(results: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _prediction(row: str, metric: str, sample: dict[str, Any], setting: Setting) -> Prediction:
-    said = sample["filtered_resps"]
+    responses = sample["filtered_resps"]
     prediction = {
         "id": str(sample["doc_id"]),
         "task": row,
         "setting": setting.name,
-        "prediction": str(said[0] if isinstance(said, list) and len(said) == 1 else said),
+        "prediction": str(responses[0] if isinstance(responses, list) and len(responses) == 1 else responses),
         "answers": [str(sample["target"])],
     }
     score = sample.get(metric)
@@ -166,7 +166,7 @@ def _prediction(row: str, metric: str, sample: dict[str, Any], setting: Setting)
 
 
 def _write(file: Path, text: str) -> None:
-    """In one step, so that a kill leaves no half of a file."""
+    """Writes a file in one step, so that a kill leaves no half of it."""
     aside = file.with_name(file.name + ".tmp")
     aside.write_text(text, encoding="utf-8")
     aside.replace(file)

@@ -1,4 +1,4 @@
-"""Predictions on disk, one JSON line per row and setting, safe against a kill at any moment."""
+"""Stored predictions: a JSON line per row and setting, safe against a kill at any moment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Stored = dict[str, dict[tuple[str, str], Prediction]]
 
 
 class PredictionStore:
-    """The predictions of one run folder.
+    """Predictions of one run folder.
 
     Every setting has a file; with several workers each worker has one of its own, so that no two processes write to
     the same. A kill can tear the last line of a file: it is cut off before anything is appended.
@@ -22,7 +22,7 @@ class PredictionStore:
     ----------
     folder : Path
     worker : int
-        Whose files :meth:`append` writes to.
+        Index of the worker that :meth:`append` writes for.
     """
 
     def __init__(self, folder: Path, worker: int = 0) -> None:
@@ -31,7 +31,7 @@ class PredictionStore:
         self._repaired: set[Path] = set()
 
     def append(self, setting: str, predictions: Iterable[Prediction]) -> None:
-        """Write lines in one go and hand them to the operating system."""
+        """Appends predictions of a setting in a single write."""
         text = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
         if not text:
             return
@@ -44,7 +44,7 @@ class PredictionStore:
             lines.write(text)
 
     def read(self) -> Stored:
-        """Everything stored by all workers; of a row that was tried again, the last try.
+        """Reads the predictions of all workers; of a row that was tried again, the last try.
 
         Raises
         ------
@@ -57,14 +57,14 @@ class PredictionStore:
             for number, line in enumerate(lines[:-1], start=1):  # after the last newline: nothing, or a torn line
                 try:
                     prediction = json.loads(line)
-                    place = (prediction["task"], prediction["id"])
+                    key = (prediction["task"], prediction["id"])
                     rows = stored.setdefault(prediction["setting"], {})
                 except (ValueError, KeyError, TypeError) as error:
                     raise ValueError(
                         f"line {number} of {file} is damaged; delete the line, and the row will be run again."
                     ) from error
-                if "error" not in prediction or place not in rows:
-                    rows[place] = prediction
+                if "error" not in prediction or key not in rows:
+                    rows[key] = prediction
         return stored
 
 

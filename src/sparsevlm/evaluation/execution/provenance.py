@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, device, weights, data."""
+"""Provenance of a run: versions, commit, device, weights, data."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ import transformers
 
 from ... import __version__
 from ..suites.fingerprint import fingerprint
-from .resolved_model import ModelPlace
+from .resolved_model import ResolvedModel
 
 _ROOT = Path(__file__).parents[4]
 
 
-def versions(place: ModelPlace, data: str) -> dict[str, str]:
-    """Everything beside the configuration that figures depend on.
+def versions(model: ResolvedModel, data: str) -> dict[str, str]:
+    """Returns everything beside the configuration that figures depend on.
 
     Parameters
     ----------
-    place : ModelPlace
+    model : ResolvedModel
     data : str
         Fingerprint of the suite.
     """
-    on_gpu = place.device.startswith("cuda")
-    checkpoint = [file for suffix in ("json", "jinja", "safetensors") for file in place.folder.glob(f"*.{suffix}")]
+    on_gpu = model.device.startswith("cuda")
+    checkpoint = [file for suffix in ("json", "jinja", "safetensors") for file in model.folder.glob(f"*.{suffix}")]
     return {
         "sparsevlm": __version__,
         "commit": commit(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name(place.device) if on_gpu else f"CPU {platform.machine()}",
-        "dtype": place.dtype,
+        "device": torch.cuda.get_device_name(model.device) if on_gpu else f"CPU {platform.machine()}",
+        "dtype": model.dtype,
         "weights": fingerprint(checkpoint),
         "data": data,
     }
 
 
 def commit() -> str:
-    """Commit of the checkout that this code runs from, with a mark where files differ from it.
+    """Returns the commit of the checkout that this code runs from, marked ``-dirty`` if files differ from it.
 
-    ``SPARSEVLM_COMMIT`` says it where git is not there; ``"unknown"`` where nothing does.
+    Without git ``SPARSEVLM_COMMIT`` names it; without either it is ``"unknown"``.
     """
     if given := os.environ.get("SPARSEVLM_COMMIT"):
         return given

@@ -1,4 +1,4 @@
-"""Where a model is, and where and in which precision it runs."""
+"""Resolved models: checkpoint folder, device and dtype of a configuration."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ BUNDLED = "bundled"
 
 
 @dataclass(frozen=True)
-class ModelPlace:
-    """Resolved, with nothing left to ``"auto"``.
+class ResolvedModel:
+    """Model with its folder, device and dtype, none of them ``"auto"``.
 
     Attributes
     ----------
@@ -31,8 +31,8 @@ class ModelPlace:
     dtype: str
 
 
-def locate(config: EvalConfig) -> ModelPlace:
-    """Find the checkpoint of a configuration; ``"bundled"`` is the one of this package.
+def resolve_model(config: EvalConfig) -> ResolvedModel:
+    """Resolves the model of a configuration; ``"bundled"`` is the model of this package.
 
     Raises
     ------
@@ -46,4 +46,4 @@ def locate(config: EvalConfig) -> ModelPlace:
         # bfloat16, as most checkpoints are stored, is slow on most CPUs.
         stored = read_json(folder / "config.json")
         dtype = "float32" if device == "cpu" else str(stored.get("dtype") or stored.get("torch_dtype") or dtype)
-    return ModelPlace(Path(config.model).name, folder, device, dtype)
+    return ResolvedModel(Path(config.model).name, folder, device, dtype)

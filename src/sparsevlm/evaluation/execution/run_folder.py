@@ -1,4 +1,4 @@
-"""One folder per run, named by its configuration, that refuses to mix two runs."""
+"""Run folders: one per configuration, locked while in use, never with two kinds of run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..settings import EvalConfig
 
 
 class RunFolder:
-    """``<out>/<title>-<digest of the configuration>``.
+    """Run folder ``<out>/<title>-<digest of the configuration>``.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep a second run out; a killed one does not keep the lock.
+        """Locks the folder against a second run; a killed run does not keep the lock.
 
         Raises
         ------
@@ -62,20 +62,20 @@ class RunFolder:
             lock.release()
 
     def open(self, config: EvalConfig, versions: dict[str, str], *, resume: bool) -> None:
-        """Go on with what the folder holds, or start anew.
+        """Resumes the run in the folder, or starts anew.
 
         Raises
         ------
         ValueError
             If the folder holds a run of another configuration or of other versions; the message names what differs.
         """
-        mine = {"config": config.to_dict(), "versions": versions}
+        current = {"config": config.to_dict(), "versions": versions}
         if not resume:
             for file in self.predictions.glob("*.json*"):
                 file.unlink()
         elif self._config_file.is_file():
-            found = self._read_config()
-            if differences := _differences(found, mine):
+            stored = self._read_config()
+            if differences := _differences(stored, current):
                 raise ValueError(
                     f"{self.path} holds a run of another kind: {'; '.join(differences)}. Start it anew with "
                     "--no-resume, or keep it and write elsewhere with --out."
@@ -88,25 +88,25 @@ class RunFolder:
             )
         # Written aside and moved, so that a kill leaves either no file or a whole one.
         aside = self._config_file.with_suffix(".tmp")
-        aside.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+        aside.write_text(json.dumps(current, indent=1) + "\n", encoding="utf-8")
         aside.replace(self._config_file)
 
     def _read_config(self) -> dict[str, Any]:
         try:
-            found = json.loads(self._config_file.read_text(encoding="utf-8"))
-            return {"config": dict(found["config"]), "versions": dict(found["versions"])}
+            stored = json.loads(self._config_file.read_text(encoding="utf-8"))
+            return {"config": dict(stored["config"]), "versions": dict(stored["versions"])}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{self._config_file} is damaged; start anew with --no-resume, or write elsewhere with --out."
             ) from error
 
 
-def _differences(found: dict[str, Any], mine: dict[str, Any]) -> list[str]:
-    """What differs between two stored configurations, in words."""
+def _differences(stored: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """Describes the differences between a stored and the current configuration."""
     lines = []
     for part in ("config", "versions"):
-        for name in sorted({*found[part], *mine[part]}):
-            there, here = found[part].get(name), mine[part].get(name)
+        for name in sorted({*stored[part], *current[part]}):
+            there, here = stored[part].get(name), current[part].get(name)
             if there != here:
                 lines.append(f"{name} is {there!r} there and {here!r} now")
     return lines

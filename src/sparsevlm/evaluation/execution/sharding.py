@@ -1,4 +1,4 @@
-"""One worker's part of a run: which batches are its own, what is missing of them, and their answers."""
+"""Shards of a run: the batches of one worker, answered and stored as far as they are missing."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ from typing import Any
 from ..metrics.scores import score
 from ..settings import EvalConfig, Setting
 from ..suites.suite import Row, Sample, Suite, chosen_tasks, storable
-from .generation import Answer, Answerer, answer_each
+from .generation import Answer, BatchGenerator, generate_each
 from .predictions import Prediction, PredictionStore, Stored
 
-_WARM_UP = 2  # samples
+_WARMUP_SAMPLES = 2  # samples
 # Decimal places of what is stored.
 _ROUNDING = {"avg_tokens": 3, "tflops": 6, "ms": 3}
 
 
 @dataclass(frozen=True)
-class Share:
-    """Worker ``index`` of ``count`` takes every ``count``-th batch."""
+class Shard:
+    """Every ``count``-th batch from the ``index``-th on: the batches of one worker."""
 
     index: int = 0
     count: int = 1
 
 
-def batches(suite: Suite, config: EvalConfig, share: Share) -> Iterator[tuple[int, list[Row]]]:
-    """Numbered batches of one task each. Which rows are together depends on neither the workers nor on what is done
-    already: selectors that draw at random depend on the number and the place in the batch, and so do last digits."""
+def batches(suite: Suite, config: EvalConfig, shard: Shard) -> Iterator[tuple[int, list[Row]]]:
+    """Yields the numbered batches of a shard, of one task each.
+
+    Neither the workers nor stored predictions change which rows share a batch: selectors that draw at random depend on
+    the number of the batch and the place in it, and so do last digits.
+    """
     number = 0
     for task in chosen_tasks(suite, config.tasks):
         rows = list(suite.rows(task, config.limit))
         for first in range(0, len(rows), config.batch):
-            if number % share.count == share.index:
+            if number % shard.count == shard.index:
                 yield number, rows[first : first + config.batch]
             number += 1
 
 
-def run_share(
+def run_shard(
     config: EvalConfig,
     suite: Suite,
     folder: Path,
-    share: Share,
+    shard: Shard,
     settings: Sequence[Setting],
     on_rows: Callable[[int], None],
 ) -> None:
-    """Answer what is missing of a worker's batches and store it, batch by batch.
+    """Answers the missing rows of a shard and stores the predictions, batch by batch.
 
     Parameters
     ----------
@@ -56,43 +59,47 @@ def run_share(
     suite : Suite
     folder : Path
         Of the predictions.
-    share : Share
+    shard : Shard
     settings : sequence of Setting
     on_rows : callable
         Called with the number of rows of one setting that have been dealt with.
     """
-    store = PredictionStore(folder, share.index)
+    store = PredictionStore(folder, shard.index)
     stored = store.read()
-    answerer = Answerer(config, config.max_new_tokens or suite.max_new_tokens)
+    generator = BatchGenerator(config, config.max_new_tokens or suite.max_new_tokens)
     is_warm = False
-    for number, batch in batches(suite, config, share):
+    for number, batch in batches(suite, config, shard):
         missing = {setting.name: _missing(batch, stored.get(setting.name, {})) for setting in settings}
         on_rows(sum(len(batch) - len(rows) for rows in missing.values()))
         if not any(missing.values()):
             continue
         loaded, unusable = _load(batch)
-        todo = [setting for setting in settings if missing[setting.name]]
+        pending = [setting for setting in settings if missing[setting.name]]
         samples = list(loaded.values())
         if samples and not is_warm:
-            _warm_up(answerer, todo, samples)
+            _warmup(generator, pending, samples)
             is_warm = True
-        for setting in todo:
+        for setting in pending:
             wanted = missing[setting.name]
             outcomes: dict[str, Any] = dict(unusable)
-            # The whole batch again where a kill left a part of it, for the reason that is given at batches.
+            # The whole batch again where a kill left a part of it, for the reason given at batches.
             if wanted & set(loaded):
                 outcomes.update(
-                    zip(loaded, answer_each(partial(answerer.answer, setting.drawn(number)), samples), strict=True)
+                    zip(
+                        loaded,
+                        generate_each(partial(generator.generate, setting.for_batch(number)), samples),
+                        strict=True,
+                    )
                 )
             predictions = [
                 _prediction(row, setting, loaded.get(row.id), outcomes[row.id]) for row in batch if row.id in wanted
             ]
-            store.append(setting.name, [one for one in predictions if not _is_known(one, stored)])
+            store.append(setting.name, [prediction for prediction in predictions if not _is_known(prediction, stored)])
             on_rows(len(wanted))
 
 
 def _missing(batch: Sequence[Row], done: dict[tuple[str, str], Prediction]) -> set[str]:
-    """Ids of a batch without a score; what failed is tried again, as the file may have been mended."""
+    """Ids of rows without a score; failed rows are tried again, as their file may have been mended."""
     return {row.id for row in batch if "score" not in done.get((row.task, row.id), {})}
 
 
@@ -102,7 +109,7 @@ def _is_known(prediction: Prediction, stored: Stored) -> bool:
 
 
 def _load(batch: Sequence[Row]) -> tuple[dict[str, Sample], dict[str, Exception]]:
-    """Samples by id, and what was raised in place of others."""
+    """Loads samples by id; for unusable rows returns the error."""
     loaded: dict[str, Sample] = {}
     unusable: dict[str, Exception] = {}
     for row in batch:
@@ -113,21 +120,21 @@ def _load(batch: Sequence[Row]) -> tuple[dict[str, Sample], dict[str, Exception]
     return loaded, unusable
 
 
-def _warm_up(answerer: Answerer, settings: Sequence[Setting], samples: list[Sample]) -> None:
-    """Answer a little without and with pruning, so that no stored time holds the costs of a first call."""
-    for kind in (False, True):
-        of_kind = [setting for setting in settings if (setting.pruning is not None) is kind]
-        if of_kind:
+def _warmup(generator: BatchGenerator, settings: Sequence[Setting], samples: list[Sample]) -> None:
+    """Answers two samples without and with pruning, so that no stored time holds the costs of a first call."""
+    for is_pruned in (False, True):
+        matching = [setting for setting in settings if (setting.pruning is not None) is is_pruned]
+        if matching:
             with contextlib.suppress(ValueError, RuntimeError):  # a sample at fault is told when its turn comes
-                answerer.answer(of_kind[0], samples[:_WARM_UP])
+                generator.generate(matching[0], samples[:_WARMUP_SAMPLES])
 
 
 def _prediction(row: Row, setting: Setting, sample: Sample | None, outcome: Answer | Exception) -> Prediction:
     head = {"id": row.id, "task": row.task, "setting": setting.name}
     if isinstance(outcome, Exception):
-        said = " ".join(str(outcome).split()) or type(outcome).__name__
-        return {**head, "error": storable(said)}  # it may quote the path of a picture
-    assert sample is not None  # what has an answer was loaded
+        message = " ".join(str(outcome).split()) or type(outcome).__name__
+        return {**head, "error": storable(message)}  # it may quote the path of an image
+    assert sample is not None  # only loaded samples have answers
     figures = asdict(outcome)
     figures.update((name, round(figures[name], places)) for name, places in _ROUNDING.items())
     prediction = figures.pop("text")

@@ -1,4 +1,4 @@
-"""Several processes on one device, because a small model leaves most of it idle."""
+"""Worker processes on one device, as a small model leaves most of it idle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..settings import EvalConfig, Setting
 from ..suites.registry import open_suite
-from .sharding import Share, run_share
+from .sharding import Shard, run_shard
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ def run_workers(
     settings: Sequence[Setting],
     on_rows: Callable[[int], None],
 ) -> None:
-    """Share the batches of a run among ``count`` processes, each with a model of its own.
+    """Runs the shards of a run in ``count`` processes, each with a model of its own.
 
     Every worker stops when one fails, when this process is interrupted, and when it dies.
 
@@ -41,7 +41,7 @@ def run_workers(
     count : int
     settings : sequence of Setting
     on_rows : callable
-        As in :func:`~sparsevlm.evaluation.execution.sharding.run_share`.
+        As in :func:`~sparsevlm.evaluation.execution.sharding.run_shard`.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def run_workers(
     context = multiprocessing.get_context("spawn")
     messages: Any = context.Queue()
     workers = [
-        context.Process(target=_work, args=(config, folder, Share(index, count), settings, messages), daemon=True)
+        context.Process(target=_work, args=(config, folder, Shard(index, count), settings, messages), daemon=True)
         for index in range(count)
     ]
     try:
@@ -70,7 +70,7 @@ def run_workers(
 
 
 def _follow(workers: list[Any], messages: Any, on_rows: Callable[[int], None]) -> None:
-    """Pass on what the workers say, until the last one is done."""
+    """Passes on the workers' messages until the last worker is done."""
     running = set(range(len(workers)))
     while running:
         try:
@@ -93,24 +93,24 @@ def _follow(workers: list[Any], messages: Any, on_rows: Callable[[int], None]) -
             raise error
 
 
-def _work(config: EvalConfig, folder: Path, share: Share, settings: Sequence[Setting], messages: Any) -> None:
-    """Body of a worker process."""
+def _work(config: EvalConfig, folder: Path, shard: Shard, settings: Sequence[Setting], messages: Any) -> None:
+    """Runs a shard in a worker process."""
     import torch
     from transformers.utils import logging as transformers_logging
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C as well, and ends the workers
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // share.count))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // shard.count))
     parent = multiprocessing.parent_process()
 
     def tell(kind: str, content: Any) -> None:
         if parent is not None and not parent.is_alive():
             raise SystemExit(1)
-        messages.put((share.index, kind, content))
+        messages.put((shard.index, kind, content))
 
     try:
-        run_share(config, open_suite(config), folder, share, settings, partial(tell, "rows"))
+        run_shard(config, open_suite(config), folder, shard, settings, partial(tell, "rows"))
     except Exception as error:
         tell("failed", (_sendable(error), traceback.format_exc()))
     else:
@@ -118,6 +118,6 @@ def _work(config: EvalConfig, folder: Path, share: Share, settings: Sequence[Set
 
 
 def _sendable(error: Exception) -> Exception:
-    """The error itself, or its words where it may not travel between processes."""
-    is_plain = type(error).__module__ == "builtins" and all(isinstance(one, (str, int)) for one in error.args)
+    """The error itself, or its message as a RuntimeError if it cannot be pickled safely."""
+    is_plain = type(error).__module__ == "builtins" and all(isinstance(argument, (str, int)) for argument in error.args)
     return error if is_plain else RuntimeError(f"{type(error).__name__}: {error}")

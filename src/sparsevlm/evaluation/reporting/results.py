@@ -131,10 +131,10 @@ def not_averaged(results: Sequence[Result]) -> list[str]:
     ]
 
 
-def left_out(refused: Mapping[str, str]) -> list[str]:
+def left_out(unsupported: Mapping[str, str]) -> list[str]:
     """One sentence for each reason why the model cannot run some settings."""
     by_reason: dict[str, list[str]] = {}
-    for name, reason in refused.items():
+    for name, reason in unsupported.items():
         by_reason.setdefault(reason, []).append(name)
     return [f"left out: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 

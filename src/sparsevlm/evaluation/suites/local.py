@@ -16,7 +16,7 @@ from ...inputs.sources import resolve
 from ..metrics.scores import check_answers, check_metric
 from ..settings import AVERAGE
 from .fingerprint import fingerprint
-from .records import PICTURE_COLUMNS, Record, read_records
+from .records import IMAGE_COLUMNS, Record, read_records
 from .suite import Row, Sample, storable
 
 
@@ -135,15 +135,15 @@ def _check_storable(column: str, text: str) -> None:
 
 
 def _images(record: Record) -> tuple[Image.Image, ...]:
-    columns = record.pictures()
+    columns = record.images()
     found = columns.get("images")
     if not found:
         found = columns.get("image")
     listed = found if isinstance(found, list) else [found]
     if not listed or any(one is None for one in listed):
         raise ValueError(
-            f"has no image; give a path or bytes in the column {PICTURE_COLUMNS[0]!r}, or a list of them in "
-            f"{PICTURE_COLUMNS[1]!r}"
+            f"has no image; give a path or bytes in the column {IMAGE_COLUMNS[0]!r}, or a list of them in "
+            f"{IMAGE_COLUMNS[1]!r}"
         )
     return tuple(_image(one, record.folder) for one in listed)
 

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-PICTURE_COLUMNS = ("image", "images")
+IMAGE_COLUMNS = ("image", "images")
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Record:
         Line of a JSON lines file from 1, or row of a parquet file from 0.
     values : dict
         Every column but the pictures.
-    pictures : callable
-        Returns what the columns :data:`PICTURE_COLUMNS` hold.
+    images : callable
+        Returns what the columns :data:`IMAGE_COLUMNS` hold.
     folder : Path
         What relative picture paths start from.
     problem : str or None
@@ -35,7 +35,7 @@ class Record:
     where: str
     number: int
     values: dict[str, Any]
-    pictures: Callable[[], dict[str, Any]]
+    images: Callable[[], dict[str, Any]]
     folder: Path
     problem: str | None = None
 
@@ -74,8 +74,8 @@ def _json_record(file: Path, number: int, line: bytes) -> Record:
         problem = f"is not JSON ({error}); write one object a line"
     if not isinstance(values, dict):
         problem, values = "is no JSON object; write one object a line", {}
-    pictures = {name: values.pop(name) for name in PICTURE_COLUMNS if name in values}
-    return Record(where, number, values, lambda: pictures, file.parent, problem)
+    images = {name: values.pop(name) for name in IMAGE_COLUMNS if name in values}
+    return Record(where, number, values, lambda: images, file.parent, problem)
 
 
 def _read_parquet(file: Path) -> Iterator[Record]:
@@ -91,13 +91,13 @@ def _read_parquet(file: Path) -> Iterator[Record]:
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{file} is not a parquet file: {error}") from error
     names = opened.schema_arrow.names
-    columns = [name for name in names if name not in PICTURE_COLUMNS]
-    pictured = [name for name in names if name in PICTURE_COLUMNS]
+    columns = [name for name in names if name not in IMAGE_COLUMNS]
+    image_columns = [name for name in names if name in IMAGE_COLUMNS]
 
     # Rows are asked for in order, so that each group is read once; pictures of a whole group fit, as its writer had it.
     @lru_cache(maxsize=1)
-    def pictures_of(group: int) -> list[dict[str, Any]]:
-        return opened.read_row_group(group, columns=pictured).to_pylist()
+    def images_of(group: int) -> list[dict[str, Any]]:
+        return opened.read_row_group(group, columns=image_columns).to_pylist()
 
     number = 0
     for group in range(opened.num_row_groups):
@@ -105,10 +105,10 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         n_rows = opened.metadata.row_group(group).num_rows
         rows = opened.read_row_group(group, columns=columns).to_pylist() if columns else [{}] * n_rows
         for offset, values in enumerate(rows):
-            pictures = _at(pictures_of, group, offset) if pictured else dict
-            yield Record(f"row {number} of {file.name}", number, values, pictures, file.parent)
+            images = _at(images_of, group, offset) if image_columns else dict
+            yield Record(f"row {number} of {file.name}", number, values, images, file.parent)
             number += 1
 
 
-def _at(pictures_of: Callable[[int], list[dict[str, Any]]], group: int, offset: int) -> Callable[[], dict[str, Any]]:
-    return lambda: pictures_of(group)[offset]
+def _at(images_of: Callable[[int], list[dict[str, Any]]], group: int, offset: int) -> Callable[[], dict[str, Any]]:
+    return lambda: images_of(group)[offset]
