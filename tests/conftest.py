@@ -3,6 +3,10 @@
 import os
 from dataclasses import dataclass
 
+# Before numpy and torch are imported: matrices are small, and threads of tests that run side by side would wait for
+# each other. Processes that a test starts take it over.
+os.environ["OMP_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

@@ -1,10 +1,16 @@
-"""Tiny random Qwen2-VL / Qwen2.5-VL models and inputs, made in code."""
+"""Tiny random models and inputs, made in code; what the tests have to know of a model family is a row of FAMILIES."""
 
 from __future__ import annotations
 
 import itertools
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
@@ -15,6 +21,121 @@ from transformers import (
 IMAGE, VIDEO, VISION_START, VISION_END, EOS, PAD = 90, 91, 92, 93, 94, 95
 PATCH = 14
 N_LAYERS = 6
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of visual input of a family.
+
+    Attributes
+    ----------
+    token : int
+        Placeholder of one visual token.
+    inputs : callable
+        ``inputs(generator, *size)`` draws the model's inputs for one image or video; those of several are concatenated.
+    before, after : tuple of int
+        Tokens around the placeholders.
+    token_type : int, optional
+        Its value in ``mm_token_type_ids``; ``None``: the family has no such input.
+    """
+
+    token: int
+    inputs: Callable[..., dict[str, Tensor]]
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
+    token_type: int | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family; its key in :data:`FAMILIES` is the ``model_type`` of its configuration.
+
+    Attributes
+    ----------
+    make : callable
+        ``make(text, vision_options)`` gives the class and the configuration of a tiny model with this text model.
+    kinds : mapping of str to Kind
+        By ``"image"``, ``"video"``.
+    decoder, tower : str
+        Where the text model, which holds ``layers``, and the vision tower are.
+    n_position_axes : int
+        Coordinates of one token.
+    remembered : tuple of str
+        Attributes in which positions outlast a call.
+    """
+
+    make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]
+    kinds: Mapping[str, Kind]
+    decoder: str = "model.language_model"
+    tower: str = "model.visual"
+    n_position_axes: int = 1
+    remembered: tuple[str, ...] = ()
+
+    def decoder_of(self, model) -> nn.Module:
+        return operator.attrgetter(self.decoder)(model)
+
+    def tower_of(self, model) -> nn.Module:
+        return operator.attrgetter(self.tower)(model)
+
+    def takes(self, rows) -> bool:
+        """Whether the rows of a prompt hold only what the family knows."""
+        return all(kind == "text" or kind in self.kinds for row in rows for kind, *_ in row)
+
+
+def _patches(n: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(n, 3 * 2 * PATCH * PATCH, generator=generator)
+
+
+def _qwen_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values": _patches(4 * h * w, generator), "image_grid_thw": torch.tensor([[1, 2 * h, 2 * w]])}
+
+
+def _qwen_video(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    pixels, grid = _patches(t * 4 * h * w, generator), torch.tensor([[t, 2 * h, 2 * w]])
+    return {"pixel_values_videos": pixels, "video_grid_thw": grid}
+
+
+def _timed_qwen_video(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    return {**_qwen_video(generator, t, h, w), "second_per_grid_ts": torch.ones(1)}
+
+
+_QWEN = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": VISION_START,
+    "vision_end_token_id": VISION_END,
+}
+_QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+
+
+def _qwen2_vl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_QWEN_VISION, "embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, **vision_options}
+    text = {**text, "rope_parameters": _MROPE}
+    return Qwen2VLForConditionalGeneration, Qwen2VLConfig(text_config=text, vision_config=vision, **_QWEN)
+
+
+def _qwen2_5_vl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "window_size": 56}
+    vision |= {"fullatt_block_indexes": [1], **vision_options}
+    text = {**text, "rope_parameters": _MROPE}
+    return Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_QWEN)
+
+
+def _qwen_kinds(video: Callable[..., dict[str, Tensor]]) -> dict[str, Kind]:
+    around = ((VISION_START,), (VISION_END,))
+    return {"image": Kind(IMAGE, _qwen_image, *around, 1), "video": Kind(VIDEO, video, *around, 2)}
+
+
+_OF_QWEN = {"n_position_axes": 3, "remembered": ("model.rope_deltas",)}
+FAMILIES = {
+    "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **_OF_QWEN),
+    "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(_qwen_video), **_OF_QWEN),
+}
+
+
+def family_of(model) -> Family:
+    return FAMILIES[model.config.model_type]
 
 
 def tiny_model(
@@ -30,30 +151,15 @@ def tiny_model(
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 4096,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
         "bos_token_id": None,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
     }
-    ids = {
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": VISION_START,
-        "vision_end_token_id": VISION_END,
-    }
-    vision = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
-    if family == "qwen2_5_vl":
-        vision |= {"hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "window_size": 56}
-        vision |= {"fullatt_block_indexes": [1]}
-        cls, config = Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig
-    else:
-        vision |= {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2}
-        cls, config = Qwen2VLForConditionalGeneration, Qwen2VLConfig
-    vision |= vision_options or {}
-    model = cls._from_config(config(text_config=text, vision_config=vision, **ids), attn_implementation=attn).eval()
+    cls, config = FAMILIES[family].make(text, vision_options or {})
+    model = cls._from_config(config, attn_implementation=attn).eval()
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if "language_model" in name and ("q_proj.weight" in name or "k_proj.weight" in name):
+        for name, weight in FAMILIES[family].decoder_of(model).named_parameters():
+            if "q_proj.weight" in name or "k_proj.weight" in name:
                 weight.mul_(6)
     model.generation_config.eos_token_id = None  # generate exactly as many tokens as asked for
     model.generation_config.pad_token_id = PAD
@@ -61,51 +167,70 @@ def tiny_model(
 
 
 def use_attention(model, name: str) -> None:
-    """Set an attention by its bare name, without transformers' look at the hub."""
-    model.model.language_model.config._attn_implementation_internal = name
+    """Set the decoder's attention by its bare name, without transformers' look at the hub."""
+    for config in (model.config, family_of(model).decoder_of(model).config):  # generation looks at the whole model's
+        config._attn_implementation_internal = name
 
 
 def text(n: int, generator: torch.Generator) -> list[int]:
     return torch.randint(1, 80, (n,), generator=generator).tolist()
 
 
-def make_inputs(*rows, seed: int = 0, pad: bool = True):
+def make_inputs(*rows, seed: int = 0, pad: bool = True, family: str = "qwen2_5_vl"):
     """Inputs of a batch; each row is a list of ``("text", n)``, ``("image", h, w)``, ``("video", t, h, w)``.
 
     Heights and widths count visual (merged) tokens. Left padding, as ``generate`` wants it.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids, types, pixels = [], [], {"image": [], "video": []}
-    grids = {"image": [], "video": []}
+    kinds = FAMILIES[family].kinds
+    ids, types, visual = [], [], {}
     for row in rows:
         row_ids, row_types = [], []
-        for kind, *size in row:
-            if kind == "text":
+        for name, *size in row:
+            if name == "text":
                 row_ids += text(size[0], generator)
                 row_types += [0] * size[0]
                 continue
-            t, h, w = size if kind == "video" else (1, *size)
-            row_ids += [VISION_START, *[IMAGE if kind == "image" else VIDEO] * (t * h * w), VISION_END]
-            row_types += [0, *[1 if kind == "image" else 2] * (t * h * w), 0]
-            grids[kind].append([t, 2 * h, 2 * w])
-            pixels[kind].append(torch.randn(t * 4 * h * w, 3 * 2 * PATCH * PATCH, generator=generator))
+            kind, n_tokens = kinds[name], math.prod(size)
+            row_ids += [*kind.before, *[kind.token] * n_tokens, *kind.after]
+            row_types += [0] * len(kind.before) + [kind.token_type] * n_tokens + [0] * len(kind.after)
+            for key, value in kind.inputs(generator, *size).items():
+                visual.setdefault(key, []).append(value)
         ids.append(row_ids)
         types.append(row_types)
     width = max(map(len, ids))
-    padded = {
-        "input_ids": torch.tensor([[PAD] * (width - len(row)) + row for row in ids]),
-        "mm_token_type_ids": torch.tensor([[0] * (width - len(row)) + row for row in types]),
-    }
+
+    def padded(values, filler):
+        return torch.tensor([[filler] * (width - len(row)) + row for row in values])
+
+    inputs = {"input_ids": padded(ids, PAD)}
+    if all(kind.token_type is not None for kind in kinds.values()):
+        inputs["mm_token_type_ids"] = padded(types, 0)
     if pad:
-        padded["attention_mask"] = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
-    if pixels["image"]:
-        padded["pixel_values"] = torch.cat(pixels["image"])
-        padded["image_grid_thw"] = torch.tensor(grids["image"])
-    if pixels["video"]:
-        padded["pixel_values_videos"] = torch.cat(pixels["video"])
-        padded["video_grid_thw"] = torch.tensor(grids["video"])
-        padded["second_per_grid_ts"] = torch.ones(len(grids["video"]))
-    return padded
+        inputs["attention_mask"] = padded([[1] * len(row) for row in ids], 0)
+    return inputs | {key: torch.cat(values) for key, values in visual.items()}
+
+
+def split_visual(inputs, rows, family: str = "qwen2_5_vl"):
+    """The visual inputs of every sample, in prompt order: a list of dicts, one a row of ``rows``."""
+    kinds, queues = FAMILIES[family].kinds, {}
+    samples = []
+    for row in rows:
+        samples.append({})
+        for name, *size in row:
+            if name == "text":
+                continue
+            for key, value in kinds[name].inputs(torch.Generator(), *size).items():
+                start = queues.get(key, 0)
+                queues[key] = start + value.shape[0]
+                samples[-1].setdefault(key, []).append(inputs[key][start : queues[key]])
+    return [{key: torch.cat(values) for key, values in sample.items()} for sample in samples]
+
+
+def join_visual(samples):
+    """The visual inputs of a batch from those of its samples."""
+    keys = dict.fromkeys(key for sample in samples for key in sample)
+    return {key: torch.cat([sample[key] for sample in samples if key in sample]) for key in keys}
 
 
 PROMPTS = {

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen
 from sparsevlm.bundled import bundled_path
 from sparsevlm.scenes import draw_scene
 
-N_SCENES = 32
+N_SCENES = 12
 FIRST_SEED = 900_000
 
 
@@ -56,4 +56,4 @@ def test_reads_numbers(parts):
         scene = draw_scene(seed)
         question = scene.question("number")
         hits += _answer(parts, scene.image, question.text) == question.answer
-    assert hits >= 0.9 * N_SCENES
+    assert hits >= N_SCENES - 1

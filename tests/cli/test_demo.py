@@ -103,12 +103,13 @@ def test_without_the_bundled_model(tmp_path, monkeypatch):
 def test_the_bundled_model_answers(tmp_path, monkeypatch):
     """One scene shows that everything fits together; accuracy is measured on many, elsewhere."""
     monkeypatch.chdir(tmp_path)
-    result = call("demo", "--json", "--questions", 9)
+    result = call("demo", "--json", "--questions", 4)
     assert result.exit_code == 0, result.stderr
     asked = json.loads(result.stdout)["questions"]
-    assert sum(one["dense"]["text"] == one["right"] for one in asked) >= 8
+    assert [one["task"] for one in asked] == list(TASK_ORDER[:4])
+    assert sum(one["dense"]["text"] == one["right"] for one in asked) >= 3
     assert all(one["average_in"] == pytest.approx(64, abs=1) for one in asked)
-    assert sum(one["pruned"]["text"] == one["right"] for one in asked) >= 8
+    assert sum(one["pruned"]["text"] == one["right"] for one in asked) >= 3
 
 
 @needs_weights

@@ -6,13 +6,14 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.bundled import bundled_path
 from sparsevlm.inputs import load_model, load_processor
 from sparsevlm.scenes import TASKS, draw_example
 from sparsevlm.selection.greedy import dpp_order, dpp_order_by_gram
 from sparsevlm.selection.selectors.span import SpanSelector, _centre
-from toys import PROMPTS, make_inputs, relative_error, tiny_model
+from toys import FAMILIES, PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 PLACES = [
@@ -51,17 +52,18 @@ def chosen_without_values(self, states, valid, n_keep):
     return score.expand_as(valid).masked_fill(~valid, 2000 + n).argsort(dim=-1, stable=True)[:, :n_keep]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
-@pytest.mark.parametrize("options", [{}, {"keep": 1.0}, {"selector": "random"}])
-@pytest.mark.parametrize("prompt", PROMPTS)
+CHOICES = {"span": {}, "all": {"keep": 1.0}, "random": {"selector": "random"}}
+
+
+@parametrize_pairs(prompt=list(PROMPTS), choice=list(CHOICES), family=list(FAMILIES))
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
-def test_logits_under_the_same_choice(device, dtype, tolerance, prompt, options, family, monkeypatch):
+def test_logits_under_the_same_choice(device, dtype, tolerance, prompt, choice, family, monkeypatch):
     monkeypatch.setattr(SpanSelector, "order", chosen_without_values)
     model = tiny_model(family).to(device, dtype)
     inputs = {name: value.to(device) for name, value in make_inputs(*PROMPTS[prompt]).items()}
     if family == "qwen2_vl":
         inputs.pop("second_per_grid_ts", None)  # it does not take that
-    state = apply_sparsevlm(model, **{**OPTIONS, **options})
+    state = apply_sparsevlm(model, **{**OPTIONS, **CHOICES[choice]})
     said, wanted = run(model, inputs, 7)
     kept = [[stage.kept for stage in sample.stages] for sample in state.report.samples]
     with state.options(engine=True):
@@ -73,9 +75,9 @@ def test_logits_under_the_same_choice(device, dtype, tolerance, prompt, options,
                 assert relative_error(one, other) < tolerance, step
 
 
-def scene_batches(processor, n_scenes, batch):
-    """Questions of all tasks over hold-out scenes: inputs as the processor makes them, and the right answers."""
-    for task in TASKS:
+def scene_batches(processor, n_scenes, batch, tasks=TASKS):
+    """Questions of tasks over hold-out scenes: inputs as the processor makes them, and the right answers."""
+    for task in tasks:
         for seeds in (range(n, min(n_scenes, n + batch)) for n in range(0, n_scenes, batch)):
             examples = [draw_example(task, 700_000 + seed, "square") for seed in seeds]
             prompts = []
@@ -148,13 +150,13 @@ def spanned_share(states, picks):
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "n_scenes"),
+    ("device", "dtype", "n_scenes", "tasks"),
     [
-        pytest.param("cpu", torch.float32, 1, id="cpu"),
-        pytest.param("cuda", torch.bfloat16, 50, id="bf16", marks=pytest.mark.gpu),  # 500 prompts
+        pytest.param("cpu", torch.float32, 1, ("number", "list", "pair"), id="cpu"),
+        pytest.param("cuda", torch.bfloat16, 50, TASKS, id="bf16", marks=pytest.mark.gpu),  # 500 prompts
     ],
 )
-def test_the_trained_model_answers_alike(device, dtype, n_scenes):
+def test_the_trained_model_answers_alike(device, dtype, n_scenes, tasks):
     """The engine is as near to float32 as the plain path of the same dtype, and says the same or what ties with it."""
     processor = load_processor(bundled_path(), local_files_only=True)
     exact = load_model(bundled_path(), dtype="float32", device=device)
@@ -163,7 +165,7 @@ def test_the_trained_model_answers_alike(device, dtype, n_scenes):
     near = {"plain": 0, "engine": 0}
     right = {"plain": 0, "engine": 0}
     n_kept = n_answers = n_same = 0
-    for batch, answers in scene_batches(processor, n_scenes, 25):
+    for batch, answers in scene_batches(processor, n_scenes, 25, tasks):
         inputs = batch.to(device)
         answer(exact, inputs)
         wanted = kept_of(reference)

@@ -49,6 +49,7 @@ def test_other_pictures_may_be_encoded_in_the_middle():
             pass
 
     answer = model.generate(**first, **GREEDY, streamer=Streamer())
+    assert len(seen) == 7  # the prompt and every new token
     for found in seen:
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     remove_sparsevlm(model)

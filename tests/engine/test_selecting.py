@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.request import step
 from sparsevlm.selection.raters import embedding_raters
-from toys import PROMPTS, make_inputs, relative_error, tiny_model
+from toys import FAMILIES, PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -70,9 +71,7 @@ ATTENTIVE = {
 }
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
-@pytest.mark.parametrize("case", ATTENTIVE)
-@pytest.mark.parametrize("prompt", PROMPTS)
+@parametrize_pairs(prompt=list(PROMPTS), case=list(ATTENTIVE), family=list(FAMILIES))
 def test_selectors_that_read_attention_choose_the_same(prompt, case, family):
     model, inputs = tiny_model(family), make_inputs(*PROMPTS[prompt])
     if family == "qwen2_vl":

@@ -11,6 +11,10 @@ from sparsevlm.kernels.triton.attention import decode_attention
 RESOLUTION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
+# Heads, those of keys, and their size: small ones in Triton's interpreter, those of a model on a GPU.
+SIZES = [(4, 2, 16), pytest.param((28, 4, 128), marks=pytest.mark.gpu)]
+
+
 def make(lengths, room, n_new, heads=28, kv_heads=4, head_dim=128, dtype=torch.float32, device="cpu", spare=3):
     generator = torch.Generator().manual_seed(sum(lengths) + n_new)
 
@@ -30,13 +34,14 @@ def make(lengths, room, n_new, heads=28, kv_heads=4, head_dim=128, dtype=torch.f
     return draw(len(lengths), heads, head_dim), cache
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", list(RESOLUTION))
 @pytest.mark.parametrize(
     ("lengths", "room", "n_new"),
     [((1,), 4, 1), ((15, 63, 0, 130), 70, 66), ((577,), 1, 1), ((300, 5), 200, 129)],
 )
-def test_twin(lengths, room, n_new, dtype, device):
-    query, cache = make(lengths, room, n_new, dtype=dtype, device=device)
+def test_twin(lengths, room, n_new, dtype, sizes, device):
+    query, cache = make(lengths, room, n_new, *sizes, dtype=dtype, device=device)
     found = decode_attention(query, cache, 0.1, max(lengths))
     wanted = decode_attention_reference(query, cache, 0.1)
     torch.testing.assert_close(found, wanted, rtol=RESOLUTION[dtype], atol=RESOLUTION[dtype])

@@ -25,7 +25,16 @@ def make(batch, n, size, device, seed=0, fillers=0):
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize(
     ("batch", "n", "size", "n_keep", "fillers"),
-    [(1, 1, 4, 1, 0), (1, 15, 40, 7, 0), (3, 63, 80, 30, 9), (2, 300, 20, 45, 0), (1, 577, 64, 20, 100)],
+    [
+        (1, 1, 4, 1, 0),
+        (1, 15, 40, 7, 0),
+        (3, 21, 30, 12, 5),
+        (2, 20, 6, 17, 0),
+        (1, 260, 7, 18, 40),  # so many rows that the factor is read in two parts
+        pytest.param(3, 63, 80, 30, 9, marks=pytest.mark.gpu),
+        pytest.param(2, 300, 20, 45, 0, marks=pytest.mark.gpu),
+        pytest.param(1, 577, 64, 20, 100, marks=pytest.mark.gpu),
+    ],
 )
 def test_twin(batch, n, size, n_keep, fillers, rounds, device):
     """Where n_keep exceeds the size, the picks span everything before the end."""
@@ -45,10 +54,11 @@ def test_the_plain_function_searches_as_the_rows_do(kind, rounds):
 
 
 @pytest.mark.parametrize("rounds", [False, True])
-def test_equal_rows_are_taken_in_order(rounds, device):
-    rows = torch.full((1, 150, 8), 0.5, device=device)
-    order = pivoted_cholesky(rows @ rows.mT, torch.ones(1, 150, device=device), 140, rounds, NOISE)
-    assert order[0].tolist() == list(range(140))
+@pytest.mark.parametrize(("n", "n_keep"), [(25, 22), pytest.param(150, 140, marks=pytest.mark.gpu)])
+def test_equal_rows_are_taken_in_order(n, n_keep, rounds, device):
+    rows = torch.full((1, n, 8), 0.5, device=device)
+    order = pivoted_cholesky(rows @ rows.mT, torch.ones(1, n, device=device), n_keep, rounds, NOISE)
+    assert order[0].tolist() == list(range(n_keep))
 
 
 @pytest.mark.gpu
@@ -69,3 +79,14 @@ def test_the_search_by_products_is_that_on_the_rows(most, monkeypatch):
     assert torch.equal(found, dpp_order(rows, quality, 33, True))
     found = greedy.dpp_order_by_gram(rows[0], quality[0], 9, False)
     assert torch.equal(found, dpp_order(rows[0], quality[0], 9, False))
+
+
+@pytest.mark.parametrize("rounds", [False, True])
+def test_the_search_by_products_goes_on_when_all_is_spanned(rounds):
+    """Five directions, of which each has eight rows of other lengths: the sixth pick begins the second round."""
+    lengths = 1.0 + torch.rand(2, 40, generator=torch.Generator().manual_seed(5))
+    rows = lengths[..., None] * torch.eye(5).repeat(8, 1)
+    found = greedy.dpp_order_by_gram(rows, torch.ones(2, 40), 33, rounds)
+    assert torch.equal(found, dpp_order(rows, torch.ones(2, 40), 33, rounds))
+    again = found[:, 5:10] % 5
+    assert (sorted(again[0].tolist()) == list(range(5))) == rounds

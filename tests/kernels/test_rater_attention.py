@@ -15,6 +15,10 @@ from sparsevlm.selection.scoring import text_to_visual_attention
 RESOLUTION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
+# Heads, those of keys, and their size: small ones in Triton's interpreter, those of a model on a GPU.
+SIZES = [(4, 2, 16), pytest.param((28, 4, 128), marks=pytest.mark.gpu)]
+
+
 def make(lengths, n_rows, heads=28, kv_heads=4, head_dim=128, dtype=torch.float32, device="cpu"):
     """Rows are the last tokens of each sample, as a question is; the first third of its keys is visual."""
     generator = torch.Generator().manual_seed(sum(lengths))
@@ -32,10 +36,12 @@ def make(lengths, n_rows, heads=28, kv_heads=4, head_dim=128, dtype=torch.float3
     return rows, key, cu_seqlens, marked
 
 
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", list(RESOLUTION))
 @pytest.mark.parametrize(("lengths", "n_rows"), [((5,), (1,)), ((15, 63, 140), (3, 20, 7)), ((90, 200), (0, 33))])
-def test_twins(lengths, n_rows, dtype, device):
-    rows, key, cu_seqlens, marked = make(lengths, n_rows, dtype=dtype, device=device)
+def test_twins(lengths, n_rows, dtype, sizes, device):
+    """The last case has more rows, times the heads of a group, and more keys than a block."""
+    rows, key, cu_seqlens, marked = make(lengths, n_rows, *sizes, dtype=dtype, device=device)
     check(rows, key, cu_seqlens, marked, RESOLUTION[dtype])
 
 

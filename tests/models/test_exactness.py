@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from sparsevlm.selection.selectors import SELECTORS
 from toys import PROMPTS, make_inputs, tiny_model, use_attention
@@ -18,11 +19,12 @@ def same(a, b):
     )
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
-def test_nothing_pruned_is_bit_equal(prompt, attn, options):
-    model, inputs = tiny_model(attn=attn), make_inputs(*PROMPTS[prompt])
+CACHES = {"dynamic": {}, "static": {"cache_implementation": "static"}, "none": {"use_cache": False}}
+
+
+@parametrize_pairs(prompt=list(PROMPTS), cache=list(CACHES), attn=["sdpa", "eager"])
+def test_nothing_pruned_is_bit_equal(prompt, attn, cache):
+    model, inputs, options = tiny_model(attn=attn), make_inputs(*PROMPTS[prompt]), CACHES[cache]
     dense = model.generate(**inputs, **SIXTEEN, **options)
     state = apply_sparsevlm(model, keep=1.0, min_keep=2)
     assert same(model.generate(**inputs, **SIXTEEN, **options), dense)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 
 import torch
 
-from toys import PAD
+from toys import family_of
 
 
 def dropped_from(report, sample: int) -> dict[int, int]:
@@ -40,8 +41,9 @@ def layer_masks(n_layers: int, valid: torch.Tensor, dropped: list[dict[int, int]
 
 @contextlib.contextmanager
 def masked_layers(model, masks):
-    """Run the model's layers under the given masks."""
-    additive = model.model.language_model.config._attn_implementation == "eager"
+    """Run the decoder's layers under the given masks."""
+    decoder = family_of(model).decoder_of(model)
+    additive = decoder.config._attn_implementation == "eager"
 
     def hook(mask):
         def before(module, args, kwargs):
@@ -51,10 +53,9 @@ def masked_layers(model, masks):
 
         return before
 
-    layers = model.model.language_model.layers
     handles = [
         layer.register_forward_pre_hook(hook(mask.to(next(layer.parameters()).device)), with_kwargs=True)
-        for layer, mask in zip(layers, masks, strict=True)
+        for layer, mask in zip(decoder.layers, masks, strict=True)
     ]
     try:
         yield
@@ -63,8 +64,38 @@ def masked_layers(model, masks):
             handle.remove()
 
 
-def oracle_logits(model, inputs, sequences, dropped, position_ids=None, valid=None):
-    """Logits of the dense masked run at every position of ``sequences``.
+@contextlib.contextmanager
+def recorded_positions(model):
+    """Collect the positions that the decoder is given, call by call."""
+    seen = []
+
+    def record(module, args, kwargs):
+        seen.append((kwargs["inputs_embeds"].shape[0], kwargs["position_ids"]))
+
+    handle = family_of(model).decoder_of(model).register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def joined_positions(model, seen) -> torch.Tensor:
+    """Recorded positions one after the other, of shape (axes, batch, length), or (batch, length) where there is one."""
+    axes = family_of(model).n_position_axes
+    if axes == 1:
+        return torch.cat([positions.expand(batch, -1) for batch, positions in seen], dim=-1)
+    return torch.cat([positions[-axes:].expand(axes, batch, -1) for batch, positions in seen], dim=-1)
+
+
+def forget_positions(model) -> None:
+    """Make the next call begin anew, whatever calls came before."""
+    for name in family_of(model).remembered:
+        owner, _, attribute = name.rpartition(".")
+        setattr(operator.attrgetter(owner)(model) if owner else model, attribute, None)
+
+
+def masked_run(model, inputs, sequences, dropped, position_ids=None, **options):
+    """The dense masked run over ``sequences``, without a cache.
 
     ``inputs`` are the prompt's, expanded to the batch of ``sequences``; ``dropped`` one dict per row.
     """
@@ -73,28 +104,10 @@ def oracle_logits(model, inputs, sequences, dropped, position_ids=None, valid=No
     for name, value in (("mm_token_type_ids", 0), ("attention_mask", 1)):
         if name in inputs:
             inputs[name] = torch.nn.functional.pad(inputs[name], (0, n_new), value=value)
-    if valid is None:
-        valid = inputs.get("attention_mask", torch.ones_like(sequences))
+    valid = inputs.get("attention_mask", torch.ones_like(sequences))
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    masks = layer_masks(len(model.model.language_model.layers), valid.cpu(), dropped)
-    model.model.rope_deltas = None
+    masks = layer_masks(len(family_of(model).decoder_of(model).layers), valid.cpu(), dropped)
+    forget_positions(model)
     with torch.no_grad(), masked_layers(model, masks):
-        return model(**inputs, use_cache=False).logits
-
-
-def expand(inputs, repeats: int):
-    """Repeat every sample, pixels included, as ``generate`` does for beams (one image per sample)."""
-    out = {}
-    for name, value in inputs.items():
-        if name.startswith("pixel_values"):
-            n = value.shape[0] // inputs["input_ids"].shape[0]
-            out[name] = torch.cat([chunk.repeat(repeats, 1) for chunk in value.split(n)])
-        else:
-            out[name] = value.repeat_interleave(repeats, dim=0)
-    return out
-
-
-def prompt_valid(inputs):
-    """Mask of tokens that are no padding."""
-    return inputs["input_ids"] != PAD
+        return model(**inputs, use_cache=False, **options)

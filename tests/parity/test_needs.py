@@ -9,8 +9,11 @@ import flash_emulation
 import pytest
 import torch
 import vision_reference
-from oracle import dropped_from, layer_masks, masked_layers, prompt_valid
+from oracle import masked_run
+from runs import IMAGE_TURNS, all_dropped, take_second_turn
+from runs import build as build_run
 
+from covering import covering_array, factor_groups
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from sparsevlm.hooks import vision_hooks
 from sparsevlm.hooks.attention_probe import AttentionProbe
@@ -65,6 +68,12 @@ def build(family, *rows, vision_attention="sdpa", place=None, seed=0):
     return model, inputs
 
 
+def assert_all_vision_is(contexts, n_contexts, wanted, tolerance=1e-5):
+    assert len(contexts) == n_contexts
+    for context in contexts:
+        assert_vision_is(context, wanted, tolerance)
+
+
 def assert_vision_is(context, wanted, tolerance=1e-5):
     (attention, keys), indices = wanted, context.indices.cpu()
     assert context.vision_attention.dtype == context.vision_keys.dtype == torch.float32
@@ -74,10 +83,18 @@ def assert_vision_is(context, wanted, tolerance=1e-5):
     torch.testing.assert_close(context.vision_keys.cpu(), keys[indices], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("placement", ["target_layers", "before_decoder", "both"])
-@pytest.mark.parametrize("vision_attention", VISION_ATTENTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("prompt", PROMPTS)
+TOWER_FACTORS = {
+    "prompt": tuple(PROMPTS),
+    "family": FAMILIES,
+    "vision_attention": VISION_ATTENTIONS,
+    "placement": ("target_layers", "before_decoder", "both"),
+}
+TOWER_CASES = covering_array(
+    TOWER_FACTORS, factor_groups(TOWER_FACTORS, 2, ("prompt", "family", "vision_attention")), lambda case: True
+)
+
+
+@pytest.mark.parametrize(tuple(TOWER_FACTORS), [tuple(case.values()) for case in TOWER_CASES], ids=str)
 def test_vision_tower(prompt, family, vision_attention, placement, place):
     model, inputs = build(family, *PROMPTS[prompt], vision_attention=vision_attention, place=place)
     if place.device == "cuda":
@@ -91,6 +108,7 @@ def test_vision_tower(prompt, family, vision_attention, placement, place):
         call()
         layers = {"target_layers": {1, 3}, "before_decoder": {-1}, "both": {-1, 1, 3}}[placement]
         with_picture = {b for b, found in enumerate(wanted) if found is not None}
+        assert with_picture
         assert {(c.layer, c.sample) for c in contexts} == {(layer, b) for layer in layers for b in with_picture}
         for context in contexts:
             assert_vision_is(context, wanted[context.sample], 1e-5 if place.dtype == torch.float32 else 0.1)
@@ -106,9 +124,8 @@ def test_half_precision_is_read_in_float32(family, dtype):
     options = spied(needs=(*VISION, "last_attention"))
     apply_sparsevlm(model, **options)
     model.generate(**inputs, max_new_tokens=1)
-    for context in options["selector"].seen:
-        assert_vision_is(context, wanted)
-        assert context.last_attention.dtype == torch.float32
+    assert_all_vision_is(options["selector"].seen, 2, wanted)
+    assert {context.last_attention.dtype for context in options["selector"].seen} == {torch.float32}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,7 +148,8 @@ def test_received_attention_is_one_on_average_in_every_image_and_frame(family):
     options = spied("before_decoder")
     apply_sparsevlm(model, **options)
     model.generate(**inputs, max_new_tokens=1)
-    for part in options["selector"].seen[0].vision_attention.split([36, 4, 12, 12], dim=1):
+    (context,) = options["selector"].seen
+    for part in context.vision_attention.split([36, 4, 12, 12], dim=1):
         torch.testing.assert_close(part.mean(dim=1), torch.ones(2))
 
 
@@ -221,6 +239,7 @@ def test_only_what_is_needed_is_read(family):
         options = spied(needs={need})
         apply_sparsevlm(model, **options)
         model.generate(**inputs, max_new_tokens=1)
+        assert len(both["selector"].seen) == 2
         for got, wanted in zip(options["selector"].seen, both["selector"].seen, strict=True):
             assert torch.equal(getattr(got, need), getattr(wanted, need))
             assert getattr(got, other) is None
@@ -248,8 +267,7 @@ def test_prompt_lookup_and_a_second_turn():
     apply_sparsevlm(model, **options)
     ways = {"max_new_tokens": 4, "do_sample": False, "suppress_tokens": [IMAGE, VIDEO], "return_dict_in_generate": True}
     first = model.generate(**inputs, **ways, prompt_lookup_num_tokens=2)
-    for context in options["selector"].seen:
-        assert_vision_is(context, first_wanted)
+    assert_all_vision_is(options["selector"].seen, 3, first_wanted)
     options["selector"].seen.clear()
     turn = make_inputs([("text", 2), ("image", 3, 5), ("text", 3)], seed=8)
     (second_wanted,) = vision_reference.references_of_samples(model, turn)
@@ -258,9 +276,7 @@ def test_prompt_lookup_and_a_second_turn():
     for name in ("attention_mask", "mm_token_type_ids"):
         del turn[name]
     model.generate(**turn, **ways, past_key_values=first.past_key_values)
-    assert len(options["selector"].seen) == 3
-    for context in options["selector"].seen:
-        assert_vision_is(context, second_wanted)
+    assert_all_vision_is(options["selector"].seen, 3, second_wanted)
 
 
 def read_somewhere():
@@ -354,6 +370,7 @@ def test_an_exception_inside_the_tower_leaves_it_as_it_was(family, error):
         assert not AttentionProbe._armed
     options["selector"].seen.clear()
     assert torch.equal(model.generate(**inputs, max_new_tokens=3), wanted)
+    assert len(contexts) == 2
     for got, before in zip(options["selector"].seen, contexts, strict=True):
         assert torch.equal(got.vision_attention, before.vision_attention)
     handle = blocks[-1].qkv.register_forward_pre_hook(fail)
@@ -413,8 +430,7 @@ def test_an_encoding_is_known_by_itself_not_by_its_turn():
         ours, later = (model.model.get_image_features(x["pixel_values"], x["image_grid_thw"]) for x in (inputs, other))
     inputs.pop("pixel_values")
     model.generate(**inputs, mm_encoder_outputs={"image": ours}, max_new_tokens=2)
-    for context in options["selector"].seen:
-        assert_vision_is(context, wanted)
+    assert_all_vision_is(options["selector"].seen, 2, wanted)
     del later
 
 
@@ -429,14 +445,12 @@ def test_last_attention(prompt, family, attn, place):
     state = apply_sparsevlm(model, **options)
     model.generate(**inputs, max_new_tokens=2)
     contexts, report = options["selector"].seen, state.report
-    assert any(context.layer == 3 for context in contexts)
+    assert {context.layer for context in contexts} == {-1, 1, 3}
     state.detach()
     use_attention(model, "eager")
-    dropped = [dropped_from(report, b) for b in range(inputs["input_ids"].shape[0])]
-    masks = layer_masks(len(model.model.language_model.layers), prompt_valid(inputs).cpu(), dropped)
-    model.model.rope_deltas = None
-    with torch.no_grad(), masked_layers(model, masks):
-        attentions = model(**inputs, use_cache=False, output_attentions=True).attentions
+    attentions = masked_run(
+        model, inputs, inputs["input_ids"], all_dropped(report, len(report.samples)), output_attentions=True
+    ).attentions
     tolerance = 1e-5 if place.dtype == torch.float32 else 0.1
     for context in contexts:
         if context.layer < 0:
@@ -460,6 +474,7 @@ def test_last_token_of_the_prompt_is_no_guess_no_padding_and_may_be_the_template
             options["selector"].seen.clear()
             model.generate(**inputs, max_new_tokens=3, **more)
             seen.append([context.last_attention for context in options["selector"].seen])
+    assert [len(one) for one in seen] == [2] * 4
     for other in seen[1:]:
         for got, wanted in zip(other, seen[0], strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
@@ -473,6 +488,35 @@ def test_last_token_of_the_prompt_is_no_guess_no_padding_and_may_be_the_template
     torch.testing.assert_close(options["selector"].seen[0].last_attention, seen[0][0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("attn", ["sdpa", "eager", flash_emulation.NAME])
+@pytest.mark.parametrize("prompt", ["one image", "batch, unequal counts"])
+def test_attention_of_a_second_turn(prompt, attn, place):
+    """The keys of the first turn, of which some are gone, come before those that are judged."""
+    spy = Spy(("last_attention", "rater_attention"))
+    run = build_run(PROMPTS[prompt], {**OPTIONS, "selector": spy, "raters": "all"}, place, attention=attn)
+    turn = take_second_turn(run, IMAGE_TURNS[0])
+    report, contexts = run.state.report, spy.seen[-2 * run.batch :]
+    rater_candidates = [sample.rater_candidates.tolist() for sample in run.state._session.request.samples]
+    assert {(context.layer, context.sample) for context in contexts} == {
+        (layer, b) for layer in (1, 3) for b in range(run.batch)
+    }
+    run.state.detach()
+    use_attention(run.model, "eager")
+    ids = turn.inputs["input_ids"]
+    attentions = masked_run(
+        run.model, turn.inputs, ids, turn.dropped, turn.positions[..., : ids.shape[1]], output_attentions=True
+    ).attentions
+    tolerance = 1e-5 if place.dtype == torch.float32 else 0.1
+    for context in contexts:
+        b, past_len = context.sample, turn.past_len
+        visual = past_len + torch.tensor(report.samples[b].visual_positions)[context.indices.cpu()]
+        whole = attentions[context.layer][b].float().mean(dim=0).cpu()
+        rows = past_len + torch.tensor(rater_candidates[b])
+        assert len(rows) > 1
+        for found, wanted in ((context.last_attention, whole[-1]), (context.rater_attention, whole[rows])):
+            torch.testing.assert_close(found.cpu(), wanted[..., visual], rtol=tolerance, atol=tolerance / 100)
+
+
 def test_last_attention_leaves_the_raters_attention_as_it_is():
     model, inputs = build("qwen2_5_vl", *PROMPTS["batch, unequal counts"])
     read = []
@@ -481,6 +525,7 @@ def test_last_attention_leaves_the_raters_attention_as_it_is():
         apply_sparsevlm(model, **options)
         model.generate(**inputs, max_new_tokens=1)
         read.append([context.rater_attention for context in options["selector"].seen])
+    assert [len(one) for one in read] == [4, 4]  # two layers, two samples with a picture
     assert all(torch.equal(a, b) for a, b in zip(*read, strict=True))
 
 
@@ -494,9 +539,9 @@ def test_visual_heads_are_those_of_whole_matrices(prompt):
     options = spied(needs=("rater_attention",))
     state = apply_sparsevlm(model, **options, heads="visual")
     model.generate(**inputs, max_new_tokens=1)
-    for context in options["selector"].seen:
-        if context.layer != 1:
-            continue
+    first = [context for context in options["selector"].seen if context.layer == 1]
+    assert len(first) == len(PROMPTS[prompt]) - (prompt == "batch, unequal counts")  # one has no picture
+    for context in first:
         sample = state._session.request.samples[context.sample]
         whole = attentions[1][context.sample][:, sample.rater_candidates][:, :, sample.visual]
         heads = whole.sum(dim=(1, 2)).topk(2).indices

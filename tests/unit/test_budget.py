@@ -68,6 +68,32 @@ def test_too_small_a_budget_is_clamped_with_the_numbers():
     plan = plan_budget(20, "geometric", 256, (2, 6), 24, 32)
     assert plan.counts == (32, 32)
     assert "60.0 used" in plan.clamped  # (3 · 256 + 21 · 32) / 24
+    plan = plan_budget(60, "geometric", 256, (2, 6), 24, 32)
+    assert (plan.counts, plan.clamped) == ((32, 32), None)
+
+
+def test_more_tokens_than_there_are_is_clamped_to_all():
+    assert plan_budget(256, "geometric", 256, (2, 6), 24, 32).clamped is None
+    plan = plan_budget(257, "geometric", 256, (2, 6), 24, 32)
+    assert plan.counts == (256, 256)
+    assert "keep=257 is more than the 256 visual tokens" in plan.clamped
+    assert plan.at_most(7).counts == (7, 7)
+    assert plan_schedule((100, 50), 256, 2, 32).at_most(70).counts == (70, 50)
+
+
+def test_a_remainder_goes_to_the_earliest_stage_that_can_take_a_token():
+    # 8 · 50 = 400 tokens, of which the first layer takes 100. Just below the ratio where 6 · ⌊100 r²⌋ is 240, one layer
+    # sees 63 and six see 39: 297 of 300. One more fits into the first stage; the second is short of three.
+    assert plan_budget(50, "geometric", 100, (0, 1), 8, 1).counts == (64, 39)
+    # (5, 2) costs 3 · 5 + 4 · 2 = 23 of 28: one more in the first stage leaves 2, too few for the second.
+    assert plan_budget(0.42, "geometric", 12, (0, 3), 8, 1).counts == (6, 2)
+    # 9 everywhere leaves 5, but the first stage takes six, and the second has to stay below the first.
+    assert plan_budget(0.98, "geometric", 10, (0, 6), 8, 1).counts == (9, 9)
+
+
+def test_rounding_costs_no_token():
+    assert plan_budget(0.29, "single", 100, (-1,), 4, 1).counts == (29,)  # 0.29 · 100 · 4 = 115.99…
+    assert rank_adaptive_count(100, 0, 0.29, 0.5, 0.5, False, 1) == (71, 0)
 
 
 def test_explicit_schedules():
@@ -75,6 +101,9 @@ def test_explicit_schedules():
     assert plan_schedule((0.5, 0.25), 256, 2, 32).counts == (128, 64)
     assert "min_keep" in plan_schedule((100, 5), 256, 2, 32).clamped
     assert "more than" in plan_schedule((300, 50), 256, 2, 32).clamped
+    assert plan_schedule((300, 5), 256, 2, 32).counts == (256, 32)
+    assert plan_schedule((0.666, 0.334), 100, 2, 8).counts == (67, 33)
+    assert plan_schedule((0.5, 0.5), 20, 2, 32).counts == (20, 20)  # fewer than min_keep
     with pytest.raises(ValueError, match="2 counts for 3"):
         plan_schedule((100, 50), 256, 3, 32)
 
@@ -101,6 +130,14 @@ def test_rank_adaptive_count_by_hand():
     assert rank_adaptive_count(256, 16, 0.5, 0.5, 0.5, True, 32) == (256 - 120 + 30, 30)
     assert rank_adaptive_count(256, 16, 0.5, 0.5, 0.5, False, 32) == (136, 0)
     assert rank_adaptive_count(10, 10, 0.5, 0.5, 0.5, True, 1) == (10, 0)
+    assert rank_adaptive_count(10, 12, 1.0, 0.5, 0.5, True, 1) == (10, 0)
+
+
+def test_min_keep_binds_the_outcome_clusters_included():
+    assert rank_adaptive_count(20, 0, 0.5, 0.5, 0.5, False, 10) == (10, 0)
+    assert rank_adaptive_count(20, 0, 0.5, 0.5, 0.5, False, 11) == (11, 0)
+    assert rank_adaptive_count(20, 0, 1.0, 0.5, 0.5, True, 5) == (5, 5)  # N = 20, L_r = 10, C = 5
+    assert rank_adaptive_count(20, 0, 1.0, 0.5, 0.5, True, 6) == (6, 4)  # N = 18, L_r = 9, C = 4
 
 
 @given(st.integers(1, 500), st.integers(0, 500), st.floats(0, 1), st.integers(1, 64))

@@ -52,6 +52,7 @@ def test_kept_rows_are_a_tensor_of_whole_numbers(kept):
     ("kept", "message"),
     [
         (KEEP[None], r"shape \(1, 3\), expected \(3,\)"),
+        (KEEP[:, None], r"shape \(3, 1\), expected \(3,\)"),
         (KEEP[:2], r"shape \(2,\), expected \(3,\)"),
         (KEEP - 2, "outside 0..7"),
         (KEEP + 2, "outside 0..7"),
@@ -109,6 +110,18 @@ def test_weights_are_a_tensor_of_numbers(weight):
 def test_targets_and_weights_belong_together(selection, message):
     with pytest.raises(ValueError, match=f"'mine'.*{message}"):
         check(selection)
+
+
+@pytest.mark.parametrize("beyond", [-2, 8])
+def test_no_row_beyond_either_end_stands_for_the_one_there(beyond):
+    kept = torch.tensor([0, 4, 7])
+    with pytest.raises(ValueError, match="recycled_idx is not a part of keep_idx"):
+        check(Selection(kept, recycled_idx=torch.tensor([beyond])))
+    target = torch.tensor([0, beyond, -1, 4, 4, -1, 7, 7])
+    with pytest.raises(ValueError, match="merge_target must be -1 or a kept row"):
+        check(Selection(kept, target, WEIGHT))
+    target[1] = 0
+    assert check(Selection(kept, target, WEIGHT)).merge_target.tolist() == target.tolist()
 
 
 @pytest.mark.parametrize("rows", [torch.tensor([1.0]), torch.tensor([1j]), torch.arange(N_VISUAL) == 1, [1, 4]])

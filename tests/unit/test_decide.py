@@ -65,6 +65,50 @@ def test_the_rank_decides_for_each_sample():
     assert all(one.rank is not None and one.selection.keep_idx.shape[0] >= 10 for one in found)
 
 
+def ranked(rank, n=8, selector=None, **options):
+    """A decision by the rank: as many raters, each of which looks at a token of its own."""
+    config = SparseVLMConfig(**{"min_keep": 1, "rank_lambda": 0.5, "rank_tolerance": 0.01, **options})
+    context = make_context(n, config=config, rater_attention=torch.eye(rank, n))
+    selector = selector or Single()
+    (decision,) = decide([context], selector, SelectorTraits.of(selector), [None])
+    return decision
+
+
+class Clusters(Single):
+    """Notes how many clusters it is asked for."""
+
+    recycles = True
+
+    def select(self, context, n_keep):
+        self.n_clusters = context.n_clusters
+        return torch.arange(n_keep)
+
+
+def test_the_rank_by_hand():
+    decision = ranked(4)
+    assert (decision.rank, decision.selection.keep_idx.tolist()) == (4, [0, 1, 2, 3, 4, 5])  # 8 - 0.5 (8 - 4)
+    decision = ranked(8)
+    assert (decision.selection, decision.rank) == (None, 8)
+    assert decision.skipped_because == "rank 8 of 8 visual tokens leaves nothing to drop"
+    selector = Clusters()
+    decision = ranked(2, selector=selector, rank_lambda=1.0, tau=1.0, theta=1.0)  # all that is dropped comes back
+    assert (decision.selection, decision.rank) == (None, 2)
+    assert decision.skipped_because == "recycling with tau=1.0 and theta=1.0 puts back all that would be dropped"
+
+
+def test_clusters_are_those_of_selectors_that_recycle_if_they_may():
+    options = {"rank_lambda": 1.0, "tau": 1.0, "theta": 0.5}  # 6 of 8 are dropped, 3 clusters
+    selector = Clusters()
+    assert len(ranked(2, selector=selector, **options).selection.keep_idx) == 2 + 3
+    assert selector.n_clusters == 3
+    assert len(ranked(2, selector=selector, recycle=False, **options).selection.keep_idx) == 2
+    assert selector.n_clusters == 0
+    asked = Clusters()
+    asked.recycles = False
+    assert len(ranked(2, selector=asked, **options).selection.keep_idx) == 2
+    assert asked.n_clusters is None
+
+
 def test_a_subclass_that_selects_anew_is_asked_for_that():
     class Last(Batched):
         def select(self, context, n_keep):

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsevlm.selection import greedy, similarity
-from sparsevlm.selection.greedy import cover, dpp_map, farthest_points
+from sparsevlm.selection.greedy import cover, dpp_map, dpp_order, farthest_points
 from sparsevlm.selection.similarity import min_max, nearest_rows, row_chunks, unit_rows
 
 
@@ -78,6 +78,32 @@ def test_dpp_in_rounds_starts_anew_beyond_the_rank():
     for n_keep, wanted in enumerate([[0], [0, 2], [0, 1, 2], [0, 1, 2, 3]], start=1):
         assert dpp_map(rows, torch.ones(5), n_keep, rounds=True).tolist() == wanted
     assert dpp_map(rows, torch.ones(5), 3).tolist() == [0, 1, 2]  # by quality, ties to the lower index
+
+
+def test_a_round_begins_with_the_longest_of_what_is_left():
+    """The second row is taken in the first round and not spanned in the second, which ends without it."""
+    rows = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.5, 0.0], [2.0, 0.0], [1.0, 0.0]])
+    ones = torch.ones(5)
+    assert dpp_order(rows, ones, 5, rounds=True).tolist() == [0, 1, 3, 4, 2]
+    assert dpp_order(rows, ones, 5).tolist() == [0, 1, 2, 3, 4]
+    quality = torch.tensor([1.0, 1.0, 1.0, 0.4, 0.1])  # the gains are 0.25, 0.64 and 0.01 in the second round
+    assert dpp_order(rows, quality, 5, rounds=True).tolist() == [0, 1, 3, 2, 4]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_rounding_leaves_of_copies_decides_nothing(seed):
+    """Three copies of five rows: when one of each is picked the determinants are 0, and nothing is left to cover."""
+    unit = random_unit(5, 7, seed).repeat(3, 1)
+    quality = torch.rand(15, generator=torch.Generator().manual_seed(seed))
+    order = dpp_order(unit, quality, 14).tolist()
+    assert {pick % 5 for pick in order[:5]} == set(range(5))
+    assert order[5:] == sorted(order[5:], key=lambda pick: -quality[pick])
+    apart = farthest_points(unit, 5).tolist()
+    assert {pick % 5 for pick in apart} == set(range(5))
+    others = [i for i in range(15) if i not in apart]
+    assert farthest_points(unit, 9).tolist() == sorted([*apart, *others[:4]])
+    alike = cover(unit, unit, 9, value=lambda cosine, rows: cosine.mul(1000).round() / 3)  # of copies exactly
+    assert alike.tolist() == list(range(9))
 
 
 def test_dpp_knows_what_is_spanned_whatever_the_scale():

@@ -101,3 +101,49 @@ def test_deterministic():
 def test_certificate_never_guesses():
     gram = torch.eye(400, dtype=torch.float64)
     assert rank._certified_rank(gram, 0.9 * 400) is None
+
+
+def of_spectrum(values, seed):
+    """A Gram matrix of these eigenvalues, in a basis drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.linalg.qr(torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)).Q
+    return basis * values @ basis.T
+
+
+def test_a_rough_sketch_answers_right_or_not_at_all(monkeypatch):
+    """After one step the Ritz values are too small: sums just above a threshold are found below it."""
+    monkeypatch.setattr(rank, "_POWER_STEPS", 1)
+    gram = of_spectrum(0.9 ** torch.arange(300, dtype=torch.float64), seed=0)
+    sums = torch.linalg.eigvalsh(gram).flip(0).cumsum(dim=0)
+    n_answers = 0
+    for count in range(2, 60, 3):
+        for share in (1e-3, 1e-5, 1e-7):
+            wanted = float(sums[count - 1]) * (1 - share)
+            answer = rank._certified_rank(gram, wanted)
+            assert answer in (None, count)
+            n_answers += answer is not None
+    assert 10 < n_answers < 50
+
+
+def test_a_sketch_does_not_answer_where_it_may_have_missed_a_direction():
+    """Of two equal directions outside of the cosine basis the largest row adds one: their sum."""
+    n = 300
+    grid, frequencies = torch.arange(n, dtype=torch.float64) + 0.5, torch.arange(n, dtype=torch.float64)
+    basis = torch.linalg.qr(torch.cos(torch.pi / n * grid[:, None] * frequencies)).Q
+    values = torch.zeros(n, dtype=torch.float64)
+    values[:64], values[100], values[200] = 0.02, 1.0, 1.0
+    gram = basis * values @ basis.T
+    assert rank._certified_rank(gram, 1.51) is None  # 1 + 26 · 0.02 is found, 1 + 1 is there
+    assert rank._count_to(torch.linalg.eigvalsh(gram).flip(0), 1.51) == 2
+
+
+def test_equal_values_meet_a_threshold_exactly():
+    assert sketch_rank(torch.eye(10), 0.7) == 3  # (1 - 0.7) · 10 = 3.0000000000000004
+
+
+def test_the_numerical_rank_goes_by_the_longer_side():
+    matrix = torch.zeros(2, 1000)
+    matrix[0, 0], matrix[1, 1] = 1.0, 1e-5  # between 2 and 1000 times the resolution of float32
+    assert sketch_rank(matrix, "machine") == sketch_rank(matrix.T, "machine") == 1
+    matrix[1, 1] = 1e-3
+    assert sketch_rank(matrix, "machine") == 2

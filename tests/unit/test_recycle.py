@@ -28,6 +28,8 @@ def test_counts_of_the_paper():
     assert count_clusters(100, 0.5, 0.5) == (50, 25)
     assert count_clusters(276, 0.3, 0.1) == (82, 8)
     assert count_clusters(10, 0.0, 0.5) == (0, 0)
+    assert count_clusters(100, 0.29, 0.5) == (29, 14)  # 0.29 · 100 = 28.999…
+    assert count_clusters(100, 1.0, 0.29) == (100, 29)
 
 
 @given(st.integers(1, 600), st.integers(1, 600), st.floats(0, 1), st.floats(0, 1))
@@ -71,11 +73,32 @@ def centres_in_log_space(states, n_clusters):
     return sorted(sorted(range(len(gamma)), key=lambda i: -gamma[i])[:n_clusters])
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_density_peaks_follow_the_formula_at_any_scale(scale):
+@pytest.mark.parametrize(("scale", "seeds"), [(1e-3, range(1)), (1.0, range(12)), (1e3, range(1))])
+def test_density_peaks_follow_the_formula_at_any_scale(scale, seeds):
     """At large norms exp(−d²) is 0 for every token: only logarithms tell them apart."""
-    states = torch.randn(24, 8, generator=torch.Generator().manual_seed(4)) * scale
-    assert density_peaks(states, 5).tolist() == centres_in_log_space(states, 5)
+    for seed in seeds:
+        states = torch.randn(16, 8, generator=torch.Generator().manual_seed(seed)) * scale
+        assert density_peaks(states, 3).tolist() == centres_in_log_space(states, 3)
+
+
+def test_equally_dense_tokens_are_ranked_by_their_place():
+    """The first is then the densest, whose separation is the largest distance; it is 9 for the third."""
+    assert density_peaks(torch.tensor([[0.0], [1.0], [10.0], [11.0]]), 1).tolist() == [0]
+
+
+def test_distances_are_exact_far_from_the_origin():
+    """Products of long rows would lose differences of one."""
+    states = blobs([5, 9, 4], spread=0.3)
+    assert density_peaks(states + 4096, 3).tolist() == density_peaks(states + 4096 - 4096, 3).tolist()
+
+
+def test_centres_are_chosen_by_direction_not_by_length():
+    states = torch.tensor([[1.0, 0.0], [5.0, 5.0], [3.0, 1.0], [0.1, 0.2]])
+    assert assign_to_centres(states, torch.tensor([0, 1])).tolist() == [0, 1, 0, 1]
+    # Centres belong to themselves, whichever is nearer.
+    assert assign_to_centres(torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 0.1]]), torch.tensor([0, 1])).tolist() == [
+        0, 1, 0
+    ]  # fmt: skip
 
 
 def test_identical_tokens_are_no_trouble():
@@ -100,6 +123,12 @@ def test_a_merge_conserves_what_it_says(n, seed, merge):
     sizes = torch.stack([(target == centre).sum() for centre in centres]).float()
     factor = sizes if merge == "mean" else torch.ones_like(sizes)
     torch.testing.assert_close((merged * factor[:, None]).sum(0), states[members].sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_a_row_that_nothing_is_merged_into_has_a_weight_too():
+    states = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    merged = merge_hidden_states(states, torch.tensor([0, 2]), torch.tensor([0, -1, 2]), torch.tensor([0.5, 9.0, 1.0]))
+    assert merged.tolist() == [[0.5, 1.0], [5.0, 6.0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.selection import scoring
+from sparsevlm.selection import raters, scoring
 from sparsevlm.selection.raters import attention_raters, embedding_raters
 from sparsevlm.selection.scoring import (
     received_attention,
@@ -82,14 +82,17 @@ def test_top_heads_by_hand(block, monkeypatch):
     assert torch.equal(text_to_visual_attention(*given, n_top_heads=4), text_to_visual_attention(*given))
 
 
-def test_mass_of_a_head_is_summed_over_all_rows():
+@pytest.mark.parametrize("block", [1 << 26, 2])
+def test_mass_of_a_head_is_summed_over_all_rows(block, monkeypatch):
     """Head 0 looks hard in the first row only, head 1 rather hard in both."""
+    monkeypatch.setattr(scoring, "_MAX_BLOCK_ELEMENTS", block)
     first, key = heads_that_look_at(0.9, 0.6)
     second, _ = heads_that_look_at(0.1, 0.7)
-    got = text_to_visual_attention(
-        torch.cat([first, second], dim=1), key, torch.tensor([0]), torch.tensor([1, 1]), 1.0, n_top_heads=1
-    )
-    assert got.flatten().tolist() == pytest.approx([0.6, 0.7])
+    for rows in ([first, second], [second, first]):
+        got = text_to_visual_attention(
+            torch.cat(rows, dim=1), key, torch.tensor([0]), torch.tensor([1, 1]), 1.0, n_top_heads=1
+        )
+        assert sorted(got.flatten().tolist()) == pytest.approx([0.6, 0.7])
 
 
 def test_equal_heads_tie_to_the_lower():
@@ -153,6 +156,15 @@ def test_embedding_raters_by_hand():
     features = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
     text = torch.tensor([[3.0, 0.0], [0.0, 5.0]])  # softmax over text of (3, 0) for both visual rows
     assert embedding_raters(features, text).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("block", [1 << 26, 2])
+def test_embedding_raters_hear_every_visual_token(block, monkeypatch):
+    """Two of three look at the first text token, the last one at the second; small blocks take one by one."""
+    monkeypatch.setattr(raters, "_MAX_BLOCK_ELEMENTS", block)
+    features = torch.tensor([[3.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
+    assert embedding_raters(features, torch.eye(2)).tolist() == [True, False]
+    assert embedding_raters(features.flip(1), torch.eye(2)).tolist() == [False, True]
 
 
 def test_visual_scores_are_column_sums():

@@ -1,0 +1,156 @@
+"""The bookkeeping of a bucket's program, by hand: sizes, integers, which rows go on, and the record."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from made_requests import make_request, make_sample
+from sparsevlm.engine.call import Prompt
+from sparsevlm.engine.text.bucketed_prefill import (
+    BucketShape,
+    Inputs,
+    TokenCounts,
+    _ascending,
+    _compact,
+    count,
+    make_integers,
+    n_integers,
+    plan,
+    record,
+)
+
+
+def test_picks_that_count_are_put_in_order_and_the_others_behind():
+    picks = torch.tensor([[5, 1, 3, 0], [2, 0, 1, 3], [4, 3, 2, 1]])
+    found = _ascending(picks, torch.tensor([2, 3, 0]), 6)
+    assert found.tolist() == [[1, 5, 0, 3], [0, 1, 2, 3], [1, 2, 3, 4]]
+    assert _ascending(picks, torch.tensor([4, 4, 4]), 6).tolist() == [[0, 1, 3, 5], [0, 1, 2, 3], [1, 2, 3, 4]]
+
+
+# Rows 0 to 4 are one sample, with visual tokens in 1 to 3; 5 to 8 another one, with two in 5 and 6; 9 to 11 fill up.
+VISUAL_ROWS = torch.tensor([[1, 2, 3], [5, 6, 11]])
+VALID = torch.tensor([[True, True, True], [True, True, False]])
+
+
+@pytest.mark.parametrize(("room", "fillers"), [(8, [9]), (9, [9, 10]), (11, [9, 10, 2, 5])])
+def test_rows_that_go_on_close_up(room, fillers):
+    """Of the first sample the tokens 0 and 2 are left, of the second token 1."""
+    chosen, left = torch.tensor([[0, 2], [1, 0]]), torch.tensor([2, 1])
+    rows, visual_rows = _compact(VISUAL_ROWS, VALID, chosen, left, room, 12)
+    assert rows.tolist() == [0, 1, 3, 4, 6, 7, 8, *fillers]
+    assert visual_rows.tolist() == [[1, 2], [4, room - 1]]
+
+
+def test_a_sample_may_keep_all_or_have_none():
+    chosen, left = torch.tensor([[0, 1, 2], [2, 0, 1]]), torch.tensor([3, 0])
+    rows, visual_rows = _compact(VISUAL_ROWS, VALID & torch.tensor([[True], [False]]), chosen, left, 10, 12)
+    assert rows.tolist() == list(range(10))  # the second has none: its rows 5 and 6 are text
+    assert visual_rows.tolist() == [[1, 2, 3], [9, 9, 9]]
+
+
+def test_a_second_cut_goes_on_from_the_first():
+    chosen, left = torch.tensor([[0, 2], [1, 0]]), torch.tensor([2, 1])
+    rows, visual_rows = _compact(VISUAL_ROWS, VALID, chosen, left, 10, 12)
+    again, visual_rows = _compact(
+        visual_rows, torch.arange(2) < left[:, None], torch.tensor([[1], [0]]), torch.tensor([1, 1]), 8, 10
+    )
+    assert rows[again].tolist() == [0, 3, 4, 6, 7, 8, 9, 10]
+    assert visual_rows.tolist() == [[1], [3]]
+
+
+def request_of(*numbers, min_keep=3, target_layers=(1, 3)):
+    """Samples of (visual, others, counts)."""
+    samples = [
+        make_sample(range(visual), range(visual, visual + others), counts=counts) for visual, others, counts in numbers
+    ]
+    return make_request(*samples, min_keep=min_keep, target_layers=target_layers)
+
+
+def test_stages_are_the_targets_that_drop_something():
+    targets, counts = count(request_of((40, 15, (20, 20)), (3, 6, (2, 2)), (0, 5, (0, 0))))
+    assert targets == (1,)  # the second has no more than min_keep
+    assert counts.visual == [[40, 3, 0], [20, 3, 0]]
+    assert counts.total == [[55, 9, 5], [35, 9, 5]]
+    targets, counts = count(request_of((40, 15, (40, 20)), (8, 6, (8, 4))))
+    assert targets == (3,)
+    assert counts.visual == [[40, 8], [20, 4]]
+    assert count(request_of((40, 15, (40, 40))))[0] == ()
+
+
+def test_a_bucket_has_room_for_one_filler_at_least():
+    found, _ = plan(request_of((40, 15, (20, 20)), (3, 6, (3, 3))))
+    # 64 and 44 rows: one more, and up to a multiple of 16.
+    assert found == BucketShape((1,), 2, rows=(80, 48), visual=(48, 32), max_seqlen=(64, 48))
+    assert found.n_features == 96
+    alone, _ = plan(request_of((40, 23, (20, 20))))
+    assert alone == BucketShape((1,), 1, rows=(64, 48), visual=(48, 32), max_seqlen=(64, 48))
+    text, _ = plan(request_of((0, 20, (0, 0))))
+    assert text.visual == (1,)
+    # The fillers of a large batch of small samples may be more than any sample.
+    many, _ = plan(request_of(*[(8, 9, (4, 4))] * 33))
+    assert many.rows == (576, 448)
+    assert many.max_seqlen == (64, 32)
+
+
+def test_integers_of_a_padded_batch():
+    # The first is padded by two; visual tokens are 90.
+    ids = torch.tensor([[0, 0, 1, 90, 90, 2], [90, 3, 90, 90, 4, 5]])
+    visual = ids == 90
+    features = torch.full_like(ids, -1)
+    features[visual] = torch.tensor([3, 4, 0, 1, 2])  # not in the order of the rows
+    positions = torch.arange(36).view(3, 2, 6)
+    request = make_request(
+        make_sample([3, 4], [2, 5], counts=(1, 1)), make_sample([0, 2, 3], [1, 4, 5], counts=(2, 2)), min_keep=1
+    )
+    bucket, counts = BucketShape((1,), 2, rows=(12, 9), visual=(4, 2), max_seqlen=(8, 8)), count(request)[1]
+    integers = make_integers(request, Prompt(ids, positions, features, 5), bucket, counts)
+    assert integers.shape == (n_integers(bucket),)
+    given = Inputs.of(bucket, integers, torch.zeros(8, 4))
+    assert given.ids.tolist() == [1, 90, 90, 2, 90, 3, 90, 90, 4, 5, 0, 0]
+    assert given.positions[:, :10].tolist() == [
+        [2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
+        [14, 15, 16, 17, 18, 19, 20, 21, 22, 23],
+        [26, 27, 28, 29, 30, 31, 32, 33, 34, 35],
+    ]
+    assert given.visual_rows.tolist() == [[1, 2, 11, 11], [4, 6, 7, 11]]
+    assert given.feature_rows.tolist() == [[3, 4, 0, 0], [0, 1, 2, 0]]
+    assert given.cu_seqlens.tolist() == [[0, 4, 10, 12], [0, 3, 8, 9]]
+    assert given.n_visual.tolist() == [[2, 3], [1, 2]]
+
+
+def test_what_is_left_is_recorded_as_a_prune_step_does():
+    request = request_of((6, 3, (4, 2)), (5, 3, (5, 5)), (0, 4, (0, 0)))
+    counts = TokenCounts([[6, 5, 0], [4, 5, 0], [2, 5, 0]], [])
+    bucket = BucketShape((1, 3), 3, (48,) * 3, (16,) * 3, (16,) * 3)
+    kept = [
+        torch.tensor([[0, 2, 4, 5, 1], [0, 1, 2, 3, 4], [0] * 5]),
+        torch.tensor([[2, 5, 9, 9, 9], [0, 1, 2, 3, 4], [0] * 5]),
+    ]
+    request.config = request.config.replace(min_keep=2)
+    record(request, bucket, counts, kept, n_layers=6)
+    first, second, third = request.samples
+    assert first.layer_tokens == [6, 6, 4, 4, 2, 2]
+    assert second.layer_tokens == [5] * 6
+    assert [stage.kept.tolist() for stage in first.stages] == [[0, 2, 4, 5], [2, 5]]
+    assert [(stage.layer, stage.n_in, stage.skipped_because) for stage in first.stages] == [(1, 6, None), (3, 4, None)]
+    assert {stage.skipped_because for stage in second.stages} == {"the budget keeps every visual token here"}
+    assert [stage.kept.tolist() for stage in second.stages] == [[0, 1, 2, 3, 4]] * 2
+    assert [(stage.kept, stage.skipped_because) for stage in third.stages] == [
+        (None, "no image or video in this sample")
+    ] * 2
+
+
+def test_what_the_tower_left_out_is_no_token_of_the_record():
+    sample = make_sample(range(8), [8, 9], alive=[1, 2, 4, 6, 7], counts=(3, 3))
+    request = make_request(sample, min_keep=1)
+    record(
+        request,
+        BucketShape((1,), 1, (16,) * 2, (16,) * 2, (16,) * 2),
+        count(request)[1],
+        [torch.tensor([[0, 2, 4]])],
+        4,
+    )
+    assert sample.alive.tolist() == [1, 4, 7]
+    assert [stage.kept.tolist() for stage in sample.stages] == [[1, 4, 7], [1, 4, 7]]
+    assert sample.layer_tokens == [5, 5, 3, 3]
