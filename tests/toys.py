@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLConfig,
@@ -37,6 +41,8 @@ class Kind:
         Tokens around the placeholders.
     token_type : int, optional
         Its value in ``mm_token_type_ids``; ``None``: the family has no such input.
+    size : tuple of int, optional
+        Visual tokens of every input by height and width, whatever a prompt asks for; ``None``: as it asks.
     """
 
     token: int
@@ -44,6 +50,10 @@ class Kind:
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
     token_type: int | None = None
+    size: tuple[int, ...] | None = None
+
+    def size_of(self, asked: Sequence[int]) -> Sequence[int]:
+        return asked if self.size is None else self.size
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,8 @@ class Family:
         Coordinates of one token.
     remembered : tuple of str
         Attributes in which positions outlast a call.
+    on_engine : bool
+        Whether the engine runs it.
     """
 
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]
@@ -70,6 +82,7 @@ class Family:
     tower: str = "model.visual"
     n_position_axes: int = 1
     remembered: tuple[str, ...] = ()
+    on_engine: bool = True
 
     def decoder_of(self, model) -> nn.Module:
         return operator.attrgetter(self.decoder)(model)
@@ -127,11 +140,28 @@ def _qwen_kinds(video: Callable[..., dict[str, Tensor]]) -> dict[str, Kind]:
     return {"image": Kind(IMAGE, _qwen_image, *around, 1), "video": Kind(VIDEO, video, *around, 2)}
 
 
+def _llava(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 2}
+    vision |= {"image_size": 4 * PATCH, "patch_size": PATCH, "projection_dim": 32, **vision_options}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), image_token_id=IMAGE
+    )
+    return LlavaForConditionalGeneration, config
+
+
+def _llava_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(1, 3, h * PATCH, w * PATCH, generator=generator)}
+
+
 _OF_QWEN = {"n_position_axes": 3, "remembered": ("model.rope_deltas",)}
 FAMILIES = {
     "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **_OF_QWEN),
     "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(_qwen_video), **_OF_QWEN),
+    "llava": Family(
+        _llava, {"image": Kind(IMAGE, _llava_image, size=(4, 4))}, tower="model.vision_tower", on_engine=False
+    ),
 }
+ON_ENGINE = tuple(name for name, family in FAMILIES.items() if family.on_engine)
 
 
 def family_of(model) -> Family:
@@ -186,12 +216,14 @@ def make_inputs(*rows, seed: int = 0, pad: bool = True, family: str = "qwen2_5_v
     ids, types, visual = [], [], {}
     for row in rows:
         row_ids, row_types = [], []
-        for name, *size in row:
+        for name, *asked in row:
             if name == "text":
-                row_ids += text(size[0], generator)
-                row_types += [0] * size[0]
+                row_ids += text(asked[0], generator)
+                row_types += [0] * asked[0]
                 continue
-            kind, n_tokens = kinds[name], math.prod(size)
+            kind = kinds[name]
+            size = kind.size_of(asked)
+            n_tokens = math.prod(size)
             row_ids += [*kind.before, *[kind.token] * n_tokens, *kind.after]
             row_types += [0] * len(kind.before) + [kind.token_type] * n_tokens + [0] * len(kind.after)
             for key, value in kind.inputs(generator, *size).items():
@@ -211,6 +243,15 @@ def make_inputs(*rows, seed: int = 0, pad: bool = True, family: str = "qwen2_5_v
     return inputs | {key: torch.cat(values) for key, values in visual.items()}
 
 
+def equally_long(rows, family: str = "qwen2_5_vl"):
+    """Rows that take no padding: short ones get more text at their end."""
+    lengths = [make_inputs(row, family=family)["input_ids"].shape[1] for row in rows]
+    return [
+        row if length == max(lengths) else [*row, ("text", max(lengths) - length)]
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
 def split_visual(inputs, rows, family: str = "qwen2_5_vl"):
     """The visual inputs of every sample, in prompt order: a list of dicts, one a row of ``rows``."""
     kinds, queues = FAMILIES[family].kinds, {}
@@ -220,7 +261,7 @@ def split_visual(inputs, rows, family: str = "qwen2_5_vl"):
         for name, *size in row:
             if name == "text":
                 continue
-            for key, value in kinds[name].inputs(torch.Generator(), *size).items():
+            for key, value in kinds[name].inputs(torch.Generator(), *kinds[name].size_of(size)).items():
                 start = queues.get(key, 0)
                 queues[key] = start + value.shape[0]
                 samples[-1].setdefault(key, []).append(inputs[key][start : queues[key]])

@@ -13,7 +13,7 @@ from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text.decode_graph import begin_decode, decode_step
 from sparsevlm.engine.text.prefill import pack, prefill
 from sparsevlm.request.reporting import make_report
-from toys import FAMILIES, PROMPTS, make_inputs, relative_error, tiny_model
+from toys import ON_ENGINE, PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 SELECTORS = {
@@ -45,7 +45,7 @@ def captured(model, state):
         handle.remove()
 
 
-@parametrize_pairs(prompt=list(PROMPTS), name=list(SELECTORS), family=list(FAMILIES))
+@parametrize_pairs(prompt=list(PROMPTS), name=list(SELECTORS), family=ON_ENGINE)
 def test_the_engine_says_what_the_plain_path_says(prompt, name, family):
     model, inputs = tiny_model(family), make_inputs(*PROMPTS[prompt])
     if family == "qwen2_vl":

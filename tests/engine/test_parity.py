@@ -13,7 +13,7 @@ from sparsevlm.inputs import load_model, load_processor
 from sparsevlm.scenes import TASKS, draw_example
 from sparsevlm.selection.greedy import dpp_order, dpp_order_by_gram
 from sparsevlm.selection.selectors.span import SpanSelector, _centre
-from toys import FAMILIES, PROMPTS, make_inputs, relative_error, tiny_model
+from toys import ON_ENGINE, PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 PLACES = [
@@ -55,7 +55,7 @@ def chosen_without_values(self, states, valid, n_keep):
 CHOICES = {"span": {}, "all": {"keep": 1.0}, "random": {"selector": "random"}}
 
 
-@parametrize_pairs(prompt=list(PROMPTS), choice=list(CHOICES), family=list(FAMILIES))
+@parametrize_pairs(prompt=list(PROMPTS), choice=list(CHOICES), family=ON_ENGINE)
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), PLACES)
 def test_logits_under_the_same_choice(device, dtype, tolerance, prompt, choice, family, monkeypatch):
     monkeypatch.setattr(SpanSelector, "order", chosen_without_values)

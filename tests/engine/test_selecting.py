@@ -9,7 +9,7 @@ from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.request import step
 from sparsevlm.selection.raters import embedding_raters
-from toys import FAMILIES, PROMPTS, make_inputs, relative_error, tiny_model
+from toys import ON_ENGINE, PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -71,7 +71,7 @@ ATTENTIVE = {
 }
 
 
-@parametrize_pairs(prompt=list(PROMPTS), case=list(ATTENTIVE), family=list(FAMILIES))
+@parametrize_pairs(prompt=list(PROMPTS), case=list(ATTENTIVE), family=ON_ENGINE)
 def test_selectors_that_read_attention_choose_the_same(prompt, case, family):
     model, inputs = tiny_model(family), make_inputs(*PROMPTS[prompt])
     if family == "qwen2_vl":

@@ -7,6 +7,7 @@ import operator
 
 import torch
 
+from sparsevlm.compat import cache_of
 from toys import family_of
 
 
@@ -70,7 +71,12 @@ def recorded_positions(model):
     seen = []
 
     def record(module, args, kwargs):
-        seen.append((kwargs["inputs_embeds"].shape[0], kwargs["position_ids"]))
+        batch, length = kwargs["inputs_embeds"].shape[:2]
+        positions, cache = kwargs.get("position_ids"), cache_of(kwargs)
+        if positions is None:  # the decoder goes on from its cache
+            start = 0 if cache is None else int(cache.get_seq_length())
+            positions = torch.arange(start, start + length, device=kwargs["inputs_embeds"].device)[None]
+        seen.append((batch, positions))
 
     handle = family_of(model).decoder_of(model).register_forward_pre_hook(record, with_kwargs=True)
     try:

@@ -12,7 +12,17 @@ from transformers import StaticCache
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.selection.scoring import top_k
-from toys import IMAGE, VIDEO, join_visual, make_inputs, relative_error, split_visual, tiny_model, use_attention
+from toys import (
+    IMAGE,
+    VIDEO,
+    equally_long,
+    join_visual,
+    make_inputs,
+    relative_error,
+    split_visual,
+    tiny_model,
+    use_attention,
+)
 
 NEW_TOKENS = 5
 GREEDY = {
@@ -23,7 +33,7 @@ GREEDY = {
     "suppress_tokens": [IMAGE, VIDEO],  # the reference could not tell a generated placeholder from a real one
 }
 OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3], "recycle": False}
-# Second turns of equal length that keep unequal numbers; a batch takes them one after the other.
+# Second turns that keep unequal numbers; a batch takes them one after the other.
 IMAGE_TURNS = (
     [("text", 2), ("image", 4, 5), ("text", 4)],
     [("text", 3), ("image", 3, 4), ("text", 11)],
@@ -180,7 +190,7 @@ def take_second_turn(run: Run, *turns, options=None) -> SecondTurn:
         dropped = all_dropped(run.state.report, batch)
         past_len = int(first.past_key_values.get_seq_length())
         assert past_len == first.sequences.shape[1] - 1
-        rows = [turns[b % len(turns)] for b in range(batch)]
+        rows = equally_long([turns[b % len(turns)] for b in range(batch)], run.family)
         more = run.make(*rows, seed=9)
         assert bool(more["attention_mask"].all())  # padding would stand in the middle
         brings_image = any(kind != "text" for row in rows for kind, *_ in row)
