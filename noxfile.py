@@ -40,7 +40,7 @@ def lmms_eval(session: nox.Session) -> None:
     session.install(TORCH)
     session.install(TORCH, NEWEST, "-e", ".[test,eval]")  # named again: a newer torchvision would replace it
     tests = ["tests/plugins", "tests/e2e/test_lmms_eval.py"]
-    tests.append("tests/unit/test_processor_parity.py")  # torchvision comes with lmms-eval
+    tests.append("tests/inputs/test_processor_parity.py")  # torchvision comes with lmms-eval
     session.run("pytest", "-p", "torchvision_shim", *tests, *session.posargs, env={"PYTHONPATH": "tests"})
 
 

@@ -16,6 +16,7 @@ from sparsevlm.selection.selectors import SELECTORS
 from toys import tiny_model
 
 ROOT = Path(sparsevlm.__file__).parent
+TESTS = Path(__file__).parent
 # A room may import rooms of a lower level, and itself.
 LEVELS = {
     "config": 0,
@@ -129,6 +130,17 @@ def test_both_paths_name_no_selector(path):
     classes = {kind.__name__ for kind in SELECTORS.values()}
     assert not names_in(path) & classes
     assert "selectors" not in names_in(path) or path.name in ("options.py", "session.py")
+
+
+# Folders of tests that look at no single room.
+OTHER_TESTS = {"benchmark", "training", "e2e", "parity", "docs", "examples"}
+
+
+def test_tests_lie_where_the_rooms_lie():
+    rooms = {path.name for path in ROOT.iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    folders = {path.parent.relative_to(TESTS).parts[0] for path in TESTS.rglob("*/test_*.py")}
+    assert folders - rooms <= OTHER_TESTS
+    assert rooms <= folders
 
 
 def test_the_benchmark_reads_no_engine():

@@ -1,0 +1,89 @@
+"""What families tell of their models, as data, and which model is whose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from sparsevlm.models import adapter_for, supported_model_types
+from sparsevlm.models.registry import FAMILIES as REGISTRY
+from toys import FAMILIES, IMAGE, VIDEO, make_inputs, tiny_model
+
+ROOMS = Path(__file__).parents[2] / "src" / "sparsevlm"
+
+
+def test_every_checkpoint_type_has_a_toy():
+    assert set(supported_model_types()) == set(FAMILIES)
+
+
+def test_a_family_is_one_file_and_a_line_of_the_registry():
+    for family in REGISTRY:
+        module = type(family).__module__
+        named = [path.name for path in ROOMS.rglob("*.py") if type(family).__name__ in path.read_text(encoding="utf-8")]
+        assert sorted(named) == sorted([module.rpartition(".")[2] + ".py", "registry.py"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_adapter_describes_its_model(name):
+    model, toy = tiny_model(name), FAMILIES[name]
+    adapter = adapter_for(model)
+    assert adapter.decoder.module is toy.decoder_of(model)
+    assert adapter.decoder.n_position_axes == toy.n_position_axes
+    assert [layer.self_attn for layer in adapter.decoder.layers] == list(adapter.decoder.attentions)
+    assert {kind: modality.token_id for kind, modality in adapter.modalities.items()} == {
+        kind: one.token for kind, one in toy.kinds.items()
+    }
+    assert adapter.vision.module is toy.tower_of(model)
+    assert (adapter.decoder.block is not None) == toy.on_engine
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_grids_hold_as_many_tokens_as_the_prompt(name):
+    model = tiny_model(name)
+    adapter = adapter_for(model)
+    rows = [("text", 2), ("image", 4, 6), ("text", 3), ("image", 2, 4), ("text", 1)]
+    inputs = make_inputs(rows, family=name)
+    grids = adapter.family.grids(adapter, "image", inputs)
+    assert len(grids) == 2
+    assert sum(t * h * w for t, h, w in grids) == int((inputs["input_ids"] == IMAGE).sum())
+    if "video" in adapter.modalities:
+        inputs = make_inputs([("video", 2, 3, 4), ("text", 4)], family=name)
+        assert adapter.family.grids(adapter, "video", inputs) == [(2, 3, 4)]
+        assert int((inputs["input_ids"] == VIDEO).sum()) == 24
+
+
+@pytest.mark.parametrize(("layer", "n_blocks"), [(-2, 3), (-1, 4), (4, 4), (2, 2), ([-2, 1], 3)])
+def test_llava_reads_the_tower_up_to_the_block_that_is_taken(layer, n_blocks):
+    model = tiny_model("llava")
+    model.config.vision_feature_layer = layer
+    vision = adapter_for(model).vision
+    assert vision.n_blocks == n_blocks
+    assert [index for index, _ in vision.readable] == list(range(n_blocks))
+
+
+def test_llava_with_its_class_token_has_no_grid():
+    model = tiny_model("llava")
+    adapter = adapter_for(model)
+    pixels = {"pixel_values": torch.zeros(2, 3, 56, 56)}
+    assert adapter.vision.n_prefix == 1
+    assert adapter.family.grids(adapter, "image", pixels) == [(1, 4, 4)] * 2
+    model.config.vision_feature_select_strategy = "full"
+    adapter = adapter_for(model)
+    assert adapter.vision.n_prefix == 0
+    assert adapter.family.grids(adapter, "image", pixels) is None
+
+
+def test_other_models_are_refused_with_what_is_supported():
+    text = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM is not supported.*no vision tower"):
+        adapter_for(text)
+    with pytest.raises(NotImplementedError, match=r"LlavaForConditionalGeneration.*Qwen2_5_VLForConditionalGeneration"):
+        adapter_for(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="expected a transformers model, got str"):
+        adapter_for("a/path")
