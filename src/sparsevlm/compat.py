@@ -136,7 +136,7 @@ def decoding_method(model: Any, generation_config: Any, modes: Mapping[str, Any]
 
 
 def samples_or_greedy(generation_config: Any, modes: Mapping[str, Any]) -> bool:
-    """Whether a call generates greedily or by sampling, one token at a time."""
+    """Tells whether a call generates greedily or by sampling, one token at a time."""
     mode = generation_config.get_generation_mode(modes.get("assistant_model"))
     return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 

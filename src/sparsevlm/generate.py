@@ -118,7 +118,7 @@ class Generate:
 
 
 class _Loop:
-    """What transformers calls with the prepared inputs; its signature is looked at several times in every call."""
+    """Callable that gets the prepared inputs; transformers inspects its signature several times in every call."""
 
     __signature__ = inspect.Signature(
         [

@@ -1,4 +1,4 @@
-"""What one request did: counts per layer, reasons, cost and time; printable, exportable, summable."""
+"""Report of one request: counts per layer, reasons, cost and time; printable, exportable, summable."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REPORT_VERSION = 1
 
 @dataclass(frozen=True)
 class StageReport:
-    """What happened to one sample at one target layer.
+    """One sample at one target layer.
 
     Attributes
     ----------
@@ -164,7 +164,7 @@ class Report:
 
     @property
     def budget_clamped(self) -> bool:
-        """Whether the budget could not hold for some sample."""
+        """Tells whether the budget could not hold for some sample."""
         return any(sample.budget_clamped for sample in self.samples)
 
     def layer_rows(self) -> list[dict[str, Any]]:

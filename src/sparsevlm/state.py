@@ -46,7 +46,7 @@ class SparseVLMState:
 
     @property
     def attached(self) -> bool:
-        """Whether the model prunes."""
+        """Tells whether the model prunes."""
         return self._hooks.attached
 
     @property

@@ -1,4 +1,4 @@
-"""What a processor knows of its chat template: special tokens, and the tokens that open and close a prompt."""
+"""Chat template of a processor: special tokens, and the tokens that open and close a prompt."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class WarmupReport:
-    """What a warm-up did.
+    """Outcome of a warm-up.
 
     Attributes
     ----------

@@ -12,7 +12,7 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said and how long it took.
+    """Answer of a model and the time it took.
 
     Attributes
     ----------

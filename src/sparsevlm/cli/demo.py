@@ -43,7 +43,7 @@ class Exchange:
     report: Report
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints: the report without its indices."""
+        """Report without its indices, as ``--json`` prints it."""
         return {
             "task": self.task,
             "question": self.question,

@@ -1,4 +1,4 @@
-"""What the commands share on the terminal: progress, warnings and errors, all on stderr."""
+"""Progress, warnings and errors of the commands, all on stderr."""
 
 from __future__ import annotations
 

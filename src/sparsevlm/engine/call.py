@@ -45,7 +45,7 @@ class PendingVision:
         return sum(t * h * w for t, h, w in self.grids)
 
     def kept(self) -> Tensor | None:
-        """Which of them are encoded, on the host, if not all; waits for the choice alone."""
+        """Indices of those that are encoded, on the host, if not all; waits for the choice alone."""
         if self.seen.ready is not None:
             self.seen.ready.synchronize()
         return self.seen.kept
@@ -106,7 +106,7 @@ class Call:
         return cls(arguments, visual, on_host, grids, copies)
 
     def encoded(self, kind: str) -> Any:
-        """What the caller has encoded already, if anything."""
+        """Features that the caller has encoded already, if any."""
         return (self.visual.get(_ENCODED) or {}).get(kind)
 
     def prepared(self, name: str, value: Any, dim: int = 0) -> Any:

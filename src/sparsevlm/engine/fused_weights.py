@@ -133,7 +133,7 @@ def _move(parameter: Tensor, capacity: Tensor) -> None:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether this is a linear layer of ordinary weights, not adapted, quantized or spread over devices."""
+    """Tells whether this is a linear layer of ordinary weights, not adapted, quantized or spread over devices."""
     return type(module) is nn.Linear and all(type(parameter.data) is Tensor for parameter in module.parameters())
 
 

@@ -26,7 +26,7 @@ from .vision.program import Grids
 
 
 class UnsupportedByEngineError(Exception):
-    """What transformers has prepared is not for the engine, as :attr:`Engine.reason` tells; nothing was changed."""
+    """Raised where prepared inputs are not for the engine, as :attr:`Engine.reason` tells; nothing was changed."""
 
 
 @dataclass
@@ -131,7 +131,7 @@ class Engine:
         return call
 
     def _may_encode(self) -> bool:
-        """Whether the tower's program may take the place of its modules, if nothing is hooked to them."""
+        """Tells whether the tower's program may take the place of its modules, if nothing is hooked to them."""
         if self._session.options.traits.needs & VISION_NEEDS or self._adapter.vision.module.training:
             return False
         return self._runner.tower_unsupported is None

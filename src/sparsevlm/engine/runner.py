@@ -1,4 +1,4 @@
-"""What the engine has made for a model as it is: joined weights, programs, and what tells when they are over."""
+"""Model runner: fused weights and programs of a model, and the check that they still fit it."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class ModelFingerprint:
         self._seen = self._look()
 
     def _look(self) -> list[int]:
-        """Where weights lie, which modules there are, and of which class."""
+        """Fingerprint of a model: addresses of weights, modules and their classes."""
         weights = [weight.data_ptr() for own in self._weights for weight in own.values() if weight is not None]
         children = [id(child) for own in self._children for child in own.values()]
         return weights + children + [id(type(module)) for module in self._modules]
 
     def changed(self) -> bool:
-        """Whether weights lie elsewhere (another device or dtype, other tensors) or modules were replaced.
+        """Tells whether weights lie elsewhere (another device or dtype, other tensors) or modules were replaced.
 
         Weights that changed where they lie need no notice: programs read them there.
         """
@@ -62,7 +62,7 @@ class ModelFingerprint:
 
 
 def is_idle(hook: Any) -> bool:
-    """Whether a hook is of this library, or one that transformers leaves behind once layers' outputs were asked for."""
+    """Tells whether a hook is ours, or one that transformers leaves behind once layers' outputs were asked for."""
     owner = getattr(hook, "__self__", hook)
     return hasattr(owner, "is_sparsevlm_hook") or str(getattr(hook, "__module__", "")) == _LEFT_BEHIND
 
@@ -158,7 +158,7 @@ class ModelRunner:
         )
 
     def foreign_tower_hook(self) -> str | None:
-        """What of others is hooked to the vision tower."""
+        """Hooks of others on the vision tower."""
         return self._tower_fingerprint.foreign_hook()
 
     def _keep_up(self, watch: ModelFingerprint) -> None:
@@ -170,7 +170,7 @@ class ModelRunner:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Where programs are made and run: on their device, and with tensors that live on outside of inference mode."""
+        """Context of programs: on their device, with tensors that live on outside of inference mode."""
         device = self.adapter.decoder.embed.weight.device
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with torch.inference_mode(False), torch.no_grad(), on_device:

@@ -1,4 +1,4 @@
-"""What the engine leaves to the plain path, with the reason that the report gives."""
+"""Checks of the engine's limits, with the reason that the report gives."""
 
 from __future__ import annotations
 

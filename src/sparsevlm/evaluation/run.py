@@ -41,7 +41,7 @@ _SHARED_DEVICE = "{workers} workers shared the device: ms says nothing about one
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a run came to.
+    """Outcome of a run.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""What is compared: dense, each selector at each budget and seed, and smaller pictures."""
+"""Settings of a comparison: dense, each selector at each budget and seed, and smaller images."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def _selectors(names: tuple[str, ...]) -> list[str]:
 
 
 def _draws(selector: str) -> bool:
-    """Whether a selector's choice depends on the seed."""
+    """Tells whether a selector's choice depends on the seed."""
     return SelectorTraits.of(SELECTORS[selector]()).draws
 
 

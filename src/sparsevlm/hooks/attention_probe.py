@@ -19,7 +19,7 @@ _PROBE_NAME, _FLASH_PROBE_NAME = "sparsevlm_probe", "sparsevlm_probe_flash"
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """What a module hands to its attention function.
+    """Arguments of an attention function.
 
     Attributes
     ----------

@@ -51,7 +51,7 @@ class ModelHooks:
 
     @property
     def attached(self) -> bool:
-        """Whether the hooks are registered."""
+        """Tells whether the hooks are registered."""
         return bool(self._handles)
 
     def attach(self) -> None:

@@ -32,7 +32,7 @@ class VarlenVision:
 
     @staticmethod
     def suits(adapter: ModelAdapter) -> bool:
-        """Whether the tower's own attention would go window by window, and ours can take its place."""
+        """Tells whether the tower's own attention would go window by window, and ours can take its place."""
         if adapter.vision.program is None:
             return False
         config: Any = adapter.vision.module.config

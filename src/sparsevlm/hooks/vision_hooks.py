@@ -118,7 +118,7 @@ class VisionHooks:
     def rows(
         self, masks: Mapping[str, Tensor], positions: Sequence[Tensor], traits: SelectorTraits
     ) -> list[VisionRows]:
-        """What the selector needs to know of the visual tokens of every sample; see :func:`~.vision_probe.hand_out`.
+        """Readings of the vision tower for every sample; see :func:`~.vision_probe.hand_out`.
 
         Raises
         ------

@@ -64,7 +64,7 @@ class VisionProbe:
         return own / own.mean().clamp_min(1e-30)
 
     def rows(self) -> VisionRows:
-        """What was read, in reading order; to be called after the run."""
+        """Readings in reading order; to be called after the run."""
         order = slice(None) if self._order is None else torch.argsort(self._order)
         attention = keys = None
         if self._scored:

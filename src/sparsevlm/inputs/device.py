@@ -1,4 +1,4 @@
-"""Which device and which attention a model runs with, checked before its weights are read."""
+"""Checks the device and the attention of a model before its weights are read."""
 
 from __future__ import annotations
 

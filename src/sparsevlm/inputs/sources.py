@@ -1,4 +1,4 @@
-"""What names an image or a video: a path, a ``file://`` or ``data:`` address, base64. Nothing is ever fetched."""
+"""Sources of images and videos: a path, a ``file://`` or ``data:`` address, base64. Nothing is ever fetched."""
 
 from __future__ import annotations
 

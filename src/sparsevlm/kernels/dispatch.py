@@ -1,4 +1,4 @@
-"""Whether a Triton version can take a tensor."""
+"""Dispatch between plain torch and Triton."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ logger = logging.getLogger(__name__)
 
 
 def use_triton(tensor: Tensor) -> bool:
-    """Whether Triton kernels run on a tensor. (In Triton's interpreter they run anywhere: tests call them by name.)"""
+    """Tells whether Triton kernels run on a tensor. (Its interpreter runs them anywhere: tests call them by name.)"""
     return tensor.is_cuda and triton_problem() is None
 
 
 @cache
 def flash_runs() -> bool:
-    """Whether FlashAttention as torch carries it runs on this machine's GPU, as far as was ever tried."""
+    """Tells whether FlashAttention as torch carries it runs on this machine's GPU, as far as was ever tried."""
     return torch.version.hip is None and torch.cuda.get_device_capability() >= (8, 0)
 
 

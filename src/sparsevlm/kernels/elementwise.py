@@ -1,4 +1,4 @@
-"""What a layer does element by element: RMSNorm with the residual sum before it, SwiGLU, rotary embedding."""
+"""Element-wise operations of a layer: RMSNorm with the residual sum before it, SwiGLU, rotary embedding."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ _ROUNDING = 1e-12
 
 
 def is_quick(like: Tensor, shape: tuple[int, int], tolerance: float | str) -> bool:
-    """Whether ranks of matrices of this shape, beside a tensor, are found without waiting for the device."""
+    """Tells whether ranks of matrices of this shape, beside a tensor, are found without waiting for the device."""
     resolved = not isinstance(tolerance, str) and tolerance >= LEAST_TOLERANCE
     return resolved and 0 < min(shape) <= LARGEST and use_triton(like)
 

@@ -1,4 +1,4 @@
-"""What text rows look at among the visual tokens, mean over heads, without a matrix of all pairs.
+"""Attention of text rows to the visual tokens, mean over heads, without a matrix of all pairs.
 
 Two passes over packed sequences: the first finds each row's log-sum-exp and how much of its attention falls on marked
 columns, the second the attention itself, of the rows to the columns that are asked for.

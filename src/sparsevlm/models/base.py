@@ -1,4 +1,4 @@
-"""What a family tells of its models, as data; both paths read it and name no family."""
+"""Descriptions of models as data; both paths read them and name no family."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``--model_args`` of ``--model sparsevlm`` may say: names, types and defaults."""
+"""Arguments of ``--model_args`` for ``--model sparsevlm``: names, types and defaults."""
 
 from __future__ import annotations
 

@@ -106,12 +106,12 @@ class SparseVLM(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is, or was."""
+        """Device of the model, or its last one."""
         return self._device
 
     @property
     def totals(self) -> RunTotals:
-        """What was kept so far, in this process; after the run in all of them."""
+        """Totals of kept tokens so far, in this process; after the run in all of them."""
         return self._totals
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:

@@ -1,4 +1,4 @@
-"""What was kept over a whole run, per task and together, for lmms-eval's results."""
+"""Totals of kept tokens over a whole run, per task and together, for lmms-eval's results."""
 
 from __future__ import annotations
 

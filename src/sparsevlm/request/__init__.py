@@ -1,1 +1,1 @@
-"""What both paths share: a request, its prune step, the session of a model."""
+"""Shared by both paths: a request, its prune step, the session of a model."""

@@ -14,7 +14,7 @@ from .request import Sample
 
 
 def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Which tokens of the forward stand for image or video features, per kind that it brings.
+    """Finds the tokens that stand for image or video features, by kind.
 
     Only a forward that brings pixels (or features computed from them) has visual tokens: a model can generate the
     placeholder ids itself.

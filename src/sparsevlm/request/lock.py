@@ -34,7 +34,7 @@ class GenerationLock:
 
     @property
     def is_mine(self) -> bool:
-        """Whether the calling thread holds it."""
+        """Tells whether the calling thread holds it."""
         return self._owner is threading.current_thread()
 
     def acquire(self, timeout: float | None = None) -> int:

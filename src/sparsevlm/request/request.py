@@ -97,7 +97,7 @@ class Sample:
 
 @dataclass
 class StageRecord:
-    """What was decided for a sample at a target layer; tensors stay on the device until the report is read."""
+    """Decision for a sample at a target layer; tensors stay on the device until the report is read."""
 
     layer: int
     n_in: int
@@ -231,11 +231,11 @@ class Request:
 
     @property
     def prunes(self) -> bool:
-        """Whether any token may be dropped."""
+        """Tells whether any token may be dropped."""
         return self.skipped_because is None
 
     def fills(self, cache: Cache | None) -> bool:
-        """Whether ``cache`` is the one that this request filled (it may have been reset since)."""
+        """Tells whether ``cache`` is the one that this request filled (it may have been reset since)."""
         return cache is not None and self.cache is not None and self.cache() is cache
 
     def to(self, device: torch.device) -> None:
@@ -247,7 +247,7 @@ class Request:
                 self.rows = self.rows.to(device)
 
     def keeps_all(self, target: int) -> bool:
-        """Whether the budgets are known to drop nothing at a target layer."""
+        """Tells whether the budgets are known to drop nothing at a target layer."""
         stage = self.target_layers.index(target)
         return all(
             sample.alive.shape[0] <= self.config.min_keep
@@ -257,11 +257,11 @@ class Request:
 
     @property
     def drops_nothing(self) -> bool:
-        """Whether the budgets are known to drop nothing at all."""
+        """Tells whether the budgets are known to drop nothing at all."""
         return all(self.keeps_all(target) for target in self.target_layers)
 
     def local_rows(self, sample_idx: int, positions: Tensor) -> Tensor:
-        """Where tokens of the given positions stand among the rows that are left."""
+        """Finds the rows, among those that are left, of tokens at given positions."""
         if self.rows is None:
             return positions
         return torch.searchsorted(self.rows[sample_idx], positions)

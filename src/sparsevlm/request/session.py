@@ -1,4 +1,4 @@
-"""What the calls of one model share: its options by context, its lock, its requests."""
+"""Session of a model: its options by context, its lock, its requests."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class Session:
 
     @property
     def wants_engine(self) -> bool:
-        """Whether the option ``engine`` is in force; unset, it is where the decoder is on a CUDA device."""
+        """Tells whether the option ``engine`` is in force; unset, it is where the decoder is on a CUDA device."""
         wanted = self.options.config.engine
         if wanted is not None:
             return wanted
@@ -157,7 +157,7 @@ class Session:
 
     @contextlib.contextmanager
     def generating(self, *, is_nested: bool) -> Iterator[None]:
-        """Where ``generate`` owns the call; it is told where that fails.
+        """Context in which ``generate`` owns the call; the request is told of an error.
 
         Parameters
         ----------

@@ -20,7 +20,7 @@ from .request import Request, Sample, StageRecord
 
 @dataclass(frozen=True)
 class VisionRows:
-    """What was read of a number of visual tokens, named as in ``SelectionContext``.
+    """Readings of the vision tower for some visual tokens, named as in ``SelectionContext``.
 
     Attributes
     ----------
@@ -39,7 +39,7 @@ class VisionRows:
         return 0 if self.vision_keys is None else self.vision_keys.shape[0]
 
     def holds(self, needs: frozenset[str]) -> bool:
-        """Whether all of ``needs`` were read."""
+        """Tells whether all of ``needs`` were read."""
         return all(getattr(self, need) is not None for need in needs)
 
     def at(self, index: Tensor) -> VisionRows:
@@ -53,7 +53,7 @@ class VisionRows:
 
 @dataclass
 class Readout:
-    """What was read for a target layer, by sample; empty where nothing was.
+    """Readings of one target layer, by sample; empty where nothing was read.
 
     Attributes
     ----------
@@ -91,7 +91,7 @@ class Survivors:
 
     @property
     def merges(self) -> bool:
-        """Whether states are merged, so that :meth:`merged` takes the place of those that go on."""
+        """Tells whether states are merged, so that :meth:`merged` takes the place of those that go on."""
         return self.selection is not None and self.selection.merge_target is not None
 
     def merged(self, states: Tensor) -> Tensor:
@@ -161,12 +161,12 @@ def _select(request: Request, target: int, states: Callable[[int], Tensor], read
 
 
 def reads_text(request: Request) -> bool:
-    """Whether the attention of the text that may vote is needed: by the selector, or by the rank that decides."""
+    """Tells whether the attention of the text that may vote is needed: by the selector, or by the rank that decides."""
     return "rater_attention" in request.traits.needs or any(sample.plan is None for sample in request.samples)
 
 
 def reads(request: Request) -> bool:
-    """Whether anything of a target layer has to be read while it runs."""
+    """Tells whether anything of a target layer has to be read while it runs."""
     return reads_text(request) or bool({"last_attention", "previous_hidden_states"} & request.traits.needs)
 
 
@@ -211,7 +211,7 @@ def _decide(
 
 
 def _raters(request: Request, sample: Sample, attention: Tensor) -> Tensor:
-    """Which of a sample's voters are raters, (n_voters,) bool, by their attention to its visual tokens."""
+    """Mask of the raters among a sample's candidates, (n_candidates,) bool, by their attention to its visual tokens."""
     if request.config.raters == "all":
         return attention.new_ones(attention.shape[0], dtype=torch.bool)
     if request.config.raters == "attention":
@@ -223,7 +223,7 @@ def _raters(request: Request, sample: Sample, attention: Tensor) -> Tensor:
 def _context(
     request: Request, b: int, target: int, hidden_states: Tensor, readout: Readout, raters: Tensor | None
 ) -> SelectionContext:
-    """What the selector is given of one sample: what the request knows of it, and what was read."""
+    """Builds the selector's context of one sample from the request and the readings."""
     sample, needs, device = request.samples[b], request.traits.needs, hidden_states.device
     read: dict[str, Any] = {}
     if request.features is not None:

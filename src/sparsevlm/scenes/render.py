@@ -35,7 +35,7 @@ def render(spec: SceneSpec) -> torch.Tensor:
 
 
 def _grid_pixels(spec: SceneSpec) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where each pixel of the picture lies in the grid.
+    """Coordinates of each pixel of the image in the grid.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What each scene of a batch contains, sampled from its seed."""
+"""Contents of scenes, sampled from their seeds."""
 
 from dataclasses import dataclass
 from functools import lru_cache

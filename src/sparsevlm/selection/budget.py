@@ -1,4 +1,4 @@
-"""How many visual tokens leave each target layer: the planner for fixed budgets and the rank rule."""
+"""Budgets: the planner of counts per target layer, and the rank rule."""
 
 from __future__ import annotations
 

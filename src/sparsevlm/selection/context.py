@@ -1,4 +1,4 @@
-"""What a selector is given and what it gives back."""
+"""Inputs and outputs of a selector."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ class SelectorTraits:
 
 
 def _has_method(selector: type, name: str) -> bool:
-    """Whether this is a method, and none that a subclass left behind when it defined ``select`` anew."""
+    """Tells whether this is a method, and none that a subclass left behind when it defined ``select`` anew."""
     for cls in selector.__mro__:
         if name in vars(cls):
             return callable(vars(cls)[name])

@@ -31,7 +31,7 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Task:
-    """What the selector is asked for one sample."""
+    """Question to the selector for one sample."""
 
     context: SelectionContext
     n_keep: int

@@ -1,4 +1,4 @@
-"""Which text tokens vote: the two rater selections."""
+"""Rater selection: which text tokens vote."""
 
 from __future__ import annotations
 

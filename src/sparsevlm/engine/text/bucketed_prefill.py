@@ -30,7 +30,7 @@ _CLOSE = torch.contiguous_format
 
 @dataclass(frozen=True)
 class BucketShape:
-    """What a bucket's program has to know; equal plans share it.
+    """Capacities of a bucket's program; requests of equal shapes share it.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class TokenCounts:
 
 
 def count(request: Request) -> tuple[tuple[int, ...], TokenCounts]:
-    """Which targets drop something, and what is left then: known beforehand with fixed budgets."""
+    """Counts the tokens at each target that drops something; fixed budgets tell it beforehand."""
     alive = [sample.alive.shape[0] for sample in request.samples]
     others = [sample.other.shape[0] for sample in request.samples]
     targets, visual = [], [alive]
@@ -98,7 +98,7 @@ def plan(request: Request) -> tuple[BucketShape, TokenCounts]:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a request brings to the program of its bucket.
+    """Inputs of a bucket's program.
 
     Attributes
     ----------
@@ -164,7 +164,7 @@ def make_integers(request: Request, prompt: Prompt, bucket: BucketShape, counts:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the program leaves.
+    """Outputs of a bucket's program.
 
     Attributes
     ----------
@@ -240,7 +240,7 @@ def _ascending(picks: Tensor, left: Tensor, n: int) -> Tensor:
 def _compact(
     visual_rows: Tensor, valid: Tensor, chosen: Tensor, left: Tensor, capacity: int, n_rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Which rows go on, then what fills up, and where the chosen tokens are among them.
+    """Finds the rows that go on, then the padding, and where the chosen tokens are among them.
 
     Returns
     -------

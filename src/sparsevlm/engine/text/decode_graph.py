@@ -19,7 +19,7 @@ from .prefill import LayerCache
 
 @dataclass(frozen=True)
 class DecodeState:
-    """What a step reads and writes.
+    """Buffers that a decode step reads and writes.
 
     Attributes
     ----------

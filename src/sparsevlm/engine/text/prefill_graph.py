@@ -93,7 +93,7 @@ class PrefillGraphs(CapturedPrograms[tuple[BucketShape, Hashable], PrefillGraph]
 
     @staticmethod
     def takes(request: Request, prompt: Prompt) -> bool:
-        """Whether neither counts nor choices wait for the device, and there is room for the features."""
+        """Tells whether neither counts nor choices wait for the device, and there is room for the features."""
         if any(sample.plan is None for sample in request.samples):
             return False
         max_seqlen = max(sample.alive.shape[0] for sample in request.samples)

@@ -1,4 +1,4 @@
-"""Which parts of a picture its vision tower can leave out: those that look like everything around them.
+"""Patch pruning before the vision tower: drops the parts of an image that look like everything around them.
 
 What stands for a visual token, a square of patches, is compared with its four neighbours by its pixels, in a video
 with its place in the frame before as well. It is left out if none of these differs much; so the edges of a plain
@@ -53,7 +53,7 @@ class KeptPatches:
 
 
 def n_kept(grids: Sequence[Grid], share: float) -> list[int]:
-    """How many tokens of each picture are computed, at least one.
+    """Number of tokens of each image that are computed, at least one.
 
     Parameters
     ----------
@@ -66,7 +66,7 @@ def n_kept(grids: Sequence[Grid], share: float) -> list[int]:
 
 
 def patch_saliency(tokens: Tensor, grid: Grid) -> Tensor:
-    """How far a token is from the neighbour that it is least like; in a video no more than from the frame before.
+    """Distance of a token from the neighbour that it is least like; in a video no more than from the frame before.
 
     Parameters
     ----------

@@ -58,7 +58,7 @@ class Sequences:
         return varlen_attention(query, key, value, self.cu_seqlens, self.max_seqlen, scaling, causal=False)
 
     def left(self, before: Tensor, per_token: int, length: int | None) -> Sequences:
-        """What is left of each where only some tokens are kept.
+        """Lengths of each image where only some tokens are kept.
 
         Parameters
         ----------
@@ -75,7 +75,7 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Tables:
-    """What depends on the grids alone.
+    """Tensors that depend on the grids alone.
 
     Attributes
     ----------

@@ -1,4 +1,4 @@
-"""How much of the dense score is retained, and how sure that is: a paired bootstrap over rows.
+"""Retained part of the dense score, with intervals of a paired bootstrap over rows.
 
 Own code, not ``scipy.stats.bootstrap``: that one resamples no strata, which the average over tasks needs, and draws
 anew for every pair, where all settings of a task can share one set of draws.
@@ -73,6 +73,6 @@ def retained(pairs: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]
 
 @lru_cache(maxsize=32)
 def _resamples(task: str, n_rows: int) -> NDArray[np.float32]:
-    """How often each row is drawn, shape (N_RESAMPLES, n_rows); tasks are drawn independently of each other."""
+    """Draws rows with replacement, task by task: counts of shape (N_RESAMPLES, n_rows)."""
     generator = np.random.default_rng([_SEED, zlib.crc32(task.encode())])
     return generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=N_RESAMPLES).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What lmms-eval found, compared with its dense run."""
+"""Results of lmms-eval, compared with its dense run."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _scores(file: Path) -> dict[str, dict[str, float]]:
 
 
 def _is_mean(pruned: Any, pruned_score: float, dense: Any, dense_score: float) -> bool:
-    """Whether both scores are the means of their samples', up to the same factor."""
+    """Tells whether both scores are the means of their samples', up to the same factor."""
     if not dense.size or not dense.mean() or not dense_score:
         return False
     factor = dense_score / dense.mean()

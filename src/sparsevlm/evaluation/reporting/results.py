@@ -66,7 +66,7 @@ class Result:
 
 @dataclass(frozen=True)
 class _Column:
-    """What is compared with dense: one setting, or the mean over the seeds of one."""
+    """One side of a comparison with dense: a setting, or the mean over its seeds."""
 
     selector: str
     keep: str
@@ -100,7 +100,7 @@ def make_results(settings: Sequence[Setting], tasks: Sequence[str], stored: Stor
 
 
 def failures(stored: Stored) -> dict[_Place, str]:
-    """What went wrong with which row, in the order in which the rows were met; settings with the same trouble once."""
+    """Lists failures by row, in the order in which the rows were met; settings with the same failure once."""
     found: dict[_Place, list[str]] = {}
     for predictions in stored.values():
         for place, prediction in predictions.items():

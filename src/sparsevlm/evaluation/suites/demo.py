@@ -49,7 +49,7 @@ class DemoSuite:
         self.tasks = tuple(task for task in TASKS if task != PAIR or layout == _DEFAULT_LAYOUT)
 
     def n_rows(self, task: str, limit: int | None) -> int:
-        """How many rows :meth:`rows` yields: ``limit``, or :data:`DEFAULT_LIMIT`."""
+        """Number of rows that :meth:`rows` yields: ``limit``, or :data:`DEFAULT_LIMIT`."""
         return min(DEFAULT_LIMIT if limit is None else limit, HOLDOUT_SEEDS.stop - self.first_seed)
 
     def rows(self, task: str, limit: int | None) -> Iterator[Row]:

@@ -71,7 +71,7 @@ class LocalSuite:
         self.tasks = tuple(self._by_task)
 
     def n_rows(self, task: str, limit: int | None) -> int:
-        """How many rows :meth:`rows` yields."""
+        """Number of rows that :meth:`rows` yields."""
         return len(self._by_task[task][:limit])
 
     def rows(self, task: str, limit: int | None) -> Iterator[Row]:

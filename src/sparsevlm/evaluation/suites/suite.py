@@ -1,4 +1,4 @@
-"""What an evaluation runs over: rows of tasks, loaded one by one."""
+"""Suites of an evaluation: rows of tasks, loaded one by one."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Suite(Protocol):
     def max_new_tokens(self) -> int: ...
 
     def n_rows(self, task: str, limit: int | None) -> int:
-        """How many rows :meth:`rows` yields."""
+        """Number of rows that :meth:`rows` yields."""
         ...
 
     def rows(self, task: str, limit: int | None) -> Iterator[Row]:

@@ -157,5 +157,5 @@ def _sizes(query: Tensor, key: Tensor) -> tuple[int, int, int, int]:
 
 
 def _is_exact(query: Tensor) -> bool:
-    """Whether products are taken in float32: the interpreter's of bfloat16 are wrong."""
+    """Tells whether products are taken in float32: the interpreter's of bfloat16 are wrong."""
     return query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
