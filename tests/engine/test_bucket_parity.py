@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from test_packed import captured
+from test_packed_parity import captured
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.call import Prompt
