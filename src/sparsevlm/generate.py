@@ -75,6 +75,7 @@ class Generate:
     def _run(self, arguments: dict[str, Any], *, is_nested: bool) -> Any:
         session, given = self._session, arguments
         wants_engine = session.wants_engine
+        session.copies = compat.GenerationSettings(session.adapter.model, arguments).copies
         if (other := compat.other_generation(session.adapter.model, self.plain, arguments)) is not None:
             session.plain_reason = other if wants_engine else ""
             return self.plain(**arguments)

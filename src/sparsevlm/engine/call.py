@@ -250,4 +250,4 @@ def leave_out(adapter: ModelAdapter, request: Request, prompt: Prompt) -> None:
         sample.keep_only((prompt.feature_rows[b, sample.visual] >= 0).nonzero()[:, 0])
         if n_in:
             sample.add_stage(StageRecord(-1, n_in, None, None, kept=sample.alive))
-    plan_samples(adapter, request, prompt.ids)
+    plan_samples(adapter, request)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from ..models import Grid, ModelAdapter
-from ..template import Template
-from .request import Sample
 
 
 def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -106,98 +104,6 @@ def _grids_of_rows(rows: list[list[int]], grids: dict[int, list[Grid]]) -> list[
             per_row[-1].append(grid)
             position += size
     return None if any(queues.values()) else per_row
-
-
-def make_samples(
-    adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
-    mask: Tensor,
-    grids: Mapping[str, Sequence[Grid] | None],
-    template: Template,
-    n_drafted: int,
-) -> list[Sample]:
-    """Describe every sample of the batch.
-
-    Text of a sample: its tokens without visual and special ones and without the template's. Of these, the ones after
-    the last visual token may vote. Where none is left, the last token of the prompt takes the place.
-
-    Parameters
-    ----------
-    adapter : ModelAdapter
-    inputs : mapping
-        Keyword arguments of the base model.
-    mask : Tensor of shape (batch, q_len), bool
-        Visual tokens.
-    grids : mapping
-        Of all images of the batch in order, by kind, where they are known.
-    template : Template
-        Token ids that the chat template puts around a prompt.
-    n_drafted : int
-        Tokens at the end that are guesses of assisted decoding, not prompt; they never vote.
-
-    Raises
-    ------
-    ValueError
-        If a prompt ends in a visual token: the row that predicts the next token must not be dropped.
-    """
-    q_len = mask.shape[1]
-    valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
-    attention_mask = inputs.get("attention_mask")
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        valid = attention_mask[:, -q_len:].bool().cpu()
-    input_ids = inputs.get("input_ids")
-    ids = None if input_ids is None else input_ids.cpu()
-    special_ids = sorted(adapter.special_token_ids | {modality.token_id for modality in adapter.modalities.values()})
-    special = torch.tensor(special_ids, device="cpu")
-    on_cpu = mask.cpu() & valid
-    by_row = visual_grids(adapter, grids, ids)
-    samples = []
-    for b in range(mask.shape[0]):
-        visual = on_cpu[b].nonzero().squeeze(-1)
-        other = (valid[b] & ~on_cpu[b]).nonzero().squeeze(-1)
-        prompt_end = q_len - n_drafted
-        text = other[other < prompt_end]
-        if ids is not None:
-            text = _without_template(text, ids[b], template)
-            text = text[~torch.isin(ids[b][text], special)]
-        rater_candidates = text[text > (int(visual[-1]) if visual.numel() else -1)]
-        last = valid[b, :prompt_end].nonzero().squeeze(-1)[-1:]
-        if visual.numel() and int(visual[-1]) == int(last):
-            raise ValueError(
-                f"sample {b} ends in a visual token, whose row has to predict the next token and cannot be judged. End "
-                "the prompt in text: a chat template closes an image with <|vision_end|>."
-            )
-        sample = Sample(
-            visual=visual,
-            other=other,
-            text=text if text.numel() else last,
-            rater_candidates=rater_candidates if rater_candidates.numel() else last,
-            last=last,
-            alive=torch.arange(visual.shape[0], device="cpu"),
-            tail=_tail_length(visual, other, q_len),
-            grids=tuple(by_row[b]) if by_row else (),
-        )
-        sample.to(mask.device)
-        samples.append(sample)
-    return samples
-
-
-def _tail_length(visual: Tensor, other: Tensor, q_len: int) -> int:
-    """Contiguous tokens at the end of the sequence, behind the last visual one."""
-    tail = other[other > (int(visual[-1]) if visual.numel() else -1)]
-    if tail.numel() == 0 or int(tail[-1]) != q_len - 1:
-        return 0
-    gaps = (tail.diff() != 1).nonzero()
-    return int(tail.numel() - (gaps[-1] + 1 if gaps.numel() else 0))
-
-
-def _without_template(text: Tensor, ids: Tensor, template: Template) -> Tensor:
-    """Leave out what the template puts around a prompt, each end where it is all there."""
-    found = tuple(ids[text].tolist())
-    start = len(template.prefix) if found[: len(template.prefix)] == template.prefix else 0
-    n_suffix = len(template.suffix)
-    end = len(found) - n_suffix if n_suffix and found[-n_suffix:] == template.suffix else len(found)
-    return text[start:end]
 
 
 def check_call(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:

@@ -26,13 +26,13 @@ class Sample:
     visual : Tensor of shape (n_visual,), int64
         Positions of all visual tokens.
     other : Tensor of shape (n_other,), int64
-        Positions of all other tokens that are no padding.
+        Positions of all other tokens that are no padding, and of the prompt's last row whatever it is.
     text : Tensor of shape (n_text,), int64
         Positions of all text, template and special tokens left out.
     rater_candidates : Tensor of shape (n_voters,), int64
         The part of the text that may vote: behind the last visual token.
     last : Tensor of shape (1,), int64
-        Position of the prompt's last token (guesses of assisted decoding are none of it).
+        Position of the prompt's last token that is no padding (guesses of assisted decoding are none of it).
     alive : Tensor of shape (n_alive,), int64
         Indices into ``visual`` of what is left.
     tail : int
@@ -141,6 +141,8 @@ class Request:
         Cache that the request filled; later passes on it are its decode steps.
     logits_to_keep : int
         Rows at the end that the caller wants logits of; 0: all.
+    copies : int
+        Rows per prompt: beams or returned sequences.
     path, path_reason : str
         Which implementation runs, and why.
     failed : str, optional
@@ -164,6 +166,7 @@ class Request:
     finished: bool = False
     cache: weakref.ref[Cache] | None = None
     logits_to_keep: int = 0
+    copies: int = 1
     kv_bytes: tuple[int, int] = (0, 0)
     kv_note: str | None = None
     path: str = "plain"

@@ -1,0 +1,81 @@
+"""Masks that hide other tokens than the left end: the next token is predicted from the row it is in dense."""
+
+from __future__ import annotations
+
+import flash_emulation
+import pytest
+import torch
+from oracle import joined_positions, recorded_positions
+from runs import GREEDY, VARIANTS, all_dropped, assert_prunes, build, check_steps
+
+from sparsevlm import apply_sparsevlm
+from toys import PROMPTS
+
+ROWS = PROMPTS["batch, left padding"]
+MASKS = ("right padding", "a hole before the image", "a hole behind it", "the last token", "the last three tokens")
+
+
+def hide(inputs, what):
+    """Change the mask of a batch, of which the second sample is padded."""
+    mask = inputs["attention_mask"]
+    if what == "right padding":
+        n_pad = int((mask[1] == 0).sum())
+        for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+            inputs[name][1] = inputs[name][1].roll(-n_pad)
+        return
+    place = {"a hole before the image": 1, "a hole behind it": -3}
+    mask[0, place.get(what, -1)] = 0
+    if what == "the last three tokens":
+        mask[1, -3:] = 0
+
+
+def at(place, what, attention, variant, cache="dynamic"):
+    run = build(ROWS, variant, place, attention=attention, cache=cache)
+    hide(run.inputs, what)
+    return run
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", ["by attention", "random", "before the decoder"])
+@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
+@pytest.mark.parametrize("what", MASKS)
+def test_pruned(what, cache, variant, attention, place):
+    if cache == "none" and variant == "by attention":
+        pytest.skip("chosen anew at every step")
+    run = at(place, what, attention, VARIANTS[variant], cache)
+    with recorded_positions(run.model) as seen:
+        output = run.model.generate(**run.inputs, **GREEDY, **run.cache_options)
+    assert_prunes(run.state.report)
+    if cache == "none":
+        seen = seen[-1:]
+    dropped = all_dropped(run.state.report, run.batch)
+    logits = run.reference_logits(run.inputs, output.sequences[:, :-1], dropped, joined_positions(run.model, seen))
+    check_steps(run, output, logits, run.inputs["input_ids"].shape[1] - 1)
+
+
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", flash_emulation.NAME])
+@pytest.mark.parametrize("what", MASKS)
+def test_nothing_pruned(what, attention, engine, place):
+    run = at(place, what, attention, {"keep": 1.0})
+    run.state.detach()
+    options = {"max_new_tokens": 6, "do_sample": False}
+    dense = run.model.generate(**run.inputs, **options)
+    state = apply_sparsevlm(run.model, keep=1.0, engine=engine)
+    assert torch.equal(run.model.generate(**run.inputs, **options), dense)
+    if engine and place.device == "cpu" and attention != flash_emulation.NAME:
+        ends_hidden = what not in MASKS[1:3]
+        assert state.report.path == ("plain" if ends_hidden else "engine")
+        assert ("last token is masked" in state.report.path_reason) == ends_hidden
+
+
+@pytest.mark.parametrize("what", MASKS)
+def test_both_paths_say_the_same(what, place):
+    run = at(place, what, "sdpa", VARIANTS["by span"])
+    options = {"max_new_tokens": 6, "do_sample": False}
+    said = []
+    for engine in (False, True):
+        with run.state.options(engine=engine):
+            said.append(run.model.generate(**run.inputs, **options))
+    assert_prunes(run.state.report)
+    assert torch.equal(*said)
