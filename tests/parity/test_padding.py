@@ -79,3 +79,35 @@ def test_both_paths_say_the_same(what, place):
             said.append(run.model.generate(**run.inputs, **options))
     assert_prunes(run.state.report)
     assert torch.equal(*said)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("what", ["left padding", "right padding"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_static_cache_keeps_what_a_dynamic_one_keeps(batch, what, variant, attention, place):
+    """transformers hands on another kind of mask then; padding has no say, whatever its token."""
+    run = build(ROWS, VARIANTS[variant], place, attention=attention)
+    hide(run.inputs, what)
+    run.inputs["input_ids"][run.inputs["attention_mask"] == 0] = 5
+    if batch == 1:
+        run.inputs = {name: value[1:] for name, value in run.inputs.items() if name != "pixel_values"} | {
+            "pixel_values": run.inputs["pixel_values"].chunk(2)[1]
+        }
+    said, kept = [], []
+    for cache in ({}, {"cache_implementation": "static"}):
+        said.append(run.model.generate(**run.inputs, **GREEDY, **cache))
+        report = run.state.report
+        kept.append([(sample.stages, sample.n_text) for sample in report.samples])
+        assert_prunes(report)
+    assert kept[0] == kept[1]
+    assert torch.equal(said[0].sequences, said[1].sequences)
+    run.state.detach()
+    dense = [
+        run.model.generate(**run.inputs, **GREEDY, **cache).sequences
+        for cache in ({}, {"cache_implementation": "static"})
+    ]
+    assert torch.equal(*dense)
+    with apply_sparsevlm(run.model, keep=1.0):
+        kept_all = run.model.generate(**run.inputs, **GREEDY, cache_implementation="static").sequences
+    assert torch.equal(kept_all, dense[0])

@@ -168,7 +168,7 @@ def check_packing(positions: Tensor, attention_mask: Any) -> None:
     NotImplementedError
     """
     text = positions[0]
-    if positions.shape[0] != 4 or text.shape[0] != 1 or isinstance(attention_mask, Tensor):
+    if positions.shape[0] != 4 or text.shape[0] != 1 or attention_mask is not None:
         return
     if bool((text.diff(dim=-1) != 1).any()):
         raise NotImplementedError(

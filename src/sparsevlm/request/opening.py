@@ -47,10 +47,22 @@ def open_request(
     request = session.new_request(cache_of(inputs), mask.shape[0], mask.shape[1], logits_to_keep)
     # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them.
     n_drafted = max(0, logits_to_keep - 1) if session.is_drafting else 0
+    if session.in_generate:
+        inputs = {**inputs, "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), request)}
     request.begin_prompt(make_samples(session.adapter, inputs, mask, grids, session.template, n_drafted))
     plan_samples(session.adapter, request)
     _warn(session, request)
     return request
+
+
+def _mask_of_tokens(attention_mask: Any, request: Request) -> Any:
+    """Mask of a prompt's tokens, (batch, q_len), where ``generate`` has made one of queries and keys of it, as it does
+    for a static cache: the last query sees all that is not padding."""
+    made = attention_mask.get("full_attention") if isinstance(attention_mask, Mapping) else attention_mask
+    if not isinstance(made, Tensor) or made.ndim != 4:
+        return attention_mask
+    seen = made[:, 0, -1, request.past_len : request.past_len + request.q_len]
+    return (seen if seen.dtype == torch.bool else seen == 0).expand(request.batch, -1)
 
 
 def make_samples(
