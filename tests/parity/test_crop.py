@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Cache, DynamicCache, StaticCache
+from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from sparsevlm import apply_sparsevlm
-from toys import IMAGE, PROMPTS, VIDEO, VISION_END, make_inputs, relative_error, tiny_model, use_attention
+from toys import IMAGE, PROMPTS, VIDEO, VISION_END, VISION_START, make_inputs, relative_error, tiny_model, use_attention
 
 ATTENTIONS = ("sdpa", "eager", flash_emulation.NAME)
 OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3]}
@@ -87,6 +87,67 @@ def test_rejected_guesses_leave_no_trace(attn, selector, cache, prompt, rejected
     assert torch.equal(found.sequences, wanted.sequences)
     for got, right in zip(found.logits, wanted.logits, strict=True):
         assert relative_error(got, right) < 1e-5
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("prompt", [(20, 4, 3), (20, 1, 1), (12, 0, 0)], ids=str)
+def test_guesses_where_nothing_is_pruned(cache, prompt, rejected):
+    model, state = pruned_model(keep=1.0)
+    inputs = looked_up(*prompt)
+    room = inputs["input_ids"].shape[1] + 40
+    own = (cache_of(model, cache, room) for _ in range(3))
+    kept_all = model.generate(**inputs, **LOOKUP, prompt_lookup_num_tokens=10, **next(own)).sequences
+    assert max(rejected) > 1
+    state.detach()
+    for guesses in ({}, {"prompt_lookup_num_tokens": 10}):
+        assert torch.equal(model.generate(**inputs, **LOOKUP, **guesses, **next(own)).sequences, kept_all)
+
+
+class Says(LogitsProcessor):
+    """Lets an answer begin with given tokens."""
+
+    def __init__(self, prompt_length, tokens):
+        self._length, self._tokens = prompt_length, tokens
+
+    def __call__(self, input_ids, scores):
+        step = input_ids.shape[1] - self._length
+        if step >= len(self._tokens):
+            return scores
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([self._tokens[step]]), 0.0)
+
+
+@pytest.mark.parametrize("selector", SELECTORS)
+def test_placeholders_may_be_drafted_once_the_prompt_is_through(selector):
+    """Where the answer repeats what stands before the image: they are tokens like others then, and rejected."""
+    model, _ = pruned_model(**SELECTORS[selector])
+    inputs = make_inputs([("text", 6), ("image", 4, 6), ("text", 5)])
+    length, before = inputs["input_ids"].shape[1], inputs["input_ids"][0, 5:7].tolist()
+    options = {**LOOKUP, "suppress_tokens": None, "logits_processor": LogitsProcessorList([Says(length, [7, *before])])}
+    wanted = model.generate(**inputs, **options).sequences
+    assert wanted[0, length + 2] == VISION_START
+    drafted = []
+    handle = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: drafted.append(bool((kwargs["input_ids"] == IMAGE).any())), with_kwargs=True
+    )
+    found = model.generate(**inputs, **options, prompt_lookup_num_tokens=5).sequences
+    handle.remove()
+    assert any(drafted[1:])
+    assert torch.equal(found, wanted)
+
+
+def test_placeholders_cannot_be_drafted_with_the_prompt():
+    """Nor can they without pruning."""
+    model, state = pruned_model(**OPTIONS)
+    inputs = make_inputs([("text", 6), ("image", 4, 6), ("text", 5)])
+    inputs["input_ids"][0, -2:] = inputs["input_ids"][0, 5:7]
+    free = {**LOOKUP, "suppress_tokens": None, "prompt_lookup_num_tokens": 5}
+    with pytest.raises(ValueError, match=r"drafted tokens hold placeholders.*suppress_tokens=\[90, 91\]"):
+        model.generate(**inputs, **free)
+    found = model.generate(**inputs, **LOOKUP, prompt_lookup_num_tokens=5).sequences
+    assert torch.equal(found, model.generate(**inputs, **LOOKUP).sequences)
+    state.detach()
+    with pytest.raises(ValueError, match="do not match"):
+        model.generate(**inputs, **free)
 
 
 def state_of(cache):

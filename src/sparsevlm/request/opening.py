@@ -95,7 +95,8 @@ def make_samples(
     Raises
     ------
     ValueError
-        If a prompt ends in a visual token: the row that predicts the next token must not be dropped.
+        If a prompt ends in a visual token: the row that predicts the next token must not be dropped. If a guess is a
+        placeholder.
     """
     q_len = mask.shape[1]
     valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
@@ -107,8 +108,14 @@ def make_samples(
     special_ids = sorted(adapter.special_token_ids | {modality.token_id for modality in adapter.modalities.values()})
     special = torch.tensor(special_ids, device="cpu")
     on_cpu = mask.cpu() & valid
-    by_row = visual_grids(adapter, grids, ids)
     prompt_end = q_len - n_drafted
+    if bool(on_cpu[:, prompt_end:].any()):
+        tokens = sorted(modality.token_id for modality in adapter.modalities.values())
+        raise ValueError(
+            "the drafted tokens hold placeholders of images or videos, for which there are no features. Pass "
+            f"suppress_tokens={tokens} to generate, so that they are not drafted, or do not draft."
+        )
+    by_row = visual_grids(adapter, grids, ids)
     goes_on = valid.clone()
     goes_on[:, prompt_end - 1 :] = True  # what predicts the next token, even if it is hidden from all others
     samples = []
