@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import compat
 from .engine.generate import Engine, UnsupportedByEngineError
-from .request.inputs import check_prefill
+from .request.inputs import check_inputs, check_prefill
 from .request.session import Session
 
 
@@ -69,6 +69,7 @@ class Generate:
             session.lock.hold(timeout) as depth,
             session.generating(is_nested=depth > 1),
         ):
+            check_inputs(session.adapter, arguments, of_generate=True)
             session.expect_images(arguments)
             return self._run(arguments, is_nested=depth > 1)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of
-from ..request.inputs import check_call, check_mode, check_packing, visual_masks
+from ..request.inputs import check_call, check_inputs, check_mode, check_packing, visual_masks
 from ..request.opening import open_request
 from ..request.request import Request
 from ..request.session import Session
@@ -108,6 +108,7 @@ class ModelHooks:
         inputs = bound_arguments(module, args, kwargs)
         check_call(self._adapter, inputs)
         if not self._session.in_generate:
+            check_inputs(self._adapter, inputs, of_generate=False)
             self._session.expect_images(inputs)
         keep = inputs.get("logits_to_keep")
         self._logits_to_keep = keep if isinstance(keep, int) else 0
@@ -115,6 +116,8 @@ class ModelHooks:
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
+        if self._inside[:1] == [module] and not self._session.in_generate:
+            check_inputs(self._adapter, inputs, of_generate=False)
         logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
         cache = cache_of(inputs)
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]

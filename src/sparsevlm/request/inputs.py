@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compat import cache_of
 from ..models import Grid, ModelAdapter
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -104,6 +107,84 @@ def _grids_of_rows(rows: list[list[int]], grids: dict[int, list[Grid]]) -> list[
             per_row[-1].append(grid)
             position += size
     return None if any(queues.values()) else per_row
+
+
+def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generate: bool) -> None:
+    """Refuse arguments of a type or shape that the model would fail on somewhere inside.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    inputs : mapping
+        Arguments of ``generate``, or of the model.
+    of_generate : bool
+        Which of the two: a direct call may bring masks of queries and keys.
+
+    Raises
+    ------
+    TypeError, ValueError
+        With what was got and what is wanted.
+    """
+    name = "inputs" if of_generate and inputs.get("inputs") is not None else "input_ids"
+    ids, embeds, mask = inputs.get(name), inputs.get("inputs_embeds"), inputs.get("attention_mask")
+    if ids is None and embeds is None and not of_generate:
+        raise ValueError("neither input_ids nor inputs_embeds were given. Pass one of them.")
+    _check_tensor(name, ids, "(batch, length)", (2,), "integers")
+    _check_tensor("inputs_embeds", embeds, "(batch, length, hidden_size)", (3,), "floats")
+    _check_tensor("mm_token_type_ids", inputs.get("mm_token_type_ids"), "(batch, length)", (2,), "integers")
+    _check_tensor("position_ids", inputs.get("position_ids"), "(axes, batch, length) or (batch, length)", (2, 3))
+    if of_generate or not isinstance(mask, Mapping):
+        _check_tensor("attention_mask", mask, "(batch, length)", (2,) if of_generate else (2, 4))
+    cache = cache_of(inputs)
+    if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__}; wanted is a transformers Cache, such as DynamicCache(), or "
+            "None for a new one."
+        )
+    brings_pixels = False
+    for modality in adapter.modalities.values():
+        pixels = inputs.get(modality.pixels)
+        _check_tensor(modality.pixels, pixels, "as the processor makes it", range(2, 9))
+        for size in modality.size_inputs:
+            if pixels is not None and inputs.get(size) is None:
+                raise ValueError(f"{modality.pixels} was given without {size}. Pass all that the processor returned.")
+            _check_tensor(size, inputs.get(size), "(number of images or videos, 3)", (2,), "integers", n_columns=3)
+        brings_pixels |= pixels is not None
+    tokens = ids if ids is not None else embeds
+    if brings_pixels and tokens is not None:
+        of_tokens = {"attention_mask": mask, "mm_token_type_ids": inputs.get("mm_token_type_ids")}
+        for name_of_tokens, value in of_tokens.items():
+            _check_fits(name_of_tokens, value, tokens, has_cache=cache is not None)
+
+
+def _check_tensor(
+    name: str, value: Any, shape: str, n_dims: Collection[int], kind: str = "", *, n_columns: int | None = None
+) -> None:
+    if value is None:
+        return
+    wanted = f"wanted is a tensor{f' of {kind}' if kind else ''}, {shape}. Take what the processor makes"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; {wanted} with return_tensors='pt'.")
+    if value.ndim not in n_dims or (n_columns is not None and value.shape[-1] != n_columns):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; {wanted}.")
+    if (kind == "integers" and value.dtype not in _INTEGERS) or (kind == "floats" and not value.is_floating_point()):
+        raise TypeError(f"{name} has dtype {value.dtype}; {wanted}.")
+
+
+def _check_fits(name: str, value: Any, tokens: Tensor, *, has_cache: bool) -> None:
+    """Refuse what is not about as many tokens as there are; with a cache it may tell of those in it, too."""
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        return
+    (batch, length), (n_rows, n_columns) = tokens.shape[:2], value.shape
+    if n_rows != batch or (n_columns != length and not has_cache):
+        raise ValueError(
+            f"{name} has shape {(n_rows, n_columns)}; wanted is {(batch, length)}, one entry per token. Take what the "
+            "processor makes, or leave it out."
+        )
+    if name == "attention_mask" and not bool((value != 0).any(dim=1).all()):
+        raise ValueError(
+            "attention_mask hides all tokens of a sample; wanted is at least one that is seen. Leave such samples out."
+        )
 
 
 def check_call(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
