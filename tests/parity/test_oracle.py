@@ -149,8 +149,6 @@ FACTORS = {
 }
 # What meets in masks and in the bookkeeping of the cache; all other factors are combined two by two.
 TOGETHER = (("prompt", "variant", "attention"), ("way", "cache", "attention"), ("way", "cache", "variant"))
-# Without a cache every step chooses anew: a new token would vote, and a draw is that of the row, which a beam leaves.
-CHOOSE_ALIKE = (("random", "before the decoder"), ("before the decoder",))
 PADDED = tuple(name for name, rows in PROMPTS.items() if not bool(make_inputs(*rows)["attention_mask"].all()))
 
 
@@ -163,7 +161,7 @@ def possible(case) -> bool:
     if case["way"] == "prompt lookup" and len(rows) > 1:
         return False
     if case["cache"] == "none" and case["way"] != "direct call":
-        return case["variant"] in CHOOSE_ALIKE[case["way"] == "beams"]
+        return case["way"] != "beams" or case["variant"] != "random"  # a draw is that of the row, which a beam leaves
     # transformers' flash attention needs a mask to cut the buffer of a static cache; ``generate`` makes one.
     buffer = case["attention"] == flash_emulation.NAME and case["cache"] == "static"
     return not (buffer and case["way"] == "direct call" and case["mask"] == "no mask")

@@ -40,8 +40,6 @@ def at(place, what, attention, variant, cache="dynamic"):
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
 @pytest.mark.parametrize("what", MASKS)
 def test_pruned(what, cache, variant, attention, place):
-    if cache == "none" and variant == "by attention":
-        pytest.skip("chosen anew at every step")
     run = at(place, what, attention, VARIANTS[variant], cache)
     with recorded_positions(run.model) as seen:
         output = run.model.generate(**run.inputs, **GREEDY, **run.cache_options)

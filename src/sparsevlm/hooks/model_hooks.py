@@ -133,7 +133,7 @@ class ModelHooks:
         request = open_request(self._session, inputs, masks, self._vision.grids(inputs, masks), logits_to_keep)
         if cache is not None and not request.drops_nothing:
             check_cache(cache, self._adapter.n_layers)
-        if request.config.vision_keep < 1.0:
+        if request.config.vision_keep < 1.0 and request.first is None:
             request.remark("; the tower computed all, vision_keep is the engine's")
         self._forward = ForwardPass(cache, request, masks, is_flash=self._is_flash)
 
@@ -156,7 +156,7 @@ class ModelHooks:
         request = forward.request if forward is not None else None
         if forward is None or request is None:
             return
-        if request.traits.needs & VISION_NEEDS and not request.drops_nothing:
+        if request.traits.needs & VISION_NEEDS and not request.drops_nothing and request.first is None:
             visual = [sample.visual for sample in request.samples]
             forward.readout.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
         positions = kwargs.get("position_ids")

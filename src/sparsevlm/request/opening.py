@@ -24,7 +24,7 @@ def open_request(
     grids: Mapping[str, Sequence[Grid] | None],
     logits_to_keep: int = 1,
 ) -> Request:
-    """Begin the request of a prompt with images or videos.
+    """Begin the request of a prompt with images or videos, or go on with it where ``generate`` has no cache.
 
     Parameters
     ----------
@@ -44,25 +44,36 @@ def open_request(
         If a prompt ends in a visual token, or a budget cannot hold (with ``strict``).
     """
     mask = torch.stack(list(masks.values())).any(dim=0)
-    request = session.new_request(cache_of(inputs), mask.shape[0], mask.shape[1], logits_to_keep)
+    ids, cache = inputs.get("input_ids"), cache_of(inputs)
+    if (running := session.running) is not None and cache is None and running.continues_in(ids):
+        running.begin_decode_step()
+        inputs = {**inputs, "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), 0, mask.shape)}
+        samples = make_samples(session.adapter, inputs, mask, grids, session.template, 0)
+        return running.step_without_cache(samples, mask.shape[1])
+    request = session.new_request(cache, mask.shape[0], mask.shape[1], logits_to_keep)
+    if session.in_generate and cache is None and ids is not None:
+        request.comes_again(ids)
     # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them.
     n_drafted = max(0, logits_to_keep - 1) if session.is_drafting else 0
     if session.in_generate:
-        inputs = {**inputs, "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), request)}
+        inputs = {
+            **inputs,
+            "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), request.past_len, mask.shape),
+        }
     request.begin_prompt(make_samples(session.adapter, inputs, mask, grids, session.template, n_drafted))
     plan_samples(session.adapter, request)
     _warn(session, request)
     return request
 
 
-def _mask_of_tokens(attention_mask: Any, request: Request) -> Any:
-    """Mask of a prompt's tokens, (batch, q_len), where ``generate`` has made one of queries and keys of it, as it does
-    for a static cache: the last query sees all that is not padding."""
+def _mask_of_tokens(attention_mask: Any, past_len: int, shape: tuple[int, ...]) -> Any:
+    """Mask of a pass's tokens, of shape (batch, q_len), where ``generate`` has made one of queries and keys of it, as it
+    does for a static cache: the last query sees all that is not padding."""
     made = attention_mask.get("full_attention") if isinstance(attention_mask, Mapping) else attention_mask
     if not isinstance(made, Tensor) or made.ndim != 4:
         return attention_mask
-    seen = made[:, 0, -1, request.past_len : request.past_len + request.q_len]
-    return (seen if seen.dtype == torch.bool else seen == 0).expand(request.batch, -1)
+    seen = made[:, 0, -1, past_len : past_len + shape[1]]
+    return (seen if seen.dtype == torch.bool else seen == 0).expand(shape)
 
 
 def make_samples(

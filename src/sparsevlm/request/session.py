@@ -123,6 +123,11 @@ class Session:
         return self._current
 
     @property
+    def running(self) -> Request | None:
+        """The request that the running call has begun."""
+        return self._current if self._is_open else None
+
+    @property
     def last(self) -> Request | None:
         """The last request of the calling context, or of any where it made none."""
         return next((request for of, request in _LAST.get() if of() is self), self._current)
