@@ -67,8 +67,8 @@ def open_request(
 
 
 def _mask_of_tokens(attention_mask: Any, past_len: int, shape: tuple[int, ...]) -> Any:
-    """Mask of a pass's tokens, of shape (batch, q_len), where ``generate`` has made one of queries and keys of it, as it
-    does for a static cache: the last query sees all that is not padding."""
+    """Mask of a pass's tokens, (batch, q_len), if ``generate`` has made one of queries and keys of it, as it does for a
+    static cache: the last query sees all that is not padding."""
     made = attention_mask.get("full_attention") if isinstance(attention_mask, Mapping) else attention_mask
     if not isinstance(made, Tensor) or made.ndim != 4:
         return attention_mask
