@@ -148,7 +148,15 @@ class ModelHooks:
         n_valid = [ids.shape[1]] * ids.shape[0]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             n_valid = attention_mask[:, -ids.shape[1] :].sum(dim=-1).tolist()
-        request.skip("no image or video in the input", n_valid)
+        if ids.ndim == 2:
+            request.skip("no image or video in the input", n_valid)
+            return
+        request.skip("inputs_embeds without pixels, which do not tell of visual tokens", n_valid)
+        self._session.warn_once(
+            "embeddings",
+            "inputs_embeds came without pixels: if images are merged into them, nothing is pruned, as they do not tell "
+            "where. Pass input_ids and pixels, or inputs_embeds with placeholders and pixels.",
+        )
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
