@@ -651,6 +651,34 @@ def test_inputs_embeds_with_pixels():
     torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("direct", [False, True])
+def test_embeddings_that_hold_images_already_are_warned_about_once(direct, engine, caplog):
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    merged = {}
+    handle = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: merged.update(inputs_embeds=kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    handle.remove()
+    merged["attention_mask"] = inputs["attention_mask"]
+
+    def ask():
+        model.model.rope_deltas = None
+        with torch.no_grad():
+            return model(**merged).logits if direct else model.generate(**merged, max_new_tokens=3)
+
+    dense = ask()
+    state = apply_sparsevlm(model, keep=0.6, min_keep=4, engine=engine)
+    model.generate(**inputs, max_new_tokens=3)
+    assert not caplog.records
+    for _ in range(2):
+        assert torch.equal(ask(), dense)
+        assert "inputs_embeds without pixels" in state.report.skipped_because
+    assert caplog.text.count("nothing is pruned, as they do not tell where") == 1
+
+
 def test_packed_sequences_are_refused():
     model, inputs = tiny_model(), make_inputs(*ONE, pad=False)
     n = inputs["input_ids"].shape[1]

@@ -9,9 +9,10 @@ import weakref
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm, reset_n_vis
-from toys import PROMPTS, make_inputs, tiny_model
+from toys import PAD, PROMPTS, make_inputs, tiny_model
 
 OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3]}
 ONE = PROMPTS["one image"]
@@ -139,12 +140,46 @@ def test_options_of_a_replaced_state_are_refused():
     assert model.generate is second._generate
 
 
-def test_budgets_of_another_number_of_samples_are_refused():
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("alike", [False, True], ids=["other prompts", "equal ids"])
+def test_budgets_of_another_number_of_samples_are_refused(alike, engine):
     model = tiny_model()
-    inputs = make_inputs(*[[("text", 3 + i), ("image", 4, 6), ("text", 7)] for i in range(4)])
-    state = apply_sparsevlm(model, **OPTIONS)
-    with state.options(keep=[0.6, 1.0]), pytest.raises(ValueError, match="2 budgets for a batch of 4"):
-        model.generate(**inputs, max_new_tokens=1)
+    inputs = make_inputs(*[[("text", 3 if alike else 3 + i), ("image", 4, 6), ("text", 7)] for i in range(4)])
+    if alike:
+        inputs["input_ids"] = inputs["input_ids"][:1].repeat(4, 1)
+    state = apply_sparsevlm(model, **OPTIONS, engine=engine)
+    for ways in ({}, {"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2}):
+        with state.options(keep=[0.6, 1.0]), pytest.raises(ValueError, match="2 budgets for a batch of 4 samples"):
+            model.generate(**inputs, max_new_tokens=1, **ways)
+    with state.options(keep=[0.6, 1.0]), pytest.raises(ValueError, match="2 budgets for a batch of 4 samples"):
+        model(**inputs)
+    model.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("where", ["arguments", "generation_config", "model"])
+@pytest.mark.parametrize("ways", [{"num_return_sequences": 2, "do_sample": True}, {"num_beams": 2}], ids=str)
+def test_budgets_of_a_prompt_are_those_of_its_copies(ways, where, engine):
+    model = tiny_model()
+    inputs = make_inputs(*[[("text", 3), ("image", 4, 6), ("text", 7)]] * 2)
+    inputs["input_ids"] = inputs["input_ids"][:1].repeat(2, 1)
+    state = apply_sparsevlm(model, **OPTIONS, engine=engine)
+    options = {"max_new_tokens": 2}
+    if where == "generation_config":
+        options["generation_config"] = GenerationConfig(**ways, pad_token_id=PAD)
+    elif where == "model":
+        for name, value in ways.items():
+            setattr(model.generation_config, name, value)
+    else:
+        options |= ways
+    with state.options(keep=[0.6, 1.0]):
+        model.generate(**inputs, **options)
+    assert [sample.budget for sample in state.report.samples] == [pytest.approx(0.6 * 24)] * 2 + [24] * 2
+    with (
+        state.options(keep=[0.6, 1.0, 1.0, 0.6]),
+        pytest.raises(ValueError, match=r"4 budgets for a batch of 2 samples"),
+    ):
+        model.generate(**inputs, **options)
 
 
 def test_a_report_books_its_own_conversation_only():

@@ -162,6 +162,11 @@ class GenerationSettings:
         found = (getattr(source, name, None) for source in self._sources)
         return next((value for value in found if value is not None), None)
 
+    @property
+    def copies(self) -> int:
+        """Rows that are made of every prompt: beams or returned sequences."""
+        return max(self["num_beams"] or 1, self["num_return_sequences"] or 1)
+
 
 def with_generation_config(model: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """The same call of ``generate`` with its settings in a ``generation_config``.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import compat
 from .engine.generate import Engine, UnsupportedByEngineError
-from .request.inputs import check_prefill
+from .request.inputs import check_inputs, check_prefill
 from .request.session import Session
 
 
@@ -69,12 +69,14 @@ class Generate:
             session.lock.hold(timeout) as depth,
             session.generating(is_nested=depth > 1),
         ):
+            check_inputs(session.adapter, arguments, of_generate=True)
             session.expect_images(arguments)
             return self._run(arguments, is_nested=depth > 1)
 
     def _run(self, arguments: dict[str, Any], *, is_nested: bool) -> Any:
         session, given = self._session, arguments
         wants_engine = session.wants_engine
+        session.copies = compat.GenerationSettings(session.adapter.model, arguments).copies
         if (other := compat.other_generation(session.adapter.model, self.plain, arguments)) is not None:
             session.plain_reason = other if wants_engine else ""
             return self.plain(**arguments)

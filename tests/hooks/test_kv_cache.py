@@ -149,7 +149,6 @@ def test_all_layers_of_a_cache_are_cropped_and_their_slots_once():
     assert table.slots(0).tolist() == [[PAD_SLOT, 0, 2, 5], [0, 1, 3, 5]]
 
 
-@pytest.mark.xfail(strict=True, reason="every layer asks again, when the first one has moved the slots along already")
 def test_more_than_half_of_what_may_be_cropped():
     cache, table = pruned_cache()
     step(cache)
@@ -170,7 +169,6 @@ def test_a_crop_that_goes_too_far_changes_nothing():
 
 
 @pytest.mark.skipif(Version(transformers.__version__) >= Version("5.18"), reason="crop takes negative numbers only")
-@pytest.mark.xfail(strict=True, reason="a layer reckons with the length that the first one of its stage has moved on")
 def test_a_crop_to_a_length():
     cache, table = pruned_cache()
     cache.crop(9)

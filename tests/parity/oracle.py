@@ -36,7 +36,8 @@ def layer_masks(n_layers: int, valid: torch.Tensor, dropped: list[dict[int, int]
             for position, first in dropped[b].items():
                 keys[b, position] &= layer < first
         mask = (causal & keys[:, None, :]).unsqueeze(1)
-        masks.append(mask | torch.eye(length, dtype=torch.bool))  # hidden rows must stay finite
+        sees_nothing = ~mask.any(dim=-1, keepdim=True)
+        masks.append(mask | (torch.eye(length, dtype=torch.bool) & sees_nothing))  # such rows must stay finite
     return masks
 
 

@@ -246,13 +246,13 @@ def test_only_what_is_needed_is_read(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_without_cache_every_step_is_told_the_same(family):
+def test_without_cache_tokens_are_chosen_once(family):
     model, inputs = build(family, *PROMPTS["batch, unequal counts"])
     wanted = vision_reference.references_of_samples(model, inputs)
     options = spied()
     state = apply_sparsevlm(model, **options)
     model.generate(**inputs, max_new_tokens=3, use_cache=False)
-    assert len(options["selector"].seen) == 3 * 2 * 2  # steps, layers, samples with a picture
+    assert len(options["selector"].seen) == 2 * 2  # layers, samples with a picture
     for context in options["selector"].seen:
         assert_vision_is(context, wanted[context.sample])
     assert state.report.samples[1].grids == ((1, 3, 4), (1, 4, 4))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from made_requests import First, make_request, make_sample
 from sparsevlm.config import SparseVLMConfig
@@ -18,9 +17,9 @@ def adapter(n_layers=8, readable=()):
     return SimpleNamespace(n_layers=n_layers, name="Tiny", vision=SimpleNamespace(readable=readable))
 
 
-def counts_of(*samples, n_layers=8, target_layers=(1, 3), ids=None, **options):
+def counts_of(*samples, n_layers=8, target_layers=(1, 3), **options):
     request = make_request(*samples, target_layers=target_layers, **options)
-    plan_samples(adapter(n_layers), request, ids)
+    plan_samples(adapter(n_layers), request)
     return [None if sample.plan is None else sample.plan.counts for sample in request.samples]
 
 
@@ -65,14 +64,12 @@ def test_a_budget_that_cannot_hold_is_refused_where_it_has_to():
 
 
 def test_a_list_of_budgets_is_repeated_for_copies_of_its_samples():
-    assert per_sample_budgets(0.5, 3, None) == [0.5] * 3
-    assert per_sample_budgets((0.5, 7), 2, None) == [0.5, 7]
-    ids = torch.tensor([[1, 2], [1, 2], [1, 2], [4, 2], [4, 2], [4, 2]])
-    assert per_sample_budgets((0.5, 7), 6, ids) == [0.5] * 3 + [7] * 3
-    assert per_sample_budgets((0.5, 7), 6, None) == [0.5] * 3 + [7] * 3
-    for batch, given in ((6, ids[[0, 1, 3, 3, 4, 5]]), (3, ids[:3]), (1, ids[:1]), (6, ids[[0, 3, 0, 3, 0, 3]])):
-        with pytest.raises(ValueError, match=rf"keep holds 2 budgets for a batch of {batch} samples"):
-            per_sample_budgets((0.5, 7), batch, given)
+    assert per_sample_budgets(0.5, 3, 1) == [0.5] * 3
+    assert per_sample_budgets((0.5, 7), 2, 1) == [0.5, 7]
+    assert per_sample_budgets((0.5, 7), 6, 3) == [0.5] * 3 + [7] * 3
+    for batch, copies in ((6, 1), (6, 2), (3, 1), (1, 1), (2, 2)):
+        with pytest.raises(ValueError, match=rf"keep holds 2 budgets for a batch of {batch // copies} samples"):
+            per_sample_budgets((0.5, 7), batch, copies)
 
 
 class Before(First):

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sparsevlm.models import Modality
-from sparsevlm.request.inputs import make_samples, visual_grids, visual_masks
+from sparsevlm.request.inputs import visual_grids, visual_masks
+from sparsevlm.request.opening import make_samples
 from sparsevlm.template import Template
 
 IMG, VID, START, END = 90, 91, 92, 93
@@ -75,8 +76,10 @@ def test_padding_is_nothing_at_either_end():
     assert lists(first) == {
         "visual": [3], "other": [2, 4, 5], "text": [2, 4, 5], "rater_candidates": [4, 5], "last": [5], "alive": [0]
     }  # fmt: skip
-    assert (second.other.tolist(), second.rater_candidates.tolist(), second.last.tolist()) == ([0, 3], [3], [3])
-    assert (first.tail, second.tail) == (2, 0)  # what follows on the second is no token
+    # The last row of the second predicts the next token, so that it goes on; it has no say.
+    assert (second.other.tolist(), second.rater_candidates.tolist(), second.last.tolist()) == ([0, 3, 5], [3], [3])
+    assert second.text.tolist() == [0, 3]
+    assert (first.tail, second.tail) == (2, 1)
 
 
 def test_a_mask_may_tell_of_what_is_in_the_cache_too():

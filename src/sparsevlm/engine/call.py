@@ -161,7 +161,7 @@ class Call:
             self.pending = PendingVision(tuple(grids), seen, begin, Mark.now(device), stream)
 
     def misfit(self, adapter: ModelAdapter) -> str | None:
-        """Images whose pixels are not as many as their grids say, which the model itself refuses."""
+        """Images whose pixels are not what their grids and the tower say, which the model itself refuses."""
         for kind, grids in self.grids.items():
             pixels = self.visual.get(adapter.modalities[kind].pixels)
             if pixels is None:
@@ -169,6 +169,9 @@ class Call:
             n_patches = sum(t * h * w for t, h, w in grids or ()) * adapter.vision.patches_per_token
             if grids is None or pixels.ndim != 2 or pixels.shape[0] != n_patches:
                 return f"{kind} pixels of shape {tuple(pixels.shape)} for {n_patches} patches"
+            tower = adapter.vision.program
+            if tower is not None and pixels.shape[1] != (size := tower.projection.weight[0].numel()):
+                return f"{kind} pixels of shape {tuple(pixels.shape)} for patches of {size} numbers"
         return None
 
 
@@ -250,4 +253,4 @@ def leave_out(adapter: ModelAdapter, request: Request, prompt: Prompt) -> None:
         sample.keep_only((prompt.feature_rows[b, sample.visual] >= 0).nonzero()[:, 0])
         if n_in:
             sample.add_stage(StageRecord(-1, n_in, None, None, kept=sample.alive))
-    plan_samples(adapter, request, prompt.ids)
+    plan_samples(adapter, request)

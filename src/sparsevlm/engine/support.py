@@ -180,4 +180,6 @@ def unsupported_request(request: Request) -> str | None:
         return f"selector {request.traits.name!r} needs {', '.join(missing)}"
     if request.past_len:
         return "a cache that is not empty"
+    if any(int(sample.last) != request.q_len - 1 for sample in request.samples):
+        return "a prompt whose last token is masked"
     return None

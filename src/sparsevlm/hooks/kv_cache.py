@@ -47,6 +47,11 @@ class SlotTable:
         """Logical length of the sequence, dropped tokens included."""
         return self.logical_length(self._appended)
 
+    @property
+    def n_dropped(self) -> int:
+        """Logical length less the number of slots, however many tokens came or were cropped."""
+        return self._base - self.positions.shape[1]
+
     def append(self, count: int) -> None:
         """Count ``count`` more tokens at the end."""
         self._appended += count
@@ -107,12 +112,14 @@ class PrunedLayer:
 
     ``table`` is ``None`` as long as nothing was dropped; ``owns_table`` is true for the one layer of a stage that
     moves the shared table along. ``placed`` says that the slots of the next update are in the table already.
-    ``all_tables``, shared by all layers of a cache, knows every table in use.
+    ``all_tables``, shared by all layers of a cache, knows every table in use; ``is_first`` is true for the layer that a
+    cache crops before all others.
     """
 
     table: SlotTable | None
     owns_table: bool
     placed: bool
+    is_first: bool
     all_tables: WeakSet[SlotTable]
 
     def place(self, table: SlotTable, owns_table: bool) -> None:
@@ -139,6 +146,24 @@ class PrunedLayer:
         self.all_tables.clear()
         super().reset()  # type: ignore[misc]
 
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Remove tokens from the end; see transformers' ``DynamicLayer.crop`` and ``StaticLayer.crop``.
+
+        A cache crops its layers one by one: the first answers for all of them, before any is touched.
+
+        Raises
+        ------
+        ValueError
+            If this would reach into the pruned part of any layer; nothing is changed then.
+        """
+        value = next(iter([*args, *kwargs.values()]))
+        count = -value if value <= 0 else max(0, int(self.get_seq_length()) - value)
+        for table in self.all_tables if self.is_first else ():
+            table.check_crop(count)
+        super().crop(*args, **kwargs)  # type: ignore[misc]
+        if self.table is not None and self.owns_table:
+            self.table.crop(count)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples for beam search."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -155,21 +180,11 @@ class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
         self.is_initialized = False
         super().reset()
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Remove tokens from the end; see transformers' ``DynamicLayer.crop``.
-
-        Raises
-        ------
-        ValueError
-            If this would reach into the pruned part of any layer; nothing is changed then.
-        """
-        value = next(iter([*args, *kwargs.values()]))
-        for table in self.all_tables:
-            table.check_crop(-value if value <= 0 else max(0, self.get_seq_length() - value))
-        keys = self.keys
-        super().crop(*args, **kwargs)
-        if self.table is not None and self.owns_table and keys is not None and self.keys is not None:
-            self.table.crop(keys.shape[-2] - self.keys.shape[-2])
+    def get_seq_length(self) -> int:
+        """Logical length, by what this layer holds itself: the owner of its table may be ahead of it."""
+        if self.table is None or self.keys is None:
+            return super().get_seq_length()
+        return self.keys.shape[-2] + self.table.n_dropped
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
@@ -219,7 +234,7 @@ def adopt(cache: Cache, layer_idx: int) -> Any:
             continue
         pruned: Any = object.__new__(_PRUNED_CLASSES[type(layer)])
         pruned.__dict__.update(layer.__dict__)
-        pruned.table, pruned.owns_table, pruned.placed = None, False, False
+        pruned.table, pruned.owns_table, pruned.placed, pruned.is_first = None, False, False, i == 0
         pruned.all_tables = layers[0].all_tables if i else WeakSet()
         layers[i] = pruned
     return layers[layer_idx]

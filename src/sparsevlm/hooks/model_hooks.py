@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of
-from ..request.inputs import check_call, check_mode, check_packing, visual_masks
+from ..request.inputs import check_call, check_inputs, check_mode, check_packing, visual_masks
 from ..request.opening import open_request
 from ..request.request import Request
 from ..request.session import Session
@@ -108,6 +108,7 @@ class ModelHooks:
         inputs = bound_arguments(module, args, kwargs)
         check_call(self._adapter, inputs)
         if not self._session.in_generate:
+            check_inputs(self._adapter, inputs, of_generate=False)
             self._session.expect_images(inputs)
         keep = inputs.get("logits_to_keep")
         self._logits_to_keep = keep if isinstance(keep, int) else 0
@@ -115,6 +116,8 @@ class ModelHooks:
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
+        if self._inside[:1] == [module] and not self._session.in_generate:
+            check_inputs(self._adapter, inputs, of_generate=False)
         logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
         cache = cache_of(inputs)
         ids = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -130,7 +133,7 @@ class ModelHooks:
         request = open_request(self._session, inputs, masks, self._vision.grids(inputs, masks), logits_to_keep)
         if cache is not None and not request.drops_nothing:
             check_cache(cache, self._adapter.n_layers)
-        if request.config.vision_keep < 1.0:
+        if request.config.vision_keep < 1.0 and request.first is None:
             request.remark("; the tower computed all, vision_keep is the engine's")
         self._forward = ForwardPass(cache, request, masks, is_flash=self._is_flash)
 
@@ -145,7 +148,15 @@ class ModelHooks:
         n_valid = [ids.shape[1]] * ids.shape[0]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             n_valid = attention_mask[:, -ids.shape[1] :].sum(dim=-1).tolist()
-        request.skip("no image or video in the input", n_valid)
+        if ids.ndim == 2:
+            request.skip("no image or video in the input", n_valid)
+            return
+        request.skip("inputs_embeds without pixels, which do not tell of visual tokens", n_valid)
+        self._session.warn_once(
+            "embeddings",
+            "inputs_embeds came without pixels: if images are merged into them, nothing is pruned, as they do not tell "
+            "where. Pass input_ids and pixels, or inputs_embeds with placeholders and pixels.",
+        )
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
@@ -153,7 +164,7 @@ class ModelHooks:
         request = forward.request if forward is not None else None
         if forward is None or request is None:
             return
-        if request.traits.needs & VISION_NEEDS and not request.drops_nothing:
+        if request.traits.needs & VISION_NEEDS and not request.drops_nothing and request.first is None:
             visual = [sample.visual for sample in request.samples]
             forward.readout.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
         positions = kwargs.get("position_ids")

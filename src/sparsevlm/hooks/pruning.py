@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,18 +57,27 @@ class ForwardPass:
     probe: AttentionProbe | None = None
     readout: Readout = field(default_factory=Readout)
 
+    @property
+    def _cache_layers(self) -> Sequence[Any]:
+        """Layers of the cache; a cache of another make may have none."""
+        return getattr(self.cache, "layers", ())
+
     def note_tables(self) -> None:
         """Remember how far every table of the cache has come."""
-        for layer in () if self.cache is None else self.cache.layers:
+        for layer in self._cache_layers:
             table = getattr(layer, "table", None)
             if table is not None:
                 self.appended[table] = table.appended
 
     def table_of(self, layer_idx: int) -> SlotTable | None:
         """Slot table of a cache layer, if it has one."""
-        if self.cache is None or layer_idx >= len(self.cache.layers):
-            return None
-        return getattr(self.cache.layers[layer_idx], "table", None)
+        layers = self._cache_layers
+        return getattr(layers[layer_idx], "table", None) if layer_idx < len(layers) else None
+
+    def buffer(self, layer_idx: int) -> int | None:
+        """Number of keys that a static cache layer shows, filled or not; ``None``: it grows."""
+        layers = self._cache_layers
+        return getattr(layers[layer_idx], "max_cache_len", None) if layer_idx < len(layers) else None
 
     def slot_offset(self, layer_idx: int, n_rows: int) -> int:
         """Slot of a layer's cache that the first of ``n_rows`` rows of this pass goes to."""
@@ -126,10 +136,11 @@ def _gathered_kwargs(
     forward: ForwardPass, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
 ) -> dict[str, Any]:
     table = forward.table_of(layer_idx)
-    mask = kwargs.get("attention_mask")
-    if rows is None and (table is None or (mask is None and not table.has_padding)):
+    mask, flash, buffer = kwargs.get("attention_mask"), forward.is_flash, forward.buffer(layer_idx)
+    # Flash attention cuts a static layer's buffer to its mask: without one, all of it is seen.
+    needs_cut = flash and mask is None and buffer is not None
+    if rows is None and (table is None or (mask is None and not table.has_padding and not needs_cut)):
         return kwargs
-    flash = forward.is_flash
     if rows is None:
         assert table is not None
         past_len, q_len = table.logical_length(forward.appended[table]), hidden.shape[1]
@@ -142,14 +153,14 @@ def _gathered_kwargs(
             table = _placed_table(forward, forward.cache, layer_idx, rows, past_len, q_len)
     key = ("mask", id(table), id(mask))
     if key not in forward.memo:
-        width = None if flash else _buffer_width(forward, layer_idx, mask, table)  # flash attention cuts the buffer
+        width = None if flash else _mask_width(buffer, mask, table)
         if table is None:
             assert rows is not None
             slots, has_padding = rows, forward.rows_padded
         else:
             coming = 0 if rows is not None else forward.appended[table] + q_len
             slots, has_padding = table.slots(coming, width), table.has_padding
-        has_padding = has_padding or width is not None
+        has_padding = has_padding or width is not None or needs_cut
         needed = mask is not None or has_padding
         forward.memo[key] = (
             pruned_mask(mask, rows, slots, past_len, q_len, has_padding=has_padding, flash=flash) if needed else None
@@ -157,15 +168,14 @@ def _gathered_kwargs(
     return {**kwargs, "attention_mask": forward.memo[key]}
 
 
-def _buffer_width(forward: ForwardPass, layer_idx: int, mask: Any, table: SlotTable | None) -> int | None:
-    """Number of keys that a static layer shows, which is its whole buffer, where the new mask has to span them."""
-    layer: Any = None if forward.cache is None else forward.cache.layers[layer_idx]
-    if not hasattr(layer, "max_cache_len"):
+def _mask_width(buffer: int | None, mask: Any, table: SlotTable | None) -> int | None:
+    """Number of keys that the new mask has to span where a static layer shows its whole ``buffer``."""
+    if buffer is None:
         return None
     if isinstance(mask, Tensor):
         return mask.shape[-1] if mask.ndim == 4 else None
     # Without a mask, queries and keys are aligned at their first: that needs no width, unless dead slots come first.
-    return layer.max_cache_len if table is not None and table.has_padding else None
+    return buffer if table is not None and table.has_padding else None
 
 
 def _rotary(forward: ForwardPass, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compat import cache_of
 from ..models import Grid, ModelAdapter
-from ..template import Template
-from .request import Sample
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -108,96 +109,82 @@ def _grids_of_rows(rows: list[list[int]], grids: dict[int, list[Grid]]) -> list[
     return None if any(queues.values()) else per_row
 
 
-def make_samples(
-    adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
-    mask: Tensor,
-    grids: Mapping[str, Sequence[Grid] | None],
-    template: Template,
-    n_drafted: int,
-) -> list[Sample]:
-    """Describe every sample of the batch.
-
-    Text of a sample: its tokens without visual and special ones and without the template's. Of these, the ones after
-    the last visual token may vote. Where none is left, the last token of the prompt takes the place.
+def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generate: bool) -> None:
+    """Refuse arguments of a type or shape that the model would fail on somewhere inside.
 
     Parameters
     ----------
     adapter : ModelAdapter
     inputs : mapping
-        Keyword arguments of the base model.
-    mask : Tensor of shape (batch, q_len), bool
-        Visual tokens.
-    grids : mapping
-        Of all images of the batch in order, by kind, where they are known.
-    template : Template
-        Token ids that the chat template puts around a prompt.
-    n_drafted : int
-        Tokens at the end that are guesses of assisted decoding, not prompt; they never vote.
+        Arguments of ``generate``, or of the model.
+    of_generate : bool
+        Which of the two: a direct call may bring masks of queries and keys.
 
     Raises
     ------
-    ValueError
-        If a prompt ends in a visual token: the row that predicts the next token must not be dropped.
+    TypeError, ValueError
+        With what was got and what is wanted.
     """
-    q_len = mask.shape[1]
-    valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
-    attention_mask = inputs.get("attention_mask")
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        valid = attention_mask[:, -q_len:].bool().cpu()
-    input_ids = inputs.get("input_ids")
-    ids = None if input_ids is None else input_ids.cpu()
-    special_ids = sorted(adapter.special_token_ids | {modality.token_id for modality in adapter.modalities.values()})
-    special = torch.tensor(special_ids, device="cpu")
-    on_cpu = mask.cpu() & valid
-    by_row = visual_grids(adapter, grids, ids)
-    samples = []
-    for b in range(mask.shape[0]):
-        visual = on_cpu[b].nonzero().squeeze(-1)
-        other = (valid[b] & ~on_cpu[b]).nonzero().squeeze(-1)
-        prompt_end = q_len - n_drafted
-        text = other[other < prompt_end]
-        if ids is not None:
-            text = _without_template(text, ids[b], template)
-            text = text[~torch.isin(ids[b][text], special)]
-        rater_candidates = text[text > (int(visual[-1]) if visual.numel() else -1)]
-        last = valid[b, :prompt_end].nonzero().squeeze(-1)[-1:]
-        if visual.numel() and int(visual[-1]) == int(last):
-            raise ValueError(
-                f"sample {b} ends in a visual token, whose row has to predict the next token and cannot be judged. End "
-                "the prompt in text: a chat template closes an image with <|vision_end|>."
-            )
-        sample = Sample(
-            visual=visual,
-            other=other,
-            text=text if text.numel() else last,
-            rater_candidates=rater_candidates if rater_candidates.numel() else last,
-            last=last,
-            alive=torch.arange(visual.shape[0], device="cpu"),
-            tail=_tail_length(visual, other, q_len),
-            grids=tuple(by_row[b]) if by_row else (),
+    name = "inputs" if of_generate and inputs.get("inputs") is not None else "input_ids"
+    ids, embeds, mask = inputs.get(name), inputs.get("inputs_embeds"), inputs.get("attention_mask")
+    if ids is None and embeds is None and not of_generate:
+        raise ValueError("neither input_ids nor inputs_embeds were given. Pass one of them.")
+    _check_tensor(name, ids, "(batch, length)", (2,), "integers")
+    _check_tensor("inputs_embeds", embeds, "(batch, length, hidden_size)", (3,), "floats")
+    _check_tensor("mm_token_type_ids", inputs.get("mm_token_type_ids"), "(batch, length)", (2,), "integers")
+    _check_tensor("position_ids", inputs.get("position_ids"), "(axes, batch, length) or (batch, length)", (2, 3))
+    if of_generate or not isinstance(mask, Mapping):
+        _check_tensor("attention_mask", mask, "(batch, length)", (2,) if of_generate else (2, 4))
+    cache = cache_of(inputs)
+    if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
+        raise TypeError(
+            f"past_key_values is a {type(cache).__name__}; wanted is a transformers Cache, such as DynamicCache(), or "
+            "None for a new one."
         )
-        sample.to(mask.device)
-        samples.append(sample)
-    return samples
+    brings_pixels = False
+    for modality in adapter.modalities.values():
+        pixels = inputs.get(modality.pixels)
+        _check_tensor(modality.pixels, pixels, "as the processor makes it", range(2, 9))
+        for size in modality.size_inputs:
+            if pixels is not None and inputs.get(size) is None:
+                raise ValueError(f"{modality.pixels} was given without {size}. Pass all that the processor returned.")
+            _check_tensor(size, inputs.get(size), "(number of images or videos, 3)", (2,), "integers", n_columns=3)
+        brings_pixels |= pixels is not None
+    tokens = ids if ids is not None else embeds
+    if brings_pixels and tokens is not None:
+        of_tokens = {"attention_mask": mask, "mm_token_type_ids": inputs.get("mm_token_type_ids")}
+        for name_of_tokens, value in of_tokens.items():
+            _check_fits(name_of_tokens, value, tokens, has_cache=cache is not None)
 
 
-def _tail_length(visual: Tensor, other: Tensor, q_len: int) -> int:
-    """Contiguous tokens at the end of the sequence, behind the last visual one."""
-    tail = other[other > (int(visual[-1]) if visual.numel() else -1)]
-    if tail.numel() == 0 or int(tail[-1]) != q_len - 1:
-        return 0
-    gaps = (tail.diff() != 1).nonzero()
-    return int(tail.numel() - (gaps[-1] + 1 if gaps.numel() else 0))
+def _check_tensor(
+    name: str, value: Any, shape: str, n_dims: Collection[int], kind: str = "", *, n_columns: int | None = None
+) -> None:
+    if value is None:
+        return
+    wanted = f"wanted is a tensor{f' of {kind}' if kind else ''}, {shape}. Take what the processor makes"
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; {wanted} with return_tensors='pt'.")
+    if value.ndim not in n_dims or (n_columns is not None and value.shape[-1] != n_columns):
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; {wanted}.")
+    if (kind == "integers" and value.dtype not in _INTEGERS) or (kind == "floats" and not value.is_floating_point()):
+        raise TypeError(f"{name} has dtype {value.dtype}; {wanted}.")
 
 
-def _without_template(text: Tensor, ids: Tensor, template: Template) -> Tensor:
-    """Leave out what the template puts around a prompt, each end where it is all there."""
-    found = tuple(ids[text].tolist())
-    start = len(template.prefix) if found[: len(template.prefix)] == template.prefix else 0
-    n_suffix = len(template.suffix)
-    end = len(found) - n_suffix if n_suffix and found[-n_suffix:] == template.suffix else len(found)
-    return text[start:end]
+def _check_fits(name: str, value: Any, tokens: Tensor, *, has_cache: bool) -> None:
+    """Refuse what is not about as many tokens as there are; with a cache it may tell of those in it, too."""
+    if not isinstance(value, Tensor) or value.ndim != 2:
+        return
+    (batch, length), (n_rows, n_columns) = tokens.shape[:2], value.shape
+    if n_rows != batch or (n_columns != length and not has_cache):
+        raise ValueError(
+            f"{name} has shape {(n_rows, n_columns)}; wanted is {(batch, length)}, one entry per token. Take what the "
+            "processor makes, or leave it out."
+        )
+    if name == "attention_mask" and not bool((value != 0).any(dim=1).all()):
+        raise ValueError(
+            "attention_mask hides all tokens of a sample; wanted is at least one that is seen. Leave such samples out."
+        )
 
 
 def check_call(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
@@ -262,7 +249,7 @@ def check_packing(positions: Tensor, attention_mask: Any) -> None:
     NotImplementedError
     """
     text = positions[0]
-    if positions.shape[0] != 4 or text.shape[0] != 1 or isinstance(attention_mask, Tensor):
+    if positions.shape[0] != 4 or text.shape[0] != 1 or attention_mask is not None:
         return
     if bool((text.diff(dim=-1) != 1).any()):
         raise NotImplementedError(

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..compat import cache_of
 from ..models import Grid, ModelAdapter
 from ..selection.budget import plan_budget, plan_schedule
-from .inputs import make_samples
-from .request import Request
+from ..template import Template
+from .inputs import visual_grids
+from .request import Request, Sample
 from .session import Session
 
 
@@ -23,7 +24,7 @@ def open_request(
     grids: Mapping[str, Sequence[Grid] | None],
     logits_to_keep: int = 1,
 ) -> Request:
-    """Begin the request of a prompt with images or videos.
+    """Begin the request of a prompt with images or videos, or go on with it where ``generate`` has no cache.
 
     Parameters
     ----------
@@ -43,13 +44,137 @@ def open_request(
         If a prompt ends in a visual token, or a budget cannot hold (with ``strict``).
     """
     mask = torch.stack(list(masks.values())).any(dim=0)
-    request = session.new_request(cache_of(inputs), mask.shape[0], mask.shape[1], logits_to_keep)
+    ids, cache = inputs.get("input_ids"), cache_of(inputs)
+    if (running := session.running) is not None and cache is None and running.continues_in(ids):
+        running.begin_decode_step()
+        inputs = {**inputs, "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), 0, mask.shape)}
+        samples = make_samples(session.adapter, inputs, mask, grids, session.template, 0)
+        return running.step_without_cache(samples, mask.shape[1])
+    request = session.new_request(cache, mask.shape[0], mask.shape[1], logits_to_keep)
+    if session.in_generate and cache is None and ids is not None:
+        request.comes_again(ids)
     # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them.
     n_drafted = max(0, logits_to_keep - 1) if session.is_drafting else 0
+    if session.in_generate:
+        inputs = {
+            **inputs,
+            "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), request.past_len, mask.shape),
+        }
     request.begin_prompt(make_samples(session.adapter, inputs, mask, grids, session.template, n_drafted))
-    plan_samples(session.adapter, request, inputs.get("input_ids"))
+    plan_samples(session.adapter, request)
     _warn(session, request)
     return request
+
+
+def _mask_of_tokens(attention_mask: Any, past_len: int, shape: tuple[int, ...]) -> Any:
+    """Mask of a pass's tokens, (batch, q_len), if ``generate`` has made one of queries and keys of it, as it does for a
+    static cache: the last query sees all that is not padding."""
+    made = attention_mask.get("full_attention") if isinstance(attention_mask, Mapping) else attention_mask
+    if not isinstance(made, Tensor) or made.ndim != 4:
+        return attention_mask
+    seen = made[:, 0, -1, past_len : past_len + shape[1]]
+    return (seen if seen.dtype == torch.bool else seen == 0).expand(shape)
+
+
+def make_samples(
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    mask: Tensor,
+    grids: Mapping[str, Sequence[Grid] | None],
+    template: Template,
+    n_drafted: int,
+) -> list[Sample]:
+    """Describe every sample of the batch.
+
+    Text of a sample: its tokens without visual and special ones and without the template's. Of these, the ones after
+    the last visual token may vote. Where none is left, the last token of the prompt takes the place.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    inputs : mapping
+        Keyword arguments of the base model.
+    mask : Tensor of shape (batch, q_len), bool
+        Visual tokens.
+    grids : mapping
+        Of all images of the batch in order, by kind, where they are known.
+    template : Template
+        Token ids that the chat template puts around a prompt.
+    n_drafted : int
+        Tokens at the end that are guesses of assisted decoding, not prompt; they never vote.
+
+    Raises
+    ------
+    ValueError
+        If a prompt ends in a visual token: the row that predicts the next token must not be dropped. If a guess is a
+        placeholder.
+    """
+    q_len = mask.shape[1]
+    valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
+    attention_mask = inputs.get("attention_mask")
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        valid = attention_mask[:, -q_len:].bool().cpu()
+    input_ids = inputs.get("input_ids")
+    ids = None if input_ids is None else input_ids.cpu()
+    special_ids = sorted(adapter.special_token_ids | {modality.token_id for modality in adapter.modalities.values()})
+    special = torch.tensor(special_ids, device="cpu")
+    on_cpu = mask.cpu() & valid
+    prompt_end = q_len - n_drafted
+    if bool(on_cpu[:, prompt_end:].any()):
+        tokens = sorted(modality.token_id for modality in adapter.modalities.values())
+        raise ValueError(
+            "the drafted tokens hold placeholders of images or videos, for which there are no features. Pass "
+            f"suppress_tokens={tokens} to generate, so that they are not drafted, or do not draft."
+        )
+    by_row = visual_grids(adapter, grids, ids)
+    goes_on = valid.clone()
+    goes_on[:, prompt_end - 1 :] = True  # what predicts the next token, even if it is hidden from all others
+    samples = []
+    for b in range(mask.shape[0]):
+        visual = on_cpu[b].nonzero().squeeze(-1)
+        other = (goes_on[b] & ~on_cpu[b]).nonzero().squeeze(-1)
+        text = (valid[b, :prompt_end] & ~on_cpu[b, :prompt_end]).nonzero().squeeze(-1)
+        if ids is not None:
+            text = _without_template(text, ids[b], template)
+            text = text[~torch.isin(ids[b][text], special)]
+        rater_candidates = text[text > (int(visual[-1]) if visual.numel() else -1)]
+        last = valid[b, :prompt_end].nonzero().squeeze(-1)[-1:]
+        if visual.numel() and int(visual[-1]) == int(last):
+            raise ValueError(
+                f"sample {b} ends in a visual token, whose row has to predict the next token and cannot be judged. End "
+                "the prompt in text: a chat template closes an image with <|vision_end|>."
+            )
+        sample = Sample(
+            visual=visual,
+            other=other,
+            text=text if text.numel() else last,
+            rater_candidates=rater_candidates if rater_candidates.numel() else last,
+            last=last,
+            alive=torch.arange(visual.shape[0], device="cpu"),
+            tail=_tail_length(visual, other, q_len),
+            grids=tuple(by_row[b]) if by_row else (),
+        )
+        sample.to(mask.device)
+        samples.append(sample)
+    return samples
+
+
+def _tail_length(visual: Tensor, other: Tensor, q_len: int) -> int:
+    """Contiguous tokens at the end of the sequence, behind the last visual one."""
+    tail = other[other > (int(visual[-1]) if visual.numel() else -1)]
+    if tail.numel() == 0 or int(tail[-1]) != q_len - 1:
+        return 0
+    gaps = (tail.diff() != 1).nonzero()
+    return int(tail.numel() - (gaps[-1] + 1 if gaps.numel() else 0))
+
+
+def _without_template(text: Tensor, ids: Tensor, template: Template) -> Tensor:
+    """Leave out what the template puts around a prompt, each end where it is all there."""
+    found = tuple(ids[text].tolist())
+    start = len(template.prefix) if found[: len(template.prefix)] == template.prefix else 0
+    n_suffix = len(template.suffix)
+    end = len(found) - n_suffix if n_suffix and found[-n_suffix:] == template.suffix else len(found)
+    return text[start:end]
 
 
 def _warn(session: Session, request: Request) -> None:
@@ -63,7 +188,7 @@ def _warn(session: Session, request: Request) -> None:
             session.warn_once("budget", sample.plan.clamped + " (said once; see the reports).")
 
 
-def plan_samples(adapter: ModelAdapter, request: Request, input_ids: Tensor | None) -> None:
+def plan_samples(adapter: ModelAdapter, request: Request) -> None:
     """Give every sample of a request the counts of its budget.
 
     Raises
@@ -72,7 +197,7 @@ def plan_samples(adapter: ModelAdapter, request: Request, input_ids: Tensor | No
         With ``strict``, where a budget cannot hold; with per-sample budgets, where their number does not fit.
     """
     config, target_layers = request.config, request.target_layers
-    budgets = per_sample_budgets(config.keep, request.batch, input_ids)
+    budgets = per_sample_budgets(config.keep, request.batch, request.copies)
     schedule = config.schedule or request.traits.default_schedule
     for sample, keep in zip(request.samples, budgets, strict=True):
         n_visual, n_left = sample.visual.shape[0], sample.alive.shape[0]
@@ -86,16 +211,20 @@ def plan_samples(adapter: ModelAdapter, request: Request, input_ids: Tensor | No
             raise ValueError(f"{sample.plan.clamped} (strict=True refuses this).")
 
 
-def per_sample_budgets(keep: Any, batch: int, input_ids: Tensor | None) -> list[Any]:
-    """One budget per row of the batch; a list of budgets is repeated for beams and returned sequences, whose rows are
-    copies of each other."""
+def per_sample_budgets(keep: Any, batch: int, copies: int) -> list[Any]:
+    """One budget per row of the batch, of which ``copies`` each are beams or returned sequences of one prompt.
+
+    Raises
+    ------
+    ValueError
+        If a list of budgets does not hold one per prompt.
+    """
     if not isinstance(keep, tuple):
         return [keep] * batch
-    copies = batch // len(keep)
-    fits = copies * len(keep) == batch
-    if fits and copies > 1 and input_ids is not None:
-        groups = input_ids.view(len(keep), copies, -1)
-        fits = bool((groups == groups[:, :1]).all())
-    if not fits:
-        raise ValueError(f"keep holds {len(keep)} budgets for a batch of {batch} samples.")
+    if len(keep) * copies != batch:
+        of_copies = f" ({batch} rows in {copies} copies each)" if copies > 1 else ""
+        raise ValueError(
+            f"keep holds {len(keep)} budgets for a batch of {batch // copies} samples{of_copies}. Give one budget per "
+            "sample, or a single one for all."
+        )
     return [value for value in keep for _ in range(copies)]

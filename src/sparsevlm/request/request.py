@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from ..config import SparseVLMConfig
 from ..models import ModelAdapter
 from ..report import StageReport
 from ..selection.budget import Plan
-from ..selection.context import Selector, SelectorTraits
+from ..selection.context import Selection, Selector, SelectorTraits
 from .timing import Clock, Mark
 
 
@@ -26,13 +27,13 @@ class Sample:
     visual : Tensor of shape (n_visual,), int64
         Positions of all visual tokens.
     other : Tensor of shape (n_other,), int64
-        Positions of all other tokens that are no padding.
+        Positions of all other tokens that are no padding, and of the prompt's last row whatever it is.
     text : Tensor of shape (n_text,), int64
         Positions of all text, template and special tokens left out.
     rater_candidates : Tensor of shape (n_voters,), int64
         The part of the text that may vote: behind the last visual token.
     last : Tensor of shape (1,), int64
-        Position of the prompt's last token (guesses of assisted decoding are none of it).
+        Position of the prompt's last token that is no padding (guesses of assisted decoding are none of it).
     alive : Tensor of shape (n_alive,), int64
         Indices into ``visual`` of what is left.
     tail : int
@@ -141,6 +142,14 @@ class Request:
         Cache that the request filled; later passes on it are its decode steps.
     logits_to_keep : int
         Rows at the end that the caller wants logits of; 0: all.
+    copies : int
+        Rows per prompt: beams or returned sequences.
+    prompt : Tensor of shape (batch, q_len), int64, or None
+        Set where ``generate`` brings the prompt in every step anew, as it does without a cache.
+    first : Request or None
+        Of such a step, the request that it goes on with: what that one has chosen holds.
+    selections : dict
+        What was chosen by target layer, for such steps.
     path, path_reason : str
         Which implementation runs, and why.
     failed : str, optional
@@ -164,6 +173,10 @@ class Request:
     finished: bool = False
     cache: weakref.ref[Cache] | None = None
     logits_to_keep: int = 0
+    copies: int = 1
+    prompt: Tensor | None = None
+    first: Request | None = None
+    selections: dict[int, list[Selection | None]] = field(default_factory=dict)
     kv_bytes: tuple[int, int] = (0, 0)
     kv_note: str | None = None
     path: str = "plain"
@@ -174,6 +187,29 @@ class Request:
         """Take the samples of a prompt with images or videos."""
         self.samples = samples
         self.n_valid = [sample.visual.shape[0] + sample.other.shape[0] for sample in samples]
+
+    def comes_again(self, prompt: Tensor) -> None:
+        """Note the prompt, (batch, q_len), of which every step will bring more."""
+        self.prompt = prompt
+
+    def continues_in(self, ids: Tensor | None) -> bool:
+        """Tells whether tokens, (batch, length), are the prompt with new ones behind it."""
+        if self.prompt is None or ids is None or not self.finished or self.failed is not None:
+            return False
+        return ids.shape[1] > self.q_len and torch.equal(ids[:, : self.q_len], self.prompt)
+
+    def step_without_cache(self, samples: list[Sample], q_len: int) -> Request:
+        """A pass over the prompt and the new tokens, which drops what this request has dropped."""
+        step = dataclasses.replace(self, first=self, q_len=q_len, rows=None)
+        step.begin_prompt(samples)
+        for sample, of_prompt in zip(samples, self.samples, strict=True):
+            sample.plan = of_prompt.plan
+        return step
+
+    def record_selections(self, target: int, selections: list[Selection | None]) -> None:
+        """Keep what was chosen at a target layer, if later steps need it."""
+        if self.prompt is not None:
+            self.selections[target] = selections
 
     def skip(self, reason: str, n_valid: list[int]) -> None:
         """Note that it is lawfully left dense, and how many tokens its samples hold."""

@@ -53,6 +53,8 @@ class Session:
         Whether ``generate`` owns the running call.
     is_drafting : bool
         Whether the running call verifies drafted tokens (assisted decoding).
+    copies : int
+        Rows that the running call makes of every prompt: beams or returned sequences.
     plain_reason : str
         Why the running call is not for the engine; empty without an engine.
     """
@@ -60,7 +62,7 @@ class Session:
     def __init__(self, adapter: ModelAdapter, config: SparseVLMConfig, template: Template) -> None:
         self.adapter, self.template = adapter, template
         self.lock = GenerationLock()
-        self.plain_reason = ""
+        self.plain_reason, self.copies = "", 1
         self.in_generate = self.is_drafting = self._is_open = self._expects_images = False
         self._n_overrides, self._warned = 0, set[str]()
         self._current: Request | None = None
@@ -121,6 +123,11 @@ class Session:
         return self._current
 
     @property
+    def running(self) -> Request | None:
+        """The request that the running call has begun."""
+        return self._current if self._is_open else None
+
+    @property
     def last(self) -> Request | None:
         """The last request of the calling context, or of any where it made none."""
         return next((request for of, request in _LAST.get() if of() is self), self._current)
@@ -137,7 +144,7 @@ class Session:
         past_len = 0 if cache is None else int(cache.get_seq_length())
         request = Request(
             options.config, options.selector, options.traits, options.target_layers, q_len, past_len, batch,
-            logits_to_keep=logits_to_keep, cache=None if cache is None else weakref.ref(cache),
+            logits_to_keep=logits_to_keep, copies=self.copies, cache=None if cache is None else weakref.ref(cache),
         )  # fmt: skip
         if self.plain_reason:
             request.remark(f" ({self.plain_reason})")
@@ -148,7 +155,7 @@ class Session:
 
     def begin_call(self, plain_reason: str = "") -> None:
         """Begin a call of ``generate``, or a direct one; ``plain_reason`` tells why the engine does not run it."""
-        self.plain_reason = plain_reason
+        self.plain_reason, self.copies = plain_reason, 1
         self.is_drafting = self._is_open = self._expects_images = False
 
     def expect_images(self, arguments: Mapping[str, Any]) -> None:
@@ -164,7 +171,7 @@ class Session:
         is_nested : bool
             Whether another call goes on around it: what belongs to that one comes back at the end.
         """
-        names = ("_current", "_is_open", "_expects_images", "is_drafting", "plain_reason", "in_generate")
+        names = ("_current", "_is_open", "_expects_images", "is_drafting", "plain_reason", "copies", "in_generate")
         before = {name: getattr(self, name) for name in names}
         self.begin_call()
         self.in_generate = True

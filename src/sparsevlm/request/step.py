@@ -128,8 +128,12 @@ def prune_step(
     ValueError, TypeError
         If a selector's answer is ill-formed, or what it judges by holds NaN.
     """
-    with no_autocast(request.samples[0].alive.device):
-        selections = _select(request, target, states, readout)
+    if request.first is not None:
+        selections = request.selections[target]
+    else:
+        with no_autocast(request.samples[0].alive.device):
+            selections = _select(request, target, states, readout)
+        request.record_selections(target, selections)
     survivors = []
     for sample, selection in zip(request.samples, selections, strict=True):
         before = sample.positions
@@ -162,11 +166,15 @@ def _select(request: Request, target: int, states: Callable[[int], Tensor], read
 
 def reads_text(request: Request) -> bool:
     """Tells whether the attention of the text that may vote is needed: by the selector, or by the rank that decides."""
+    if request.first is not None:
+        return False
     return "rater_attention" in request.traits.needs or any(sample.plan is None for sample in request.samples)
 
 
 def reads(request: Request) -> bool:
     """Tells whether anything of a target layer has to be read while it runs."""
+    if request.first is not None:
+        return False
     return reads_text(request) or bool({"last_attention", "previous_hidden_states"} & request.traits.needs)
 
 
