@@ -12,16 +12,24 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-FENCE = re.compile(r"(?:<!-- not run: (?P<why>[^>]*?) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```", re.DOTALL | re.M)
+FENCE = re.compile(
+    r"(?:<!-- (?:not run: (?P<why>[^>]*?)|(?P<role>main|test) command) -->\n)?"
+    r"```(?P<language>\w*)\n(?P<code>.*?)^```",
+    re.DOTALL | re.M,
+)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of code; ``why`` says what it needs, where it is marked as not to be run."""
+    """A block of code; ``why`` says what it needs, where it is marked as not to be run.
+
+    ``role`` is ``"main"`` or ``"test"`` of the README's two commands, which continuous integration runs.
+    """
 
     language: str
     code: str
     why: str | None
+    role: str | None
 
 
 def name_of(document: Path) -> str:
@@ -33,7 +41,7 @@ def read(document: Path) -> str:
 
 
 def blocks(document: Path) -> list[Block]:
-    return [Block(found["language"], found["code"], found["why"]) for found in FENCE.finditer(read(document))]
+    return [Block(found["language"], found["code"], found["why"], found["role"]) for found in FENCE.finditer(read(document))]
 
 
 def prose(document: Path) -> str:

@@ -1,4 +1,4 @@
-"""The code in the documents runs as it is written; what is marked as not to be run is compiled, and its names exist."""
+"""Code and commands in the documents run as written; what is marked as not to be run is compiled, and its names exist."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import ast
 import importlib
 import json
 import re
+import shlex
 
 import pytest
-from documents import DOCUMENTS, ROOT, blocks, name_of, prose, read
+from documents import DOCUMENTS, EXAMPLES, ROOT, blocks, name_of, prose, read
 
 import sparsevlm
 from sparsevlm import SparseVLMState
@@ -16,7 +17,8 @@ from sparsevlm.selection.selectors import SELECTORS
 from toys import make_inputs, tiny_model
 
 # What a block may need to be marked: ``<!-- not run: needs a GPU -->`` before it.
-REASONS = {"needs a GPU", "needs a checkpoint", "needs the network"}
+REASONS = {"needs a GPU", "needs a checkpoint", "installs packages"}
+CODE = [document for document in DOCUMENTS if any(block.language in ("python", "bash") for block in blocks(document))]
 PYTHON = [document for document in DOCUMENTS if any(block.language == "python" for block in blocks(document))]
 
 
@@ -24,21 +26,55 @@ def python_blocks(document):
     return [block for block in blocks(document) if block.language == "python"]
 
 
-@pytest.mark.parametrize("document", PYTHON, ids=name_of)
+@pytest.mark.parametrize("document", CODE, ids=name_of)
 def test_code_runs_from_top_to_bottom(document, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
-    for block in python_blocks(document):
-        if block.why is None:
+    for block in blocks(document):
+        if block.why or block.role:
+            continue
+        if block.language == "python":
             exec(compile(block.code, name_of(document), "exec"), namespace)
+        elif block.language == "bash":
+            for line in block.code.splitlines():
+                run_command(shlex.split(line, comments=True))
+
+
+def run_command(words):
+    """Run a command of the package in this process; those of examples are run by their own tests."""
+    if words[0] == "python":
+        assert ROOT / words[1] in EXAMPLES
+        return
+    from typer.testing import CliRunner
+
+    from sparsevlm.cli import app
+
+    assert words[0] == "sparsevlm", f"mark what is not run: {' '.join(words)}"
+    done = CliRunner().invoke(app, words[1:])
+    assert done.exit_code == 0, done.output
+
+
+def test_a_command_that_fails_is_seen(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=r"does not exist"):
+        run_command(shlex.split("sparsevlm visualize gone.json --image gone.png --out again.png"))
+    with pytest.raises(AssertionError, match="mark what is not run"):
+        run_command(["rm", "file"])
 
 
 def test_what_is_not_run_says_why():
-    marked = [(name_of(document), block) for document in PYTHON for block in python_blocks(document) if block.why]
+    marked = [(name_of(document), block) for document in CODE for block in blocks(document) if block.why]
     assert marked
     for name, block in marked:
         assert block.why in REASONS, f"{name}: {block.why}"
-        compile(block.code, name, "exec")
+        if block.language == "python":
+            compile(block.code, name, "exec")
+
+
+def test_every_block_says_its_language():
+    for document in DOCUMENTS:
+        assert read(document).count("\n```") == 2 * len(blocks(document))
+        assert {block.language for block in blocks(document)} <= {"python", "bash", "text", "mermaid"}
 
 
 def attributes(tree, name):
