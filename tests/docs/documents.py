@@ -41,7 +41,8 @@ def read(document: Path) -> str:
 
 
 def blocks(document: Path) -> list[Block]:
-    return [Block(found["language"], found["code"], found["why"], found["role"]) for found in FENCE.finditer(read(document))]
+    names = ("language", "code", "why", "role")
+    return [Block(**{name: found[name] for name in names}) for found in FENCE.finditer(read(document))]
 
 
 def prose(document: Path) -> str:

@@ -1,4 +1,4 @@
-"""Code and commands in the documents run as written; what is marked as not to be run is compiled, and its names exist."""
+"""Code and commands in the documents run as written; what is marked as not run is compiled, and its names exist."""
 
 from __future__ import annotations
 
