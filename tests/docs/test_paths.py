@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 
 import pytest
 from documents import DOCUMENTS, ROOT, blocks, name_of, prose, read
@@ -64,14 +63,17 @@ def test_commands_have_the_options_that_the_documents_name():
     assert seen == set(options)
 
 
-def test_the_rooms_are_those_of_the_structure_test():
-    sys.path.insert(0, str(ROOT / "tests"))
-    from test_structure import LEVELS
+def test_the_parts_of_the_package_are_those_of_the_structure_test():
+    from test_structure import EVALUATION_LEVELS, LEVELS
 
+    text = read(ROOT / "CONTRIBUTING.md")
     found = {}
-    for level, cells in re.findall(r"^\| (\d) \| (.*) \|$", read(ROOT / "CONTRIBUTING.md"), flags=re.MULTILINE):
+    for level, cells in re.findall(r"^\| (\d) \| (.*) \|$", text, flags=re.MULTILINE):
         found |= dict.fromkeys(re.findall(r"`(\w+)`", cells), int(level))
-    assert found == {room: level for room, level in LEVELS.items() if not room.startswith("__")}
+    assert found == {part: level for part, level in LEVELS.items() if not part.startswith("__")}
+    (listed,) = re.findall(r"^\* Within `evaluation` likewise: (.*)\.$", text, flags=re.MULTILINE)
+    levels = sorted(EVALUATION_LEVELS.items(), key=lambda item: item[1])
+    assert re.findall(r"`(\w+)`", listed) == [part for part, _ in levels if not part.startswith("__")]
 
 
 def test_what_the_readme_has_to_hold_for_the_tools():
