@@ -89,7 +89,9 @@ def test_a_table_of_memory(tables):
 def test_no_measurement_is_written_by_hand():
     """In the README's sentences, what has a unit of time or a percentage stands in a marker."""
     text = re.sub(r"figure: .*?-->[^<]*<!-- end -->", "", read(ROOT / "README.md"), flags=re.DOTALL)
-    sentences = "\n".join(line for line in text.splitlines() if "roofline bound" not in line and not line.startswith("| v"))
+    sentences = "\n".join(
+        line for line in text.splitlines() if "roofline bound" not in line and not line.startswith("| v")
+    )
     assert re.findall(r"\d[\d.]* ?(?:ms\b|%|×|times\b)", sentences) == []
 
 
