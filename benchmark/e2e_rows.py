@@ -57,6 +57,47 @@ def e2e_table(rows: list[StoredRow]) -> str:
     return "\n".join([*lines, "", _origin(shown)]) + "\n"
 
 
+def memory_table(rows: list[StoredRow]) -> str:
+    """Makes a Markdown table: per case and provider the most memory that a first call took from the device, in GB.
+
+    Rows of memory have the time stamp of their case's run, as those of time.
+    """
+    if not rows:
+        return "No rows yet: `python -m benchmark.bench_e2e` on a GPU adds them.\n"
+    last = {case: max(row["timestamp"] for row in rows if row["case"] == case) for case in _cases(rows)}
+    shown = [row for row in rows if row["metric"] == "bytes" and row["timestamp"] == last[row["case"]]]
+    settings = list(dict.fromkeys((row["provider"], row["keep"]) for row in shown))
+    heads = ["case", *(provider if keep == "1.0" else f"{provider} {keep}" for provider, keep in settings)]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for case in _cases(shown):
+        found = {(row["provider"], row["keep"]): row for row in shown if row["case"] == case}
+        cells = [f"{float(found[key]['p50']) / 1e9:.1f}" if key in found else _NONE for key in settings]
+        lines.append("| " + " | ".join([case, *cells]) + " |")
+    caption = (
+        "GB that torch had taken from the device at most in a first call of a case, weights, recording and compiling "
+        f"included. {_where(shown)}"
+    )
+    return "\n".join([*lines, "", caption]) + "\n"
+
+
+def figure(rows: list[StoredRow]) -> str:
+    """Formats one median in milliseconds, for a sentence.
+
+    Raises
+    ------
+    ValueError
+        If the last run of the case has another number of such rows than one.
+    """
+    found = [row for of_case in last_runs(rows).values() for phases in of_case.values() for row in phases.values()]
+    if len(found) != 1:
+        raise ValueError(f"a figure needs one stored row, its filter finds {len(found)}")
+    return f"{float(found[0]['p50']):.0f}"
+
+
+def _cases(rows: list[StoredRow]) -> list[str]:
+    return list(dict.fromkeys(row["case"] for row in rows))
+
+
 def _cells(row: StoredRow | None, base: StoredRow | None) -> list[str]:
     if row is None:
         return [_NONE] * 3
@@ -68,13 +109,20 @@ def _cells(row: StoredRow | None, base: StoredRow | None) -> list[str]:
 
 
 def _origin(rows: list[StoredRow]) -> str:
+    return (
+        "Medians; bound: the roofline bound, the least that the device can take for what has to be computed and read, "
+        "from its measured peaks; x: how many times faster than hf-dense in the same run. "
+        "Cases: visual tokens, batch, new tokens. "
+        f"{_where(rows)}"
+    )
+
+
+def _where(rows: list[StoredRow]) -> str:
     def all_of(name: str) -> str:
         return ", ".join(dict.fromkeys(row[name] for row in rows))
 
     return (
-        "Medians; bound: the roofline bound, the least that the device can take for what has to be computed and read, "
-        "from its measured peaks; x: how many times faster than hf-dense in the same run. "
-        f"Cases: visual tokens, batch, new tokens. {all_of('model')}; {all_of('dtype')}, {all_of('gpu')}, "
-        f"torch {all_of('torch')}, triton {all_of('triton')}, transformers {all_of('transformers')}, "
-        f"commit {all_of('commit')}; rows with their commands: e2e.csv in benchmark/results."
+        f"{all_of('model')}; {all_of('dtype')}, {all_of('gpu')}, torch {all_of('torch')}, triton {all_of('triton')}, "
+        f"transformers {all_of('transformers')}, commit {all_of('commit')}; rows with their commands: e2e.csv in "
+        "benchmark/results."
     )

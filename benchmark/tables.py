@@ -3,23 +3,31 @@
 A document marks the place of a table with ``<!-- accuracy: FILTER -->`` and ``<!-- end of accuracy -->``. The filter
 names columns of ``results/accuracy.csv`` and the values that its rows must have:
 ``suite=demo target_layers=default keep=0.5,0.25``. With ``e2e`` in the place of ``accuracy`` the table is one of
-``results/e2e.csv``.
+``results/e2e.csv``, with ``memory`` one of the bytes in it.
+
+A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds) or ``<!-- accuracy figure: FILTER
+-->`` (retained percent) and ``<!-- end -->``; its filter finds one row.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from benchmark.e2e_rows import e2e_table, read_e2e
+from benchmark.e2e_rows import e2e_table, figure, memory_table, read_e2e
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("selectors", "ablation", "engine")))
-_BLOCK = re.compile(r"(<!-- (?P<kind>accuracy|e2e):(?P<filter>.*?) -->\n).*?(<!-- end of (?P=kind) -->\n)", re.DOTALL)
+_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
+_BLOCK = re.compile(
+    r"(<!-- (?P<kind>accuracy|e2e|memory):(?P<filter>.*?) -->\n).*?(<!-- end of (?P=kind) -->\n)", re.DOTALL
+)
+_FIGURE = re.compile(r"(<!-- (?P<kind>accuracy|e2e) figure: (?P<filter>[^>]*?) -->)[^<]*(<!-- end -->)")
 _AVERAGE = "average"
 _UNKNOWN = "–"
 
@@ -122,16 +130,34 @@ def _origin(rows: list[StoredRow]) -> str:
     )
 
 
+def accuracy_figure(rows: list[StoredRow]) -> str:
+    """Formats one retained percentage, for a sentence.
+
+    Raises
+    ------
+    ValueError
+        If there is another number of rows than one.
+    """
+    if len(rows) != 1:
+        raise ValueError(f"a figure needs one stored row, its filter finds {len(rows)}")
+    return _number(rows[0], "retained", 1)
+
+
 def with_tables(text: str) -> str:
-    """Replaces the tables in a document's text."""
-    stored = {"accuracy": stored_rows(), "e2e": read_e2e()}
-    tables = {"accuracy": accuracy_table, "e2e": e2e_table}
+    """Replaces the tables and figures in a document's text."""
+    whole_calls = read_e2e()
+    stored = {"accuracy": stored_rows(), "e2e": whole_calls, "memory": whole_calls}
+    tables = {"accuracy": accuracy_table, "e2e": e2e_table, "memory": memory_table}
+    figures = {"accuracy": accuracy_figure, "e2e": figure}
 
-    def table(match: re.Match[str]) -> str:
-        kind = match["kind"]
-        return match[1] + tables[kind](chosen(stored[kind], match["filter"])) + match[4]
+    def made_by(makers: dict[str, Callable[[list[StoredRow]], str]]) -> Callable[[re.Match[str]], str]:
+        def made(match: re.Match[str]) -> str:
+            kind = match["kind"]
+            return match[1] + makers[kind](chosen(stored[kind], match["filter"])) + match[4]
 
-    return _BLOCK.sub(table, text)
+        return made
+
+    return _FIGURE.sub(made_by(figures), _BLOCK.sub(made_by(tables), text))
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def apply_sparsevlm(
 
     Parameters
     ----------
-    model : Qwen2VLForConditionalGeneration or Qwen2_5_VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported class, such as ``Qwen2_5_VLForConditionalGeneration``.
     n_vis : int, optional
         Visual tokens that a sample is expected to have; a mismatch is warned about once and the real count used.
     target_layers : sequence of int, optional
@@ -71,7 +72,8 @@ def apply_sparsevlm(
         Warn, instead of raising, where transformers is a version that this library was not tested on.
     **options
         The other fields of :class:`SparseVLMConfig`: ``raters``, ``heads``, ``recycle``, ``merge``, ``schedule``,
-        ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``, ``engine``, ``vision_keep``.
+        ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``, ``engine``, ``vision_keep``,
+        ``timeout``.
 
     Returns
     -------

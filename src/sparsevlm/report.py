@@ -111,14 +111,14 @@ class Report:
     ----------
     model, selector : str
     path, path_reason : str
-        Which implementation ran (``"plain"``) and why.
+        Which path ran, ``"engine"`` or ``"plain"`` (hooks on the model's own modules), and why.
     skipped_because : str or None
         Why the request as a whole was left dense.
     samples : tuple of SampleReport
     flops : Cost
         Estimated FLOPs of the decoder's prefill (projections, MLP, attention), head and vision tower excluded.
     kv_bytes : Cost
-        Bytes of the cached keys and values after prefill, fillers included.
+        Bytes of the cached keys and values after prefill, padding included.
     kv_note : str or None
         Where the cache keeps dropped tokens' memory (static buffers), it is said here.
     wall_ms : dict
@@ -126,7 +126,7 @@ class Report:
         ``pruning`` (a part of prefill) and ``decode``.
     decode_steps : int
     logit_positions : tuple of tuple of int
-        Prompt position of each row of logits (-1: a filler), per sample, where rows were dropped.
+        Prompt position of each row of logits (-1: padding), per sample, where rows were dropped.
     """
 
     model: str

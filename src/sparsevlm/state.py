@@ -104,8 +104,10 @@ class SparseVLMState:
             Inputs of ``generate`` each, as the processor makes them; sizes matter, not what they say.
         max_new_tokens : int
             As later requests will ask for.
-        seconds, largest : float
-            No request begins after so many seconds, or once this share of the GPU's memory is taken.
+        seconds : float
+            No request begins after that.
+        largest : float
+            Share of the GPU's memory; once so much is taken, no further request begins.
 
         Returns
         -------

@@ -1,0 +1,71 @@
+"""Every example runs as it stands, and says what its page promises."""
+
+from __future__ import annotations
+
+import runpy
+
+import pytest
+from documents import EXAMPLES, ROOT, read
+
+# What each prints; answers are those of the bundled model, which reads drawn scenes without a mistake here.
+PRINTS = {
+    "quickstart.py": ["dense:  354", "pruned: 354", "selector span"],
+    "chat.py": ["354\n780\n", "cached tokens per layer: [587, 587, 587, 293,"],
+    "streaming.py": ["blue 354, orange 780, cyan TREE", "average 63.5"],
+    "batch.py": ["354 (64 of 256 visual tokens)", "(127 of 256 visual tokens)"],
+    "several_images.py": ["523 (right: 523)", "image 1:", "image 2:"],
+    "video.py": ["6 frames are 3 steps", "step 2:"],
+    "own_selector.py": ["largest-change: ", "Border: ", "random: ", "(128 of 256 tokens)"],
+    "report_json.py": ["2 requests, 63.5 visual tokens", "256 256 256 36"],
+    "overlay.py": ["wrote overlay.png"],
+    "evaluate_own_data.py": ["dense 1.0: score", "span 0.25: score", "random 0.25: score"],
+    "peft_adapter.py": ["354", "merged: path"],
+}
+WRITES = {
+    "report_json.py": ["report-8.json", "report-9.json"],
+    "overlay.py": ["overlay.png"],
+    "evaluate_own_data.py": ["questions.jsonl", "runs/*/metrics.csv", "runs/*/table.md"],
+}
+
+
+@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
+def test_example(script, tmp_path, monkeypatch, capsys):
+    if script.name == "peft_adapter.py":
+        pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    for text in PRINTS[script.name]:
+        assert text in printed
+    for pattern in WRITES.get(script.name, ()):
+        assert list(tmp_path.glob(pattern)), pattern
+
+
+def test_a_chat_without_pruning_is_that_of_the_plain_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = runpy.run_path(str(ROOT / "examples" / "chat.py"))
+    turns = [("Read the number on the blue card.", made["draw_scene"](8).image), ("Count the yellow shapes.", None)]
+
+    def tokens():
+        chat = made["Chat"](made["model"], made["processor"])
+        for question, image in turns:
+            chat.ask(question, image)
+        return chat.past.sequences.tolist()
+
+    with made["state"].options(keep=1.0):
+        kept_all = tokens()
+    made["state"].detach()
+    assert kept_all == tokens()
+
+
+def test_every_example_is_on_the_page():
+    page = read(ROOT / "examples" / "README.md")
+    assert [script.name for script in EXAMPLES if f"[{script.name}]({script.name})" not in page] == []
+    assert set(PRINTS) == {script.name for script in EXAMPLES}
+
+
+def test_the_page_quotes_what_the_scripts_say_of_themselves():
+    for script in EXAMPLES:
+        first = read(script).splitlines()[0]
+        assert first.startswith('"""')
+        assert first.endswith('."""') or first.endswith(".")

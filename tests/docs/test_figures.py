@@ -1,0 +1,103 @@
+"""Figures in sentences are those of the stored rows; none is written by hand."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from documents import DOCUMENTS, ROOT, prose, read
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmark import tables
+
+    return tables
+
+
+def test_the_readme_begins_with_measured_figures(tables):
+    before = read(ROOT / "README.md").split("```")[0]
+    shown = re.findall(r"e2e figure: case=(\S+) provider=(\S+) .*?-->(\d+)<!-- end --> ms", before, flags=re.DOTALL)
+    assert [(case, provider) for case, provider, _ in shown] == [
+        ("v1024-b1-n1", "hf-dense"), ("v1024-b1-n1", "ours-dense"), ("v1024-b1-n1", "ours")
+    ]  # fmt: skip
+    for case, provider, milliseconds in shown:
+        rows = [
+            row for row in tables.read_e2e()
+            if (row["case"], row["provider"], row["phase"], row["metric"]) == (case, provider, "first_token", "ms")
+        ]  # fmt: skip
+        latest = max(rows, key=lambda row: row["timestamp"])
+        assert milliseconds == f"{float(latest['p50']):.0f}"
+
+
+def test_no_figure_begins_a_line():
+    """Markdown would take the marker for the beginning of a block of HTML, and end the sentence there."""
+    for document in DOCUMENTS:
+        assert not re.findall(r"^<!-- \w+ figure:", read(document), flags=re.MULTILINE)
+
+
+def test_a_figure_follows_its_row(tables, monkeypatch):
+    rows = [
+        {
+            "case": "c",
+            "provider": "ours",
+            "phase": "total",
+            "metric": "ms",
+            "keep": "1.0",
+            "timestamp": "1",
+            "p50": "12.6",
+        }
+    ]
+    monkeypatch.setattr(tables, "read_e2e", lambda: rows)
+    made = "takes <!-- e2e figure: case=c phase=total -->13<!-- end --> ms"
+    assert tables.with_tables(made.replace("13", "99")) == made
+    with pytest.raises(ValueError, match="a figure needs one stored row, its filter finds 0"):
+        tables.with_tables(made.replace("phase=total", "phase=vision"))
+    monkeypatch.setattr(tables, "stored_rows", lambda: [{"selector": "span", "retained": "98.76"}])
+    made = "retains <!-- accuracy figure: selector=span -->98.8<!-- end --> %"
+    assert tables.with_tables(made.replace("98.8", "")) == made
+    with pytest.raises(ValueError, match="its filter finds 0"):
+        tables.with_tables(made.replace("span", "grid"))
+
+
+def test_a_table_of_memory(tables):
+    shared = {
+        "case": "c",
+        "metric": "bytes",
+        "phase": "total",
+        "keep": "1.0",
+        "timestamp": "2",
+        "model": "7b",
+        "dtype": "f16",
+    }
+    shared |= {"gpu": "G", "torch": "t", "triton": "r", "transformers": "h", "commit": "abc"}
+    rows = [
+        {**shared, "provider": "hf-dense", "p50": "1.84e10"},
+        {**shared, "provider": "ours", "keep": "0.25", "p50": "1.9e10"},
+        {**shared, "provider": "ours", "keep": "0.25", "p50": "5e10", "timestamp": "1"},
+        {**shared, "provider": "hf-dense", "case": "d", "p50": "2e9"},
+        {**shared, "provider": "hf-dense", "metric": "ms", "p50": "3"},
+    ]
+    lines = tables.memory_table(rows).splitlines()
+    assert lines[0] == "| case | hf-dense | ours 0.25 |"
+    assert lines[2:4] == ["| c | 18.4 | 19.0 |", "| d | 2.0 | – |"]
+    assert "abc" in lines[-1]
+    assert tables.memory_table([]).startswith("No rows yet")
+
+
+def test_no_measurement_is_written_by_hand():
+    """In the README's sentences, what has a unit of time or a percentage stands in a marker."""
+    text = re.sub(r"figure: .*?-->[^<]*<!-- end -->", "", read(ROOT / "README.md"), flags=re.DOTALL)
+    sentences = "\n".join(
+        line for line in text.splitlines() if "roofline bound" not in line and not line.startswith("| v")
+    )
+    assert re.findall(r"\d[\d.]* ?(?:ms\b|%|×|times\b)", sentences) == []
+
+
+def test_accuracy_is_claimed_of_the_small_model_only():
+    for name in ("README.md", "docs/accuracy.md", "docs/ablation.md", "docs/selectors.md", "docs/faq.md"):
+        text = " ".join(prose(ROOT / name).split()).lower()
+        assert "small model" in text or "small trained model" in text, name
+    assert "Not measured on any real checkpoint" in read(ROOT / "README.md")
+    assert "Nothing on this page" in read(ROOT / "docs" / "accuracy.md")
