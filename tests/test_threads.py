@@ -264,13 +264,18 @@ def test_two_streams_in_two_threads_both_end():
     assert first == second != ""
 
 
-@pytest.mark.parametrize("failure", ["bad option", "in a layer", "waiting"])
-def test_a_stream_ends_where_an_error_ends_the_call(failure, held):
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("failure", ["bad option", "wrong inputs", "in a layer", "later on", "waiting"])
+def test_a_stream_ends_where_an_error_ends_the_call(failure, engine, held):
     model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
-    state = apply_sparsevlm(model, **SELECTORS["inside"])
+    state = apply_sparsevlm(model, **SELECTORS["inside"], engine=engine)
     streamer, options = TextIteratorStreamer(AutoTokenizer.from_pretrained(bundled_path()), timeout=20), {}
     if failure == "bad option":
         options["no_such_option"] = 1
+    elif failure == "wrong inputs":
+        inputs["input_ids"] = inputs["input_ids"][0]
+    elif failure == "later on":
+        options["logits_processor"] = [lambda ids, scores: scores if ids.shape[1] < 38 else 1 / 0]
     elif failure == "in a layer":
         model.lm_head.register_forward_pre_hook(lambda *_: 1 / 0)
     else:

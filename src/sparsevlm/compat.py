@@ -11,6 +11,7 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING
 
@@ -55,6 +56,29 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The key-value cache among a model's arguments or outputs: ``cache`` since 5.24, ``past_key_values`` before."""
     cache = arguments.get("cache")
     return arguments.get("past_key_values") if cache is None else cache
+
+
+def check_layer_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse to prune where a decoder layer is called by other names than those of the tested versions.
+
+    Parameters
+    ----------
+    arguments : mapping
+        Keyword arguments of the layer.
+
+    Raises
+    ------
+    RuntimeError
+    """
+    unknown = [f"no {name}" for name in ("attention_mask", "position_embeddings") if name not in arguments]
+    if cache_of(arguments) is None:
+        unknown += [f"a cache as {name}" for name, value in arguments.items() if isinstance(value, Cache)]
+    if unknown:
+        raise RuntimeError(
+            f"a decoder layer is given {', '.join(unknown)} ({', '.join(sorted(arguments))}): this version of "
+            "transformers calls it in another way than those that were tested, and what is pruned would be wrong. "
+            "Install a tested version, or call remove_sparsevlm(model)."
+        )
 
 
 def other_generation(model: Any, plain: Any, arguments: Mapping[str, Any]) -> str | None:

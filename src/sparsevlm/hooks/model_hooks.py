@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..compat import cache_of
+from ..compat import cache_of, check_layer_arguments
 from ..request.inputs import check_call, check_inputs, check_mode, check_packing, visual_masks
 from ..request.opening import open_request
 from ..request.request import Request
@@ -229,6 +229,8 @@ class _LayerHook:
         if forward is None or not self.hooks._session.lock.is_mine:
             return None
         hidden_states = args[0] if args else kwargs["hidden_states"]
+        if self.layer_idx == 0 and forward.request is not None:
+            check_layer_arguments(kwargs)
         if forward.cache is None:  # without one given, the text model has just made its own
             forward.cache = cache_of(kwargs)
         pruned, changed = before_layer(self.hooks._adapter, forward, self.layer_idx, hidden_states, kwargs)
