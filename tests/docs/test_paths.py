@@ -11,7 +11,7 @@ PLACES = (ROOT, ROOT / "src" / "sparsevlm", ROOT / "docs", ROOT / "benchmark" / 
 # A path of this repository: folders and a file with one of its suffixes, or a folder with a slash behind it.
 PATH = re.compile(r"(?<![\w/.-])((?:[\w.-]+/)*[\w-]+\.(?:py|md|csv|yml|toml|cff)|(?:[\w-]+/)+)(?![\w/*<])")
 # Named as files of other places: what users write, and what runs write.
-OTHERS = {"metrics.csv", "table.md", "predictions/", "your_selector.py", "runs/", "sparsevlm-demo/", "path/"}
+OTHERS = {"metrics.csv", "table.md", "predictions/", "your_selector.py", "runs/", "sparsevlm-demo/", "path/", "build/site/"}
 
 
 def spans(document):
