@@ -10,8 +10,9 @@ from documents import DOCUMENTS, ROOT, blocks, name_of, prose, read
 PLACES = (ROOT, ROOT / "src" / "sparsevlm", ROOT / "docs", ROOT / "benchmark" / "results")
 # A path of this repository: folders and a file with one of its suffixes, or a folder with a slash behind it.
 PATH = re.compile(r"(?<![\w/.-])((?:[\w.-]+/)*[\w-]+\.(?:py|md|csv|yml|toml|cff)|(?:[\w-]+/)+)(?![\w/*<])")
-# Named as files of other places: what users write, and what runs write.
-OTHERS = {"metrics.csv", "table.md", "predictions/", "your_selector.py", "runs/", "sparsevlm-demo/", "path/", "build/site/"}
+# Named as files of other places: what users write, and what runs and builds write.
+OTHERS = {"metrics.csv", "table.md", "predictions/", "your_selector.py", "runs/", "sparsevlm-demo/", "path/"}
+OTHERS |= {"build/site/"}
 
 
 def spans(document):
