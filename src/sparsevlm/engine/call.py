@@ -14,6 +14,7 @@ from ..models import Grid, ModelAdapter
 from ..request.opening import plan_samples
 from ..request.request import Request, StageRecord
 from ..request.timing import Mark
+from .cuda_graphs import to_device
 from .vision.program import Grids, VisionGraphs, VisionOutput
 
 _READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
@@ -173,11 +174,6 @@ class Call:
             if tower is not None and pixels.shape[1] != (size := tower.projection.weight[0].numel()):
                 return f"{kind} pixels of shape {tuple(pixels.shape)} for patches of {size} numbers"
         return None
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on a device that nobody waits for."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)

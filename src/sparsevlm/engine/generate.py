@@ -21,7 +21,6 @@ from .call import Call, Prompt, leave_out
 from .runner import ModelRunner
 from .support import unsupported_arguments, unsupported_call, unsupported_mode, unsupported_request
 from .text.decode_graph import DecodeGraph
-from .text.prefill import pack, prefill
 from .vision.program import Grids
 
 
@@ -209,27 +208,18 @@ class Engine:
         if prompt.kept is None and request.config.vision_keep < 1.0:
             request.remark("; the tower computed all: images and videos in one call, or images given encoded")
         begin = Mark.now(features.device)
-        logits, decode_graph = self._run(request, prompt, features)
+        logits = self._runner.prefill.run(request, prompt, features)
         end = Mark.now(features.device)
         request.add_time("prefill", begin, end)
         if call.pending is not None:
             request.add_time("vision", call.pending.begin, call.pending.end)
+        space = self._runner.prefill.space
+        assert space is not None  # since the prompt
+        decode_graph = self._runner.decode_graphs.over(space, request.batch)
         decode_graph.start(prompt.next_positions, capacity)
         request.place(torch.stack([sample.last for sample in request.samples]))
-        request.finish(None, decode_graph.cache_bytes(len(ids) * ids.shape[1]))
+        request.finish(None, space.cache_bytes(request, len(ids) * ids.shape[1]))
         return logits, Decoding(decode_graph, request, end)
-
-    def _run(self, request: Request, prompt: Prompt, features: Tensor) -> tuple[Tensor, DecodeGraph]:
-        if self._runner.programs.takes(request, prompt):
-            logits, caches, decode_graph = self._runner.programs.prefill(request, prompt, features)
-            return logits, decode_graph or self._runner.decode_graphs.take(caches, request.batch)
-        embeds = prompt.embeddings(self._adapter, features)
-        request.to(embeds.device)
-        request.see_embeddings(embeds)
-        packed = pack(self._adapter, request, embeds, prompt.positions.to(embeds.device))
-        hidden, caches = prefill(self._adapter, self._runner.weights, request, packed)
-        request.forget_embeddings()
-        return self._adapter.decoder.head(hidden), self._runner.decode_graphs.take(caches, request.batch)
 
     def _features(self, call: Call) -> Tensor:
         """Rows of the vision tower: images before videos."""

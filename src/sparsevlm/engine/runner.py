@@ -15,7 +15,7 @@ from .cuda_graphs import GraphPool
 from .fused_weights import FusedWeights
 from .support import unsupported_classes, unsupported_decoder, unsupported_tower
 from .text.decode_graph import DecodeGraphs
-from .text.prefill_graph import PrefillGraphs
+from .text.prefill import Prefill
 from .vision.program import VisionGraphs
 
 logger = logging.getLogger(__name__)
@@ -98,11 +98,7 @@ class ModelRunner:
             self.weights.fuse_tower()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         shared = (adapter, self.weights, pool)
-        self.decode_graphs, self.programs, self.vision = (
-            DecodeGraphs(*shared),
-            PrefillGraphs(*shared),
-            VisionGraphs(*shared),
-        )
+        self.prefill, self.decode_graphs, self.vision = Prefill(*shared), DecodeGraphs(*shared), VisionGraphs(*shared)
         self._decoder_fingerprint = ModelFingerprint(
             [adapter.model, adapter.base_model, adapter.decoder.head, *adapter.decoder.module.modules()]
         )
@@ -122,7 +118,7 @@ class ModelRunner:
     def clear(self) -> None:
         """Free everything, and give every weight a place of its own again."""
         if self._made:
-            for kept in (self.decode_graphs, self.programs, self.vision):
+            for kept in (self.decode_graphs, self.prefill, self.vision):
                 kept.clear()
             self.weights.unfuse()
         self._made = False

@@ -106,7 +106,7 @@ class RaggedCache:
     n_new: Tensor
 
 
-def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_seqlen: int) -> Tensor:
+def decode_attention(query: Tensor, cache: RaggedCache, scaling: float) -> Tensor:
     """Softmax attention over both parts of the cache.
 
     Parameters
@@ -115,8 +115,6 @@ def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_seql
         Query head h reads key head ``h // (heads / kv_heads)``.
     cache : RaggedCache
     scaling : float
-    max_seqlen : int
-        No sample has more rows in the packed part.
 
     Returns
     -------
@@ -126,7 +124,7 @@ def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_seql
     if use_triton(query):
         from .triton.attention import decode_attention as triton_version
 
-        return triton_version(query, cache, scaling, max_seqlen)
+        return triton_version(query, cache, scaling)
     return decode_attention_reference(query, cache, scaling)
 
 

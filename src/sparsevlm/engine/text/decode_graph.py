@@ -1,8 +1,8 @@
-"""New tokens, one per sample and step, over ragged caches: the step, and its graph on tensors that stay in place."""
+"""New tokens, one per sample and step, over ragged caches: the step, and its graph on a workspace."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,11 @@ from torch import Tensor
 from ...kernels.attention import RaggedCache, decode_attention
 from ...kernels.elementwise import rotate_into
 from ...models import ModelAdapter
-from ..cuda_graphs import GraphPool, LRUCache, round_up
+from ..capacities import power_of_two
+from ..cuda_graphs import GraphPool, LRUCache, to_device
 from ..fused_weights import FusedWeights
 from .layer import run_layer, summed
-from .prefill import LayerCache
+from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -25,34 +26,31 @@ class DecodeState:
     ----------
     caches : list of RaggedCache
         One per layer; they share ``n_new``.
-    max_seqlen : list of int
-        Rows of the longest prompt, by layer.
     n_new : Tensor of shape (1,), int32
         Tokens made so far.
     """
 
     caches: list[RaggedCache]
-    max_seqlen: list[int]
     n_new: Tensor
 
 
-def begin_decode(prompt: Sequence[LayerCache], batch: int, capacity: int) -> DecodeState:
-    """Make room for new tokens beside the caches of the prompt.
+def begin_decode(space: Workspace, batch: int, capacity: int) -> DecodeState:
+    """Make room for new tokens beside what the prompt has left.
 
     Parameters
     ----------
-    prompt : sequence of LayerCache
+    space : Workspace
     batch : int
     capacity : int
         Most tokens that will come.
     """
-    n_new = torch.zeros(1, dtype=torch.int32, device=prompt[0].keys.device)
+    n_new = torch.zeros(1, dtype=torch.int32, device=space.hidden.device)
     caches = []
-    for layer in prompt:
-        shape = (batch, capacity, *layer.keys.shape[1:])
-        new_keys, new_values = layer.keys.new_empty(shape), layer.values.new_empty(shape)
-        caches.append(RaggedCache(layer.keys, layer.values, layer.cu_seqlens, new_keys, new_values, n_new))
-    return DecodeState(caches, [layer.max_seqlen for layer in prompt], n_new)
+    for keys, values, cu_seqlens in zip(space.keys, space.values, space.layer_cu_seqlens, strict=True):
+        shape = (batch, capacity, *keys.shape[1:])
+        new_keys, new_values = keys.new_zeros(shape), values.new_zeros(shape)
+        caches.append(RaggedCache(keys, values, cu_seqlens[: batch + 1], new_keys, new_values, n_new))
+    return DecodeState(caches, n_new)
 
 
 def decode_step(
@@ -63,11 +61,11 @@ def decode_step(
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
+    weights : FusedWeights
     state : DecodeState
         Moved on by one token; it must have room.
     tokens : Tensor of shape (batch,), int64
-    first : Tensor of shape (3, batch), int64
+    first : Tensor of shape (n_axes, batch), int64
         Positions of the first new token of every sample; those of the next follow.
 
     Returns
@@ -82,126 +80,80 @@ def decode_step(
     state.n_new.add_(1)
     residual: Tensor | None = None
     for layer_idx, block in enumerate(weights.blocks):
-        cache, max_seqlen = state.caches[layer_idx], state.max_seqlen[layer_idx]
+        cache = state.caches[layer_idx]
 
         def attend(
-            query: Tensor, key: Tensor, value: Tensor, cache: RaggedCache = cache, max_seqlen: int = max_seqlen,
-            scaling: float = block.scaling,
-        ) -> Tensor:  # fmt: skip
+            query: Tensor, key: Tensor, value: Tensor, cache: RaggedCache = cache, scaling: float = block.scaling
+        ) -> Tensor:
             query = rotate_into(query, key, value, cos, sin, cache.new_keys, cache.new_values, slot)
-            return decode_attention(query, cache, scaling, max_seqlen)
+            return decode_attention(query, cache, scaling)
 
         hidden, residual = run_layer(block, weights, hidden, residual, attend)
     logits: Tensor = adapter.decoder.head(adapter.decoder.norm(summed(hidden, residual)))
     return logits
 
 
-# Graphs that are kept; each holds the caches of its bucket.
-_MOST_GRAPHS = 4
-_LEAST_ROWS = 64
-# New tokens that there is room for at first, at most.
-_FIRST_CAPACITY = 512
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """Capacities of a decode graph.
-
-    Attributes
-    ----------
-    batch : int
-    rows, max_seqlen : tuple of int
-        By layer: rows of all prompts together, and of the longest.
-    """
-
-    batch: int
-    rows: tuple[int, ...]
-    max_seqlen: tuple[int, ...]
-
-    @classmethod
-    def of(cls, prompt: Sequence[LayerCache], batch: int) -> CacheShape:
-        """The bucket of a request: powers of two, as a step reads no more rows than there are."""
-        rows = tuple(_power(layer.keys.shape[0]) for layer in prompt)
-        max_seqlen = tuple(_power(layer.max_seqlen) for layer in prompt)
-        return cls(batch, rows, max_seqlen)
-
-
-def _power(n: int) -> int:
-    return max(_LEAST_ROWS, 1 << (n - 1).bit_length())
+# New tokens that there is room for at first, at least and at most.
+_LEAST_CAPACITY, _FIRST_CAPACITY = 64, 512
+# Graphs that are kept, one a batch size.
+_MOST_GRAPHS = 8
 
 
 class DecodeGraph:
-    """The graph of a decode step over caches that stay in place.
+    """The graph of a decode step over the caches of a workspace.
 
     There is room for as many new tokens as were asked for, up to a number that many answers do not reach; where one
-    does, the room is doubled and the step recorded anew. On a CPU there is no graph: the step runs as it is.
+    does, the room is doubled and the step captured anew. On a CPU there is no graph: the step runs as it is.
 
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder
-    prompt : sequence of LayerCache
-        Caches of the prompt.
+    weights : FusedWeights
+    pool : GraphPool
+    space : Workspace
     batch : int
-        Samples.
+        Capacity of samples.
     """
 
     def __init__(
-        self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool, prompt: Sequence[LayerCache], batch: int
+        self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool, space: Workspace, batch: int
     ) -> None:
-        self._adapter, self._weights, self._recorder, self._batch = adapter, weights, pool, batch
-        self.prompt = prompt
+        self._adapter, self._weights, self._pool, self._space, self._batch = adapter, weights, pool, space, batch
         self.n_new = self._capacity = 0
-        device = prompt[0].keys.device
+        device = space.hidden.device
         self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._first = torch.zeros((3, batch), dtype=torch.int64, device=device)
+        self._first = torch.zeros((space.n_axes, batch), dtype=torch.int64, device=device)
         self._state: DecodeState | None = None
         self._step: Callable[[], Tensor] | None = None
 
     def _widen(self, capacity: int) -> None:
         """Make room for new tokens, and keep those that there are."""
         before, n_new = self._state, self.n_new
-        self._step, self._capacity = None, round_up(capacity)
-        state = self._state = begin_decode(self.prompt, self._batch, self._capacity)
+        self._step, self._capacity = None, power_of_two(max(_LEAST_CAPACITY, capacity))
+        state = self._state = begin_decode(self._space, self._batch, self._capacity)
         state.n_new.fill_(n_new)
         for old, new in zip(before.caches if before else (), state.caches, strict=False):
             new.new_keys[:, :n_new].copy_(old.new_keys[:, :n_new])
             new.new_values[:, :n_new].copy_(old.new_values[:, :n_new])
 
-    def _record(self, state: DecodeState) -> Callable[[], Tensor]:
+    def _capture(self, state: DecodeState) -> Callable[[], Tensor]:
         adapter, weights, tokens, first, n_new = self._adapter, self._weights, self._tokens, self._first, self.n_new
-        return self._recorder.record(
+        return self._pool.record(
             lambda: decode_step(adapter, weights, state, tokens, first), rewind=lambda: state.n_new.fill_(n_new)
         )
-
-    def load(self, prompt: Sequence[LayerCache]) -> None:
-        """Copy a request's caches into the place of the last one's."""
-        targets: list[Tensor] = []
-        sources: list[Tensor] = []
-        for own, layer in zip(self.prompt, prompt, strict=True):
-            n_rows = layer.keys.shape[0]
-            targets += [own.keys[:n_rows], own.values[:n_rows], own.cu_seqlens]
-            sources += [layer.keys, layer.values, layer.cu_seqlens]
-        torch._foreach_copy_(targets, sources)
-
-    def cache_bytes(self, dense_length: int) -> tuple[int, int]:
-        """Bytes of the prompts' keys and values, as they would be with ``dense_length`` rows and as they are."""
-        per_row = [2 * layer.keys[0].numel() * layer.keys.element_size() for layer in self.prompt]
-        rows = (layer.keys.shape[0] for layer in self.prompt)
-        return sum(per_row) * dense_length, sum(size * n for size, n in zip(per_row, rows, strict=True))
 
     def start(self, next_positions: Tensor, capacity: int) -> None:
         """Begin with the first new token.
 
         Parameters
         ----------
-        next_positions : Tensor of shape (3, batch), int64
+        next_positions : Tensor of shape (n_axes, n_samples), int64
             Its positions, on the host.
         capacity : int
             Most new tokens that will be run.
         """
-        self._first.copy_(next_positions.pin_memory() if self._first.is_cuda else next_positions, non_blocking=True)
+        n_samples = next_positions.shape[1]
+        self._first[:, :n_samples].copy_(to_device(next_positions, self._first.device))
         self.n_new = 0
         if self._state is None or self._capacity < min(capacity, _FIRST_CAPACITY):
             self._widen(min(capacity, _FIRST_CAPACITY))
@@ -209,46 +161,41 @@ class DecodeGraph:
             self._state.n_new.zero_()
 
     def step(self, tokens: Tensor) -> Tensor:
-        """One decode step, as :func:`~sparsevlm.engine.decode.decode_step`; the next overwrites what it gives."""
+        """One decode step, as :func:`decode_step`; the next overwrites what it gives."""
         if self.n_new == self._capacity:
             self._widen(2 * self._capacity)
         assert self._state is not None  # since the start
         if self._step is None:
-            self._step = self._record(self._state)
-        self._tokens.copy_(tokens)
+            self._step = self._capture(self._state)
+        self._tokens[: tokens.shape[0]].copy_(tokens)
         self.n_new += 1
-        return self._step()
+        return self._step()[: tokens.shape[0]]
 
 
-class DecodeGraphs(LRUCache[CacheShape, DecodeGraph]):
-    """Decode graphs of prompts that were not captured.
+class DecodeGraphs(LRUCache[int, DecodeGraph]):
+    """Decode graphs over one workspace, by the capacity of samples.
 
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder
+    weights : FusedWeights
+    pool : GraphPool
     """
 
     def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
         super().__init__(_MOST_GRAPHS)
-        self._adapter, self._weights, self._recorder = adapter, weights, pool
+        self._adapter, self._weights, self._pool = adapter, weights, pool
+        self._space: Workspace | None = None
 
-    def take(self, prompt: Sequence[LayerCache], batch: int) -> DecodeGraph:
-        """A decode graph that holds a request."""
-        bucket = CacheShape.of(prompt, batch)
-        decode_graph = self.get(bucket, lambda: self._make(bucket, prompt))
-        decode_graph.load(prompt)
-        return decode_graph
+    def over(self, space: Workspace, n_samples: int) -> DecodeGraph:
+        """The decode graph for some samples whose prompts have left their keys and values in a workspace."""
+        if self._space is not space:
+            self.clear()
+            self._space = space
+        batch = power_of_two(n_samples)
+        return self.get(batch, lambda: DecodeGraph(self._adapter, self._weights, self._pool, space, batch))
 
-    def _make(self, bucket: CacheShape, like: Sequence[LayerCache]) -> DecodeGraph:
-        empty = [
-            LayerCache(
-                layer.keys.new_zeros((rows, *layer.keys.shape[1:])),
-                layer.values.new_zeros((rows, *layer.values.shape[1:])),
-                torch.zeros_like(layer.cu_seqlens),
-                max_seqlen,
-            )
-            for layer, rows, max_seqlen in zip(like, bucket.rows, bucket.max_seqlen, strict=True)
-        ]
-        return DecodeGraph(self._adapter, self._weights, self._recorder, empty, bucket.batch)
+    def clear(self) -> None:
+        """Free them all."""
+        super().clear()
+        self._space = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,27 +13,26 @@ from ...request.request import Request
 from ...request.step import Readout, reads_text
 from ...selection.context import VISION_NEEDS
 from ...selection.scoring import top_k, visual_head_count
+from ..cuda_graphs import to_device
 
 if TYPE_CHECKING:
-    from .prefill import Packed
+    from .prefill import PackedRows
+    from .workspace import Workspace
 
 # Selectors that need this run on the plain path, which looks into the tower.
 NOT_PROVIDED = VISION_NEEDS
 
 
-def read(request: Request, packed: Packed, target: int, query: Tensor, key: Tensor, scaling: float) -> Readout:
-    """Take what the selector needs of a layer while it runs.
+def read(request: Request, space: Workspace, packed: PackedRows, target: int, scaling: float) -> Readout:
+    """Take what the selector needs of a layer that has run.
 
     Parameters
     ----------
     request : Request
-    packed : Packed
-        The layer's input.
+    space : Workspace
+        Holds the layer's input, queries and keys.
+    packed : PackedRows
     target : int
-    query : Tensor of shape (n_rows, heads, head_dim)
-        Rotated.
-    key : Tensor of shape (n_rows, kv_heads, head_dim)
-        Rotated.
     scaling : float
 
     Returns
@@ -44,37 +44,34 @@ def read(request: Request, packed: Packed, target: int, query: Tensor, key: Tens
         return found
     visual = [packed.local(b, sample.positions) for b, sample in enumerate(request.samples)]
     if "previous_hidden_states" in needs:
-        found.previous += [packed.hidden[rows] for rows in visual]
+        found.previous += [space.previous[rows] for rows in visual]
+    attend = functools.partial(_attention, space, packed, visual, target, scaling)
     if reads_text(request):
-        n_top_heads = visual_head_count(query.shape[1]) if request.config.heads == "visual" else None
-        rater_candidates = [
-            sample.rater_candidates[: None if sample.alive.shape[0] else 0] for sample in request.samples
-        ]
-        found.text += _attention(packed, rater_candidates, visual, query, key, scaling, n_top_heads)
+        n_top_heads = visual_head_count(space.query.shape[1]) if request.config.heads == "visual" else None
+        candidates = [sample.rater_candidates[: None if sample.alive.shape[0] else 0] for sample in request.samples]
+        found.text += attend(candidates, n_top_heads)
     if "last_attention" in needs:
-        last = [sample.last for sample in request.samples]
-        found.last += [rows[0] for rows in _attention(packed, last, visual, query, key, scaling)]
+        found.last += [rows[0] for rows in attend([sample.last for sample in request.samples])]
     return found
 
 
 def _attention(
-    packed: Packed, positions: list[Tensor], visual: list[Tensor], query: Tensor, key: Tensor, scaling: float,
+    space: Workspace, packed: PackedRows, visual: list[Tensor], target: int, scaling: float, positions: list[Tensor],
     n_top_heads: int | None = None,
 ) -> list[Tensor]:  # fmt: skip
     """Attention of every sample's tokens at some positions to its visual ones, mean over the heads with the most of
     it, or over all."""
     n_rows, n_visual = ([own.shape[0] for own in some] for some in (positions, visual))
+    key, device = space.keys[target][: packed.n_rows], space.query.device
     own_rows = torch.cat([packed.local(b, own) for b, own in enumerate(positions)])
-    starts = torch.tensor([0, *n_rows], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(key.device)
-    rows = Rows(query[own_rows], starts, (own_rows + 1).int(), max(n_rows))
-    columns = Columns(
-        torch.nn.utils.rnn.pad_sequence(visual, batch_first=True),
-        torch.tensor(n_visual, dtype=torch.int32).to(key.device),
-    )
-    marked = torch.zeros(key.shape[0], dtype=torch.bool, device=key.device)
+    starts = torch.tensor([0, *n_rows], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    rows = Rows(space.query[own_rows], to_device(starts, device), (own_rows + 1).int(), max(n_rows))
+    numbers = to_device(torch.tensor(n_visual, dtype=torch.int32), device)
+    columns = Columns(torch.nn.utils.rnn.pad_sequence(visual, batch_first=True), numbers)
+    marked = torch.zeros(key.shape[0], dtype=torch.bool, device=device)
     marked[torch.cat(visual)] = True
-    lse, mass = row_statistics(rows, key, packed.cu_seqlens, marked, scaling)
-    n_heads = query.shape[1]
+    lse, mass = row_statistics(rows, key, space.cu_seqlens[: len(visual) + 1], marked, scaling)
+    n_heads = space.query.shape[1]
     if n_top_heads is None:
         weight = mass.new_full((len(visual), n_heads), 1 / n_heads)
     else:

@@ -1,5 +1,6 @@
 """Split-KV: each program reads a part of one sample's keys for the query heads that share a key head, a second kernel
-joins the parts. The number of programs follows the room, not the lengths, which stay on the device."""
+joins the parts. The number of programs follows the room, not the lengths, which stay on the device: programs behind
+the last row end at once."""
 
 from __future__ import annotations
 
@@ -50,6 +51,11 @@ def _read(
 
 
 @triton.jit
+def _part_size(n_rows, n_parts, BLOCK: tl.constexpr):
+    return tl.cdiv(tl.cdiv(n_rows, n_parts), BLOCK) * BLOCK
+
+
+@triton.jit
 def _attend(
     query_ptr, prompt_keys, prompt_values, offsets_ptr, new_keys, new_values, n_new_ptr, mixed_ptr, stats_ptr,
     room, n_parts, scaling, N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -66,8 +72,10 @@ def _attend(
     first = tl.load(offsets_ptr + sample)
     n_prompt = tl.load(offsets_ptr + sample + 1) - first
     n_rows = n_prompt + tl.load(n_new_ptr)
-    size = tl.cdiv(tl.cdiv(n_rows, n_parts), BLOCK) * BLOCK
+    size = _part_size(n_rows, n_parts, BLOCK)
     start, stop = part * size, tl.minimum((part + 1) * size, n_rows)
+    if start >= n_rows:
+        return
     highest = tl.full([BLOCK_H], -1e30, tl.float32)
     total = tl.zeros([BLOCK_H], tl.float32)
     mixed = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
@@ -90,23 +98,29 @@ def _attend(
 
 
 @triton.jit
-def _join(mixed_ptr, stats_ptr, out_ptr, n_parts, HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
+def _join(
+    mixed_ptr, stats_ptr, out_ptr, offsets_ptr, n_new_ptr, n_parts, N_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
+    sample = tl.program_id(0) // N_HEADS
     parts, columns = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
-    highest = tl.load(stats_ptr + (head * n_parts + parts) * 2, mask=parts < n_parts, other=-1e30)
-    total = tl.load(stats_ptr + (head * n_parts + parts) * 2 + 1, mask=parts < n_parts, other=0.0)
+    n_rows = tl.load(offsets_ptr + sample + 1) - tl.load(offsets_ptr + sample) + tl.load(n_new_ptr)
+    written = (parts < n_parts) & (parts * _part_size(n_rows, n_parts, BLOCK) < n_rows)
+    highest = tl.load(stats_ptr + (head * n_parts + parts) * 2, mask=written, other=-1e30)
+    total = tl.load(stats_ptr + (head * n_parts + parts) * 2 + 1, mask=written, other=0.0)
     weight = tl.exp(highest - tl.max(highest, axis=0))
-    inside = (parts < n_parts)[:, None] & (columns < HEAD_DIM)[None, :]
+    inside = written[:, None] & (columns < HEAD_DIM)[None, :]
     mixed = tl.load(mixed_ptr + (head * n_parts + parts)[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
     out = tl.sum(mixed * weight[:, None], axis=0) / tl.sum(total * weight, axis=0)
     tl.store(out_ptr + head * HEAD_DIM + columns, out.to(out_ptr.dtype.element_ty), mask=columns < HEAD_DIM)
 
 
-def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_seqlen: int) -> Tensor:
+def decode_attention(query: Tensor, cache: RaggedCache, scaling: float) -> Tensor:
     """See :func:`sparsevlm.kernels.attention.decode_attention`."""
     batch, n_heads, head_dim = query.shape
     room, n_kv_heads = cache.new_keys.shape[1:3]
-    n_parts = max(1, min(_MOST_PARTS, (max_seqlen + room) // _LEAST_ROWS))
+    n_parts = max(1, min(_MOST_PARTS, (cache.prompt_keys.shape[0] + room) // _LEAST_ROWS))
     mixed = torch.empty((batch, n_heads, n_parts, head_dim), dtype=torch.float32, device=query.device)
     stats = torch.empty((batch, n_heads, n_parts, 2), dtype=torch.float32, device=query.device)
     out = torch.empty((batch, n_heads, head_dim), dtype=query.dtype, device=query.device)
@@ -120,6 +134,7 @@ def decode_attention(query: Tensor, cache: RaggedCache, scaling: float, max_seql
         exact, num_warps=4,
     )  # fmt: skip
     _join[(batch * n_heads,)](
-        mixed, stats, out, n_parts, head_dim, triton.next_power_of_2(n_parts), block_d, num_warps=2
-    )
+        mixed, stats, out, cache.cu_seqlens, cache.n_new, n_parts, n_heads, head_dim,
+        triton.next_power_of_2(n_parts), block_d, _BLOCK, num_warps=2,
+    )  # fmt: skip
     return out

@@ -1,0 +1,19 @@
+"""Capacities: the few sizes that programs are made for."""
+
+from __future__ import annotations
+
+# Up to this many rows capacities are multiples of the step, above there are eight to an octave.
+_STEP, _STEPPED = 64, 1024
+# Requests of more rows are left to the plain path.
+MOST_ROWS = 1 << 16
+
+
+def row_capacity(n_rows: int) -> int:
+    """The smallest capacity of at least ``n_rows``: at most 63 rows, or an eighth, are left empty."""
+    step = max(_STEP, 1 << max(0, (n_rows - 1).bit_length() - 4)) if n_rows > _STEPPED else _STEP
+    return max(step, -(-n_rows // step) * step)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two of at least ``n``: batches, and rows of the longest of several samples."""
+    return 1 << max(0, n - 1).bit_length()

@@ -1,0 +1,178 @@
+"""Tensors that the decoder's programs share: each works on their first rows, so that one follows the other in place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...models import ModelAdapter
+from ...request.request import Request
+from ..capacities import power_of_two, row_capacity
+from ..cuda_graphs import to_device
+from ..fused_weights import FusedWeights
+
+# Target layers that drop something, at most; what a request brings holds counts for so many.
+MOST_STAGES = 16
+_LEAST_ROWS, _LEAST_BATCH = 2048, 8
+
+
+@dataclass(frozen=True)
+class PromptShape:
+    """Capacities of what a prompt brings.
+
+    Attributes
+    ----------
+    rows : int
+        Of all samples together.
+    batch : int
+    n_visual : int
+        Visual tokens of the sample with the most.
+    """
+
+    rows: int
+    batch: int
+    n_visual: int
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """What a prompt brings, as parts of one tensor, which crosses to the device in one copy.
+
+    Attributes
+    ----------
+    ids : Tensor of shape (rows,), int64
+    positions : Tensor of shape (n_axes, rows), int64
+    feature_rows : Tensor of shape (rows,), int64
+        Row of the vision tower's output that stands for a token; -1 for text and padding.
+    visual_rows : Tensor of shape (batch, n_visual), int64
+        Packed rows of every sample's visual tokens.
+    cu_seqlens : Tensor of shape (batch + 1,), int64
+    n_visual : Tensor of shape (1 + MOST_STAGES, batch), int64
+        Visual tokens before the first target that drops something, and after each.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    feature_rows: Tensor
+    visual_rows: Tensor
+    cu_seqlens: Tensor
+    n_visual: Tensor
+
+    @classmethod
+    def of(cls, shape: PromptShape, n_axes: int, integers: Tensor) -> PromptInputs:
+        """Views of the first of ``integers``."""
+        shapes = _shapes(shape, n_axes)
+        parts = integers[: sum(map(math.prod, shapes))].split([math.prod(one) for one in shapes])
+        return cls(*(part.view(one) for part, one in zip(parts, shapes, strict=True)))
+
+
+def _shapes(shape: PromptShape, n_axes: int) -> list[tuple[int, ...]]:
+    rows, batch = shape.rows, shape.batch
+    return [(rows,), (n_axes, rows), (rows,), (batch, shape.n_visual), (batch + 1,), (1 + MOST_STAGES, batch)]
+
+
+def n_integers(shape: PromptShape, n_axes: int) -> int:
+    """Integers that a prompt brings."""
+    return sum(math.prod(one) for one in _shapes(shape, n_axes))
+
+
+class Workspace:
+    """Room for one request.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    weights : FusedWeights
+    rows, batch : int
+        Most rows of all samples together, padding included, and most samples.
+
+    Attributes
+    ----------
+    integers : Tensor, int64
+        What the prompt brings, see :class:`PromptInputs`.
+    features : Tensor of shape (rows, hidden_size)
+        Of the vision tower.
+    hidden, previous : Tensor of shape (rows, hidden_size)
+        Output and input of the last layer that ran.
+    query : Tensor of shape (rows, heads, head_dim)
+        Rotated, of the last layer that ran.
+    cos, sin : Tensor of shape (rows, head_dim)
+    cu_seqlens : Tensor of shape (batch + 2,), int32
+        The last sequence is padding.
+    layer_cu_seqlens : Tensor of shape (n_layers, batch + 2), int32
+        The same as each layer saw it.
+    keys, values : list of Tensor of shape (rows, kv_heads, head_dim)
+        By layer: what the prompt left there.
+    visual_rows, alive : Tensor of shape (batch, rows), int64
+        Packed row of every visual token that is left, and its index among those that the prompt brought; ascending.
+    n_visual : Tensor of shape (1 + MOST_STAGES, batch), int64
+    stage : Tensor of shape (1,), int64
+        How many targets have dropped something.
+    """
+
+    def __init__(self, adapter: ModelAdapter, weights: FusedWeights, rows: int, batch: int) -> None:
+        weight, block = adapter.decoder.embed.weight, weights.blocks[0]
+        size, device = weight.shape[1], weight.device
+        self.rows, self.batch, self.n_axes = rows, batch, adapter.decoder.n_position_axes
+        heads, kv_heads = (one.weight.shape[0] // block.head_dim for one in (block.query, block.key))
+
+        def indices(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.integers = indices(n_integers(PromptShape(rows, batch, rows), self.n_axes))
+        self.features, self.hidden, self.previous = (weight.new_zeros((rows, size)) for _ in range(3))
+        self.query = weight.new_zeros((rows, heads, block.head_dim))
+        cos, _ = adapter.decoder.rotary(self.hidden[None, :1], indices(self.n_axes, 1, 1))
+        self.cos, self.sin = (cos.new_zeros((rows, cos.shape[-1])) for _ in range(2))
+        self.cu_seqlens = indices(batch + 2, dtype=torch.int32)
+        self.layer_cu_seqlens = indices(len(weights.blocks), batch + 2, dtype=torch.int32)
+        shape = (rows, kv_heads, block.head_dim)
+        self.keys = [weight.new_zeros(shape) for _ in weights.blocks]
+        self.values = [weight.new_zeros(shape) for _ in weights.blocks]
+        self.visual_rows, self.alive = indices(batch, rows), indices(batch, rows)
+        self.n_visual, self.stage = indices(1 + MOST_STAGES, batch), indices(1)
+
+    def holds(self, rows: int, batch: int) -> bool:
+        """Tells whether a request has room."""
+        return rows <= self.rows and batch <= self.batch
+
+    def cache_bytes(self, request: Request, dense_length: int) -> tuple[int, int]:
+        """Bytes of a prompt's keys and values, as they would be with ``dense_length`` rows a layer and as they are."""
+        per_row = 2 * self.keys[0][0].numel() * self.keys[0].element_size()
+        rows = sum(sum(sample.layer_tokens) + len(self.keys) * sample.other.shape[0] for sample in request.samples)
+        return per_row * len(self.keys) * dense_length, per_row * rows
+
+    def snapshot(self, rows: int) -> Callable[[], None]:
+        """Remember what a prune step or a segment moves on; the function that is given takes it back."""
+        tensors = [self.hidden[:rows], self.cos[:rows], self.sin[:rows], self.visual_rows, self.alive]
+        tensors += [self.cu_seqlens, self.stage]
+        before = [tensor.clone() for tensor in tensors]
+
+        def rewind() -> None:
+            torch._foreach_copy_(tensors, before)
+
+        return rewind
+
+    def gather(self, rows: Tensor) -> None:
+        """Let only some rows go on."""
+        n = rows.shape[0]
+        for tensor in (self.hidden, self.cos, self.sin):
+            tensor[:n].copy_(tensor[rows])
+
+    def begin_stage(self, starts: Sequence[int], batch: int) -> None:
+        """Take the first row of every sample, and the number of all rows, from the host; further samples are empty."""
+        cu_seqlens = [*starts, *[starts[-1]] * (batch + 1 - len(starts))]
+        own = self.cu_seqlens[: len(cu_seqlens)]
+        own.copy_(to_device(torch.tensor(cu_seqlens, dtype=torch.int32), own.device))
+
+
+def workspace_size(rows: int, batch: int, rows_before: int, batch_before: int) -> tuple[int, int]:
+    """Room that is made for a request: with some to spare, since all programs are captured anew where it grows."""
+    if rows > rows_before > 0:
+        rows = max(rows, rows_before + rows_before // 4)
+    rows = row_capacity(max(_LEAST_ROWS, rows, rows_before))
+    return rows, power_of_two(max(_LEAST_BATCH, batch, batch_before))
