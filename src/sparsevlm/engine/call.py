@@ -15,7 +15,8 @@ from ..request.opening import plan_samples
 from ..request.request import Request, StageRecord
 from ..request.timing import Mark
 from .cuda_graphs import to_device
-from .vision.program import Grids, VisionGraphs, VisionOutput
+from .vision.program import VisionOutput, VisionPrograms
+from .vision.tables import Grids
 
 _READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
 _ENCODED = "mm_encoder_outputs"
@@ -54,10 +55,7 @@ class PendingVision:
     def wait(self) -> None:
         """Let what the current stream does next come after it."""
         if self.stream is not None:
-            current = torch.cuda.current_stream(self.stream.device)
-            current.wait_stream(self.stream)
-            for tensor in () if self.seen.stays else (self.seen.hidden, self.seen.tokens):
-                tensor.record_stream(current)
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 @dataclass
@@ -142,7 +140,7 @@ class Call:
         self.arguments["position_ids"] = to_device(positions, device)
 
     def prefetch_vision(
-        self, adapter: ModelAdapter, programs: VisionGraphs, share: float, stream: torch.cuda.Stream | None
+        self, adapter: ModelAdapter, programs: VisionPrograms, share: float, stream: torch.cuda.Stream | None
     ) -> None:
         """Encode its images, or this share of their tokens, if they are of one kind."""
         kind = next(iter(self.grids))

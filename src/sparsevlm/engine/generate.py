@@ -21,7 +21,7 @@ from .call import Call, Prompt, leave_out
 from .runner import ModelRunner
 from .support import unsupported_arguments, unsupported_call, unsupported_mode, unsupported_request
 from .text.decode_graph import DecodeGraph
-from .vision.program import Grids
+from .vision.tables import Grids
 
 
 class UnsupportedByEngineError(Exception):

@@ -16,7 +16,7 @@ from .fused_weights import FusedWeights
 from .support import unsupported_classes, unsupported_decoder, unsupported_tower
 from .text.decode_graph import DecodeGraphs
 from .text.prefill import Prefill
-from .vision.program import VisionGraphs
+from .vision.program import VisionPrograms
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +98,7 @@ class ModelRunner:
             self.weights.fuse_tower()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         shared = (adapter, self.weights, pool)
-        self.prefill, self.decode_graphs, self.vision = Prefill(*shared), DecodeGraphs(*shared), VisionGraphs(*shared)
+        self.prefill, self.decode_graphs, self.vision = Prefill(*shared), DecodeGraphs(*shared), VisionPrograms(*shared)
         self._decoder_fingerprint = ModelFingerprint(
             [adapter.model, adapter.base_model, adapter.decoder.head, *adapter.decoder.module.modules()]
         )

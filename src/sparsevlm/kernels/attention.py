@@ -16,6 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .dispatch import flash_runs, use_triton
 
+# Fast kernels take head sizes that are multiples of 8.
+_MORE_COLUMNS = 8
+# Logit, before scaling, of a row that is not to be seen: half precision holds it, and its exponential is 0.
+_HIDDEN = -30000.0
 _ORDER = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
@@ -68,6 +72,41 @@ def equal_attention(query: Tensor, key: Tensor, value: Tensor, length: int, scal
             q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
     return out.transpose(1, 2).flatten(0, 1)
+
+
+def padded_attention(query: Tensor, key: Tensor, value: Tensor, n_rows: Tensor, scaling: float) -> Tensor:
+    """Softmax attention of the first ``n_rows`` rows among themselves, without waiting for that number.
+
+    On a CUDA device one more column of queries and keys hides the rows behind, whose weights become exactly 0, so that
+    cuDNN's attention can run; elsewhere :func:`padded_attention_reference`.
+
+    Parameters
+    ----------
+    query : Tensor of shape (n, heads, head_dim)
+    key, value : Tensor of shape (n, kv_heads, head_dim)
+    n_rows : Tensor of shape (1,), integer
+    scaling : float
+
+    Returns
+    -------
+    Tensor of shape (n, heads, head_dim)
+        Rows behind ``n_rows`` say nothing.
+    """
+    if not query.is_cuda:
+        return padded_attention_reference(query, key, value, n_rows, scaling)
+    n, head_dim = query.shape[0], query.shape[-1]
+    query, key, value = (torch.nn.functional.pad(x, (0, _MORE_COLUMNS)) for x in (query, key, value))
+    query[..., head_dim] = 1.0
+    outside = torch.arange(n, device=query.device) >= n_rows
+    key[..., head_dim] = (outside * _HIDDEN).to(key.dtype)[:, None]
+    return equal_attention(query, key, value, n, scaling, causal=False)[..., :head_dim]
+
+
+def padded_attention_reference(query: Tensor, key: Tensor, value: Tensor, n_rows: Tensor, scaling: float) -> Tensor:
+    """Reference in plain torch."""
+    n, out = int(n_rows), torch.zeros_like(query)
+    out[:n] = equal_attention(query[:n], key[:n], value[:n], n, scaling, causal=False)
+    return out
 
 
 def varlen_attention_reference(

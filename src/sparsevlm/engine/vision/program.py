@@ -1,161 +1,70 @@
-"""The vision tower as a fixed list of operations per set of grids."""
+"""The vision tower as programs over the patches of a call: what its grids say arrives as tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
-from ...kernels.attention import equal_attention, varlen_attention
+from ...kernels.attention import padded_attention, varlen_attention
 from ...kernels.elementwise import rms_norm, rotate, swiglu
 from ...models import ModelAdapter
 from ...models.base import PackedTower, TowerBlock
-from ..cuda_graphs import CapturedPrograms, GraphPool
+from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
 from ..text.layer import summed
-from .patch_pruning import KeptPatches, choose, n_kept
+from .patch_pruning import ChoiceInputs, choose, n_choice_integers, n_kept
+from .tables import Grids, VisionInputs, VisionShape, host_tables, n_integers
 
-T = TypeVar("T")
-Grids = tuple[tuple[int, int, int], ...]
-
-# Graphs that are kept; each holds the activations of its grids.
-_MOST_GRAPHS = 8
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """Patches that see each other, one sequence behind the other.
-
-    Attributes
-    ----------
-    cu_seqlens : Tensor of shape (n + 1,), int32
-        Where each begins.
-    max_seqlen : int
-    equal : bool
-        Whether all are as long.
-    """
-
-    cu_seqlens: Tensor
-    max_seqlen: int
-    equal: bool
-
-    @classmethod
-    def of(cls, cu_seqlens: Tensor, device: torch.device) -> Sequences:
-        """By their offsets on the host."""
-        lengths = cu_seqlens.diff()
-        max_seqlen = int(lengths.max())
-        return cls(cu_seqlens.to(device), max_seqlen, bool((lengths == max_seqlen).all()))
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        """Attention of each within itself."""
-        if self.equal:
-            return equal_attention(query, key, value, self.max_seqlen, scaling, causal=False)
-        return varlen_attention(query, key, value, self.cu_seqlens, self.max_seqlen, scaling, causal=False)
-
-    def left(self, before: Tensor, per_token: int, length: int | None) -> Sequences:
-        """Lengths of each image where only some tokens are kept.
-
-        Parameters
-        ----------
-        before : Tensor of shape (n_tokens + 1,), int64
-            How many are kept before each place.
-        per_token : int
-            Patches of a token.
-        length : int or None
-            Patches that are left of each, if these are as many.
-        """
-        cu_seqlens = (before[self.cu_seqlens.long() // per_token] * per_token).to(torch.int32)
-        return Sequences(cu_seqlens, self.max_seqlen if length is None else length, length is not None)
+# Programs that are kept; they share their memory, a graph itself is small.
+_MOST_GRAPHS = 256
+_LEAST_PATCHES = 4096
 
 
-@dataclass(frozen=True)
-class Tables:
-    """Tensors that depend on the grids alone.
-
-    Attributes
-    ----------
-    order, back : Tensor of shape (n_tokens,), int64, or None
-        From reading order to windows and back; ``None`` where the tower has no windows.
-    cos, sin : Tensor of shape (n_patches, head_dim), float32
-        In the order of windows.
-    frames, windows : Sequences
-        Of blocks with full attention, and of the others.
-    """
-
-    order: Tensor | None
-    back: Tensor | None
-    cos: Tensor
-    sin: Tensor
-    frames: Sequences
-    windows: Sequences
-
-
-def make_tables(tower: PackedTower, grids: Grids) -> Tables:
-    """Tables of a set of grids (t, h, w), in visual tokens."""
-    weight, side = tower.projection.weight, tower.side
-    on_cpu = torch.tensor([(t, h * side, w * side) for t, h, w in grids], dtype=torch.int64)
-    positions = get_vision_position_ids(on_cpu, side).to(weight.device)
-    cos, sin = tower.rotary(weight.new_zeros(0, dtype=torch.float32), positions)
-    sizes = torch.repeat_interleave(on_cpu[:, 1] * on_cpu[:, 2], on_cpu[:, 0])
-    frames = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32)
-    order = back = None
-    windows = frames
-    if tower.window is not None:
-        index, starts = get_vision_window_index(on_cpu, side, tower.window * side, 1)
-        order, windows = index.to(weight.device), torch.as_tensor(starts, dtype=torch.int32)
-        back = torch.argsort(order)
-        cos, sin = _reordered(tower, cos, order), _reordered(tower, sin, order)
-    return Tables(order, back, cos, sin, Sequences.of(frames, weight.device), Sequences.of(windows, weight.device))
-
-
-def encode_images(tower: PackedTower, weights: FusedWeights, tables: Tables, patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode images.
+def encode_images(
+    tower: PackedTower, weights: FusedWeights, shape: VisionShape, given: VisionInputs, patches: Tensor
+) -> Tensor:
+    """Encode images; waits for nothing.
 
     Parameters
     ----------
     tower : PackedTower
-    weights : Weights
-    tables : Tables
+    weights : FusedWeights
+    shape : VisionShape
+    given : VisionInputs
     patches : Tensor of shape (n_patches, channels · frames · side²)
         In the dtype of the tower, in reading order of their tokens.
 
     Returns
     -------
-    hidden : Tensor of shape (n_patches, hidden_size)
-        Of the last block, in the order in which the tower works.
-    tokens : Tensor of shape (n_tokens, text hidden_size)
-        Merged, in reading order.
+    Tensor of shape (n_tokens, text hidden_size)
+        Merged, in reading order, padding behind.
     """
-    if tables.order is not None:
-        patches = _reordered(tower, patches, tables.order)
+    patches = patches.unflatten(0, (-1, tower.side**2))[given.order].flatten(0, 1)
     hidden = linear(patches, tower.projection.weight.flatten(1))  # kernel and stride are the same
+    cos, sin = tower.rotary(hidden.new_zeros(0, dtype=torch.float32), given.positions)
+    frames, windows = given.frames.to(torch.int32), given.windows.to(torch.int32)
+
+    def attend(block: TowerBlock, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        starts, longest = (frames, shape.longest_frame) if block.is_full else (windows, shape.longest_window)
+        if starts.shape[0] == 1:
+            return padded_attention(query, key, value, given.n_patches, block.scaling)
+        return varlen_attention(query, key, value, starts, longest, block.scaling, causal=False)
+
     residual: Tensor | None = None
     for block in tower.blocks:
-        sequences = tables.frames if block.is_full else tables.windows
         normed, hidden = _normed(block.attention_norm, hidden, residual)
         query, key, value = block.qkv(normed).unflatten(-1, (3, block.n_heads, -1)).unbind(1)
-        query, key = rotate(query, key, tables.cos, tables.sin)
-        mixed = sequences.attend(query, key, value, block.scaling)
+        query, key = rotate(query, key, cos, sin)
+        mixed = attend(block, query, key, value)
         normed, hidden = _normed(block.mlp_norm, block.output(mixed.flatten(1)), hidden)
         residual = _mlp(block, weights, normed)
-    hidden = summed(hidden, residual)
-    tokens = tower.merger(hidden)
-    return hidden, tokens if tables.back is None else tokens[tables.back]
-
-
-def left_tables(tower: PackedTower, tables: Tables, grids: Grids, share: float, kept: KeptPatches) -> Tables:
-    """Tables of the tokens that are kept; windows and frames stay what they are, with fewer patches in each."""
-    per_token, sizes = tower.side**2, n_kept(grids, share)
-    alone = len(set(sizes)) == 1 and all(t == 1 for t, _, _ in grids)
-    cos, sin = (_reordered(tower, table, kept.places) for table in (tables.cos, tables.sin))
-    frames = tables.frames.left(kept.before, per_token, per_token * sizes[0] if alone else None)
-    windows = frames if tower.window is None else tables.windows.left(kept.before, per_token, None)
-    return Tables(kept.working, kept.back, cos, sin, frames, windows)
+    tokens: Tensor = tower.merger(summed(hidden, residual))
+    return tokens[given.back]
 
 
 def _normed(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -176,116 +85,153 @@ def _mlp(block: TowerBlock, weights: FusedWeights, hidden: Tensor) -> Tensor:
     return down(swiglu(*fused(hidden)))[0]
 
 
-def _reordered(tower: PackedTower, patches: Tensor, order: Tensor) -> Tensor:
-    return patches.unflatten(0, (-1, tower.side**2))[order].flatten(0, 1)
-
-
 @dataclass(frozen=True)
 class VisionOutput:
-    """Encoded pictures; the next call of the program overwrites them.
+    """Encoded images; the next call of the programs overwrites them.
 
     Attributes
     ----------
-    hidden, tokens : Tensor
-        As :func:`encode_images` gives them.
+    tokens : Tensor of shape (n_tokens, text hidden_size)
+        In reading order.
     kept : Tensor of shape (n_tokens,), int64, or None
         Which visual tokens these are, in reading order, if not all; on the host, once ``ready`` is over.
     ready : torch.cuda.Event or None
-    stays : bool
-        Whether the tensors are the program's, in place from call to call.
     """
 
-    hidden: Tensor
     tokens: Tensor
     kept: Tensor | None = None
     ready: torch.cuda.Event | None = None
-    stays: bool = True
 
 
-class VisionGraph:
-    """The program of one set of grids, with its own patches.
+class VisionSpace:
+    """Room for the images of one call.
 
     Parameters
     ----------
-    adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder or None
-        ``None``: it is run once, and not recorded.
-    grids : tuple of (t, h, w)
-        In visual tokens.
-    share : float
-        Of the visual tokens that is computed.
-    like : Tensor
-        Patches, for shape and device.
+    tower : PackedTower
+    patches, integers : int
+        Most of them.
+    size : int
+        Values of a patch.
+
+    Attributes
+    ----------
+    patches : Tensor of shape (patches, size)
+    integers, chosen : Tensor, int64
+        What the grids bring, and what becomes of it where only some tokens are computed, see :class:`VisionInputs`.
+    choice : Tensor, int64
+        See :class:`~.patch_pruning.ChoiceInputs`.
     """
 
-    def __init__(
-        self,
-        adapter: ModelAdapter,
-        weights: FusedWeights,
-        pool: GraphPool | None,
-        grids: Grids,
-        share: float,
-        like: Tensor,
-    ) -> None:
-        tower = adapter.vision.program
-        assert tower is not None  # else refused
-        tables, per_token = make_tables(tower, grids), tower.side**2
-        patches = torch.zeros_like(like, dtype=tower.projection.weight.dtype)
-        self._patches = patches
-        self._is_recorded = pool is not None
-
-        def record(run: Callable[[], T]) -> Callable[[], T]:
-            return run if pool is None else pool.record(run)
-
-        self._choose: Callable[[], Tensor] | None = None
-        if share < 1.0:
-            kept = KeptPatches.empty(sum(n_kept(grids, share)), like.shape[0] // per_token, like.device)
-
-            def choose_again() -> Tensor:
-                tokens = patches.unflatten(0, (-1, per_token)).flatten(1)
-                kept.become(choose(tokens, grids, share, tables.order))
-                return kept.tokens
-
-            self._choose = record(choose_again)
-            self._run = record(
-                lambda: encode_images(tower, weights, left_tables(tower, tables, grids, share, kept), patches)
-            )
-        else:
-            self._run = record(lambda: encode_images(tower, weights, tables, patches))
-
-    def __call__(self, patches: Tensor) -> VisionOutput:
-        self._patches.copy_(patches)
-        if self._choose is None:
-            return VisionOutput(*self._run(), stays=self._is_recorded)
-        kept = self._choose()
-        if not kept.is_cuda:
-            return VisionOutput(*self._run(), kept, stays=self._is_recorded)
-        on_host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
-        on_host.copy_(kept, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return VisionOutput(*self._run(), on_host, ready, self._is_recorded)
+    def __init__(self, tower: PackedTower, patches: int, integers: int, size: int) -> None:
+        weight = tower.projection.weight
+        self.patches = weight.new_zeros((patches, size))
+        self.integers, self.chosen, self.choice = (
+            torch.zeros(integers, dtype=torch.int64, device=weight.device) for _ in range(3)
+        )
 
 
-class VisionGraphs(CapturedPrograms[tuple[Grids, float], VisionGraph]):
-    """The vision programs of a model, by grids and share.
+class VisionPrograms:
+    """Programs of the tower of a model.
 
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder
+    weights : FusedWeights
+    pool : GraphPool
     """
 
     def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
-        super().__init__(_MOST_GRAPHS, pool)
-        self._adapter, self._weights = adapter, weights
+        self._adapter, self._weights, self._pool = adapter, weights, pool
+        self._space: VisionSpace | None = None
+        self._encoders: LRUCache[tuple[VisionShape, bool], Callable[[], Tensor]] = LRUCache(_MOST_GRAPHS)
+        self._choosers: LRUCache[tuple[VisionShape, VisionShape, int], Callable[[], Tensor]] = LRUCache(_MOST_GRAPHS)
+
+    def clear(self) -> None:
+        """Free everything."""
+        self._space = None
+        self._encoders.clear()
+        self._choosers.clear()
+
+    def __len__(self) -> int:
+        return len(self._encoders)
+
+    @property
+    def _tower(self) -> PackedTower:
+        tower = self._adapter.vision.program
+        assert tower is not None  # else refused
+        return tower
+
+    def _room(self, patches: int, integers: int, size: int) -> VisionSpace:
+        space = self._space
+        if space is None or patches > space.patches.shape[0] or integers > space.integers.shape[0]:
+            before = (0, 0) if space is None else (space.patches.shape[0], space.integers.shape[0])
+            self.clear()
+            patches = max(_LEAST_PATCHES, before[0], patches)
+            self._space = space = VisionSpace(self._tower, patches, max(8 * patches, before[1], 2 * integers), size)
+        return space
 
     def __call__(self, patches: Tensor, grids: Grids, share: float = 1.0) -> VisionOutput:
-        """Encode pictures."""
+        """Encode images, or this share of their visual tokens.
 
-        def make(pool: GraphPool | None) -> VisionGraph:
-            return VisionGraph(self._adapter, self._weights, pool, grids, share, patches)
+        Parameters
+        ----------
+        patches : Tensor of shape (n_patches, channels · frames · side²)
+        grids : tuple of (t, h, w)
+            In visual tokens.
+        share : float
+        """
+        tower = self._tower
+        per_token = tower.side**2
+        tables = host_tables(tower.side, tower.window, grids)
+        shape = tables.shape()
+        needed = n_integers(shape, per_token)
+        if share < 1.0:
+            number = sum(n_kept(grids, share))
+            of_kept = shape.only(number * per_token)
+            needed = max(n_integers(of_kept, per_token), n_choice_integers(shape.patches // per_token, len(grids)))
+        space = self._room(shape.patches, needed, patches.shape[1])
+        on_host = torch.zeros(n_integers(shape, per_token), dtype=torch.int64, pin_memory=patches.is_cuda)
+        VisionInputs.of(shape, per_token, on_host).fill(tables, shape)
+        space.integers[: on_host.shape[0]].copy_(on_host, non_blocking=True)
+        space.patches[: patches.shape[0]].copy_(patches)
+        if share >= 1.0:
+            return VisionOutput(self._encode(space, shape, False)[: tables.order.shape[0]])
+        kept = self._choose(space, shape, of_kept, grids, share)[:number]
+        if not kept.is_cuda:
+            return VisionOutput(self._encode(space, of_kept, True)[:number], kept)
+        kept_on_host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
+        kept_on_host.copy_(kept, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return VisionOutput(self._encode(space, of_kept, True)[:number], kept_on_host, ready)
 
-        return self.get_or_capture((grids, share), make)(patches)
+    def _encode(self, space: VisionSpace, shape: VisionShape, is_chosen: bool) -> Tensor:
+        """Run the tower on what is in the workspace."""
+        tower, integers = self._tower, space.chosen if is_chosen else space.integers
+        given = VisionInputs.of(shape, tower.side**2, integers)
+        patches = space.patches if is_chosen else space.patches[: shape.patches]
+
+        def run() -> Tensor:
+            return encode_images(tower, self._weights, shape, given, patches)
+
+        return self._encoders.get((shape, is_chosen), lambda: self._pool.record(run))()
+
+    def _choose(
+        self, space: VisionSpace, shape: VisionShape, of_kept: VisionShape, grids: Grids, share: float
+    ) -> Tensor:
+        """Choose visual tokens, and leave what the tower has to know of them; gives them in reading order."""
+        per_token = self._tower.side**2
+        n_tokens, n_images = shape.patches // per_token, len(grids)
+        on_host = torch.zeros(n_choice_integers(n_tokens, n_images), dtype=torch.int64, pin_memory=space.choice.is_cuda)
+        ChoiceInputs.of(n_tokens, n_images, on_host).fill(grids, share)
+        space.choice[: on_host.shape[0]].copy_(on_host, non_blocking=True)
+        choice = ChoiceInputs.of(n_tokens, n_images, space.choice)
+        whole = VisionInputs.of(shape, per_token, space.integers)
+        part = VisionInputs.of(of_kept, per_token, space.chosen)
+
+        def run() -> Tensor:
+            tokens = space.patches[: shape.patches].unflatten(0, (-1, per_token)).flatten(1)
+            return choose(tokens, choice, whole, part, of_kept)
+
+        return self._choosers.get((shape, of_kept, n_images), lambda: self._pool.record(run))()
