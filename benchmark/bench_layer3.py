@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from sparsevlm.engine.text.prefill_graph import PrefillGraph
 from torch import Tensor
 
 from benchmark.timed import Bench
@@ -26,7 +27,6 @@ from sparsevlm.engine.cuda_graphs import GraphPool
 from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text import bucketed_prefill
 from sparsevlm.engine.text.decode_graph import DecodeGraph
-from sparsevlm.engine.text.prefill_graph import PrefillGraph
 from sparsevlm.request.inputs import visual_masks
 from sparsevlm.request.opening import open_request
 from sparsevlm.state import SparseVLMState

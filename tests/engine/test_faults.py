@@ -10,7 +10,7 @@ from test_parity import run
 from transformers.generation.streamers import BaseStreamer
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine.text import prefill_graph
+from sparsevlm.engine.text import prefill
 from sparsevlm.engine.vision import program
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
@@ -30,8 +30,7 @@ def test_want_of_memory_is_the_plain_path(where, monkeypatch, caplog):
     with state.options(engine=True):
         with monkeypatch.context() as patch:
             patch.setattr(
-                *((prefill_graph.PrefillGraph, "__call__") if where == "prompt" else (program.VisionGraph, "__init__")),
-                full,
+                *((prefill.Prefill, "run") if where == "prompt" else (program.VisionPrograms, "__call__")), full
             )
             with torch.inference_mode():
                 assert torch.equal(model.generate(**inputs, **GREEDY), wanted)

@@ -8,7 +8,15 @@ from test_parity import run
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine.vision.patch_pruning import choose, n_kept, patch_saliency
+from sparsevlm.engine.vision.patch_pruning import (
+    ChoiceInputs,
+    choose,
+    n_choice_integers,
+    n_kept,
+    neighbours,
+    patch_saliency,
+)
+from sparsevlm.engine.vision.tables import VisionInputs, host_tables, n_integers
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "engine": True}
@@ -18,7 +26,7 @@ PICTURES = ["one image", "two images", "batch, left padding", "video"]
 def test_what_differs_from_a_neighbour_is_novel():
     tokens = torch.zeros(5 * 6, 4)
     tokens[2 * 6 + 3] = 2.0
-    found = patch_saliency(tokens, (1, 5, 6)).view(5, 6)
+    found = patch_saliency(tokens, neighbours(((1, 5, 6),))).view(5, 6)
     near = torch.zeros(5, 6, dtype=torch.bool)
     near[2, 3] = near[1, 3] = near[3, 3] = near[2, 2] = near[2, 4] = True
     assert torch.equal(found, near * 2.0)
@@ -28,7 +36,7 @@ def test_in_a_video_what_stays_is_not_novel():
     frames = torch.randn(3, 4 * 4, 5, generator=torch.Generator().manual_seed(0))
     frames[1] = frames[0]
     frames[1, 7] += 1.0
-    found = patch_saliency(frames.flatten(0, 1), (3, 4, 4)).view(3, 16)
+    found = patch_saliency(frames.flatten(0, 1), neighbours(((3, 4, 4),))).view(3, 16)
     assert (found[0] > 0).all()
     assert found[1].nonzero().tolist() == [[7]]
     assert (found[2] > 0).all()
@@ -36,16 +44,38 @@ def test_in_a_video_what_stays_is_not_novel():
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 1.0])
 def test_the_choice_keeps_its_numbers_and_orders(share):
-    grids = ((1, 4, 6), (2, 2, 4))
-    tokens = torch.randn(40, 3, generator=torch.Generator().manual_seed(1))
-    order = torch.randperm(40, generator=torch.Generator().manual_seed(2))
-    kept = choose(tokens, grids, share, order)
-    assert [int((kept.tokens < 24).sum()), int((kept.tokens >= 24).sum())] == n_kept(grids, share)
-    assert kept.tokens.tolist() == sorted(set(kept.tokens.tolist()))
-    assert torch.equal(kept.working[kept.back], kept.tokens)
-    assert torch.equal(order[kept.places], kept.working)
-    mask = torch.isin(order, kept.tokens)
-    assert kept.before.tolist() == [int(mask[:place].sum()) for place in range(41)]
+    grids, per_token = ((1, 4, 6), (2, 2, 4)), 4
+    tables = host_tables(2, 4, grids)
+    shape = tables.shape()
+    n_tokens, number = shape.patches // per_token, sum(n_kept(grids, share))
+    of_kept = shape.only(number * per_token)
+
+    def room(n):
+        return torch.zeros(n, dtype=torch.int64)
+
+    whole = VisionInputs.of(shape, per_token, room(n_integers(shape, per_token)))
+    part = VisionInputs.of(of_kept, per_token, room(n_integers(of_kept, per_token)))
+    choice = ChoiceInputs.of(n_tokens, 2, room(n_choice_integers(n_tokens, 2)))
+    whole.fill(tables, shape)
+    choice.fill(grids, share)
+    tokens = torch.randn(n_tokens, 3, generator=torch.Generator().manual_seed(1))
+    kept = choose(tokens, choice, whole, part, of_kept)[:number]
+    assert [int((kept < 24).sum()), int((kept >= 24).sum())] == n_kept(grids, share)
+    assert kept.tolist() == sorted(set(kept.tolist()))
+    working = [token for token in tables.order.tolist() if token in kept.tolist()]
+    assert part.order[:number].tolist() == working
+    assert torch.equal(part.order[part.back[:number]], kept)
+    places = [place for place, token in enumerate(tables.order.tolist()) if token in kept.tolist()]
+    of_patches = tables.positions.view(-1, per_token, 2)
+    assert torch.equal(part.positions.view(-1, per_token, 2)[:number], of_patches[places])
+    assert part.n_patches.tolist() == [number * per_token]
+    for own, starts in ((part.frames, tables.frames), (part.windows, tables.windows)):
+        left = [per_token * sum(place < start // per_token for place in places) for start in starts.tolist()]
+        assert own[: len(left)].tolist() == left
+        assert own[-1] == of_kept.patches
+        assert (own.diff() >= 0).all()
+        longest = of_kept.longest_frame if own is part.frames else of_kept.longest_window
+        assert own.diff().max() <= longest
 
 
 def by_the_modules(model, adapter, pixels, grids, kept):

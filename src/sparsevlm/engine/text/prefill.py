@@ -113,7 +113,10 @@ class Prefill:
         shape = self._shape(request, packed)
         space = self.make_room(max(shape.rows, features.shape[0]), shape.batch)
         counts = TokenCounts.of(request) if chooses_on_device(request) else None
-        _bring(space, shape, request, prompt, packed, features, counts)
+        integers = torch.zeros(n_integers(shape, space.n_axes), dtype=torch.int64, pin_memory=space.integers.is_cuda)
+        fill(PromptInputs.of(shape, space.n_axes, integers), request, prompt, packed, counts)
+        space.integers[: integers.shape[0]].copy_(integers, non_blocking=True)
+        space.features[: features.shape[0]].copy_(features)
         if counts is not None:
             return self._on_device(request, shape, counts)[: request.batch]
         if {"features", "text_features"} & request.traits.needs:
@@ -197,13 +200,8 @@ def _segment(
     return Segment(*layers, rows, shape.batch, max_seqlen, shape if begins else None, is_read)
 
 
-def _bring(
-    space: Workspace, shape: PromptShape, request: Request, prompt: Prompt, packed: PackedRows, features: Tensor,
-    counts: TokenCounts | None,
-) -> None:  # fmt: skip
-    """Fill in what a prompt brings, on the host, and send it."""
-    integers = torch.zeros(n_integers(shape, space.n_axes), dtype=torch.int64, pin_memory=space.integers.is_cuda)
-    given = PromptInputs.of(shape, space.n_axes, integers)
+def fill(given: PromptInputs, request: Request, prompt: Prompt, packed: PackedRows, counts: TokenCounts | None) -> None:
+    """Write down what a prompt brings, on the host; what is written to must be 0."""
     given.feature_rows.fill_(-1)
     starts = packed.starts
     for b, (sample, own) in enumerate(zip(request.samples, packed.positions, strict=True)):
@@ -217,8 +215,6 @@ def _bring(
     if counts is not None:
         numbers = torch.tensor(counts.visual)
         given.n_visual[: len(numbers), : request.batch] = numbers
-    space.integers[: integers.shape[0]].copy_(integers, non_blocking=True)
-    space.features[: features.shape[0]].copy_(features)
 
 
 def _prune(

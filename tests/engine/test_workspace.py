@@ -1,4 +1,4 @@
-"""Buckets: which requests share one, and that nothing of the last request is seen by the next."""
+"""Capacities and the workspace: which requests share programs, and that nothing of the last is seen by the next."""
 
 from __future__ import annotations
 
@@ -9,53 +9,64 @@ from hypothesis import strategies as st
 from test_parity import run
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine import cuda_graphs
-from sparsevlm.engine.text import decode_graph, prefill_graph
+from sparsevlm.engine import capacities
+from sparsevlm.engine.text import decode_graph, workspace
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
 
 
 @given(st.integers(1, 100_000))
-def test_a_bucket_is_at_most_an_eighth_larger(n):
-    rounded = cuda_graphs.round_up(n)
-    assert n <= rounded < n + max(16, n / 8 + 1)
-    assert cuda_graphs.round_up(rounded) == rounded
+def test_a_capacity_is_at_most_an_eighth_larger(n):
+    rounded = capacities.row_capacity(n)
+    assert n <= rounded < n + max(64, n / 8 + 1)
+    assert capacities.row_capacity(rounded) == rounded
 
 
-def test_requests_of_like_size_share_a_program():
+def test_there_are_few_capacities():
+    assert len({capacities.row_capacity(n) for n in range(1, 4097)}) == 16 + 16
+
+
+def test_requests_share_programs_by_capacities():
     model = tiny_model()
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], engine=True)
-    for seed in range(3):
-        model.generate(**make_inputs(*PROMPTS["one image"], seed=seed), **GREEDY)
-    pool = state._engine._runner.programs
-    assert len(pool) == 1
-    for n_seen in range(3):
-        assert len(pool) == 1, n_seen
-        model.generate(**make_inputs([("text", 90), ("image", 4, 6), ("text", 7)]), **GREEDY)
-    assert len(pool) == 2
+
+    def ask(n_text, height):
+        model.generate(**make_inputs([("text", 3), ("image", 6, height), ("text", n_text)]), **GREEDY)
+        prefill = state._engine._runner.prefill
+        return len(prefill.segments), len(prefill.prune_programs), len(state._engine._runner.decode_graphs)
+
+    first = ask(7, 6)
+    assert first == (3, 2, 1)  # three segments with two cuts between them
+    assert ask(9, 6) == ask(7, 7) == first
+    segments, cuts, graphs = ask(90, 6)
+    assert (segments, cuts, graphs) == (6, 4, 1)
+    assert ask(7, 6) == (6, 4, 1)
     state.detach()
-    assert len(pool) == 0
+    assert state._engine._runner.prefill.space is None
 
 
 @pytest.mark.parametrize("selector", ["span", "random"])
 def test_the_last_request_leaves_no_trace(selector, monkeypatch):
-    monkeypatch.setattr(prefill_graph, "_MOST_GRAPHS", 1)
+    """Nor does one that the workspace has to grow for."""
+    monkeypatch.setattr(workspace, "_LEAST_ROWS", 64)
+    monkeypatch.setattr(workspace, "_LEAST_BATCH", 1)
     model = tiny_model()
-    prompts = [make_inputs([("text", 3), ("image", 4, 6), ("text", n)], seed=n) for n in (7, 5, 8, 7)]
+    prompts = [make_inputs([("text", 3), ("image", 4, 6), ("text", n)], seed=n) for n in (7, 5, 80, 8, 150, 7)]
+    prompts += [make_inputs(*PROMPTS["batch, unequal counts"]), prompts[0]]
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], selector=selector)
     wanted = [model.generate(**inputs, **GREEDY) for inputs in prompts]
     with state.options(engine=True):
         for _ in range(2):
             for inputs, answer in zip(prompts, wanted, strict=True):
                 assert torch.equal(model.generate(**inputs, **GREEDY), answer)
-    assert len(state._engine._runner.programs if selector == "span" else state._engine._runner.decode_graphs) == 1
 
 
 @pytest.mark.parametrize("selector", ["span", "random"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_room_is_made_as_tokens_come(device, selector, monkeypatch):
     monkeypatch.setattr(decode_graph, "_FIRST_CAPACITY", 16)
+    monkeypatch.setattr(decode_graph, "_LEAST_CAPACITY", 16)
     dtype = torch.float32 if device == "cpu" else torch.float16
     model = tiny_model().to(device, dtype)
     inputs = {name: value.to(device) for name, value in make_inputs(*PROMPTS["batch, left padding"]).items()}

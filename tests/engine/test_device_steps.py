@@ -1,0 +1,77 @@
+"""Prune steps on the device against the one that the hooks take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_parity import run
+
+from sparsevlm import apply_sparsevlm
+from sparsevlm.engine.text import prefill
+from toys import PROMPTS, make_inputs, relative_error, tiny_model
+
+OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"keep": 0.9}, {"keep": 1.0}, {"keep": [0.5, 0.9, 1.0]}, {"min_keep": 18}, {"keep": 0.35}]
+)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_steps_on_the_device_do_what_the_prune_step_does(prompt, options, monkeypatch):
+    if isinstance(options.get("keep"), list):
+        options = {"keep": (options["keep"] * 2)[: len(PROMPTS[prompt])]}
+    model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, **{**OPTIONS, **options}, engine=True)
+    said, found = run(model, inputs, 4)
+    report = state.report
+    monkeypatch.setattr(prefill, "chooses_on_device", lambda request: False)
+    _, wanted = run(model, inputs, 4, said)
+    assert state.report.path == report.path == "engine"
+    assert state.report.samples == report.samples
+    assert state.report.kv_bytes == report.kv_bytes
+    for one, other in zip(found, wanted, strict=True):
+        assert relative_error(one, other) < 5e-6
+
+
+class Ordered:
+    """A selector of the user's that the engine can capture: by the length of the states, shortest or longest first."""
+
+    default_schedule = "single"
+
+    def __init__(self, sign):
+        self.sign, self.n_calls = sign, 0
+
+    def order(self, states, valid, n_keep):
+        self.n_calls += 1
+        length = (self.sign * states.float().norm(dim=-1)).masked_fill(~valid, -torch.inf)
+        return length.argsort(dim=-1, descending=True, stable=True)[:, :n_keep]
+
+    def select(self, context, n_keep):
+        valid = torch.ones((1, context.n_visual), dtype=torch.bool)
+        return self.order(context.hidden_states[None], valid, n_keep)[0].sort().values
+
+
+class Anew(Ordered):
+    """Defines ``select`` anew, so that ``order`` no longer says what it chooses."""
+
+    def select(self, context, n_keep):
+        return torch.arange(n_keep)
+
+
+@pytest.mark.parametrize("prompt", ["one image", "batch, unequal counts"])
+def test_a_selector_of_the_users_may_be_captured(prompt):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
+    state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[1])
+    greedy = {"max_new_tokens": 3, "do_sample": False}
+    for kind, sign in ((Ordered, 1), (Ordered, -1), (Anew, 1)):  # objects that differ in what they hold
+        selector = kind(sign)
+        with state.options(selector=selector):
+            wanted, report = model.generate(**inputs, **greedy), state.report
+        n_samples = sum(sample.n_visual > 0 for sample in report.samples)
+        assert selector.n_calls == (0 if kind is Anew else n_samples)
+        with state.options(selector=selector, engine=True):
+            for _ in range(4):
+                assert torch.equal(model.generate(**inputs, **greedy), wanted)
+                assert state.report.samples == report.samples
+                assert state.report.path == "engine"
+        assert selector.n_calls == (0 if kind is Anew else n_samples + 4)  # all samples at once
