@@ -30,6 +30,9 @@ class StageReport:
         Indices among the sample's visual tokens; a recycled one is the centre of its cluster.
     skipped_because : str or None
         Why nothing was dropped here.
+    per_image : tuple of int
+        Visual tokens of each image or video of the sample that went on, in prompt order; a recycled one counts for the
+        image that holds its centre.
     """
 
     layer: int
@@ -41,6 +44,7 @@ class StageReport:
     kept: tuple[int, ...] = ()
     recycled: tuple[int, ...] = ()
     skipped_because: str | None = None
+    per_image: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,10 @@ class SampleReport:
     budget : float or None
         Requested average of visual tokens over layer inputs.
     budget_clamped : str or None
-        Why the budget could not hold for this sample and what was done.
+        Why the budget, ``min_keep`` or the floors of its images could not hold for this sample, and what was done.
     stages : tuple of StageReport
+    images : tuple of int
+        Visual tokens of each image or video, in prompt order.
     """
 
     n_visual: int
@@ -75,6 +81,7 @@ class SampleReport:
     budget: float | None = None
     budget_clamped: str | None = None
     stages: tuple[StageReport, ...] = ()
+    images: tuple[int, ...] = ()
 
     @property
     def average_in(self) -> float:
@@ -328,7 +335,7 @@ def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
         stages.append(StageReport(**plain))
     values["stages"] = tuple(stages)
     values["grids"] = tuple(tuple(grid) for grid in data["grids"])
-    for name in ("layer_tokens", "visual_positions"):
+    for name in ("layer_tokens", "visual_positions", "images"):
         values[name] = tuple(data[name])
     return SampleReport(**values)
 

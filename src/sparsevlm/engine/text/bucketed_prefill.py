@@ -19,6 +19,7 @@ from ...models import ModelAdapter
 from ...request.request import Request, StageRecord
 from ...selection.budget import nothing_to_drop
 from ...selection.context import OrderedSelector
+from ...selection.image_floor import choose_by_order
 from ..call import Prompt, to_device
 from ..cuda_graphs import round_up, step_of
 from ..fused_weights import FusedWeights
@@ -43,6 +44,8 @@ class BucketShape:
         Room for visual tokens of one sample, likewise.
     max_seqlen : tuple of int
         Room for the longest sample, likewise.
+    n_images : int
+        Room for images of one sample, if some sample has several with a floor each; else 0.
     """
 
     targets: tuple[int, ...]
@@ -50,6 +53,7 @@ class BucketShape:
     rows: tuple[int, ...]
     visual: tuple[int, ...]
     max_seqlen: tuple[int, ...]
+    n_images: int = 0
 
     @property
     def n_features(self) -> int:
@@ -93,7 +97,14 @@ def plan(request: Request) -> tuple[BucketShape, TokenCounts]:
         max_seqlen = tuple(
             max(round_up(max(total)), step_of(sum(total) + 1)) for total in counts.total
         )  # or what fills up
-    return BucketShape(targets, len(request.samples), rows, visual, max_seqlen), counts
+    n_images = _n_images(request) if targets else 0
+    return BucketShape(targets, len(request.samples), rows, visual, max_seqlen, n_images), counts
+
+
+def _n_images(request: Request) -> int:
+    """Room for images: a power of two, so that prompts of about as many share a program."""
+    most = max(len(sample.image_sizes) for sample in request.samples)
+    return 1 << (most - 1).bit_length() if most > 1 and request.config.min_keep_per_image else 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +120,10 @@ class Inputs:
     cu_seqlens : Tensor of shape (n_stages, batch + 2), int64
         The last sequence is what fills up.
     n_visual : Tensor of shape (n_stages, batch), int64
+    image_idx : Tensor of shape (batch, visual[0]), int64
+        Image of every visual token; empty without floors.
+    min_keep : Tensor of shape (batch,), int64
+        Floor of each image of a sample, 0 where there is one alone; empty without floors.
     features : Tensor of shape (batch · visual[0], hidden_size)
     """
 
@@ -118,6 +133,8 @@ class Inputs:
     feature_rows: Tensor
     cu_seqlens: Tensor
     n_visual: Tensor
+    image_idx: Tensor
+    min_keep: Tensor
     features: Tensor
 
     @classmethod
@@ -125,15 +142,16 @@ class Inputs:
         """As parts of one tensor, which crosses to the device in one copy."""
         shapes = _shapes(bucket)
         parts = integers.split([math.prod(shape) for shape in shapes])
-        ids, positions, visual_rows, feature_rows, cu_seqlens, n_visual = (
+        ids, positions, visual_rows, feature_rows, cu_seqlens, n_visual, image_idx, min_keep = (
             part.view(shape) for part, shape in zip(parts, shapes, strict=True)
         )
-        return cls(ids, positions, visual_rows, feature_rows, cu_seqlens, n_visual, features)
+        return cls(ids, positions, visual_rows, feature_rows, cu_seqlens, n_visual, image_idx, min_keep, features)
 
 
 def _shapes(bucket: BucketShape) -> list[tuple[int, ...]]:
     rows, tokens, n_stages = bucket.rows[0], (bucket.batch, bucket.visual[0]), len(bucket.rows)
-    return [(rows,), (3, rows), tokens, tokens, (n_stages, bucket.batch + 2), (n_stages, bucket.batch)]
+    of_images = (tokens, (bucket.batch,)) if bucket.n_images else ((0,), (0,))
+    return [(rows,), (3, rows), tokens, tokens, (n_stages, bucket.batch + 2), (n_stages, bucket.batch), *of_images]
 
 
 def n_integers(bucket: BucketShape) -> int:
@@ -155,6 +173,9 @@ def make_integers(request: Request, prompt: Prompt, bucket: BucketShape, counts:
         given.positions[:, rows] = prompt.positions[:, b, own]
         given.visual_rows[b, : visual.shape[0]] = start + torch.searchsorted(own, visual)
         given.feature_rows[b, : visual.shape[0]] = prompt.feature_rows[b, visual]
+        if bucket.n_images:
+            given.image_idx[b, : visual.shape[0]] = sample.image_idx
+            given.min_keep[b] = request.config.min_keep_per_image if len(sample.image_sizes) > 1 else 0
         start = rows.stop
     given.n_visual.copy_(torch.tensor(counts.visual))
     given.cu_seqlens[:, 1:-1] = torch.tensor(counts.total).cumsum(dim=1)
@@ -193,6 +214,7 @@ def run(
     visual_rows, cu_seqlens = given.visual_rows, given.cu_seqlens.to(torch.int32)
     everyone = torch.arange(bucket.visual[0], device=hidden.device)
     alive, valid = everyone.expand_as(visual_rows), everyone < given.n_visual[0][:, None]
+    image_idx = given.image_idx
     caches: list[LayerCache] = []
     kept: list[Tensor] = []
     residual: Tensor | None = None
@@ -206,7 +228,12 @@ def run(
         stage += 1
         left, capacity = given.n_visual[stage], bucket.visual[stage]
         picks = selector.order(hidden[visual_rows], valid, min(capacity, visual_rows.shape[1]))
-        chosen = _ascending(picks, left, visual_rows.shape[1])
+        if bucket.n_images:
+            is_chosen = choose_by_order(picks, image_idx, valid, left, given.min_keep, bucket.n_images)
+            chosen = _places(is_chosen, picks.shape[1])
+            image_idx = image_idx.gather(1, chosen)
+        else:
+            chosen = _ascending(picks, left, visual_rows.shape[1])
         rows, visual_rows = _compact(visual_rows, valid, chosen, left, bucket.rows[stage], hidden.shape[0])
         valid = torch.arange(chosen.shape[1], device=hidden.device) < left[:, None]
         alive = alive.gather(1, chosen)
@@ -235,6 +262,11 @@ def _ascending(picks: Tensor, left: Tensor, n: int) -> Tensor:
     late = torch.arange(picks.shape[1], device=picks.device) >= left[:, None]
     ordered = (picks + late * n).sort(dim=1).values
     return ordered % n
+
+
+def _places(is_chosen: Tensor, capacity: int) -> Tensor:
+    """Where a mask is true, ascending, others behind: of shape (batch, capacity)."""
+    return torch.argsort(~is_chosen, dim=1, stable=True)[:, :capacity]
 
 
 def _compact(

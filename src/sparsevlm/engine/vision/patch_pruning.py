@@ -52,7 +52,7 @@ class KeptPatches:
             getattr(self, field.name).copy_(getattr(other, field.name))
 
 
-def n_kept(grids: Sequence[Grid], share: float) -> list[int]:
+def n_kept(grids: Sequence[Grid], share: float, min_keep: int = 1, min_keep_per_image: int = 0) -> list[int]:
     """Number of tokens of each image that are computed, at least one.
 
     Parameters
