@@ -53,7 +53,7 @@ class KeptPatches:
 
 
 def n_kept(grids: Sequence[Grid], share: float, min_keep: int = 1, min_keep_per_image: int = 0) -> list[int]:
-    """Number of tokens of each image that are computed, at least one.
+    """Number of tokens of each image of a sample that are computed: a share of them, and no fewer than the floors.
 
     Parameters
     ----------
@@ -61,8 +61,15 @@ def n_kept(grids: Sequence[Grid], share: float, min_keep: int = 1, min_keep_per_
         In tokens.
     share : float
         In (0, 1].
+    min_keep : int
+        Of all images together; each has its part by its size.
+    min_keep_per_image : int
+        Of each, where there are several; one at least.
     """
-    return [max(1, round(share * t * h * w)) for t, h, w in grids]
+    sizes = [t * h * w for t, h, w in grids]
+    n_visual, floor = sum(sizes), min_keep_per_image if len(sizes) > 1 else 1
+    parts = [-(-min(min_keep, n_visual) * n // n_visual) for n in sizes]
+    return [min(n, max(1, round(share * n), part, floor)) for n, part in zip(sizes, parts, strict=True)]
 
 
 def patch_saliency(tokens: Tensor, grid: Grid) -> Tensor:
@@ -92,7 +99,7 @@ def patch_saliency(tokens: Tensor, grid: Grid) -> Tensor:
     return found.flatten()
 
 
-def choose(tokens: Tensor, grids: Sequence[Grid], share: float, order: Tensor | None) -> KeptPatches:
+def choose(tokens: Tensor, grids: Sequence[Grid], numbers: Sequence[int], order: Tensor | None) -> KeptPatches:
     """The most novel tokens of every picture; waits for nothing.
 
     Parameters
@@ -101,13 +108,14 @@ def choose(tokens: Tensor, grids: Sequence[Grid], share: float, order: Tensor | 
         Pixels, in reading order, picture behind picture.
     grids : sequence of (t, h, w)
         In tokens.
-    share : float
+    numbers : sequence of int
+        Tokens of each picture that are kept.
     order : Tensor of shape (n_tokens,), int64, optional
         The token at each place of the order in which the tower works; ``None``: reading order.
     """
     sizes = [t * h * w for t, h, w in grids]
     found, start = [], 0
-    for own, grid, number in zip(tokens.split(sizes), grids, n_kept(grids, share), strict=True):
+    for own, grid, number in zip(tokens.split(sizes), grids, numbers, strict=True):
         ranked = patch_saliency(own, grid).sort(descending=True, stable=True).indices
         found.append(start + ranked[:number].sort().values)
         start += own.shape[0]

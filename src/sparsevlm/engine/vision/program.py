@@ -18,7 +18,7 @@ from ...models.base import PackedTower, TowerBlock
 from ..cuda_graphs import CapturedPrograms, GraphPool
 from ..fused_weights import FusedWeights
 from ..text.layer import summed
-from .patch_pruning import KeptPatches, choose, n_kept
+from .patch_pruning import KeptPatches, choose
 
 T = TypeVar("T")
 Grids = tuple[tuple[int, int, int], ...]
@@ -148,12 +148,14 @@ def encode_images(tower: PackedTower, weights: FusedWeights, tables: Tables, pat
     return hidden, tokens if tables.back is None else tokens[tables.back]
 
 
-def left_tables(tower: PackedTower, tables: Tables, grids: Grids, share: float, kept: KeptPatches) -> Tables:
+def left_tables(
+    tower: PackedTower, tables: Tables, grids: Grids, numbers: tuple[int, ...], kept: KeptPatches
+) -> Tables:
     """Tables of the tokens that are kept; windows and frames stay what they are, with fewer patches in each."""
-    per_token, sizes = tower.side**2, n_kept(grids, share)
-    alone = len(set(sizes)) == 1 and all(t == 1 for t, _, _ in grids)
+    per_token = tower.side**2
+    alone = len(set(numbers)) == 1 and all(t == 1 for t, _, _ in grids)
     cos, sin = (_reordered(tower, table, kept.places) for table in (tables.cos, tables.sin))
-    frames = tables.frames.left(kept.before, per_token, per_token * sizes[0] if alone else None)
+    frames = tables.frames.left(kept.before, per_token, per_token * numbers[0] if alone else None)
     windows = frames if tower.window is None else tables.windows.left(kept.before, per_token, None)
     return Tables(kept.working, kept.back, cos, sin, frames, windows)
 
@@ -213,8 +215,8 @@ class VisionGraph:
         ``None``: it is run once, and not recorded.
     grids : tuple of (t, h, w)
         In visual tokens.
-    share : float
-        Of the visual tokens that is computed.
+    numbers : tuple of int or None
+        Visual tokens of each image that are computed; ``None``: all.
     like : Tensor
         Patches, for shape and device.
     """
@@ -225,7 +227,7 @@ class VisionGraph:
         weights: FusedWeights,
         pool: GraphPool | None,
         grids: Grids,
-        share: float,
+        numbers: tuple[int, ...] | None,
         like: Tensor,
     ) -> None:
         tower = adapter.vision.program
@@ -239,17 +241,17 @@ class VisionGraph:
             return run if pool is None else pool.record(run)
 
         self._choose: Callable[[], Tensor] | None = None
-        if share < 1.0:
-            kept = KeptPatches.empty(sum(n_kept(grids, share)), like.shape[0] // per_token, like.device)
+        if numbers is not None:
+            kept = KeptPatches.empty(sum(numbers), like.shape[0] // per_token, like.device)
 
             def choose_again() -> Tensor:
                 tokens = patches.unflatten(0, (-1, per_token)).flatten(1)
-                kept.become(choose(tokens, grids, share, tables.order))
+                kept.become(choose(tokens, grids, numbers, tables.order))
                 return kept.tokens
 
             self._choose = record(choose_again)
             self._run = record(
-                lambda: encode_images(tower, weights, left_tables(tower, tables, grids, share, kept), patches)
+                lambda: encode_images(tower, weights, left_tables(tower, tables, grids, numbers, kept), patches)
             )
         else:
             self._run = record(lambda: encode_images(tower, weights, tables, patches))
@@ -268,8 +270,8 @@ class VisionGraph:
         return VisionOutput(*self._run(), on_host, ready, self._is_recorded)
 
 
-class VisionGraphs(CapturedPrograms[tuple[Grids, float], VisionGraph]):
-    """The vision programs of a model, by grids and share.
+class VisionGraphs(CapturedPrograms[tuple[Grids, tuple[int, ...] | None], VisionGraph]):
+    """The vision programs of a model, by grids and by how much of them is computed.
 
     Parameters
     ----------
@@ -282,10 +284,10 @@ class VisionGraphs(CapturedPrograms[tuple[Grids, float], VisionGraph]):
         super().__init__(_MOST_GRAPHS, pool)
         self._adapter, self._weights = adapter, weights
 
-    def __call__(self, patches: Tensor, grids: Grids, share: float = 1.0) -> VisionOutput:
-        """Encode pictures."""
+    def __call__(self, patches: Tensor, grids: Grids, numbers: tuple[int, ...] | None = None) -> VisionOutput:
+        """Encode pictures, or so many tokens of each."""
 
         def make(pool: GraphPool | None) -> VisionGraph:
-            return VisionGraph(self._adapter, self._weights, pool, grids, share, patches)
+            return VisionGraph(self._adapter, self._weights, pool, grids, numbers, patches)
 
-        return self.get_or_capture((grids, share), make)(patches)
+        return self.get_or_capture((grids, numbers), make)(patches)
