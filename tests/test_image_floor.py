@@ -109,6 +109,7 @@ def test_floors_that_are_more_than_the_budget(engine):
         model.generate(**inputs, **GREEDY)
         (sample,) = state.report.samples
         assert sample.stages[0].per_image == (5, 5)
+        assert "visual tokens per image at the end: 5 of 16, 5 of 36" in str(state.report)
         assert sample.budget_clamped == (
             "min_keep_per_image=20 takes 36 tokens of 2 images, but 10 go on after layer 0: each image keeps an even "
             "share"

@@ -85,8 +85,8 @@ class SparseVLMConfig:
         possible; the report says which path ran, and why. ``None``: on CUDA devices.
     vision_keep : float
         Share of the visual tokens, in (0, 1], that the vision tower computes under the engine: squares of patches that
-        look like all their neighbours are left out before its first block, and never reach the decoder. A path without
-        the engine computes all.
+        look like all their neighbours are left out before its first block, and never reach the decoder. No fewer are
+        computed than ``min_keep`` and ``min_keep_per_image`` allow. A path without the engine computes all.
     timeout : float, optional
         Seconds that a call waits for the call of another thread to end before it raises ``TimeoutError``; ``None``: as
         long as it takes. A model serves one call at a time, in the order in which they came.

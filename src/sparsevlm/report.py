@@ -372,6 +372,10 @@ def _summary_lines(report: Report) -> list[str]:
             f"visual tokens per sample: {report.n_visual:.1f} in, average {report.average_in:.1f} (layer inputs), "
             f"{report.average_out:.1f} (layer outputs), {report.final_tokens:.1f} at the end"
         )
+    for sample in report.samples:
+        if len(sample.images) > 1 and sample.stages:
+            counts = zip(sample.stages[-1].per_image, sample.images, strict=True)
+            lines.append("visual tokens per image at the end: " + ", ".join(f"{n} of {size}" for n, size in counts))
     lines.append(
         f"decoder prefill: {report.flops.sparse / 1e9:.2f} of {report.flops.dense / 1e9:.2f} GFLOP (estimate); "
         f"KV cache: {report.kv_bytes.sparse / 1e6:.2f} of {report.kv_bytes.dense / 1e6:.2f} MB"
