@@ -160,6 +160,24 @@ def test_a_selector_without_an_order_is_asked_again():
     assert found.selection.keep_idx.tolist() == [0, 1, 2, 3, 4, 5]
 
 
+def test_what_it_is_given_again_is_of_its_rows():
+    context = make_context(
+        9, image_idx=torch.tensor([0] * 4 + [1] * 5), n_images=2, coordinates=torch.arange(27).view(3, 9)
+    )
+    rows = torch.tensor([1, 4, 8])
+    part = context.at(rows)
+    for name, value in vars(part).items():
+        whole = getattr(context, name)
+        if not isinstance(whole, torch.Tensor):
+            assert value is whole
+        elif name == "text_features":
+            assert torch.equal(value, whole)
+        else:
+            by_column = name in ("coordinates", "rater_attention", "vision_attention")
+            assert torch.equal(value, whole[:, rows] if by_column else whole[rows]), name
+        assert whole is None or not isinstance(whole, torch.Tensor) or value.data_ptr() != whole.data_ptr()
+
+
 def test_an_image_that_falls_short_of_the_rest_is_set_apart_in_turn():
     selector = Scored([9.0, 8.0, 7.0, 3.0, 2.0, 1.0, 0.0, 0.0, 0.0])
     found, _ = decided(selector, [3, 3, 3], 4, options={"min_keep_per_image": 1})
