@@ -8,6 +8,7 @@ import torch
 from sparsevlm import apply_sparsevlm
 from sparsevlm.report import Report
 from sparsevlm.selection.selectors import SELECTORS
+from sparsevlm.selection.selectors.span import SpanSelector
 from toys import PROMPTS, make_inputs, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.5}
@@ -178,3 +179,34 @@ def test_a_selector_is_told_which_image_a_row_is_of():
         assert n_images == len(own)
         assert images == torch.arange(len(own)).repeat_interleave(torch.tensor(own))[indices].tolist()
     assert len(selector.seen) == 6
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prompt", MANY)
+@pytest.mark.parametrize("min_keep", [4, 9])
+def test_a_graph_chooses_as_the_plain_path(min_keep, prompt, monkeypatch):
+    """With picks that do not hang on the last digits of the states."""
+
+    def by_place(self, states, valid, n_keep):
+        n = states.shape[1]
+        score = (torch.arange(n, device=states.device) * 7919) % 1009
+        return score.expand_as(valid).masked_fill(~valid, 2000 + n).argsort(dim=-1, stable=True)[:, :n_keep]
+
+    def from_the_end(self, states, valid, n_keep):
+        score = torch.arange(states.shape[1], 0, -1, device=states.device)
+        return score.expand_as(valid).masked_fill(~valid, 9999).argsort(dim=-1, stable=True)[:, :n_keep]
+
+    model = tiny_model().to("cuda", torch.bfloat16)
+    inputs = {name: value.to("cuda") for name, value in inputs_of(prompt).items()}
+    for order in (by_place, from_the_end):
+        monkeypatch.setattr(SpanSelector, "order", order)
+        state = apply_sparsevlm(model, **options_of("span", min_keep_per_image=min_keep, engine=False))
+        model.generate(**inputs, **GREEDY)
+        wanted = [[stage.kept for stage in sample.stages] for sample in state.report.samples]
+        check(state.report, min_keep)
+        with state.options(engine=True):
+            for _ in range(5):  # from the third time on by what was recorded
+                model.generate(**inputs, **GREEDY)
+                assert state.report.path == "engine"
+                found = [[stage.kept for stage in sample.stages] for sample in state.report.samples]
+                assert found == wanted

@@ -45,7 +45,16 @@ def both(prompt, **options):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"keep": 0.9}, {"keep": 1.0}, {"keep": [0.5, 0.9, 1.0][:1]}, {"min_keep": 18}, {"keep": 0.35}]
+    "options",
+    [
+        {},
+        {"keep": 0.9},
+        {"keep": 1.0},
+        {"keep": [0.5, 0.9, 1.0][:1]},
+        {"min_keep": 18},
+        {"keep": 0.35},
+        {"min_keep_per_image": 9},
+    ],
 )
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_the_program_does_what_exact_shapes_do(prompt, options):
