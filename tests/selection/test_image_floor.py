@@ -88,6 +88,13 @@ def test_floors_that_do_not_fit_become_even_shares(left, n_keep, min_keep):
     assert found == shares_one_by_one(left, n_keep, min_keep)
 
 
+def test_the_closed_form_waits_for_no_value():
+    """Tensors without values: what reads one raises."""
+    rows, numbers = torch.zeros(2, 9, dtype=torch.long, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+    chosen = choose_by_order(rows[:, :5], rows, rows.bool(), numbers, numbers, 4)
+    assert (chosen.shape, chosen.dtype) == ((2, 9), torch.bool)
+
+
 def test_floors_by_hand():
     def floors(left, n_keep, min_keep=4):
         return floors_within(torch.tensor([left]), torch.tensor([n_keep]), torch.tensor([min_keep]))[0].tolist()
