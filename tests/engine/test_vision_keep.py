@@ -214,7 +214,10 @@ def test_a_schedule_asks_for_more_than_the_tower_leaves():
     )
     with state.options(schedule=None, keep=25):
         run(model, inputs, 2)
-        assert "keep=25 is more than the 15 of 30 visual tokens" in state.report.samples[0].budget_clamped
+        assert (
+            "keep=25 (25.0 tokens on average) is more than the 15 of 30 visual tokens"
+            in state.report.samples[0].budget_clamped
+        )
 
 
 def test_every_image_keeps_its_floor_in_the_tower_and_behind():

@@ -246,10 +246,9 @@ def _plan_of_budget(request: Request, sample: Sample, keep: int | float, schedul
         wanted = keep if isinstance(keep, int) else keep * n_visual
         budget = keep if isinstance(keep, int) else min(1.0, wanted / n_left)
         if int(wanted + 1e-6) > n_left:
-            given = f"keep={keep}" if isinstance(keep, int) else f"keep={keep} ({wanted:.1f} tokens on average)"
             clamped = (
-                f"{given} is more than the {n_left} of {n_visual} visual tokens that vision_keep={config.vision_keep} "
-                "leaves: all of these are kept"
+                f"keep={keep} ({wanted:.1f} tokens on average) is more than the {n_left} of {n_visual} visual tokens "
+                f"that vision_keep={config.vision_keep} leaves: all of these are kept"
             )
             return Plan((n_left,) * len(request.target_layers), float(n_left), clamped)
     return plan_budget(budget, schedule, n_left, request.target_layers, n_layers, config.min_keep)
