@@ -73,7 +73,7 @@ def apply_sparsevlm(
     **options
         The other fields of :class:`SparseVLMConfig`: ``raters``, ``heads``, ``recycle``, ``merge``, ``schedule``,
         ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``, ``engine``, ``vision_keep``,
-        ``timeout``.
+        ``timeout``, ``min_keep_per_image``.
 
     Returns
     -------

@@ -37,7 +37,11 @@ class SparseVLMConfig:
     target_layers : sequence of int, optional
         Decoder layers on whose output tokens are dropped. ``None``: every 4th layer from layer 2.
     min_keep : int
-        Never fewer visual tokens than this, recycled ones included.
+        Never fewer visual tokens of a sample than this, recycled ones included.
+    min_keep_per_image : int
+        Where a sample has several images or videos: never fewer tokens of each than this, or than it has; a recycled
+        one counts for the image that holds its centre. They are part of the budget. Where the tokens that go on are too
+        few for it, each image keeps an even share of them, and the report says so. 0: images may lose all their tokens.
     tau : float
         Fraction of the dropped tokens that is recycled, in [0, 1] (paper, token recycling).
     theta : float
@@ -81,8 +85,8 @@ class SparseVLMConfig:
         possible; the report says which path ran, and why. ``None``: on CUDA devices.
     vision_keep : float
         Share of the visual tokens, in (0, 1], that the vision tower computes under the engine: squares of patches that
-        look like all their neighbours are left out before its first block, and never reach the decoder. A path without
-        the engine computes all.
+        look like all their neighbours are left out before its first block, and never reach the decoder. No fewer are
+        computed than ``min_keep`` and ``min_keep_per_image`` allow. A path without the engine computes all.
     timeout : float, optional
         Seconds that a call waits for the call of another thread to end before it raises ``TimeoutError``; ``None``: as
         long as it takes. A model serves one call at a time, in the order in which they came.
@@ -108,6 +112,7 @@ class SparseVLMConfig:
     engine: bool | None = None
     vision_keep: float = 1.0
     timeout: float | None = None
+    min_keep_per_image: int = 4
 
     def __post_init__(self) -> None:
         if self.preset is not None:
@@ -115,6 +120,7 @@ class SparseVLMConfig:
         if self.n_vis is not None:
             _check_int("n_vis", self.n_vis, 0)
         _check_int("min_keep", self.min_keep, 1)
+        _check_int("min_keep_per_image", self.min_keep_per_image, 0)
         _check_int("seed", self.seed, 0, MAX_SEED)
         for name in ("tau", "theta", "rank_lambda", "vision_keep"):
             _check_unit_interval(name, getattr(self, name))

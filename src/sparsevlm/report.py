@@ -30,6 +30,9 @@ class StageReport:
         Indices among the sample's visual tokens; a recycled one is the centre of its cluster.
     skipped_because : str or None
         Why nothing was dropped here.
+    per_image : tuple of int
+        Visual tokens of each image or video of the sample that went on, in prompt order; a recycled one counts for the
+        image that holds its centre.
     """
 
     layer: int
@@ -41,6 +44,7 @@ class StageReport:
     kept: tuple[int, ...] = ()
     recycled: tuple[int, ...] = ()
     skipped_because: str | None = None
+    per_image: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,10 @@ class SampleReport:
     budget : float or None
         Requested average of visual tokens over layer inputs.
     budget_clamped : str or None
-        Why the budget could not hold for this sample and what was done.
+        Why the budget, ``min_keep`` or the floors of its images could not hold for this sample, and what was done.
     stages : tuple of StageReport
+    images : tuple of int
+        Visual tokens of each image or video, in prompt order.
     """
 
     n_visual: int
@@ -75,6 +81,7 @@ class SampleReport:
     budget: float | None = None
     budget_clamped: str | None = None
     stages: tuple[StageReport, ...] = ()
+    images: tuple[int, ...] = ()
 
     @property
     def average_in(self) -> float:
@@ -328,7 +335,7 @@ def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
         stages.append(StageReport(**plain))
     values["stages"] = tuple(stages)
     values["grids"] = tuple(tuple(grid) for grid in data["grids"])
-    for name in ("layer_tokens", "visual_positions"):
+    for name in ("layer_tokens", "visual_positions", "images"):
         values[name] = tuple(data[name])
     return SampleReport(**values)
 
@@ -365,6 +372,10 @@ def _summary_lines(report: Report) -> list[str]:
             f"visual tokens per sample: {report.n_visual:.1f} in, average {report.average_in:.1f} (layer inputs), "
             f"{report.average_out:.1f} (layer outputs), {report.final_tokens:.1f} at the end"
         )
+    for sample in report.samples:
+        if len(sample.images) > 1 and sample.stages:
+            counts = zip(sample.stages[-1].per_image, sample.images, strict=True)
+            lines.append("visual tokens per image at the end: " + ", ".join(f"{n} of {size}" for n, size in counts))
     lines.append(
         f"decoder prefill: {report.flops.sparse / 1e9:.2f} of {report.flops.dense / 1e9:.2f} GFLOP (estimate); "
         f"KV cache: {report.kv_bytes.sparse / 1e6:.2f} of {report.kv_bytes.dense / 1e6:.2f} MB"

@@ -14,7 +14,18 @@ OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"keep": 0.9}, {"keep": 1.0}, {"keep": [0.5, 0.9, 1.0]}, {"min_keep": 18}, {"keep": 0.35}]
+    "options",
+    [
+        {},
+        {"keep": 0.9},
+        {"keep": 1.0},
+        {"keep": [0.5, 0.9, 1.0]},
+        {"min_keep": 18},
+        {"keep": 0.35},
+        {"min_keep_per_image": 9},
+        {"min_keep_per_image": 0},
+        {"schedule": "geometric"},
+    ],
 )
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_steps_on_the_device_do_what_the_prune_step_does(prompt, options, monkeypatch):

@@ -10,7 +10,7 @@ from test_parity import run
 from transformers.generation.streamers import BaseStreamer
 
 from sparsevlm import apply_sparsevlm
-from sparsevlm.engine.text import prefill
+from sparsevlm.engine.text import prefill, prune_program, segments
 from sparsevlm.engine.vision import program
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
@@ -106,20 +106,22 @@ def test_a_second_thread_waits_its_turn():
     assert torch.equal(found[0], wanted)
 
 
-def test_many_shapes_do_not_pile_up():
+def test_many_shapes_do_not_pile_up(monkeypatch):
+    for module in (segments, prune_program, program):
+        monkeypatch.setattr(module, "_MOST_GRAPHS", 3)
     model = tiny_model()
     state = apply_sparsevlm(model, **OPTIONS, engine=True)
     for n in range(1, 13):
         model.generate(**make_inputs([("text", 3), ("image", 4, 2 * n), ("text", 5 * n)]), **GREEDY)
-    engine = state._engine
-    assert max(len(engine._runner.programs), len(engine._runner.vision)) <= prefill_graph._MOST_GRAPHS < 12
+    runner = state._engine._runner
+    assert max(len(runner.prefill.segments), len(runner.prefill.prune_programs), len(runner.vision)) <= 3
 
 
 def test_warm_up_says_what_it_did():
     model = tiny_model()
     small, large = (make_inputs([("text", 3), ("image", 4, side), ("text", 9)]) for side in (4, 8))
     state = apply_sparsevlm(model, **OPTIONS, engine=True, warmup=[small, large])
-    assert len(state._engine._runner.programs) == 2
+    assert len(state._engine._runner.prefill.segments) == 2
     found = state.warmup(small, large, max_new_tokens=3)
     assert (found.n_run, found.n_left, found.n_bytes) == (2, 0, 0)
     assert found.seconds > 0

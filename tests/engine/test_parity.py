@@ -52,7 +52,7 @@ def chosen_without_values(self, states, valid, n_keep):
     return score.expand_as(valid).masked_fill(~valid, 2000 + n).argsort(dim=-1, stable=True)[:, :n_keep]
 
 
-CHOICES = {"span": {}, "all": {"keep": 1.0}, "random": {"selector": "random"}}
+CHOICES = {"span": {}, "all": {"keep": 1.0}, "random": {"selector": "random"}, "floors": {"min_keep_per_image": 9}}
 
 
 @parametrize_pairs(prompt=list(PROMPTS), choice=list(CHOICES), family=ON_ENGINE)

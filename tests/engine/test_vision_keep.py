@@ -47,7 +47,9 @@ def test_the_choice_keeps_its_numbers_and_orders(share):
     grids, per_token = ((1, 4, 6), (2, 2, 4)), 4
     tables = host_tables(2, 4, grids)
     shape = tables.shape()
-    n_tokens, number = shape.patches // per_token, sum(n_kept(grids, share))
+    numbers = n_kept(grids, share)
+    assert numbers == [max(1, round(share * 24)), max(1, round(share * 16))]
+    n_tokens, number = shape.patches // per_token, sum(numbers)
     of_kept = shape.only(number * per_token)
 
     def room(n):
@@ -57,10 +59,10 @@ def test_the_choice_keeps_its_numbers_and_orders(share):
     part = VisionInputs.of(of_kept, per_token, room(n_integers(of_kept, per_token)))
     choice = ChoiceInputs.of(n_tokens, 2, room(n_choice_integers(n_tokens, 2)))
     whole.fill(tables, shape)
-    choice.fill(grids, share)
+    choice.fill(grids, numbers)
     tokens = torch.randn(n_tokens, 3, generator=torch.Generator().manual_seed(1))
     kept = choose(tokens, choice, whole, part, of_kept)[:number]
-    assert [int((kept < 24).sum()), int((kept >= 24).sum())] == n_kept(grids, share)
+    assert [int((kept < 24).sum()), int((kept >= 24).sum())] == numbers
     assert kept.tolist() == sorted(set(kept.tolist()))
     working = [token for token in tables.order.tolist() if token in kept.tolist()]
     assert part.order[:number].tolist() == working
@@ -76,6 +78,18 @@ def test_the_choice_keeps_its_numbers_and_orders(share):
         assert (own.diff() >= 0).all()
         longest = of_kept.longest_frame if own is part.frames else of_kept.longest_window
         assert own.diff().max() <= longest
+
+
+def test_floors_bind_in_the_tower():
+    one, two = [(1, 5, 6)], [(1, 5, 6), (2, 2, 5), (1, 1, 2)]
+    assert n_kept(one, 0.1) == [3]
+    assert n_kept(one, 0.1, min_keep=20, min_keep_per_image=30) == [20]
+    assert n_kept(one, 0.1, min_keep=40) == [30]
+    assert n_kept(two, 0.1, min_keep_per_image=4) == [4, 4, 2]
+    # 26 of 52: 15, 10 and 1; of 27 the parts are 15.6, 10.4 and 1.04.
+    assert n_kept(two, 0.1, min_keep=26) == [15, 10, 1]
+    assert n_kept(two, 0.1, min_keep=27) == [16, 11, 2]
+    assert n_kept(two, 1.0, min_keep=27) == [30, 20, 2]
 
 
 def by_the_modules(model, adapter, pixels, grids, kept):
@@ -115,9 +129,8 @@ def test_what_is_left_is_computed_in_its_windows(prompt, family):
         engine._runner.quick_check()
         grids = inputs[f"{kind}_grid_thw"]
         for factor in (3, 2, 4, 1):  # the last two by what was recorded
-            seen = engine._runner.vision(
-                pixels * factor, tuple(state.adapter.family.grids(state.adapter, kind, inputs)), 0.5
-            )
+            own = tuple(state.adapter.family.grids(state.adapter, kind, inputs))
+            seen = engine._runner.vision(pixels * factor, own, tuple(n_kept(own, 0.5)))
         wanted = by_the_modules(model, state.adapter, pixels, grids, seen.kept)
     assert 0 < len(seen.kept) < len(pixels) // state.adapter.vision.patches_per_token
     torch.testing.assert_close(seen.tokens, wanted, rtol=1e-4, atol=1e-5)
@@ -133,10 +146,9 @@ def test_the_decoder_never_sees_the_rest(prompt):
     assert report.path == "engine"
     kind = "image" if "pixel_values" in inputs else "video"
     ids = inputs["input_ids"]
+    grids = tuple(state.adapter.family.grids(state.adapter, kind, inputs))
     features = state._engine._runner.vision(
-        inputs["pixel_values" if kind == "image" else "pixel_values_videos"],
-        tuple(state.adapter.family.grids(state.adapter, kind, inputs)),
-        0.5,
+        inputs["pixel_values" if kind == "image" else "pixel_values_videos"], grids, tuple(n_kept(grids, 0.5))
     ).tokens
     given = {name: value for name, value in inputs.items() if not name.startswith("pixel")}
     positions, _ = model.model.get_rope_index(**given)
@@ -193,3 +205,64 @@ def test_the_plain_path_computes_all():
 def test_bad_shares(value, error):
     with pytest.raises(error, match="vision_keep must be"):
         apply_sparsevlm(tiny_model(), **OPTIONS, vision_keep=value)
+
+
+TWO = [("text", 2), ("image", 5, 6), ("text", 4), ("image", 1, 3), ("text", 2), ("image", 4, 4), ("text", 5)]
+
+
+def test_min_keep_and_the_budget_bind_in_the_tower():
+    model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 5, 6), ("text", 9)])
+    options = {**OPTIONS, "keep": 0.9, "vision_keep": 0.1, "min_keep": 20}
+    state = apply_sparsevlm(model, **options)
+    run(model, inputs, 2)
+    (sample,) = state.report.samples
+    assert (state.report.path, sample.layer_tokens, sample.final_tokens) == ("engine", (20,) * 6, 20)
+    assert sample.budget_clamped == (
+        "vision_keep=0.1 asks for 3 of 30 visual tokens, fewer than min_keep=20 allow: 20 are computed; keep=0.9 (27.0 "
+        "tokens on average) is more than the 20 of 30 visual tokens that vision_keep=0.1 leaves: all of these are kept"
+    )
+    for refused, changes in (("asks for 3 of 30", {}), ("is more than the 20 of 30", {"vision_keep": 0.67})):
+        with (
+            pytest.raises(ValueError, match=rf"{refused} .*strict=True refuses this"),
+            state.options(strict=True, **changes),
+        ):
+            run(model, inputs, 2)
+    with state.options(strict=True, vision_keep=0.8, keep=0.8):
+        run(model, inputs, 2)
+        assert state.report.samples[0].budget_clamped is None
+    with state.options(keep=0.6, min_keep=30):
+        run(model, inputs, 2)
+        assert state.report.samples[0].stages[0].skipped_because == "the floors keep every visual token here"
+
+
+def test_a_schedule_asks_for_more_than_the_tower_leaves():
+    model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 5, 6), ("text", 9)])
+    state = apply_sparsevlm(model, **OPTIONS, schedule=[25, 10], vision_keep=0.5)
+    run(model, inputs, 2)
+    assert state.report.samples[0].budget_clamped == (
+        "schedule (25, 10) asks for more than the 15 of 30 visual tokens that vision_keep=0.5 leaves: (15, 10) used"
+    )
+    with state.options(schedule=None, keep=25):
+        run(model, inputs, 2)
+        assert (
+            "keep=25 (25.0 tokens on average) is more than the 15 of 30 visual tokens"
+            in state.report.samples[0].budget_clamped
+        )
+
+
+def test_every_image_keeps_its_floor_in_the_tower_and_behind():
+    model, inputs = tiny_model(), make_inputs(TWO, [("text", 3), ("image", 6, 6), ("text", 9)])
+    state = apply_sparsevlm(model, **OPTIONS, schedule=[0.14, 0.1], vision_keep=0.15)
+    for _ in range(4):  # from the third time on by what was recorded
+        run(model, inputs, 3)
+        assert state.report.path == "engine"
+        first, second = state.report.samples
+        assert first.images == (30, 3, 16)
+        assert [stage.per_image for stage in first.stages] == [(4, 3, 4), (3, 2, 2), (2, 2, 1)]
+        assert (
+            "asks for 7 of 49 visual tokens, fewer than min_keep=3 and min_keep_per_image=4 allow: 11 are computed"
+            in (first.budget_clamped)
+        )
+        assert "min_keep_per_image=4 takes 11 tokens of 3 images, but 7 go on after layer 0" in first.budget_clamped
+        assert [stage.per_image for stage in second.stages] == [(5,), (5,), (4,)]
+        assert second.budget_clamped is None

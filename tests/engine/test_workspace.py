@@ -37,11 +37,11 @@ def test_requests_share_programs_by_capacities():
         return len(prefill.segments), len(prefill.prune_programs), len(state._engine._runner.decode_graphs)
 
     first = ask(7, 6)
-    assert first == (3, 2, 1)  # three segments with two cuts between them
+    assert first == (2, 1, 1)  # two segments with a cut between them
     assert ask(9, 6) == ask(7, 7) == first
     segments, cuts, graphs = ask(90, 6)
-    assert (segments, cuts, graphs) == (6, 4, 1)
-    assert ask(7, 6) == (6, 4, 1)
+    assert (segments, cuts, graphs) == (4, 2, 1)
+    assert ask(7, 6) == (4, 2, 1)
     state.detach()
     assert state._engine._runner.prefill.space is None
 

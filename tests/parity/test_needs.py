@@ -49,7 +49,8 @@ class Spy:
 
 
 def spied(placement="target_layers", needs=VISION):
-    options = {**OPTIONS, "selector": Spy(needs, placement)}
+    # Without floors, for which it would be asked once more.
+    options = {**OPTIONS, "selector": Spy(needs, placement), "min_keep_per_image": 0}
     if placement == "before_decoder":
         del options["target_layers"]
     return options

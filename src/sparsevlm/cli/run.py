@@ -37,6 +37,9 @@ def run(
         str | None, typer.Option("--target-layers", help="Such as 2,6,10.", show_default="every 4th from 2")
     ] = None,
     min_keep: Annotated[int, typer.Option("--min-keep", help="Never fewer visual tokens than this.")] = 32,
+    min_keep_per_image: Annotated[
+        int, typer.Option("--min-keep-per-image", help="Never fewer of each of several images than this.")
+    ] = 4,
     tau: Annotated[float, typer.Option("--tau", help="Share of the dropped tokens that is recycled.")] = 0.5,
     theta: Annotated[float, typer.Option("--theta", help="Clusters per recycled token.")] = 0.5,
     selector: Selector = None,
@@ -57,6 +60,7 @@ def run(
     config = SparseVLMConfig(
         target_layers=parse_layers(target_layers),
         min_keep=min_keep,
+        min_keep_per_image=min_keep_per_image,
         tau=tau,
         theta=theta,
         keep=parse_keep(keep),

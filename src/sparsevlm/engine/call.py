@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import SparseVLMConfig
 from ..models import Grid, ModelAdapter
+from ..request.inputs import visual_grids
 from ..request.opening import plan_samples
 from ..request.request import Request, StageRecord
 from ..request.timing import Mark
 from .cuda_graphs import to_device
+from .vision.patch_pruning import n_kept
 from .vision.program import VisionOutput, VisionPrograms
 from .vision.tables import Grids
 
@@ -140,9 +143,9 @@ class Call:
         self.arguments["position_ids"] = to_device(positions, device)
 
     def prefetch_vision(
-        self, adapter: ModelAdapter, programs: VisionPrograms, share: float, stream: torch.cuda.Stream | None
+        self, adapter: ModelAdapter, programs: VisionPrograms, config: SparseVLMConfig, stream: torch.cuda.Stream | None
     ) -> None:
-        """Encode its images, or this share of their tokens, if they are of one kind."""
+        """Encode its images, or the share of their tokens that an option asks for, if they are of one kind."""
         kind = next(iter(self.grids))
         grids = self.grids[kind]
         if len(self.grids) != 1 or _ENCODED in self.visual or grids is None:
@@ -156,8 +159,17 @@ class Call:
             patches.record_stream(stream)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             begin = Mark.now(device)
-            seen = programs(patches, tuple(grids), share)
+            seen = programs(patches, tuple(grids), self._numbers(adapter, config, grids))
             self.pending = PendingVision(tuple(grids), seen, begin, Mark.now(device), stream)
+
+    def _numbers(self, adapter: ModelAdapter, config: SparseVLMConfig, grids: Sequence[Grid]) -> tuple[int, ...] | None:
+        """How many tokens of each image the tower computes; ``None``: all."""
+        if config.vision_keep >= 1.0:
+            return None
+        by_sample = visual_grids(adapter, self.grids, self.on_host["input_ids"])
+        if sum(map(len, by_sample)) != len(grids):
+            by_sample = [[grid] for grid in grids]  # placeholders that do not fit, which is refused later
+        return tuple(number for own in by_sample for number in _computed(own, config))
 
     def misfit(self, adapter: ModelAdapter) -> str | None:
         """Images whose pixels are not what their grids and the tower say, which the model itself refuses."""
@@ -237,14 +249,35 @@ class Prompt:
         return flat.view_as(embeds)
 
 
+def _computed(grids: Sequence[Grid], config: SparseVLMConfig) -> list[int]:
+    return n_kept(grids, config.vision_keep, config.min_keep, config.min_keep_per_image)
+
+
 def leave_out(adapter: ModelAdapter, request: Request, prompt: Prompt) -> None:
     """Leave out of a request what the vision tower does not compute, and plan with what is left.
 
     The budgets stay what they are, averages over all layers in the tokens of the whole picture.
+
+    Raises
+    ------
+    ValueError
+        With ``strict``, where a floor binds in the tower, or a budget asks for more than the tower leaves.
     """
+    config = request.config
     for b, sample in enumerate(request.samples):
         n_in = sample.visual.shape[0]
+        n_asked, n_computed = sum(n_kept(sample.grids, config.vision_keep)), sum(_computed(sample.grids, config))
+        if n_computed > n_asked:
+            floors = f"min_keep={config.min_keep}"
+            if len(sample.grids) > 1:
+                floors += f" and min_keep_per_image={config.min_keep_per_image}"
+            request.clamp(
+                sample,
+                f"vision_keep={config.vision_keep} asks for {n_asked} of {n_in} visual tokens, fewer than {floors} "
+                f"allow: {n_computed} are computed",
+            )
         sample.keep_only((prompt.feature_rows[b, sample.visual] >= 0).nonzero()[:, 0])
         if n_in:
-            sample.add_stage(StageRecord(-1, n_in, None, None, kept=sample.alive))
+            why = None if sample.alive.shape[0] < n_in else "the floors keep every visual token here"
+            sample.add_stage(StageRecord(-1, n_in, None, why, kept=sample.alive))
     plan_samples(adapter, request)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import compat
 from ..models import ModelAdapter
 from ..request.inputs import visual_masks
-from ..request.opening import open_request
+from ..request.opening import open_request, warn_clamped
 from ..request.request import Request
 from ..request.session import Session
 from ..request.timing import Mark
@@ -116,8 +116,8 @@ class Engine:
                 return None
             if self._may_encode():
                 try:
-                    share = self._session.options.config.vision_keep
-                    call.prefetch_vision(self._adapter, self._runner.vision, share, self._runner.stream)
+                    config = self._session.options.config
+                    call.prefetch_vision(self._adapter, self._runner.vision, config, self._runner.stream)
                 except torch.OutOfMemoryError:
                     self._runner.release_memory()
             if not self._runner.look():
@@ -201,6 +201,7 @@ class Engine:
         if call.pending is not None and (kept := call.pending.kept()) is not None:
             prompt = prompt.only(kept)
             leave_out(adapter, request, prompt)
+            warn_clamped(self._session, request)
         features = self._features(call)
         if features.shape[0] != prompt.n_features:
             raise self._refuse("placeholders and features that differ in number")  # the model's own error follows

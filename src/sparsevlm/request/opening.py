@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..compat import cache_of
 from ..models import Grid, ModelAdapter
-from ..selection.budget import plan_budget, plan_schedule
+from ..selection.budget import Plan, clamped_floors, nothing_to_drop, plan_budget, plan_schedule
 from ..template import Template
 from .inputs import visual_grids
 from .request import Request, Sample
@@ -153,10 +154,23 @@ def make_samples(
             alive=torch.arange(visual.shape[0], device="cpu"),
             tail=_tail_length(visual, other, q_len),
             grids=tuple(by_row[b]) if by_row else (),
+            image_sizes=_image_sizes(visual, None if ids is None else ids[b], by_row[b] if by_row else ()),
         )
         sample.to(mask.device)
         samples.append(sample)
     return samples
+
+
+def _image_sizes(visual: Tensor, ids: Tensor | None, grids: Sequence[Grid]) -> tuple[int, ...]:
+    """Visual tokens of each image: by the grids, or by runs of the same token where these are unknown."""
+    sizes = tuple(t * h * w for t, h, w in grids)
+    if sum(sizes) == visual.shape[0]:
+        return sizes
+    begins = visual.diff() != 1
+    if ids is not None:
+        begins |= ids[visual].diff() != 0
+    ends = [0, *(begins.nonzero().squeeze(-1) + 1).tolist(), visual.shape[0]]
+    return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
 def _tail_length(visual: Tensor, other: Tensor, q_len: int) -> int:
@@ -183,9 +197,15 @@ def _warn(session: Session, request: Request) -> None:
     if n_vis is not None and counts != [n_vis]:
         message = f"n_vis={n_vis} was expected, the inputs hold {counts} visual tokens: these are used."
         session.warn_once("n_vis", message)
+    warn_clamped(session, request)
+
+
+def warn_clamped(session: Session, request: Request) -> None:
+    """Log the first budget or floor that could not hold."""
     for sample in request.samples:
-        if sample.plan is not None and sample.plan.clamped:
-            session.warn_once("budget", sample.plan.clamped + " (said once; see the reports).")
+        for clamped in (*sample.clamped, None if sample.plan is None else sample.plan.clamped):
+            if clamped:
+                session.warn_once("budget", clamped + " (said once; see the reports).")
 
 
 def plan_samples(adapter: ModelAdapter, request: Request) -> None:
@@ -202,13 +222,51 @@ def plan_samples(adapter: ModelAdapter, request: Request) -> None:
     for sample, keep in zip(request.samples, budgets, strict=True):
         n_visual, n_left = sample.visual.shape[0], sample.alive.shape[0]
         if not isinstance(schedule, str):
-            sample.plan = plan_schedule(schedule, n_visual, len(target_layers), config.min_keep).at_most(n_left)
+            plan = plan_schedule(schedule, n_visual, len(target_layers), config.min_keep)
+            sample.plan = plan.at_most(n_left)
+            if sample.plan.counts != plan.counts:
+                sample.plan = sample.plan.and_clamped(
+                    f"schedule {tuple(schedule)} asks for more than the {n_left} of {n_visual} visual tokens that "
+                    f"vision_keep={config.vision_keep} leaves: {sample.plan.counts} used"
+                )
         elif keep is not None:
-            of_left = isinstance(keep, float) and 0 < n_left < n_visual
-            budget = min(1.0, keep * n_visual / n_left) if of_left else keep
-            sample.plan = plan_budget(budget, schedule, n_left, target_layers, adapter.n_layers, config.min_keep)
-        if sample.plan is not None and sample.plan.clamped and config.strict:
+            sample.plan = _plan_of_budget(request, sample, keep, schedule, adapter.n_layers)
+        if sample.plan is None:
+            continue
+        sample.plan = sample.plan.and_clamped(_clamped_floors(request, sample, sample.plan))
+        if sample.plan.clamped and config.strict:
             raise ValueError(f"{sample.plan.clamped} (strict=True refuses this).")
+
+
+def _plan_of_budget(request: Request, sample: Sample, keep: int | float, schedule: str, n_layers: int) -> Plan:
+    """Counts of a budget in the tokens of the whole images, of which the vision tower may have left out some."""
+    config, n_visual, n_left = request.config, sample.visual.shape[0], sample.alive.shape[0]
+    budget = keep
+    if 0 < n_left < n_visual:
+        wanted = keep if isinstance(keep, int) else keep * n_visual
+        budget = keep if isinstance(keep, int) else min(1.0, wanted / n_left)
+        if int(wanted + 1e-6) > n_left:
+            clamped = (
+                f"keep={keep} ({wanted:.1f} tokens on average) is more than the {n_left} of {n_visual} visual tokens "
+                f"that vision_keep={config.vision_keep} leaves: all of these are kept"
+            )
+            return Plan((n_left,) * len(request.target_layers), float(n_left), clamped)
+    return plan_budget(budget, schedule, n_left, request.target_layers, n_layers, config.min_keep)
+
+
+def _clamped_floors(request: Request, sample: Sample, plan: Plan) -> str | None:
+    """Why the floors of a sample's images do not fit at the first target layer where they do not, if any."""
+    config, n_left = request.config, sample.alive.shape[0]
+    if len(sample.image_sizes) < 2:
+        return None
+    for layer, count in zip(request.target_layers, plan.counts, strict=True):
+        if nothing_to_drop(n_left, count, config.min_keep) is not None:
+            continue
+        n_left = count
+        clamped = clamped_floors(sample.n_per_image, count, config.min_keep_per_image, layer)
+        if clamped is not None:
+            return clamped
+    return None
 
 
 def per_sample_budgets(keep: Any, batch: int, copies: int) -> list[Any]:

@@ -40,6 +40,7 @@ def make_report(adapter: ModelAdapter, request: Request) -> Report:
 
 def _sample_report(request: Request, sample: Sample) -> SampleReport:
     plan = sample.plan
+    clamped = [*sample.clamped, *([plan.clamped] if plan is not None and plan.clamped else ())]
     tokens = tuple(sample.layer_tokens) or (sample.visual.shape[0],)
     return SampleReport(
         n_visual=sample.visual.shape[0],
@@ -49,6 +50,7 @@ def _sample_report(request: Request, sample: Sample) -> SampleReport:
         visual_positions=tuple(sample.visual.tolist()),
         grids=sample.grids,
         budget=None if plan is None else plan.budget,
-        budget_clamped=None if plan is None else plan.clamped,
-        stages=tuple(record.report() for record in sample.stages),
+        budget_clamped="; ".join(clamped) or None,
+        stages=tuple(record.report(sample.image_sizes) for record in sample.stages),
+        images=sample.image_sizes,
     )

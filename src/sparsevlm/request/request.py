@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,8 +43,12 @@ class Sample:
         Contiguous tokens at the end of the sequence, behind the last visual one.
     plan : Plan or None
         Counts per target layer; ``None``: the rank decides.
+    image_sizes : tuple of int
+        Visual tokens of each image or video, in prompt order; empty: all of one.
     coordinates : Tensor of shape (3, n_visual), int64, optional
         Time, height and width of all visual tokens.
+    clamped : list of str
+        What could not hold beside the budget: floors where the rank decided, the share that the vision tower computes.
     """
 
     visual: Tensor
@@ -55,6 +62,8 @@ class Sample:
     plan: Plan | None = None
     embedding_raters: Tensor | None = None
     coordinates: Tensor | None = None
+    image_sizes: tuple[int, ...] = ()
+    clamped: list[str] = field(default_factory=list)
     stages: list[StageRecord] = field(default_factory=list)
     layer_tokens: list[int] = field(default_factory=list)
 
@@ -68,6 +77,21 @@ class Sample:
         if self.coordinates is None:
             return self.positions.expand(3, -1)
         return self.coordinates.to(device)[:, self.alive.to(device)]
+
+    @property
+    def image_idx(self) -> Tensor:
+        """Which image what is left belongs to, (n_alive,)."""
+        if len(self.image_sizes) < 2:
+            return torch.zeros_like(self.alive)
+        sizes = torch.tensor(self.image_sizes, device="cpu")
+        return torch.arange(len(sizes), device="cpu").repeat_interleave(sizes).to(self.alive.device)[self.alive]
+
+    @property
+    def n_per_image(self) -> list[int]:
+        """How many tokens of each image are left; waits for the device where some are gone."""
+        if self.alive.shape[0] == self.visual.shape[0]:
+            return list(self.image_sizes)
+        return torch.bincount(self.image_idx, minlength=len(self.image_sizes)).tolist()
 
     @property
     def all_positions(self) -> Tensor:
@@ -108,8 +132,8 @@ class StageRecord:
     kept: Tensor | None = None
     recycled: Tensor | None = None
 
-    def report(self) -> StageReport:
-        """The printable form."""
+    def report(self, image_sizes: Sequence[int] = ()) -> StageReport:
+        """The printable form, for a sample with images of these sizes."""
         recycled = set() if self.recycled is None else set(self.recycled.tolist())
         gone_on = None if self.kept is None else self.kept.tolist()
         kept = () if gone_on is None else tuple(i for i in gone_on if i not in recycled)
@@ -123,7 +147,16 @@ class StageRecord:
             kept=kept,
             recycled=tuple(sorted(recycled)),
             skipped_because=self.skipped_because,
+            per_image=_per_image(gone_on, image_sizes),
         )
+
+
+def _per_image(gone_on: Sequence[int] | None, image_sizes: Sequence[int]) -> tuple[int, ...]:
+    """How many of the tokens that have gone on, ascending (``None``: all), are of each image."""
+    if gone_on is None:
+        return tuple(image_sizes)
+    ends = (bisect.bisect_left(gone_on, end) for end in itertools.accumulate(image_sizes, initial=0))
+    return tuple(after - before for before, after in itertools.pairwise(ends))
 
 
 @dataclass
@@ -251,6 +284,18 @@ class Request:
     def remark(self, remark: str) -> None:
         """Add to the reason."""
         self.path_reason += remark
+
+    def clamp(self, sample: Sample, reason: str) -> None:
+        """Note that a floor of a sample, or what a floor was put in the place of, could not hold.
+
+        Raises
+        ------
+        ValueError
+            With ``strict``.
+        """
+        if self.config.strict:
+            raise ValueError(f"{reason} (strict=True refuses this).")
+        sample.clamped.append(reason)
 
     def begin_decode_step(self) -> None:
         """Count one more new token of every sample."""

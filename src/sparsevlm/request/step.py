@@ -215,6 +215,8 @@ def _decide(
             if selection.recycled_idx is not None:
                 record.recycled = sample.alive[selection.recycled_idx]
         sample.add_stage(record)
+        if decision.clamped is not None:
+            request.clamp(sample, decision.clamped)
     return [decision.selection for decision in decisions]
 
 
@@ -248,6 +250,8 @@ def _context(
         hidden_states=hidden_states,
         coordinates=sample.coordinates_on(device),
         indices=sample.alive.clone(),  # a selector may write into what it is given
+        image_idx=sample.image_idx,
+        n_images=max(1, len(sample.image_sizes)),
         rater_attention=None if raters is None else readout.text[b][raters],
         last_attention=readout.last[b] if readout.last else None,
         previous_hidden_states=readout.previous[b] if readout.previous else None,

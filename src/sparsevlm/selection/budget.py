@@ -32,6 +32,11 @@ class Plan:
         """The same for a sample that has no more than ``n_visual`` tokens."""
         return dataclasses.replace(self, counts=tuple(min(count, n_visual) for count in self.counts))
 
+    def and_clamped(self, reason: str | None) -> Plan:
+        """The same with one more reason why the request could not hold, if there is one."""
+        reasons = [one for one in (self.clamped, reason) if one]
+        return dataclasses.replace(self, clamped="; ".join(reasons) or None)
+
 
 def layer_tokens(n_visual: int, counts: Sequence[int], target_layers: Sequence[int], n_layers: int) -> list[int]:
     """Visual tokens at the input of each of ``n_layers`` decoder layers."""
@@ -168,3 +173,25 @@ def nothing_to_drop(n_visual: int, n_keep: int | None, min_keep: int) -> str | N
     if n_keep is not None and n_keep >= n_visual:
         return "the budget keeps every visual token here"
     return None
+
+
+def clamped_floors(n_per_image: Sequence[int], n_keep: int, min_keep: int, layer: int) -> str | None:
+    """Why not every image can keep its floor of ``min_keep`` tokens where ``n_keep`` go on; ``None``: each can.
+
+    Parameters
+    ----------
+    n_per_image : sequence of int
+        Tokens of each image of the sample.
+    n_keep, min_keep : int
+    layer : int
+        Target layer behind which they go on; -1: before the decoder.
+    """
+    left = [n for n in n_per_image if n]
+    needed = sum(min(n, min_keep) for n in left)
+    if len(left) < 2 or needed <= n_keep:
+        return None
+    where = "before the decoder" if layer < 0 else f"after layer {layer}"
+    return (
+        f"min_keep_per_image={min_keep} takes {needed} tokens of {len(left)} images, but {n_keep} go on {where}: each "
+        "image keeps an even share"
+    )

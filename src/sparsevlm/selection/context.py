@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -61,6 +62,10 @@ class SelectionContext:
     n_clusters : int, optional
         How many of the kept rows have to be clusters of dropped ones; ``None`` leaves it to the selector. Only given
         to selectors that declare ``recycles``.
+    image_idx : Tensor of shape (n_visual,), int64, optional
+        Which image or video of the sample each row is of, counted from 0 in prompt order; ``None``: all of one.
+    n_images : int
+        Images and videos of the sample, also those of which no row is left.
     """
 
     layer: int
@@ -77,11 +82,25 @@ class SelectionContext:
     vision_keys: Tensor | None = None
     previous_hidden_states: Tensor | None = None
     n_clusters: int | None = None
+    image_idx: Tensor | None = None
+    n_images: int = 1
 
     @property
     def n_visual(self) -> int:
         """Visual tokens that reached this layer."""
         return self.hidden_states.shape[0]
+
+    def at(self, rows: Tensor) -> SelectionContext:
+        """A copy with some of the visual rows only, given as indices of shape (n_rows,)."""
+        by_row = ("hidden_states", "indices", "features", "last_attention", "vision_keys", "previous_hidden_states")
+        by_column = ("coordinates", "rater_attention", "vision_attention")
+        given = {name: getattr(self, name) for name in (*by_row, *by_column, "image_idx", "text_features")}
+        taken = {name: value for name, value in given.items() if value is not None}
+        for name, value in taken.items():
+            taken[name] = (
+                value.clone() if name == "text_features" else value[..., rows] if name in by_column else value[rows]
+            )
+        return dataclasses.replace(self, **taken)
 
 
 @dataclass(frozen=True)

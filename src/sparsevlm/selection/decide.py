@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import nothing_to_drop, rank_adaptive_count
-from .context import Selection, SelectionContext, Selector, SelectorTraits
+from .budget import clamped_floors, nothing_to_drop, rank_adaptive_count
+from .context import OrderedSelector, Selection, SelectionContext, Selector, SelectorTraits
+from .image_floor import choose_by_order, count_per_image, floors_within, keep_of_every_image
 from .rank import sketch_ranks
 
 # Elements of the states that a selector is given at once: 32 Mi float32 = 128 MiB.
@@ -21,12 +22,13 @@ _WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 @dataclass(frozen=True)
 class Decision:
-    """Outcome for one sample: the selection (``None``: nothing is dropped), the rank that decided, and the reason
-    for doing nothing."""
+    """Outcome for one sample: the selection (``None``: nothing is dropped), the rank that decided, the reason for
+    doing nothing, and where a rank decided why the floors of its images could not hold."""
 
     selection: Selection | None
     rank: int | None = None
     skipped_because: str | None = None
+    clamped: str | None = None
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,22 @@ class _Task:
     n_keep: int
     rank: int | None = None
 
+    @property
+    def has_floors(self) -> bool:
+        """Whether its images have floors."""
+        return self.context.n_images > 1 and self.context.config.min_keep_per_image > 0
+
+    @property
+    def image_idx(self) -> Tensor:
+        """Image of each row, (1, n_visual)."""
+        assert self.context.image_idx is not None  # given with the number of images
+        return self.context.image_idx.to(self.context.hidden_states.device)[None]
+
 
 def decide(
     contexts: Sequence[SelectionContext], selector: Selector, traits: SelectorTraits, n_keeps: Sequence[int | None]
 ) -> list[Decision]:
-    """Run the budget policy and the selector.
+    """Run the budget policy and the selector, and hold the floor of every image where a sample has several.
 
     Samples of which equally many tokens are left, and are to go on, come to a selector with ``select_batch`` together.
 
@@ -69,10 +82,9 @@ def decide(
     policy = [_apply_budget(context, traits, n_keep, ranks.get(i)) for i, (context, n_keep) in enumerate(given)]
     decisions = {i: one for i, one in enumerate(policy) if isinstance(one, Decision)}
     tasks = {i: one for i, one in enumerate(policy) if isinstance(one, _Task)}
-    for group in _alike(tasks) if traits.batched else [[i] for i in tasks]:
-        for i, result in zip(group, _select(selector, traits, [tasks[i] for i in group]), strict=True):
-            selection = checked_selection(result, contexts[i].hidden_states, tasks[i].n_keep, traits.name)
-            decisions[i] = Decision(selection, tasks[i].rank)
+    for group in _alike(tasks, traits):
+        for i, selection in zip(group, _select(selector, traits, [tasks[i] for i in group]), strict=True):
+            decisions[i] = Decision(selection, tasks[i].rank, clamped=_clamped(tasks[i]))
     return [decisions[i] for i in range(len(contexts))]
 
 
@@ -112,30 +124,99 @@ def _apply_budget(
     return _Task(context, n_keep, rank)
 
 
-def _alike(tasks: dict[int, _Task]) -> list[list[int]]:
+def _alike(tasks: dict[int, _Task], traits: SelectorTraits) -> list[list[int]]:
     """Places of samples that a selector can answer at once."""
-    groups: dict[tuple[int, int], list[list[int]]] = {}
+    groups: dict[tuple[int, int, bool], list[list[int]]] = {}
     for i, task in tasks.items():
         states = task.context.hidden_states
-        of_this_size = groups.setdefault((states.shape[0], task.n_keep), [[]])
-        if of_this_size[-1] and (len(of_this_size[-1]) + 1) * states.numel() > _MAX_BATCH_ELEMENTS:
+        by_order = traits.ordered and task.has_floors
+        of_this_size = groups.setdefault((states.shape[0], task.n_keep, by_order), [[]])
+        n_elements = (len(of_this_size[-1]) + 1) * states.numel()
+        if of_this_size[-1] and (n_elements > _MAX_BATCH_ELEMENTS or not (traits.batched or by_order)):
             of_this_size.append([])
         of_this_size[-1].append(i)
     return [group for of_this_size in groups.values() for group in of_this_size]
 
 
-def _select(selector: Any, traits: SelectorTraits, tasks: list[_Task]) -> list[Any]:
-    if not traits.batched:
-        return [selector.select(task.context, task.n_keep) for task in tasks]
-    results = selector.select_batch([task.context for task in tasks], tasks[0].n_keep)
+def _select(selector: Any, traits: SelectorTraits, tasks: list[_Task]) -> list[Selection]:
+    """Selections of tasks that are alike, with a floor for every image."""
+    if traits.ordered and tasks[0].has_floors:
+        return _by_order(selector, traits, tasks)
+    # A selector may write into what it is given, and may be asked again.
+    given = [_copied(task.context) if task.has_floors else task.context for task in tasks]
+    selections = _ask(selector, traits, given, tasks[0].n_keep)
+    for i, task in enumerate(tasks):
+        if task.has_floors:
+            selections[i] = _with_floors(selector, traits, task, selections[i])
+    return selections
+
+
+def _copied(context: SelectionContext) -> SelectionContext:
+    return context.at(torch.arange(context.n_visual, device=context.hidden_states.device))
+
+
+def _ask(selector: Any, traits: SelectorTraits, contexts: list[SelectionContext], n_keep: int) -> list[Selection]:
+    """Checked answers of a selector."""
+    if traits.batched:
+        results = selector.select_batch(contexts, n_keep)
+    else:
+        results = [selector.select(context, n_keep) for context in contexts]
     if not isinstance(results, Iterable):
         raise TypeError(f"selector {traits.name!r}: select_batch must return one result per sample, got {results!r}.")
     results = list(results)
-    if len(results) != len(tasks):
+    if len(results) != len(contexts):
         raise ValueError(
-            f"selector {traits.name!r}: select_batch returned {len(results)} results for {len(tasks)} samples."
+            f"selector {traits.name!r}: select_batch returned {len(results)} results for {len(contexts)} samples."
         )
-    return results
+    return [
+        checked_selection(result, context.hidden_states, n_keep, traits.name)
+        for result, context in zip(results, contexts, strict=True)
+    ]
+
+
+def _with_floors(selector: Any, traits: SelectorTraits, task: _Task, first: Selection) -> Selection:
+    """The selection of a sample with several images by a selector without an order, from its first answer on."""
+    context, images = task.context, task.image_idx
+    left = count_per_image(images, torch.ones_like(images), context.n_images)
+    floors = floors_within(left, left.new_tensor([task.n_keep]), left.new_tensor([context.config.min_keep_per_image]))
+
+    def ask(rows: Tensor, k: int) -> Selection:
+        own = context.at(rows)
+        if context.n_clusters is not None:
+            own = dataclasses.replace(own, n_clusters=context.n_clusters * k // task.n_keep)
+        return _ask(selector, traits, [own], k)[0]
+
+    return keep_of_every_image(first, ask, images[0], floors[0].tolist())
+
+
+def _clamped(task: _Task) -> str | None:
+    """Why floors cannot hold in a number that the rank has decided; that of a budget is known beforehand."""
+    if task.rank is None or not task.has_floors:
+        return None
+    context, min_keep = task.context, task.context.config.min_keep_per_image
+    left = torch.bincount(task.image_idx[0]).tolist()
+    return clamped_floors(left, task.n_keep, min_keep, context.layer)
+
+
+def _by_order(selector: OrderedSelector, traits: SelectorTraits, tasks: list[_Task]) -> list[Selection]:
+    """Selections of alike samples with several images each, along the selector's order."""
+    n_keep, n_images = tasks[0].n_keep, max(task.context.n_images for task in tasks)
+    images = torch.cat([task.image_idx for task in tasks])
+    states, valid = (
+        torch.stack([task.context.hidden_states for task in tasks]),
+        torch.ones_like(images, dtype=torch.bool),
+    )
+    picks = selector.order(states.detach(), valid, n_keep)
+    if not _is_whole(picks) or picks.shape != (len(tasks), n_keep):
+        got = tuple(picks.shape) if isinstance(picks, Tensor) else picks
+        raise ValueError(
+            f"selector {traits.name!r}: order must return indices of shape {(len(tasks), n_keep)}, got {got}."
+        )
+    for task, own in zip(tasks, picks, strict=True):
+        checked_selection(own.sort().values, task.context.hidden_states, n_keep, traits.name)
+    floors = images.new_tensor([task.context.config.min_keep_per_image for task in tasks])
+    chosen = choose_by_order(picks.long(), images, valid, floors.new_tensor([n_keep] * len(tasks)), floors, n_images)
+    return [Selection(own.nonzero().squeeze(-1)) for own in chosen]
 
 
 def checked_selection(result: Any, hidden_states: Tensor, n_keep: int, name: str) -> Selection:

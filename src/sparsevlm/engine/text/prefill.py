@@ -143,7 +143,7 @@ class Prefill:
             sizes = [n + other for n, other in zip(counts.visual[stage], others, strict=True)]
             logits = self.segments.run(_segment((first, stop), rows, shape, sizes, stage == 0))
             if stop < n_layers:
-                prune = PruneShape.of(rows, shape.batch, counts, stage, n_visual)
+                prune = PruneShape.of(rows, shape, n_visual, max(counts.visual[stage + 1]), request)
                 kept.append(self.prune_programs.run(request.selector, prune).clone())
                 left = sum(counts.visual[stage + 1]) + sum(others)
                 first, n_visual, rows = stop, prune.n_keep, min(rows, row_capacity(left + 1))
@@ -209,7 +209,10 @@ def fill(given: PromptInputs, request: Request, prompt: Prompt, packed: PackedRo
         given.ids[rows] = prompt.ids[b, own]
         given.positions[:, rows] = prompt.positions[:, b, own]
         given.feature_rows[rows] = prompt.feature_rows[b, own]
-        given.visual_rows[b, : sample.alive.shape[0]] = packed.local(b, sample.positions)
+        n_visual = sample.alive.shape[0]
+        given.visual_rows[b, :n_visual] = packed.local(b, sample.positions)
+        given.image_idx[b, :n_visual] = sample.image_idx
+        given.min_keep_per_image[b] = request.config.min_keep_per_image if len(sample.image_sizes) > 1 else 0
     given.cu_seqlens[: len(starts)] = torch.tensor(starts)
     given.cu_seqlens[len(starts) :] = starts[-1]
     if counts is not None:

@@ -12,9 +12,10 @@ from torch import Tensor
 from ...request.request import Request, StageRecord
 from ...selection.budget import nothing_to_drop
 from ...selection.context import OrderedSelector
+from ...selection.image_floor import choose_by_order
 from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import GraphPool, LRUCache, to_device
-from .workspace import MOST_STAGES, Workspace
+from .workspace import MOST_STAGES, PromptShape, Workspace
 
 _MOST_GRAPHS = 256
 # Visual tokens of a sample whose order a program looks for, at most: what selectors hold for all pairs grows with the
@@ -68,17 +69,24 @@ class PruneShape:
     rows, batch : int
     n_visual, n_keep : int
         Visual tokens of the sample with the most, before and after.
+    n_images : int
+        Images of one sample, if some sample has several with a floor each; else 0.
     """
 
     rows: int
     batch: int
     n_visual: int
     n_keep: int
+    n_images: int = 0
 
     @classmethod
-    def of(cls, rows: int, batch: int, counts: TokenCounts, stage: int, n_visual: int) -> PruneShape:
-        """Of the step that follows a stage, into which visual tokens come with the capacity ``n_visual``."""
-        return cls(rows, batch, n_visual, min(n_visual, visual_capacity(max(counts.visual[stage + 1]), batch)))
+    def of(cls, rows: int, prompt: PromptShape, n_visual: int, most_left: int, request: Request) -> PruneShape:
+        """Of a step into which visual tokens come with the capacity ``n_visual``, ``most_left`` of which a sample
+        keeps."""
+        most = max(len(sample.image_sizes) for sample in request.samples)
+        n_images = power_of_two(most) if most > 1 and request.config.min_keep_per_image else 0
+        n_keep = min(n_visual, visual_capacity(most_left, prompt.batch))
+        return cls(rows, prompt.batch, n_visual, n_keep, n_images)
 
 
 def visual_capacity(n_visual: int, batch: int) -> int:
@@ -101,7 +109,13 @@ def run_prune_step(space: Workspace, selector: OrderedSelector, shape: PruneShap
     n_visual, left = space.n_visual[:, :batch].index_select(0, torch.cat([space.stage, space.stage + 1])).unbind()
     valid = torch.arange(shape.n_visual, device=hidden.device) < n_visual[:, None]
     picks = selector.order(hidden[visual_rows], valid, shape.n_keep)
-    chosen = ascending(picks, left, shape.n_visual)
+    if shape.n_images:
+        image_idx, min_keep = space.image_idx[:batch, : shape.n_visual], space.min_keep_per_image[:batch]
+        is_chosen = choose_by_order(picks, image_idx, valid, left, min_keep, shape.n_images)
+        chosen = torch.argsort(~is_chosen, dim=1, stable=True)[:, : shape.n_keep]
+        space.image_idx[:batch, : shape.n_keep] = image_idx.gather(1, chosen)
+    else:
+        chosen = ascending(picks, left, shape.n_visual)
     going_on, rows_of_chosen = compact(visual_rows, valid, chosen, left, rows)
     alive = space.alive[:batch, : shape.n_visual].gather(1, chosen)
     space.gather(going_on)

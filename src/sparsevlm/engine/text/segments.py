@@ -90,6 +90,8 @@ def _load(adapter: ModelAdapter, space: Workspace, shape: PromptShape) -> None:
     space.cu_seqlens[: shape.batch + 1] = given.cu_seqlens
     space.visual_rows[: shape.batch, : shape.n_visual] = given.visual_rows
     space.alive[: shape.batch, : shape.n_visual] = torch.arange(shape.n_visual, device=hidden.device)
+    space.image_idx[: shape.batch, : shape.n_visual] = given.image_idx
+    space.min_keep_per_image[: shape.batch] = given.min_keep_per_image
     space.n_visual[:, : shape.batch] = given.n_visual
     space.stage.zero_()
 

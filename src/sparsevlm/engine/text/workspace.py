@@ -53,6 +53,10 @@ class PromptInputs:
     cu_seqlens : Tensor of shape (batch + 1,), int64
     n_visual : Tensor of shape (1 + MOST_STAGES, batch), int64
         Visual tokens before the first target that drops something, and after each.
+    image_idx : Tensor of shape (batch, n_visual), int64
+        Image of every visual token.
+    min_keep_per_image : Tensor of shape (batch,), int64
+        Floor of each image of a sample, 0 where there is one alone.
     """
 
     ids: Tensor
@@ -61,6 +65,8 @@ class PromptInputs:
     visual_rows: Tensor
     cu_seqlens: Tensor
     n_visual: Tensor
+    image_idx: Tensor
+    min_keep_per_image: Tensor
 
     @classmethod
     def of(cls, shape: PromptShape, n_axes: int, integers: Tensor) -> PromptInputs:
@@ -72,7 +78,8 @@ class PromptInputs:
 
 def _shapes(shape: PromptShape, n_axes: int) -> list[tuple[int, ...]]:
     rows, batch = shape.rows, shape.batch
-    return [(rows,), (n_axes, rows), (rows,), (batch, shape.n_visual), (batch + 1,), (1 + MOST_STAGES, batch)]
+    visual = (batch, shape.n_visual)
+    return [(rows,), (n_axes, rows), (rows,), visual, (batch + 1,), (1 + MOST_STAGES, batch), visual, (batch,)]
 
 
 def n_integers(shape: PromptShape, n_axes: int) -> int:
@@ -109,6 +116,9 @@ class Workspace:
         By layer: what the prompt left there.
     visual_rows, alive : Tensor of shape (batch, rows), int64
         Packed row of every visual token that is left, and its index among those that the prompt brought; ascending.
+    image_idx : Tensor of shape (batch, rows), int64
+        Image of every visual token that is left.
+    min_keep_per_image : Tensor of shape (batch,), int64
     n_visual : Tensor of shape (1 + MOST_STAGES, batch), int64
     stage : Tensor of shape (1,), int64
         How many targets have dropped something.
@@ -133,7 +143,8 @@ class Workspace:
         shape = (rows, kv_heads, block.head_dim)
         self.keys = [weight.new_zeros(shape) for _ in weights.blocks]
         self.values = [weight.new_zeros(shape) for _ in weights.blocks]
-        self.visual_rows, self.alive = indices(batch, rows), indices(batch, rows)
+        self.visual_rows, self.alive, self.image_idx = (indices(batch, rows) for _ in range(3))
+        self.min_keep_per_image = indices(batch)
         self.n_visual, self.stage = indices(1 + MOST_STAGES, batch), indices(1)
 
     def holds(self, rows: int, batch: int) -> bool:
@@ -148,7 +159,7 @@ class Workspace:
 
     def snapshot(self, rows: int) -> Callable[[], None]:
         """Remember what a prune step or a segment moves on; the function that is given takes it back."""
-        tensors = [self.hidden[:rows], self.cos[:rows], self.sin[:rows], self.visual_rows, self.alive]
+        tensors = [self.hidden[:rows], self.cos[:rows], self.sin[:rows], self.visual_rows, self.alive, self.image_idx]
         tensors += [self.cu_seqlens, self.stage]
         before = [tensor.clone() for tensor in tensors]
 

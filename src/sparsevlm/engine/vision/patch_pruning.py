@@ -20,8 +20,8 @@ from .tables import VisionInputs, VisionShape
 Grid = tuple[int, int, int]
 
 
-def n_kept(grids: Sequence[Grid], share: float) -> list[int]:
-    """Number of tokens of each image that are computed, at least one.
+def n_kept(grids: Sequence[Grid], share: float, min_keep: int = 1, min_keep_per_image: int = 0) -> list[int]:
+    """Number of tokens of each image of a sample that are computed: a share of them, and no fewer than the floors.
 
     Parameters
     ----------
@@ -29,8 +29,15 @@ def n_kept(grids: Sequence[Grid], share: float) -> list[int]:
         In tokens.
     share : float
         In (0, 1].
+    min_keep : int
+        Of all images together; each has its part by its size.
+    min_keep_per_image : int
+        Of each, where there are several; one at least.
     """
-    return [max(1, round(share * t * h * w)) for t, h, w in grids]
+    sizes = [t * h * w for t, h, w in grids]
+    n_visual, floor = sum(sizes), min_keep_per_image if len(sizes) > 1 else 1
+    parts = [-(-min(min_keep, n_visual) * n // n_visual) for n in sizes]
+    return [min(n, max(1, round(share * n), part, floor)) for n, part in zip(sizes, parts, strict=True)]
 
 
 @functools.lru_cache(maxsize=256)
@@ -84,8 +91,8 @@ class ChoiceInputs:
         parts = integers[: sum(map(math.prod, shapes))].split([math.prod(one) for one in shapes])
         return cls(*(part.view(one) for part, one in zip(parts, shapes, strict=True)))
 
-    def fill(self, grids: tuple[Grid, ...], share: float) -> None:
-        """Take some grids, on the host."""
+    def fill(self, grids: tuple[Grid, ...], numbers: Sequence[int]) -> None:
+        """Take some grids, and the numbers of tokens that are kept of each, on the host."""
         sizes = torch.tensor([t * h * w for t, h, w in grids], device="cpu")
         n_tokens = int(sizes.sum())
         self.neighbours.fill_(-1)
@@ -93,7 +100,7 @@ class ChoiceInputs:
         self.image_idx.fill_(len(grids))
         self.image_idx[:n_tokens] = torch.arange(len(grids), device="cpu").repeat_interleave(sizes)
         self.starts[0], self.starts[1:] = 0, sizes.cumsum(0)
-        self.n_kept[:-1], self.n_kept[-1] = torch.tensor(n_kept(grids, share), device="cpu"), 0
+        self.n_kept[:-1], self.n_kept[-1] = torch.tensor(numbers, device="cpu"), 0
 
 
 def _shapes(n_tokens: int, n_images: int) -> list[tuple[int, ...]]:

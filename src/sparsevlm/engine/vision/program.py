@@ -17,7 +17,7 @@ from ...models.base import PackedTower, TowerBlock
 from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
 from ..text.layer import summed
-from .patch_pruning import ChoiceInputs, choose, n_choice_integers, n_kept
+from .patch_pruning import ChoiceInputs, choose, n_choice_integers
 from .tables import Grids, VisionInputs, VisionShape, host_tables, n_integers
 
 # Programs that are kept; they share their memory, a graph itself is small.
@@ -171,23 +171,24 @@ class VisionPrograms:
             self._space = space = VisionSpace(self._tower, patches, max(8 * patches, before[1], 2 * integers), size)
         return space
 
-    def __call__(self, patches: Tensor, grids: Grids, share: float = 1.0) -> VisionOutput:
-        """Encode images, or this share of their visual tokens.
+    def __call__(self, patches: Tensor, grids: Grids, numbers: tuple[int, ...] | None = None) -> VisionOutput:
+        """Encode images, or some of their visual tokens.
 
         Parameters
         ----------
         patches : Tensor of shape (n_patches, channels · frames · side²)
         grids : tuple of (t, h, w)
             In visual tokens.
-        share : float
+        numbers : tuple of int, optional
+            Visual tokens of each image that are computed; ``None``: all.
         """
         tower = self._tower
         per_token = tower.side**2
         tables = host_tables(tower.side, tower.window, grids)
         shape = tables.shape()
         needed = n_integers(shape, per_token)
-        if share < 1.0:
-            number = sum(n_kept(grids, share))
+        if numbers is not None:
+            number = sum(numbers)
             of_kept = shape.only(number * per_token)
             needed = max(n_integers(of_kept, per_token), n_choice_integers(shape.patches // per_token, len(grids)))
         space = self._room(shape.patches, needed, patches.shape[1])
@@ -195,9 +196,9 @@ class VisionPrograms:
         VisionInputs.of(shape, per_token, on_host).fill(tables, shape)
         space.integers[: on_host.shape[0]].copy_(on_host, non_blocking=True)
         space.patches[: patches.shape[0]].copy_(patches)
-        if share >= 1.0:
+        if numbers is None:
             return VisionOutput(self._encode(space, shape, False)[: tables.order.shape[0]])
-        kept = self._choose(space, shape, of_kept, grids, share)[:number]
+        kept = self._choose(space, shape, of_kept, grids, numbers)[:number]
         if not kept.is_cuda:
             return VisionOutput(self._encode(space, of_kept, True)[:number], kept)
         kept_on_host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
@@ -218,13 +219,13 @@ class VisionPrograms:
         return self._encoders.get((shape, is_chosen), lambda: self._pool.record(run))()
 
     def _choose(
-        self, space: VisionSpace, shape: VisionShape, of_kept: VisionShape, grids: Grids, share: float
+        self, space: VisionSpace, shape: VisionShape, of_kept: VisionShape, grids: Grids, numbers: tuple[int, ...]
     ) -> Tensor:
         """Choose visual tokens, and leave what the tower has to know of them; gives them in reading order."""
         per_token = self._tower.side**2
         n_tokens, n_images = shape.patches // per_token, len(grids)
         on_host = torch.zeros(n_choice_integers(n_tokens, n_images), dtype=torch.int64, pin_memory=space.choice.is_cuda)
-        ChoiceInputs.of(n_tokens, n_images, on_host).fill(grids, share)
+        ChoiceInputs.of(n_tokens, n_images, on_host).fill(grids, numbers)
         space.choice[: on_host.shape[0]].copy_(on_host, non_blocking=True)
         choice = ChoiceInputs.of(n_tokens, n_images, space.choice)
         whole = VisionInputs.of(shape, per_token, space.integers)
