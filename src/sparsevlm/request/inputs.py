@@ -50,8 +50,10 @@ def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, 
             found = input_ids == token_id
         else:
             embedding: Any = adapter.model.get_input_embeddings()
-            placeholder = embedding(torch.tensor(token_id, device=embedding.weight.device))
-            found = (inputs["inputs_embeds"] == placeholder).all(dim=-1)
+            embeds, at = inputs["inputs_embeds"], embedding.weight.device
+            # Offloaded weights are on no device until they are needed.
+            placeholder = embedding(torch.tensor(token_id, device=embeds.device if at.type == "meta" else at))
+            found = (embeds == placeholder.to(embeds.device)).all(dim=-1)
         if not bool(found.any()):
             raise ValueError(
                 f"the inputs bring {kind} features but no {kind} token (id {token_id}) to put them in. Build the "
