@@ -121,12 +121,7 @@ def make_samples(
     special = torch.tensor(special_ids, device="cpu")
     on_cpu = mask.cpu() & valid
     prompt_end = q_len - n_drafted
-    if bool(on_cpu[:, prompt_end:].any()):
-        tokens = sorted(modality.token_id for modality in adapter.modalities.values())
-        raise ValueError(
-            "the drafted tokens hold placeholders of images or videos, for which there are no features. Pass "
-            f"suppress_tokens={tokens} to generate, so that they are not drafted, or do not draft."
-        )
+    _check_drafts(adapter, on_cpu[:, prompt_end:])
     by_row = visual_grids(adapter, grids, ids)
     goes_on = valid.clone()
     goes_on[:, prompt_end - 1 :] = True  # what predicts the next token, even if it is hidden from all others
@@ -171,6 +166,16 @@ def _image_sizes(visual: Tensor, ids: Tensor | None, grids: Sequence[Grid]) -> t
         begins |= ids[visual].diff() != 0
     ends = [0, *(begins.nonzero().squeeze(-1) + 1).tolist(), visual.shape[0]]
     return tuple(end - start for start, end in itertools.pairwise(ends))
+
+
+def _check_drafts(adapter: ModelAdapter, visual: Tensor) -> None:
+    """Refuse drafted tokens of which any stands for visual features."""
+    if bool(visual.any()):
+        tokens = sorted(modality.token_id for modality in adapter.modalities.values())
+        raise ValueError(
+            "the drafted tokens hold placeholders of images or videos, for which there are no features. Pass "
+            f"suppress_tokens={tokens} to generate, so that they are not drafted, or do not draft."
+        )
 
 
 def _tail_length(visual: Tensor, other: Tensor, q_len: int) -> int:
