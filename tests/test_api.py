@@ -55,7 +55,8 @@ def test_importing_patches_nothing():
     code = (
         "import sys; import transformers.modeling_utils as m; before = dict(m.ALL_ATTENTION_FUNCTIONS._global_mapping);"
         "loaded = 'triton' in sys.modules;"  # newer transformers load it where it is installed
-        "import sparsevlm.api; assert dict(m.ALL_ATTENTION_FUNCTIONS._global_mapping) == before;"
+        "import sparsevlm.api, sparsevlm.generate, sparsevlm.hooks.model_hooks;"
+        "assert dict(m.ALL_ATTENTION_FUNCTIONS._global_mapping) == before;"
         "assert ('triton' in sys.modules) == loaded; assert 'sparsevlm.kernels.triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -11,14 +11,9 @@ from torch import nn
 from .collision import check_collision
 from .compat import check_transformers
 from .config import SparseVLMConfig
-from .inputs import torchvision_works
+from .models import adapter_for
+from .state import STATE_ATTRIBUTE, SparseVLMState
 from .template import template_of
-
-# The imports below are the first of transformers' modelling modules, which die of a torchvision that is broken.
-torchvision_works()
-
-from .models import adapter_for  # noqa: E402
-from .state import STATE_ATTRIBUTE, SparseVLMState  # noqa: E402
 
 
 def apply_sparsevlm(
