@@ -97,6 +97,11 @@ def apply_sparsevlm(
         "selector": selector,
         **options,
     }
+    if config is not None and not isinstance(config, SparseVLMConfig):
+        raise TypeError(
+            f"config must be a SparseVLMConfig, got {config!r} of type {type(config).__name__}: pass "
+            "config=SparseVLMConfig(...), or the options themselves by name."
+        )
     single = SparseVLMConfig().replace(**named)
     if config is None:
         config = single
