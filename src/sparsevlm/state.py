@@ -65,7 +65,7 @@ class SparseVLMState:
         request = self._session.last
         if request is None:
             raise RuntimeError("no request yet: call model.generate(**inputs) first.")
-        so_far = (id(request), request.finished, request.decode_steps, request.failed)
+        so_far = (request.serial, request.finished, request.decode_steps, request.failed)
         if self._report is None or self._report[0] != so_far:
             self._report = (so_far, make_report(self.adapter, request))
         return self._report[1]
