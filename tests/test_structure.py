@@ -156,7 +156,7 @@ def test_only_one_method_of_the_model_is_replaced():
     assert {name: own for name, own in added.items() if own} == {"": {"generate"}, "model": {"_sparsevlm_state"}}
 
 
-@pytest.mark.parametrize("module", ["sparsevlm", "sparsevlm.cli", "sparsevlm.config", "sparsevlm.report"])
+@pytest.mark.parametrize("module", ["sparsevlm", "sparsevlm.cli.commands", "sparsevlm.config", "sparsevlm.report"])
 def test_torch_and_transformers_load_late(module):
     code = f"import {module}, sys; assert not {{'torch', 'transformers', 'matplotlib'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

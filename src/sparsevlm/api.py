@@ -11,14 +11,9 @@ from torch import nn
 from .collision import check_collision
 from .compat import check_transformers
 from .config import SparseVLMConfig
-from .inputs import torchvision_works
+from .models import adapter_for
+from .state import STATE_ATTRIBUTE, SparseVLMState
 from .template import template_of
-
-# The imports below are the first of transformers' modelling modules, which die of a torchvision that is broken.
-torchvision_works()
-
-from .models import adapter_for  # noqa: E402
-from .state import STATE_ATTRIBUTE, SparseVLMState  # noqa: E402
 
 
 def apply_sparsevlm(
@@ -102,6 +97,11 @@ def apply_sparsevlm(
         "selector": selector,
         **options,
     }
+    if config is not None and not isinstance(config, SparseVLMConfig):
+        raise TypeError(
+            f"config must be a SparseVLMConfig, got {config!r} of type {type(config).__name__}: pass "
+            "config=SparseVLMConfig(...), or the options themselves by name."
+        )
     single = SparseVLMConfig().replace(**named)
     if config is None:
         config = single

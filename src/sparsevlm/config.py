@@ -14,6 +14,7 @@ HEADS = ("all", "visual")
 MERGES = ("mean", "sum")
 SCHEDULES = ("geometric", "single")
 MAX_SEED = 2**63 - 1
+_MAX_BITS = 1023  # a float can hold what has no more
 
 # Tokens that leave each target layer, recycled ones included, per 576 visual tokens (the authors' code, v1.5 lists:
 # kept 300/200/110, 303/110/36 and 66/30/17, plus the clusters that its recycling adds).
@@ -115,6 +116,8 @@ class SparseVLMConfig:
     min_keep_per_image: int = 4
 
     def __post_init__(self) -> None:
+        for name in (f.name for f in dataclasses.fields(self) if f.name != "selector"):
+            object.__setattr__(self, name, _plain(name, getattr(self, name)))
         if self.preset is not None:
             self._apply_preset(self.preset)
         if self.n_vis is not None:
@@ -183,14 +186,15 @@ class SparseVLMConfig:
             if getattr(self, name) == defaults[name]:
                 object.__setattr__(self, name, value)
             elif name != "min_keep":
-                raise ValueError(f"{name} is a part of preset={preset!r}: leave it unset, or leave the preset out.")
+                raise ValueError(
+                    f"{name} is a part of preset={preset!r}: leave it unset, or leave the preset out; got "
+                    f"{getattr(self, name)!r}."
+                )
 
     def _check_target_layers(self) -> None:
         if self.target_layers is None:
             return
         layers = self.target_layers
-        if hasattr(layers, "tolist"):  # arrays and tensors
-            layers = layers.tolist()
         if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
             raise ValueError(f"target_layers must be a non-empty sequence of layer indices or None, got {layers!r}.")
         for layer in layers:
@@ -247,6 +251,18 @@ class SparseVLMConfig:
             _check_choice("rank_tolerance", self.rank_tolerance, ("machine",))
         elif not isinstance(self.rank_tolerance, Real) or not 0.0 < self.rank_tolerance < 1.0:
             raise ValueError(f"rank_tolerance must be in (0, 1) or 'machine', got {self.rank_tolerance!r}.")
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Lists and numbers of Python for arrays, tensors and their scalars, within a sequence as well."""
+    if callable(getattr(value, "tolist", None)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        plain = [_plain(name, one) for one in value]
+        return plain if isinstance(value, list) else tuple(plain)
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise ValueError(f"{name} must be a number below 2**{_MAX_BITS}, got one of {value.bit_length()} bits.")
+    return value
 
 
 def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:

@@ -63,10 +63,9 @@ class Generate:
         session, arguments = self._session, _named(self.plain, args, kwargs)
         if not session.in_generate:  # a direct call of this thread was ended by Ctrl-C, which torch tells no hook
             session.lock.release()
-        timeout = session.options.config.timeout
         with (
             _ends_streamer(arguments.get("streamer")),
-            session.lock.hold(timeout) as depth,
+            session.turn() as depth,
             session.generating(is_nested=depth > 1),
         ):
             check_inputs(session.adapter, arguments, of_generate=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ class Report:
     ----------
     model, selector : str
     path, path_reason : str
-        Which path ran, ``"engine"`` or ``"plain"`` (hooks on the model's own modules), and why.
+        Which path ran, and why: ``"engine"``, ``"plain"`` (hooks on the model's own modules), or ``"none"`` where the
+        call ended before.
     skipped_because : str or None
         Why the request as a whole was left dense.
     samples : tuple of SampleReport
@@ -134,6 +135,8 @@ class Report:
     decode_steps : int
     logit_positions : tuple of tuple of int
         Prompt position of each row of logits (-1: padding), per sample, where rows were dropped.
+    failed : str or None
+        The error that ended the request. The rest tells how far it came; the costs of an unfinished prompt are 0.
     """
 
     model: str
@@ -148,6 +151,7 @@ class Report:
     wall_ms: dict[str, float] = field(default_factory=dict)
     decode_steps: int = 0
     logit_positions: tuple[tuple[int, ...], ...] = ()
+    failed: str | None = None
 
     @property
     def average_in(self) -> float:
@@ -181,7 +185,7 @@ class Report:
         rows = []
         by_layer = [{stage.layer: stage for stage in sample.stages} for sample in self.samples]
         first = -1 if any(-1 in stages for stages in by_layer) else 0
-        for layer in range(first, len(self.samples[0].layer_tokens)):
+        for layer in range(first, min(len(sample.layer_tokens) for sample in self.samples)):
             stages = [found[layer] for found in by_layer if layer in found]
             row: dict[str, Any] = {"layer": layer, "target": bool(stages)}
             if layer >= 0:
@@ -231,6 +235,7 @@ class Report:
             raise ValueError(f"not a sparsevlm report of version {REPORT_VERSION} (got {found!r}).")
         try:
             samples = tuple(_sample_from_dict(sample) for sample in data["samples"])
+            data = {"failed": None, **data}  # reports of older releases do not say it
             values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             values.update(
                 samples=samples,
@@ -252,7 +257,10 @@ class Report:
         return cls.from_dict(data)
 
     def total(self) -> ReportTotal:
-        """The summable part of this report."""
+        """The summable part of this report; of one that failed, that it did."""
+        if self.failed is not None:
+            nothing = Cost(0.0, 0.0)
+            return ReportTotal(1, 0, 0, 0.0, 0.0, nothing, nothing, {}, 0, 0, 0, n_failed=1)
         return ReportTotal(
             n_requests=1,
             n_samples=len(self.samples),
@@ -274,12 +282,16 @@ class Report:
         return self.total().__radd__(other)
 
     def __str__(self) -> str:
-        return "\n".join([*_table(self.layer_rows()), "", *_summary_lines(self)])
+        failed = [] if self.failed is None else [f"failed: {self.failed}", "as far as it came:"]
+        return "\n".join([*failed, *_table(self.layer_rows()), "", *_summary_lines(self)])
 
 
 @dataclass(frozen=True)
 class ReportTotal:
-    """Sums over many requests; made by adding reports (``sum(reports)``)."""
+    """Sums over many requests; made by adding reports (``sum(reports)``).
+
+    Requests that failed count in ``n_requests`` and ``n_failed`` alone: their tokens, costs and times are left out.
+    """
 
     n_requests: int
     n_samples: int
@@ -292,6 +304,13 @@ class ReportTotal:
     decode_steps: int
     n_skipped: int
     n_clamped: int
+    n_failed: int = 0
+
+    @classmethod
+    def of(cls, reports: Iterable[Report | ReportTotal]) -> ReportTotal:
+        """Sum of reports, of none as well; for type checkers, to which ``sum(reports)`` may be a report or 0."""
+        nothing = Cost(0.0, 0.0)
+        return sum(reports, cls(0, 0, 0, 0.0, 0.0, nothing, nothing, {}, 0, 0, 0))  # type: ignore[return-value]
 
     @property
     def average_in(self) -> float:

@@ -7,9 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .config import SparseVLMConfig
-from .engine.generate import Engine
-from .generate import Generate
-from .hooks.model_hooks import ModelHooks
 from .models import ModelAdapter
 from .report import Report
 from .request.reporting import make_report
@@ -28,6 +25,11 @@ class SparseVLMState:
     """
 
     def __init__(self, adapter: ModelAdapter, config: SparseVLMConfig, template: Template | None = None):
+        # transformers' modelling modules, which die of a broken torchvision, load where there is a model, not before.
+        from .engine.generate import Engine
+        from .generate import Generate
+        from .hooks.model_hooks import ModelHooks
+
         self._session = Session(adapter, config, template or Template())
         self._hooks = ModelHooks(self._session)
         self._engine = Engine(self._session)
@@ -63,7 +65,7 @@ class SparseVLMState:
         request = self._session.last
         if request is None:
             raise RuntimeError("no request yet: call model.generate(**inputs) first.")
-        so_far = (id(request), request.finished, request.decode_steps, request.failed)
+        so_far = (request.serial, request.finished, request.decode_steps, request.failed)
         if self._report is None or self._report[0] != so_far:
             self._report = (so_far, make_report(self.adapter, request))
         return self._report[1]

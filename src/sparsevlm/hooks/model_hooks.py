@@ -88,7 +88,7 @@ class ModelHooks:
         if session.lock.is_mine and module in self._inside:  # of a call that was interrupted by Ctrl-C
             del self._inside[self._inside.index(module) :]
         if not session.lock.is_mine:
-            session.lock.acquire(session.options.config.timeout)
+            session.take_turn()
             self._inside.clear()
         if not self._inside:
             session.begin_call(_DIRECT if session.wants_engine else "")

@@ -142,16 +142,45 @@ class Session:
                 "the thread with contextvars.copy_context().run.",
             )
         past_len = 0 if cache is None else int(cache.get_seq_length())
-        request = Request(
-            options.config, options.selector, options.traits, options.target_layers, q_len, past_len, batch,
-            logits_to_keep=logits_to_keep, copies=self.copies, cache=None if cache is None else weakref.ref(cache),
+        request = self._make_request(
+            q_len, past_len, batch, logits_to_keep=logits_to_keep, copies=self.copies,
+            cache=None if cache is None else weakref.ref(cache),
         )  # fmt: skip
         if self.plain_reason:
             request.remark(f" ({self.plain_reason})")
         self._current, self._is_open = request, True
+        return request
+
+    def _make_request(self, q_len: int, past_len: int, batch: int, **more: Any) -> Request:
+        """Request under the options in force, from now on the last one of the calling context."""
+        of = self.options
+        request = Request(of.config, of.selector, of.traits, of.target_layers, q_len, past_len, batch, **more)
         of_others = (entry for entry in _LAST.get() if entry[0]() not in (None, self))
         _LAST.set((*of_others, (weakref.ref(self), request)))
         return request
+
+    def take_turn(self) -> int:
+        """Take the lock, or wait for it as long as the option ``timeout`` says; the value is how often it is held.
+
+        Raises
+        ------
+        TimeoutError
+            The report of the calling context says so, too; that of the call that runs is left alone.
+        """
+        try:
+            return self.lock.acquire(self.options.config.timeout)
+        except TimeoutError as error:
+            _end_before_first_pass(self._make_request(0, 0, 0), error)
+            raise
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[int]:
+        """Hold the lock inside; the value is what :meth:`take_turn` returns."""
+        depth = self.take_turn()
+        try:
+            yield depth
+        finally:
+            self.lock.release()
 
     def begin_call(self, plain_reason: str = "") -> None:
         """Begin a call of ``generate``, or a direct one; ``plain_reason`` tells why the engine does not run it."""
@@ -202,9 +231,10 @@ class Session:
 
     def fail(self, error: BaseException) -> None:
         """Note that the running call ended in an error, for its report."""
-        request = self._current if self._is_open else self.new_request(None, 0, 0)
-        assert request is not None
-        request.fail(error)
+        if self._current is not None and self._is_open:
+            self._current.fail(error)
+        else:
+            _end_before_first_pass(self.new_request(None, 0, 0), error)
 
     def warn_unused(self, config: SparseVLMConfig, given: Collection[str]) -> None:
         """Warn of options that were given and change nothing."""
@@ -218,3 +248,8 @@ class Session:
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning("sparsevlm: %s", message)
+
+
+def _end_before_first_pass(request: Request, error: BaseException) -> None:
+    request.run_on("none", "ended before its first pass")
+    request.fail(error)
