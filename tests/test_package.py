@@ -66,12 +66,12 @@ def test_every_public_name_is_there():
 
 def test_what_the_documents_name_is_public():
     """By ``sparsevlm.X`` or ``from sparsevlm import X``; modules are there to be imported."""
-    documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+    documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
     text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
     named = set(re.findall(r"\bsparsevlm\.([A-Za-z_]\w*)", text))
     for names in re.findall(r"from sparsevlm import ([\w, ]+)", text):
         named |= set(names.replace(",", " ").split())
-    assert {"SelectionContext", "apply_sparsevlm"} <= named
+    assert {"SelectionContext", "Selector", "apply_sparsevlm"} <= named
     unknown = {name for name in named - set(sparsevlm.__all__) if not importlib.util.find_spec(f"sparsevlm.{name}")}
     assert not unknown
 
