@@ -31,6 +31,7 @@ class Generate:
     def __init__(self, session: Session, engine: Engine) -> None:
         self._session, self._engine = session, engine
         self._before: Callable[..., Any] | None = None
+        self._wrapper: Callable[..., Any] | None = None
         self._is_attached = False
 
     @property
@@ -44,15 +45,19 @@ class Generate:
         return inspect.signature(self.plain)
 
     def attach(self) -> None:
-        """Take the place."""
-        model = self._session.adapter.model
-        self._before = vars(model).get("generate")
-        model.generate, self._is_attached = self, True
+        """Take the place, or stay behind what somebody else has put there before :meth:`detach`."""
+        model, self._is_attached = self._session.adapter.model, True
+        taken = vars(model).get("generate")
+        if taken is None or taken is not self._wrapper:
+            self._before = taken
+            model.generate = self
 
     def detach(self) -> None:
         """Give it back, unless somebody else has taken it since; whoever still calls this reaches the plain one."""
         model, self._is_attached = self._session.adapter.model, False
-        if vars(model).get("generate") is self:
+        self._wrapper = vars(model).get("generate")
+        if self._wrapper is self:
+            self._wrapper = None
             del model.generate
             if self._before is not None:
                 model.generate = self._before

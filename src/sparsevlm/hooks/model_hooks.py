@@ -54,6 +54,18 @@ class ModelHooks:
         """Tells whether the hooks are registered."""
         return bool(self._handles)
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Modules that get hooks."""
+        adapter = self._adapter
+        return (
+            adapter.model,
+            adapter.base_model,
+            adapter.vision.module,
+            adapter.decoder.module,
+            *adapter.decoder.layers,
+        )
+
     def attach(self) -> None:
         """Register the hooks; nothing of the model is replaced."""
         adapter, add = self._adapter, self._handles.append
