@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import compat
 from .engine.generate import Engine, UnsupportedByEngineError
-from .request.inputs import check_inputs, check_prefill
+from .request.inputs import check_inputs, check_mask, check_prefill
 from .request.session import Session
 
 
@@ -94,6 +94,7 @@ class Generate:
                 if modes.get("streamer") is not None:
                     modes["streamer"] = _WithoutPrompt(modes["streamer"])
             session.plain_reason = self._engine.reason
+        check_mask(arguments.get("attention_mask"))
         return self._prepare(arguments, modes, self._run_hooks)
 
     def _prepare(self, arguments: dict[str, Any], modes: dict[str, Any], run: Callable[..., Any], *own: Any) -> Any:

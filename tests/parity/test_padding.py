@@ -55,6 +55,8 @@ def test_pruned(what, cache, variant, attention, place):
 @pytest.mark.parametrize("attention", ["sdpa", "eager", flash_emulation.NAME])
 @pytest.mark.parametrize("what", MASKS)
 def test_nothing_pruned(what, attention, engine, place):
+    if engine and place.dtype != torch.float32:
+        pytest.skip("rounding decides between tokens; the engine's logits are compared in engine/test_parity.py")
     run = at(place, what, attention, {"keep": 1.0})
     run.state.detach()
     options = {"max_new_tokens": 6, "do_sample": False}

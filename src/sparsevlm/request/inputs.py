@@ -183,7 +183,16 @@ def _check_fits(name: str, value: Any, tokens: Tensor, *, has_cache: bool) -> No
             f"{name} has shape {(n_rows, n_columns)}; wanted is {(batch, length)}, one entry per token. Take what the "
             "processor makes, or leave it out."
         )
-    if name == "attention_mask" and not bool((value != 0).any(dim=1).all()):
+
+
+def check_mask(attention_mask: Any) -> None:
+    """Refuse a mask that hides a whole sample; waits for the device that it is on.
+
+    Raises
+    ------
+    ValueError
+    """
+    if isinstance(attention_mask, Tensor) and not bool((attention_mask != 0).any(dim=-1).all()):
         raise ValueError(
             "attention_mask hides all tokens of a sample; wanted is at least one that is seen. Leave such samples out."
         )

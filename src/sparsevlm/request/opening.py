@@ -13,7 +13,7 @@ from ..compat import cache_of
 from ..models import Grid, ModelAdapter
 from ..selection.budget import Plan, clamped_floors, nothing_to_drop, plan_budget, plan_schedule
 from ..template import Template
-from .inputs import visual_grids
+from .inputs import check_mask, visual_grids
 from .request import Request, Sample
 from .session import Session
 
@@ -108,13 +108,14 @@ def make_samples(
     ------
     ValueError
         If a prompt ends in a visual token: the row that predicts the next token must not be dropped. If a guess is a
-        placeholder.
+        placeholder, or a mask hides all of a sample.
     """
     q_len = mask.shape[1]
     valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
     attention_mask = inputs.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         valid = attention_mask[:, -q_len:].bool().cpu()
+    check_mask(valid)
     input_ids = inputs.get("input_ids")
     ids = None if input_ids is None else input_ids.cpu()
     special_ids = sorted(adapter.special_token_ids | {modality.token_id for modality in adapter.modalities.values()})
