@@ -141,7 +141,7 @@ def test_options_of_a_replaced_state_are_refused():
 
 
 @pytest.mark.parametrize("replaced", [True, False])
-@pytest.mark.parametrize("method", ["options", "warmup", "expect_n_visual", "reset_n_vis"])
+@pytest.mark.parametrize("method", ["options", "warmup", "expect_n_visual", "reset_n_vis", "with"])
 def test_a_state_that_is_not_in_force_says_so(method, replaced):
     model, inputs = tiny_model(), make_inputs(*ONE)
     state = apply_sparsevlm(model, **OPTIONS)
@@ -154,6 +154,7 @@ def test_a_state_that_is_not_in_force_says_so(method, replaced):
         "warmup": lambda: state.warmup(inputs),
         "expect_n_visual": lambda: state.expect_n_visual(24),
         "reset_n_vis": lambda: reset_n_vis(state, 24),
+        "with": state.__enter__,
     }[method]
     with pytest.raises(RuntimeError, match=r"removed or replaced.*the state that the last apply_sparsevlm returned"):
         call()
@@ -223,6 +224,26 @@ def test_a_warmup_that_fails_leaves_what_was_applied_before(wrapped):
     assert state.report.samples == report.samples
     remove_sparsevlm(model)
     assert not state.attached
+
+
+def out_of_disk(input_ids, scores):
+    raise OSError("disk")
+
+
+def test_a_warmup_that_fails_on_the_engine_leaves_the_engine_of_before():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    sparse, samples = model.generate(**inputs, max_new_tokens=4), state.report.samples
+    with pytest.raises(OSError, match="disk"):
+        apply_sparsevlm(
+            model, keep=0.9, min_keep=3, engine=True, warmup=[inputs, inputs | {"logits_processor": [out_of_disk]}]
+        )
+    assert state.attached
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4), sparse)
+    assert (state.report.path, state.report.samples) == ("engine", samples)
+    remove_sparsevlm(model)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
 
 
 @pytest.mark.parametrize("warmup", ["inputs", ["inputs"], [3]], ids=str)

@@ -147,6 +147,7 @@ class SparseVLMState:
             )
 
     def __enter__(self) -> SparseVLMState:
+        self._check_attached()
         return self
 
     def __exit__(self, *exc: object) -> None:
