@@ -10,6 +10,7 @@ import pickle
 import pytest
 import torch
 
+from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from toys import PROMPTS, make_inputs, tiny_model
 
@@ -47,10 +48,7 @@ def check_whole(model, inputs, dense):
     assert torch.equal(model.generate(**inputs, max_new_tokens=4), dense)
 
 
-@pytest.mark.parametrize("make", COPIES)
-@pytest.mark.parametrize("engine", [False, True])
-@pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("is_used", [False, True])
+@parametrize_pairs(is_used=[False, True], selector=list(SELECTORS), engine=[False, True], make=list(COPIES))
 def test_a_copy_prunes_as_the_model_and_is_whole_after_removal(is_used, selector, engine, make):
     model, inputs = tiny_model(), make_inputs(*ONE)
     dense = model.generate(**inputs, max_new_tokens=4)
@@ -101,11 +99,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("make", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("engine", [False, True])
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("selector", SELECTORS)
+@parametrize_pairs(
+    selector=list(SELECTORS), where=list(PLACES), call=list(CALLS), engine=[False, True], make=["deepcopy", "pickle"]
+)
 def test_a_copy_taken_after_an_interruption_is_whole(selector, where, call, engine, make):
     model, inputs = tiny_model(), make_inputs(*ONE)
     dense = model.generate(**inputs, max_new_tokens=4)

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import LogitsProcessor
 from transformers.generation import BaseStreamer
 
-import sparsevlm
 from sparsevlm import Report, ReportTotal, apply_sparsevlm
 from toys import PROMPTS, make_inputs, tiny_model
 
@@ -212,36 +206,3 @@ def test_a_report_of_an_older_release_did_not_fail():
     data = state.report.to_dict()
     del data["failed"]
     assert Report.from_dict(data) == state.report
-
-
-TYPED = """
-from torch import Tensor
-from sparsevlm import Report, ReportTotal, SelectionContext, Selector
-
-def totals(reports: list[Report]) -> tuple[float, int]:
-    total = sum(reports)
-    whole: ReportTotal = ReportTotal.of(reports)
-    both: ReportTotal = reports[0] + reports[1]
-    started: ReportTotal = 0 + reports[0]
-    return (total.average_in if total else 0.0), whole.n_failed + both.n_failed + started.n_failed
-
-class Mine:
-    def select(self, context: SelectionContext, n_keep: int) -> Tensor:
-        return context.hidden_states[:n_keep, 0]
-
-selector: Selector = Mine()
-"""
-
-
-@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
-def test_sums_and_selectors_type_check(tmp_path):
-    (tmp_path / "typed.py").write_text(TYPED)
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "typed.py"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env={**os.environ, "MYPYPATH": str(Path(sparsevlm.__file__).parents[1])},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
