@@ -246,10 +246,10 @@ def test_a_warmup_that_fails_on_the_engine_leaves_the_engine_of_before():
     assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
 
 
-@pytest.mark.parametrize("warmup", ["inputs", ["inputs"], [3]], ids=str)
+@pytest.mark.parametrize("warmup", ["inputs", ["inputs"], [3], 5, [{}]], ids=str)
 def test_a_warmup_of_something_else_is_refused_before_anything_is_applied(warmup):
     model = tiny_model()
-    with pytest.raises(TypeError, match=r"warmup must be inputs of generate.*got (str|int)"):
+    with pytest.raises(TypeError, match=r"warmup must be inputs of generate.*got (str|int|an empty mapping)"):
         apply_sparsevlm(model, **OPTIONS, warmup=warmup)
     assert "generate" not in vars(model)
 

@@ -125,14 +125,15 @@ def apply_sparsevlm(
 
 
 def _requests(warmup: Any) -> list[Mapping[str, Any]]:
-    requests = [warmup] if isinstance(warmup, Mapping) else list(warmup or ())
+    requests = [warmup] if isinstance(warmup, Mapping) or not isinstance(warmup, Sequence) else list(warmup)
     for request in requests:
-        if not isinstance(request, Mapping):
+        if not isinstance(request, Mapping) or (warmup and not request):
+            got = "an empty mapping" if isinstance(request, Mapping) else type(request).__name__
             raise TypeError(
                 "warmup must be inputs of generate as the processor makes them (a mapping), or a sequence of such, "
-                f"got {type(request).__name__}."
+                f"got {got}."
             )
-    return requests
+    return [request for request in requests if request]
 
 
 def _put_in_force(state: SparseVLMState, before: SparseVLMState | None, requests: Sequence[Mapping[str, Any]]) -> None:

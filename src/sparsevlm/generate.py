@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.generation import GenerationMixin
 
 from . import compat
 from .engine.generate import Engine, UnsupportedByEngineError
@@ -73,6 +74,8 @@ class Generate:
             session.turn() as depth,
             session.generating(is_nested=depth > 1),
         ):
+            if not self._is_attached:  # removed, or replaced, while this call waited for its turn
+                return session.adapter.model.generate(**arguments)
             check_inputs(session.adapter, arguments, of_generate=True)
             session.expect_images(arguments)
             return self._run(arguments, is_nested=depth > 1)
@@ -181,4 +184,7 @@ def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     for name, parameter in bound.signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name, {})
+        if parameter.kind is parameter.VAR_POSITIONAL:  # of a wrapper that hands all on: names are those of generate
+            names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+            arguments |= dict(zip(names, arguments.pop(name, ()), strict=False))
     return arguments

@@ -174,11 +174,20 @@ class SparseVLMState:
         setattr(adapter.base_model, STATE_ATTRIBUTE, self)
 
     def detach(self) -> None:
-        """Give the untouched model back; harmless when done already."""
+        """Give the untouched model back, once the request that runs has ended; harmless when done already.
+
+        Raises
+        ------
+        RuntimeError
+            If it is the calling thread's own request.
+        TimeoutError
+            If another thread's lasts longer than the option ``timeout``.
+        """
         if not self.attached:
             return
-        self._generate.detach()
-        self._hooks.detach()
-        self._engine.detach()
+        with self._session.between_requests():
+            self._generate.detach()
+            self._hooks.detach()
+            self._engine.detach()
         if getattr(self.adapter.base_model, STATE_ATTRIBUTE, None) is self:
             delattr(self.adapter.base_model, STATE_ATTRIBUTE)

@@ -156,6 +156,9 @@ class ModelHooks:
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
             request.begin_decode_step()
             return
+        running = self._session.running
+        if self._session.in_generate and running is not None and running.samples:
+            return  # a second pass beside the prompt's, such as that without the prompt under guidance_scale
         request = self._session.new_request(cache, ids.shape[0], ids.shape[1])
         n_valid = [ids.shape[1]] * ids.shape[0]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:

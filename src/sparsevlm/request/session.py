@@ -25,15 +25,18 @@ logger = logging.getLogger(__name__)
 
 # By session; contexts (threads, tasks) do not see each other's.
 _OVERRIDES: ContextVar[tuple[_Override, ...]] = ContextVar("sparsevlm_overrides", default=())
-_LAST: ContextVar[tuple[tuple[weakref.ref[Session], Request], ...]] = ContextVar("sparsevlm_last", default=())
+_LAST: ContextVar[tuple[tuple[weakref.ref[Session], Request, _Override | None], ...]] = ContextVar(
+    "sparsevlm_last", default=()
+)
 
 
 @dataclass(eq=False)
 class _Override:
-    """Options of a session within a context."""
+    """Options of a session within a context and its copies, and the last request under them."""
 
     session: weakref.ref[Session]
     options: Options
+    last: Request | None = None
 
 
 class Session:
@@ -76,7 +79,12 @@ class Session:
     @property
     def options(self) -> Options:
         """Options in force in the calling context."""
-        return next((one.options for one in reversed(_OVERRIDES.get()) if one.session() is self), self._base)
+        own = self._innermost
+        return self._base if own is None else own.options
+
+    @property
+    def _innermost(self) -> _Override | None:
+        return next((one for one in reversed(_OVERRIDES.get()) if one.session() is self), None)
 
     @property
     def config(self) -> SparseVLMConfig:
@@ -95,6 +103,8 @@ class Session:
             yield
         finally:
             self._n_overrides -= 1
+            if own.last is not None and self.last is own.last:
+                self._make_last(own.last, None)
             # By itself, not as the last: contexts of generators and tasks end in any order.
             _OVERRIDES.set(tuple(one for one in _OVERRIDES.get() if one is not own))
 
@@ -129,8 +139,15 @@ class Session:
 
     @property
     def last(self) -> Request | None:
-        """The last request of the calling context, or of any where it made none."""
-        return next((request for of, request in _LAST.get() if of() is self), self._current)
+        """The last request of the calling context, or of any where it made none.
+
+        Inside :meth:`override` that may be one of a copy of the context, as ``asyncio.to_thread`` makes it.
+        """
+        own = self._innermost
+        request, under = next(((request, under) for of, request, under in _LAST.get() if of() is self), (None, None))
+        if own is not None and own.last is not None and (request is None or under is not own):
+            return own.last
+        return request or self._current
 
     def new_request(self, cache: Any, batch: int, q_len: int, logits_to_keep: int = 0) -> Request:
         """Begin a request under the options in force."""
@@ -155,9 +172,15 @@ class Session:
         """Request under the options in force, from now on the last one of the calling context."""
         of = self.options
         request = Request(of.config, of.selector, of.traits, of.target_layers, q_len, past_len, batch, **more)
-        of_others = (entry for entry in _LAST.get() if entry[0]() not in (None, self))
-        _LAST.set((*of_others, (weakref.ref(self), request)))
+        own = self._innermost
+        if own is not None:
+            own.last = request
+        self._make_last(request, own)
         return request
+
+    def _make_last(self, request: Request, under: _Override | None) -> None:
+        of_others = (entry for entry in _LAST.get() if entry[0]() not in (None, self))
+        _LAST.set((*of_others, (weakref.ref(self), request, under)))
 
     def take_turn(self) -> int:
         """Take the lock, or wait for it as long as the option ``timeout`` says; the value is how often it is held.
@@ -179,6 +202,28 @@ class Session:
         depth = self.take_turn()
         try:
             yield depth
+        finally:
+            self.lock.release()
+
+    @contextlib.contextmanager
+    def between_requests(self) -> Iterator[None]:
+        """Context in which no request runs: those that do are waited for.
+
+        Raises
+        ------
+        RuntimeError
+            If the calling thread's own request is running.
+        TimeoutError
+        """
+        if self.lock.is_mine and self.in_generate:
+            raise RuntimeError(
+                "this model's own request is running: remove_sparsevlm and apply_sparsevlm wait for it to end. Call "
+                "them after generate."
+            )
+        self.lock.release()  # a direct call that was ended by Ctrl-C holds it
+        self.lock.acquire(self.options.config.timeout)
+        try:
+            yield
         finally:
             self.lock.release()
 
