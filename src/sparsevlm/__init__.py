@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import apply_sparsevlm, remove_sparsevlm, reset_n_vis
     from .config import SparseVLMConfig
-    from .report import Report, ReportTotal
+    from .report import Report
+    from .report_total import ReportTotal
     from .selection.context import Selection, SelectionContext, Selector
     from .state import SparseVLMState
 
@@ -21,7 +22,7 @@ _HOME = {
     "reset_n_vis": "api",
     "SparseVLMConfig": "config",
     "Report": "report",
-    "ReportTotal": "report",
+    "ReportTotal": "report_total",
     "SparseVLMState": "state",
     "Selection": "selection.context",
     "SelectionContext": "selection.context",

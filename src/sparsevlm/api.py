@@ -99,16 +99,7 @@ def apply_sparsevlm(
         "selector": selector,
         **options,
     }
-    if config is not None and not isinstance(config, SparseVLMConfig):
-        raise TypeError(
-            f"config must be a SparseVLMConfig, got {config!r} of type {type(config).__name__}: pass "
-            "config=SparseVLMConfig(...), or the options themselves by name."
-        )
-    single = SparseVLMConfig().replace(**named)
-    if config is None:
-        config = single
-    elif given := [f.name for f in fields(single) if getattr(single, f.name) != getattr(SparseVLMConfig(), f.name)]:
-        raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
+    config = _config(config, named)
     check_module(model)
     model = unwrap(model)
     requests = _requests(warmup)
@@ -122,6 +113,22 @@ def apply_sparsevlm(
         )
     _put_in_force(state, before, requests)
     return state
+
+
+def _config(config: Any, named: Mapping[str, Any]) -> SparseVLMConfig:
+    """All options: those of ``config``, or single ones by name."""
+    if config is not None and not isinstance(config, SparseVLMConfig):
+        raise TypeError(
+            f"config must be a SparseVLMConfig, got {config!r} of type {type(config).__name__}: pass "
+            "config=SparseVLMConfig(...), or the options themselves by name."
+        )
+    defaults = SparseVLMConfig()
+    single = defaults.replace(**named)
+    if config is None:
+        return single
+    if given := [f.name for f in fields(single) if getattr(single, f.name) != getattr(defaults, f.name)]:
+        raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
+    return config
 
 
 def _requests(warmup: Any) -> list[Mapping[str, Any]]:

@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 
 from . import compat
 from .engine.generate import Engine, UnsupportedByEngineError
-from .request.inputs import check_inputs, check_mask, check_prefill
+from .request.inputs import check_inputs, check_prefill
 from .request.session import Session
 
 
@@ -86,6 +86,7 @@ class Generate:
         session.copies = compat.GenerationSettings(session.adapter.model, arguments).copies
         if (other := compat.other_generation(session.adapter.model, self.plain, arguments)) is not None:
             session.plain_reason = other if wants_engine else ""
+            session.check_mask(arguments)
             return self.plain(**arguments)
         arguments, modes = compat.split_mode_arguments(session.adapter.model, arguments)
         if wants_engine:
@@ -97,7 +98,7 @@ class Generate:
                 if modes.get("streamer") is not None:
                     modes["streamer"] = _WithoutPrompt(modes["streamer"])
             session.plain_reason = self._engine.reason
-        check_mask(arguments.get("attention_mask"))
+        session.check_mask(arguments)
         return self._prepare(arguments, modes, self._run_hooks)
 
     def _prepare(self, arguments: dict[str, Any], modes: dict[str, Any], run: Callable[..., Any], *own: Any) -> Any:

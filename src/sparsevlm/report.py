@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .report_total import Cost, ReportTotal, Summable
 
 REPORT_VERSION = 1
 
@@ -92,22 +94,6 @@ class SampleReport:
     def average_out(self) -> float:
         """Visual tokens averaged over layer outputs: the count of the paper's tables."""
         return (sum(self.layer_tokens[1:]) + self.final_tokens) / len(self.layer_tokens)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Dense and sparse figures of one quantity."""
-
-    dense: float
-    sparse: float
-
-    @property
-    def ratio(self) -> float:
-        """Sparse over dense; 1.0 where the dense figure is zero."""
-        return self.sparse / self.dense if self.dense else 1.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.dense + other.dense, self.sparse + other.sparse)
 
 
 @dataclass(frozen=True)
@@ -275,7 +261,7 @@ class Report:
             n_clamped=int(self.budget_clamped),
         )
 
-    def __add__(self, other: Report | ReportTotal) -> ReportTotal:
+    def __add__(self, other: Summable) -> ReportTotal:
         return self.total() + other
 
     def __radd__(self, other: int) -> ReportTotal:
@@ -284,66 +270,6 @@ class Report:
     def __str__(self) -> str:
         failed = [] if self.failed is None else [f"failed: {self.failed}", "as far as it came:"]
         return "\n".join([*failed, *_table(self.layer_rows()), "", *_summary_lines(self)])
-
-
-@dataclass(frozen=True)
-class ReportTotal:
-    """Sums over many requests; made by adding reports (``sum(reports)``).
-
-    Requests that failed count in ``n_requests`` and ``n_failed`` alone: their tokens, costs and times are left out.
-    """
-
-    n_requests: int
-    n_samples: int
-    visual_tokens: int
-    average_in_sum: float
-    average_out_sum: float
-    flops: Cost
-    kv_bytes: Cost
-    wall_ms: dict[str, float]
-    decode_steps: int
-    n_skipped: int
-    n_clamped: int
-    n_failed: int = 0
-
-    @classmethod
-    def of(cls, reports: Iterable[Report | ReportTotal]) -> ReportTotal:
-        """Sum of reports, of none as well; for type checkers, to which ``sum(reports)`` may be a report or 0."""
-        nothing = Cost(0.0, 0.0)
-        return sum(reports, cls(0, 0, 0, 0.0, 0.0, nothing, nothing, {}, 0, 0, 0))  # type: ignore[return-value]
-
-    @property
-    def average_in(self) -> float:
-        """Visual tokens per sample averaged over layer inputs."""
-        return self.average_in_sum / max(self.n_samples, 1)
-
-    @property
-    def average_out(self) -> float:
-        """Visual tokens per sample averaged over layer outputs."""
-        return self.average_out_sum / max(self.n_samples, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain Python values."""
-        return {**dataclasses.asdict(self), "average_in": self.average_in, "average_out": self.average_out}
-
-    def __add__(self, other: Report | ReportTotal) -> ReportTotal:
-        if isinstance(other, Report):
-            other = other.total()
-        if not isinstance(other, ReportTotal):
-            return NotImplemented
-        values: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if f.name == "wall_ms":
-                values[f.name] = {key: mine.get(key, 0.0) + theirs.get(key, 0.0) for key in {**mine, **theirs}}
-            else:
-                values[f.name] = mine + theirs
-        return ReportTotal(**values)
-
-    def __radd__(self, other: int) -> ReportTotal:
-        if other != 0:
-            return NotImplemented
-        return self
 
 
 def _sample_from_dict(data: dict[str, Any]) -> SampleReport:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevlm.report import Cost, Report, SampleReport, StageReport
+from sparsevlm.report import Report, SampleReport, StageReport
+from sparsevlm.report_total import Cost
 from sparsevlm.visualization import Row, draw_report, draw_rows, save_picture
 from sparsevlm.visualization.overlay import DROPPED, KEPT, RECYCLED, shade, token_states
 

@@ -112,7 +112,8 @@ class Engine:
         with self._runner.open():
             self._runner.quick_check()
             call = Call.of(self._adapter, arguments, settings["num_return_sequences"] or 1)
-            check_mask(call.on_host.get("attention_mask"))
+            if call.grids:
+                check_mask(call.on_host.get("attention_mask"))
             self.reason = ("no image or video" if not call.grids else call.misfit(self._adapter)) or ""
             if self.reason:
                 return None

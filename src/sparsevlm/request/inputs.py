@@ -186,7 +186,7 @@ def _check_fits(name: str, value: Any, tokens: Tensor, *, has_cache: bool) -> No
 
 
 def check_mask(attention_mask: Any) -> None:
-    """Refuse a mask that hides a whole sample; waits for the device that it is on.
+    """Refuse a mask that hides a whole sample with images; waits for the device that it is on.
 
     Raises
     ------

@@ -313,11 +313,6 @@ class Request:
         self.failed = ": ".join(filter(None, (type(error).__name__, str(error))))
         self.forget_embeddings()
 
-    @property
-    def prunes(self) -> bool:
-        """Tells whether any token may be dropped."""
-        return self.skipped_because is None
-
     def fills(self, cache: Cache | None) -> bool:
         """Tells whether ``cache`` is the one that this request filled (it may have been reset since)."""
         return cache is not None and self.cache is not None and self.cache() is cache

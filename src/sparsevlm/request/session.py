@@ -17,6 +17,7 @@ from ..selection.context import SelectorTraits
 from ..selection.overrides import unused_options
 from ..selection.selectors import make_selector
 from ..template import Template
+from .inputs import check_mask
 from .lock import GenerationLock
 from .options import Options
 from .request import Request
@@ -235,6 +236,16 @@ class Session:
     def expect_images(self, arguments: Mapping[str, Any]) -> None:
         """Note whether the running call was given images or videos, under whatever name transformers has for them."""
         self._expects_images = any("pixel" in name and value is not None for name, value in arguments.items())
+
+    def check_mask(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse a call with images whose mask hides a whole sample, before transformers prepares it.
+
+        Raises
+        ------
+        ValueError
+        """
+        if self._expects_images:
+            check_mask(arguments.get("attention_mask"))
 
     @contextlib.contextmanager
     def generating(self, *, is_nested: bool) -> Iterator[None]:

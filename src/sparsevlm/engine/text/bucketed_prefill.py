@@ -208,8 +208,8 @@ def run(
 ) -> Outputs:
     """The program of a bucket: a fixed list of operations."""
     hidden = adapter.decoder.embed(given.ids)
-    pictures = given.features[given.feature_rows.flatten()].to(hidden.dtype)
-    hidden = hidden.index_copy(0, given.visual_rows.flatten(), pictures)
+    images = given.features[given.feature_rows.flatten()].to(hidden.dtype)
+    hidden = hidden.index_copy(0, given.visual_rows.flatten(), images)
     cos, sin = (table[0] for table in adapter.decoder.rotary(hidden[None], given.positions[:, None]))
     visual_rows, cu_seqlens = given.visual_rows, given.cu_seqlens.to(torch.int32)
     everyone = torch.arange(bucket.visual[0], device=hidden.device)

@@ -63,7 +63,7 @@ def decode_step(
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
+    weights : FusedWeights
     state : DecodeState
         Moved on by one token; it must have room.
     tokens : Tensor of shape (batch,), int64
@@ -139,8 +139,8 @@ class DecodeGraph:
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder
+    weights : FusedWeights
+    pool : GraphPool
     prompt : sequence of LayerCache
         Caches of the prompt.
     batch : int
@@ -150,7 +150,7 @@ class DecodeGraph:
     def __init__(
         self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool, prompt: Sequence[LayerCache], batch: int
     ) -> None:
-        self._adapter, self._weights, self._recorder, self._batch = adapter, weights, pool, batch
+        self._adapter, self._weights, self._pool, self._batch = adapter, weights, pool, batch
         self.prompt = prompt
         self.n_new = self._capacity = 0
         device = prompt[0].keys.device
@@ -171,7 +171,7 @@ class DecodeGraph:
 
     def _record(self, state: DecodeState) -> Callable[[], Tensor]:
         adapter, weights, tokens, first, n_new = self._adapter, self._weights, self._tokens, self._first, self.n_new
-        return self._recorder.record(
+        return self._pool.record(
             lambda: decode_step(adapter, weights, state, tokens, first), rewind=lambda: state.n_new.fill_(n_new)
         )
 
@@ -226,13 +226,13 @@ class DecodeGraphs(LRUCache[CacheShape, DecodeGraph]):
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder
+    weights : FusedWeights
+    pool : GraphPool
     """
 
     def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
         super().__init__(_MOST_GRAPHS)
-        self._adapter, self._weights, self._recorder = adapter, weights, pool
+        self._adapter, self._weights, self._pool = adapter, weights, pool
 
     def take(self, prompt: Sequence[LayerCache], batch: int) -> DecodeGraph:
         """A decode graph that holds a request."""
@@ -251,4 +251,4 @@ class DecodeGraphs(LRUCache[CacheShape, DecodeGraph]):
             )
             for layer, rows, max_seqlen in zip(like, bucket.rows, bucket.max_seqlen, strict=True)
         ]
-        return DecodeGraph(self._adapter, self._weights, self._recorder, empty, bucket.batch)
+        return DecodeGraph(self._adapter, self._weights, self._pool, empty, bucket.batch)

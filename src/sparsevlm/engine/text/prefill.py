@@ -85,7 +85,7 @@ def prefill(
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
+    weights : FusedWeights
     request : Request
         Its samples and records are brought up to date, as on the plain path.
     packed : Packed

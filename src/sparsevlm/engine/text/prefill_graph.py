@@ -29,10 +29,10 @@ class PrefillGraph:
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder or None
+    weights : FusedWeights
+    pool : GraphPool or None
         ``None``: it is run once, and not recorded.
-    bucket : Plan
+    bucket : BucketShape
     selector : OrderedSelector
     """
 
@@ -83,8 +83,8 @@ class PrefillGraphs(CapturedPrograms[tuple[BucketShape, Hashable], PrefillGraph]
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder
+    weights : FusedWeights
+    pool : GraphPool
     """
 
     def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
@@ -116,7 +116,7 @@ class PrefillGraphs(CapturedPrograms[tuple[BucketShape, Hashable], PrefillGraph]
         logits : Tensor of shape (batch, vocab_size)
             Overwritten by the next call.
         caches : list of LayerCache
-        decode_graph : Arena or None
+        decode_graph : DecodeGraph or None
             To go on with on these caches, where they stay in place.
         """
         bucket, counts = bucketed_prefill.plan(request)

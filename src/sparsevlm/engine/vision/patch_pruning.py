@@ -100,16 +100,16 @@ def patch_saliency(tokens: Tensor, grid: Grid) -> Tensor:
 
 
 def choose(tokens: Tensor, grids: Sequence[Grid], numbers: Sequence[int], order: Tensor | None) -> KeptPatches:
-    """The most novel tokens of every picture; waits for nothing.
+    """The most salient tokens of every image; waits for nothing.
 
     Parameters
     ----------
     tokens : Tensor of shape (n_tokens, size)
-        Pixels, in reading order, picture behind picture.
+        Pixels, in reading order, image behind image.
     grids : sequence of (t, h, w)
         In tokens.
     numbers : sequence of int
-        Tokens of each picture that are kept.
+        Tokens of each image that are kept.
     order : Tensor of shape (n_tokens,), int64, optional
         The token at each place of the order in which the tower works; ``None``: reading order.
     """

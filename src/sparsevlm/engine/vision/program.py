@@ -119,7 +119,7 @@ def encode_images(tower: PackedTower, weights: FusedWeights, tables: Tables, pat
     Parameters
     ----------
     tower : PackedTower
-    weights : Weights
+    weights : FusedWeights
     tables : Tables
     patches : Tensor of shape (n_patches, channels · frames · side²)
         In the dtype of the tower, in reading order of their tokens.
@@ -184,7 +184,7 @@ def _reordered(tower: PackedTower, patches: Tensor, order: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """Encoded pictures; the next call of the program overwrites them.
+    """Encoded images; the next call of the program overwrites them.
 
     Attributes
     ----------
@@ -210,8 +210,8 @@ class VisionGraph:
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder or None
+    weights : FusedWeights
+    pool : GraphPool or None
         ``None``: it is run once, and not recorded.
     grids : tuple of (t, h, w)
         In visual tokens.
@@ -276,8 +276,8 @@ class VisionGraphs(CapturedPrograms[tuple[Grids, tuple[int, ...] | None], Vision
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : Weights
-    pool : Recorder
+    weights : FusedWeights
+    pool : GraphPool
     """
 
     def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
@@ -285,7 +285,7 @@ class VisionGraphs(CapturedPrograms[tuple[Grids, tuple[int, ...] | None], Vision
         self._adapter, self._weights = adapter, weights
 
     def __call__(self, patches: Tensor, grids: Grids, numbers: tuple[int, ...] | None = None) -> VisionOutput:
-        """Encode pictures, or so many tokens of each."""
+        """Encode images, or so many tokens of each."""
 
         def make(pool: GraphPool | None) -> VisionGraph:
             return VisionGraph(self._adapter, self._weights, pool, grids, numbers, patches)
