@@ -48,7 +48,7 @@ def lmms_eval(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """Ruff and mypy."""
     session.install(TORCH)
-    session.install(NEWEST, "-e", ".[dev]")
+    session.install(NEWEST, "-e", ".[cli,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -63,17 +63,19 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Build the wheel and run the demo from it in an empty directory."""
+    """Build the wheel and run the demo from it in an empty directory; without the extra it names the remedy."""
     out = Path(session.create_tmp()).resolve()
     for old in out.glob("*.whl"):
         old.unlink()
     session.install(TORCH)
     session.install(NEWEST, "build")
     session.run("python", "-m", "build", "--wheel", "--outdir", str(out))
-    session.install("--force-reinstall", "--no-deps", *map(str, out.glob("*.whl")))
-    session.install(*map(str, out.glob("*.whl")))
+    (built,) = out.glob("*.whl")
+    session.install("--force-reinstall", "--no-deps", str(built))
     empty = out / "empty"
     empty.mkdir(exist_ok=True)
     session.chdir(empty)
+    session.run("sparsevlm", "demo", success_codes=[2])
+    session.install(f"{built}[cli]")
     session.run("sparsevlm", "demo", "--out", "demo")
     session.run("python", "-c", "import pathlib; assert pathlib.Path('demo/overlay.png').stat().st_size > 10_000")

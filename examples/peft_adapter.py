@@ -23,11 +23,11 @@ inputs = processor.apply_chat_template(
     return_tensors="pt",
 ).to(model.device)
 
-state = apply_sparsevlm(peft_model.get_base_model(), keep=0.25, processor=processor)  # of what PEFT wraps
+state = apply_sparsevlm(peft_model, keep=0.25, processor=processor)
 output = peft_model.generate(**inputs, max_new_tokens=16, do_sample=False)
 print(processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
 print(f"{state.report.average_in:.0f} of {state.report.n_visual:.0f} visual tokens, path {state.report.path}")
-remove_sparsevlm(peft_model.get_base_model())
+remove_sparsevlm(peft_model)
 
 # The engine runs plain linear layers only. On a GPU merge the adapter first, and the model is as fast as without it.
 merged = peft_model.merge_and_unload()

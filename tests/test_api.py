@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -55,7 +56,8 @@ def test_importing_patches_nothing():
     code = (
         "import sys; import transformers.modeling_utils as m; before = dict(m.ALL_ATTENTION_FUNCTIONS._global_mapping);"
         "loaded = 'triton' in sys.modules;"  # newer transformers load it where it is installed
-        "import sparsevlm.api; assert dict(m.ALL_ATTENTION_FUNCTIONS._global_mapping) == before;"
+        "import sparsevlm.api, sparsevlm.generate, sparsevlm.hooks.model_hooks;"
+        "assert dict(m.ALL_ATTENTION_FUNCTIONS._global_mapping) == before;"
         "assert ('triton' in sys.modules) == loaded; assert 'sparsevlm.kernels.triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -720,3 +722,57 @@ def test_a_prompt_that_ends_in_a_visual_token_is_refused(model):
         with pytest.raises(ValueError, match=r"ends in a visual token.*vision_end"):
             model(**cut)
         model(**inputs)
+
+
+@pytest.mark.parametrize("config", [{}, {"keep": 0.5}, [], 0, "paper-64", SparseVLMConfig])
+def test_a_config_of_another_type_is_named(config):
+    model = tiny_model()
+    with pytest.raises(TypeError, match=r"config must be a SparseVLMConfig, got .*: pass config=SparseVLMConfig\("):
+        apply_sparsevlm(model, config=config)
+    assert not hooks(model)
+
+
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"keep": 10**30},
+        {"keep": [10**30]},
+        {"min_keep": 10**30},
+        {"min_keep": 10**30, "keep": 0.7, "selector": "sparsevlm"},
+        {"schedule": [10**30, 10**30]},
+        {"keep": 1.0, "n_vis": 10**30},
+    ],
+)
+def test_huge_counts_keep_everything(options, engine):
+    model = tiny_model()
+    state = apply_sparsevlm(model, target_layers=[1, 3], engine=engine, **options)
+    model.generate(**make_inputs(*ONE), max_new_tokens=2)
+    assert (state.report.average_in, state.report.path) == (24, "engine" if engine else "plain")
+    assert state.report.to_json()
+
+
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("selector", ["span", "random", "sparsevlm"])
+def test_options_of_numpy_run_like_those_of_python(selector, engine):
+    model, tokens, reports = tiny_model(), [], []
+    for number, real, flag in ((np.uint8, np.float32, np.bool_), (int, float, bool)):
+        state = apply_sparsevlm(
+            model, target_layers=[number(1), number(3)], keep=number(15), min_keep=number(4), tau=real(0.5),
+            seed=number(7), recycle=flag(True), engine=flag(engine), selector=selector,
+        )  # fmt: skip
+        tokens.append(model.generate(**make_inputs(*ONE), max_new_tokens=2))
+        reports.append(state.report)
+    assert torch.equal(*tokens)
+    assert reports[0].samples == reports[1].samples
+    assert reports[0].average_in < 24
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_the_largest_seed(engine):
+    model = tiny_model()
+    state = apply_sparsevlm(
+        model, target_layers=[1, 3], keep=0.7, min_keep=3, seed=2**63 - 1, selector="random", engine=engine
+    )
+    model.generate(**make_inputs(*ONE), max_new_tokens=2)
+    assert state.report.average_in < 24

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
+import torch
 
 from sparsevlm import SparseVLMConfig
 from sparsevlm.selection.selectors import make_selector
@@ -42,6 +44,67 @@ def test_numbers_of_numpy_are_numbers():
     config = SparseVLMConfig(keep=np.float32(0.5), n_vis=np.int64(256), target_layers=range(2, 10, 4))
     assert (config.keep, config.target_layers) == (0.5, (2, 6))
     assert SparseVLMConfig(keep=np.int64(100)).keep == 100
+
+
+NUMPY = {
+    "keep": [(np.array([0.5, 0.25]), (0.5, 0.25)), (np.array(7), 7), ([np.float32(0.5), np.int8(3)], (0.5, 3))],
+    "schedule": [(np.array([9, 5]), (9, 5)), (np.array([0.5, 0.25]), (0.5, 0.25))],
+    "target_layers": [(np.array([3, 1]), (1, 3)), ([np.int64(1), np.uint8(3)], (1, 3)), (torch.tensor([1, 3]), (1, 3))],
+    "min_keep": [(np.uint8(4), 4), (np.array(4), 4), (torch.tensor(4), 4)],
+    "n_vis": [(np.int32(4), 4)],
+    "seed": [(np.uint64(2**63 - 1), 2**63 - 1)],
+    "tau": [(np.float16(0.5), 0.5), (np.array(0.5), 0.5)],
+    "rank_tolerance": [(np.float32(0.5), 0.5)],
+    "vision_keep": [(np.float32(0.5), 0.5)],
+    "timeout": [(np.float32(2), 2.0), (np.int64(2), 2)],
+    "recycle": [(np.bool_(False), False)],
+    "strict": [(np.bool_(True), True)],
+    "engine": [(np.bool_(True), True), (np.array(False), False)],
+    "heads": [(np.str_("visual"), "visual")],
+}
+
+
+@pytest.mark.parametrize(("name", "value", "plain"), [(n, *pair) for n, pairs in NUMPY.items() for pair in pairs])
+def test_options_of_numpy_become_those_of_python(name, value, plain):
+    """Whatever is stored can be compared, hashed and written to JSON."""
+    config = SparseVLMConfig(**{name: value})
+    stored = getattr(config, name)
+    assert (stored, type(stored)) == (plain, type(plain))
+    assert json.loads(json.dumps(dataclasses.asdict(config)))
+    assert config == SparseVLMConfig(**{name: plain})
+    assert hash(config) == hash(SparseVLMConfig(**{name: plain}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error"),
+    [
+        ("keep", np.bool_(True), TypeError),
+        ("keep", np.array([]), ValueError),
+        ("keep", np.zeros((2, 2)), TypeError),
+        ("min_keep", np.float32(4), TypeError),
+        ("seed", np.uint64(2**64 - 1), ValueError),
+        ("seed", 2**70, ValueError),
+        ("target_layers", np.array([[1, 2]]), TypeError),
+        ("target_layers", np.array([1.0, 2.0]), TypeError),
+        ("target_layers", np.int64(3), ValueError),
+        ("tau", np.bool_(True), TypeError),
+        ("raters", np.array(["all"]), ValueError),
+        ("merge", np.array([1, 2]), ValueError),
+        ("preset", np.array([1, 2]), ValueError),
+        ("recycle", np.int64(1), TypeError),
+        *((name, 10**400, ValueError) for name in ("keep", "min_keep", "n_vis", "seed", "tau", "timeout")),
+        *((name, [10**5000, 1], ValueError) for name in ("keep", "schedule", "target_layers")),
+    ],
+)
+def test_what_has_no_meaning_is_named(name, value, error):
+    with pytest.raises(error, match=rf"{name}\b.* must be .*, got|{name} is an empty sequence"):
+        SparseVLMConfig(**{name: value})
+
+
+@pytest.mark.parametrize("layers", [np.array([1, 3]), [np.int64(1), np.int64(3)], torch.tensor([1, 3]), np.array([])])
+def test_layers_of_numpy_beside_a_preset(layers):
+    with pytest.raises(ValueError, match=r"target_layers is a part of preset='paper-64': .*; got \["):
+        SparseVLMConfig(preset="paper-64", target_layers=layers)
 
 
 def test_heads():

@@ -140,6 +140,120 @@ def test_options_of_a_replaced_state_are_refused():
     assert model.generate is second._generate
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+@pytest.mark.parametrize("method", ["options", "warmup", "expect_n_visual", "reset_n_vis", "with"])
+def test_a_state_that_is_not_in_force_says_so(method, replaced):
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, **OPTIONS)
+    if replaced:
+        apply_sparsevlm(model, **OPTIONS)
+    else:
+        remove_sparsevlm(model)
+    call = {
+        "options": lambda: state.options(keep=0.9).__enter__(),
+        "warmup": lambda: state.warmup(inputs),
+        "expect_n_visual": lambda: state.expect_n_visual(24),
+        "reset_n_vis": lambda: reset_n_vis(state, 24),
+        "with": state.__enter__,
+    }[method]
+    with pytest.raises(RuntimeError, match=r"removed or replaced.*the state that the last apply_sparsevlm returned"):
+        call()
+
+
+def test_a_state_is_attached_once_and_beside_no_other():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    first = apply_sparsevlm(model, **OPTIONS)
+    n_hooks = sum(len(module._forward_pre_hooks) for module in model.modules())
+    first.attach()
+    assert sum(len(module._forward_pre_hooks) for module in model.modules()) == n_hooks
+    second = apply_sparsevlm(model, **OPTIONS)
+    with pytest.raises(RuntimeError, match="another apply_sparsevlm is in force"):
+        first.attach()
+    second.detach()
+    first.attach()
+    model.generate(**inputs, max_new_tokens=1)
+    assert first.report.final_tokens < 24
+
+
+class WarmupError(Exception):
+    pass
+
+
+def fail(module, args):
+    raise WarmupError("in the middle")
+
+
+@pytest.mark.parametrize("error", [WarmupError, KeyboardInterrupt])
+def test_a_warmup_that_fails_applies_nothing(error):
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    dense = model.generate(**inputs, max_new_tokens=4)
+
+    def fail(module, args):
+        raise error
+
+    handle = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(error):
+        apply_sparsevlm(model, **OPTIONS, warmup=inputs)
+    handle.remove()
+    assert "generate" not in vars(model)
+    assert not hasattr(model.model, "_sparsevlm_state")
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4), dense)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_warmup_that_fails_leaves_what_was_applied_before(wrapped):
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, **OPTIONS)
+    sparse = model.generate(**inputs, max_new_tokens=4)
+    report, seen = state.report, []
+    if wrapped:
+        inner = model.generate
+        model.generate = lambda *args, **kwargs: seen.append(1) or inner(*args, **kwargs)
+    before = model.generate
+    handle = model.lm_head.register_forward_pre_hook(fail)
+    with pytest.raises(WarmupError):
+        apply_sparsevlm(model, keep=0.9, min_keep=3, warmup=[inputs])
+    handle.remove()
+    assert state.attached
+    assert model.generate is before
+    assert state.report == report
+    seen.clear()
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4), sparse)
+    assert len(seen) == wrapped
+    assert state.report.samples == report.samples
+    remove_sparsevlm(model)
+    assert not state.attached
+
+
+def out_of_disk(input_ids, scores):
+    raise OSError("disk")
+
+
+def test_a_warmup_that_fails_on_the_engine_leaves_the_engine_of_before():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    weights = {name: weight.clone() for name, weight in model.named_parameters()}
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    sparse, samples = model.generate(**inputs, max_new_tokens=4), state.report.samples
+    with pytest.raises(OSError, match="disk"):
+        apply_sparsevlm(
+            model, keep=0.9, min_keep=3, engine=True, warmup=[inputs, inputs | {"logits_processor": [out_of_disk]}]
+        )
+    assert state.attached
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4), sparse)
+    assert (state.report.path, state.report.samples) == ("engine", samples)
+    remove_sparsevlm(model)
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.named_parameters())
+
+
+@pytest.mark.parametrize("warmup", ["inputs", ["inputs"], [3], 5, [{}]], ids=str)
+def test_a_warmup_of_something_else_is_refused_before_anything_is_applied(warmup):
+    model = tiny_model()
+    with pytest.raises(TypeError, match=r"warmup must be inputs of generate.*got (str|int|an empty mapping)"):
+        apply_sparsevlm(model, **OPTIONS, warmup=warmup)
+    assert "generate" not in vars(model)
+
+
 @pytest.mark.parametrize("engine", [False, True])
 @pytest.mark.parametrize("alike", [False, True], ids=["other prompts", "equal ids"])
 def test_budgets_of_another_number_of_samples_are_refused(alike, engine):

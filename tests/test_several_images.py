@@ -203,7 +203,8 @@ def test_a_graph_chooses_as_the_plain_path(min_keep, prompt, monkeypatch):
         state = apply_sparsevlm(model, **options_of("span", min_keep_per_image=min_keep, engine=False))
         model.generate(**inputs, **GREEDY)
         wanted = [[stage.kept for stage in sample.stages] for sample in state.report.samples]
-        check(state.report, min_keep)
+        if not state.report.budget_clamped:
+            check(state.report, min_keep)
         with state.options(engine=True):
             for _ in range(5):  # from the third time on by what was recorded
                 model.generate(**inputs, **GREEDY)

@@ -44,9 +44,10 @@ def held():
     lock, taken, end = GenerationLock(), threading.Event(), threading.Event()
 
     def hold():
-        with lock.hold():
-            taken.set()
-            end.wait(20)
+        lock.acquire()
+        taken.set()
+        end.wait(20)
+        lock.release()
 
     thread = threading.Thread(target=hold)
     thread.start()
@@ -78,8 +79,10 @@ def test_the_lock_may_be_taken_again_by_its_holder(held):
     assert not lock._waiting
     lock.release()  # not ours: nothing happens
     end.set()
-    with lock.hold() as first, lock.hold() as second:
-        assert (first, second) == (1, 2)
+    assert (lock.acquire(), lock.acquire()) == (1, 2)
+    lock.release()
+    assert lock.is_mine
+    lock.release()
     assert not lock.is_mine
 
 

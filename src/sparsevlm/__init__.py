@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import apply_sparsevlm, remove_sparsevlm, reset_n_vis
     from .config import SparseVLMConfig
-    from .report import Report, ReportTotal
-    from .selection.context import Selection, SelectionContext
+    from .report import Report
+    from .report_total import ReportTotal
+    from .selection.context import Selection, SelectionContext, Selector
     from .state import SparseVLMState
 
-__version__ = "1.0.0.dev0"
+__version__ = "1.0.0rc1"
 
 # Loaded on first use, so that the command line answers --help without torch.
 _HOME = {
@@ -21,10 +22,11 @@ _HOME = {
     "reset_n_vis": "api",
     "SparseVLMConfig": "config",
     "Report": "report",
-    "ReportTotal": "report",
+    "ReportTotal": "report_total",
     "SparseVLMState": "state",
     "Selection": "selection.context",
     "SelectionContext": "selection.context",
+    "Selector": "selection.context",
 }
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "ReportTotal",
     "Selection",
     "SelectionContext",
+    "Selector",
     "SparseVLMConfig",
     "SparseVLMState",
     "apply_sparsevlm",
@@ -44,3 +47,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,14 +11,9 @@ from torch import nn
 from .collision import check_collision
 from .compat import check_transformers
 from .config import SparseVLMConfig
-from .inputs import torchvision_works
+from .models import adapter_for, check_module, unwrap, wrapper_hint
+from .state import STATE_ATTRIBUTE, SparseVLMState
 from .template import template_of
-
-# The imports below are the first of transformers' modelling modules, which die of a torchvision that is broken.
-torchvision_works()
-
-from .models import adapter_for  # noqa: E402
-from .state import STATE_ATTRIBUTE, SparseVLMState  # noqa: E402
 
 
 def apply_sparsevlm(
@@ -45,7 +40,8 @@ def apply_sparsevlm(
     Parameters
     ----------
     model : PreTrainedModel
-        Of a supported class, such as ``Qwen2_5_VLForConditionalGeneration``.
+        Of a supported class, such as ``Qwen2_5_VLForConditionalGeneration``, or a model of PEFT around it. What
+        ``torch.compile`` has compiled in this process is compiled anew after the call, with the hooks in it.
     n_vis : int, optional
         Visual tokens that a sample is expected to have; a mismatch is warned about once and the real count used.
     target_layers : sequence of int, optional
@@ -67,7 +63,8 @@ def apply_sparsevlm(
         not taken for the user's text.
     warmup : mapping or sequence of mapping
         Inputs of typical requests, as the processor makes them, to run ahead (:meth:`SparseVLMState.warmup`): what a
-        request of like size needs is compiled and recorded then, not when the first one comes.
+        request of like size needs is compiled and recorded then, not when the first one comes. Where one fails, it
+        is as if nothing had been applied: what was applied before is in force again.
     allow_untested : bool
         Warn, instead of raising, where transformers is a version that this library was not tested on.
     **options
@@ -102,11 +99,10 @@ def apply_sparsevlm(
         "selector": selector,
         **options,
     }
-    single = SparseVLMConfig().replace(**named)
-    if config is None:
-        config = single
-    elif given := [f.name for f in fields(single) if getattr(single, f.name) != getattr(SparseVLMConfig(), f.name)]:
-        raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
+    config = _config(config, named)
+    check_module(model)
+    model = unwrap(model)
+    requests = _requests(warmup)
     adapter = adapter_for(model)
     template = template_of(processor)
     state = SparseVLMState(adapter.with_special_tokens(template.special), config, template)
@@ -115,11 +111,51 @@ def apply_sparsevlm(
         raise ValueError(
             "another model that shares these modules is under SparseVLM already: call remove_sparsevlm on it first."
         )
-    remove_sparsevlm(model)
-    state.attach()
-    if warmup:
-        state.warmup(*([warmup] if isinstance(warmup, Mapping) else warmup))
+    _put_in_force(state, before, requests)
     return state
+
+
+def _config(config: Any, named: Mapping[str, Any]) -> SparseVLMConfig:
+    """All options: those of ``config``, or single ones by name."""
+    if config is not None and not isinstance(config, SparseVLMConfig):
+        raise TypeError(
+            f"config must be a SparseVLMConfig, got {config!r} of type {type(config).__name__}: pass "
+            "config=SparseVLMConfig(...), or the options themselves by name."
+        )
+    defaults = SparseVLMConfig()
+    single = defaults.replace(**named)
+    if config is None:
+        return single
+    if given := [f.name for f in fields(single) if getattr(single, f.name) != getattr(defaults, f.name)]:
+        raise ValueError(f"pass either config= or single options, not both (got {', '.join(given)}).")
+    return config
+
+
+def _requests(warmup: Any) -> list[Mapping[str, Any]]:
+    requests = [warmup] if isinstance(warmup, Mapping) or not isinstance(warmup, Sequence) else list(warmup)
+    for request in requests:
+        if not isinstance(request, Mapping) or (warmup and not request):
+            got = "an empty mapping" if isinstance(request, Mapping) else type(request).__name__
+            raise TypeError(
+                "warmup must be inputs of generate as the processor makes them (a mapping), or a sequence of such, "
+                f"got {got}."
+            )
+    return [request for request in requests if request]
+
+
+def _put_in_force(state: SparseVLMState, before: SparseVLMState | None, requests: Sequence[Mapping[str, Any]]) -> None:
+    """Replace one state by another, or change nothing where the new one's warm-up fails."""
+    if before is not None:
+        before.detach()
+    try:
+        state.attach()
+        if requests:
+            state.warmup(*requests)
+    except BaseException:
+        state.detach()
+        if before is not None:
+            before.attach()
+        raise
 
 
 def reset_n_vis(state: SparseVLMState, n_vis: int | None = None) -> None:
@@ -137,10 +173,31 @@ def reset_n_vis(state: SparseVLMState, n_vis: int | None = None) -> None:
 
 
 def remove_sparsevlm(model: nn.Module) -> None:
-    """Give the untouched model back: its outputs are bit-equal to those before. Harmless when nothing is applied."""
+    """Give the untouched model back: its outputs are bit-equal to those before. Harmless when nothing is applied.
+
+    Raises
+    ------
+    TypeError
+        If ``model`` is no module.
+    ValueError
+        If another model is under SparseVLM, and ``model`` wraps it or is a part of it.
+    """
+    check_module(model)
+    model = unwrap(model)
     state = _state_of(model)
-    if state is not None:
+    if state is None:
+        _refuse_others(model)
+    else:
         state.detach()
+
+
+def _refuse_others(model: nn.Module) -> None:
+    others = (vars(part).get(STATE_ATTRIBUTE) for part in model.modules())
+    if (state := next(filter(None, others), None)) is not None:
+        raise ValueError(
+            f"this {type(model).__name__} is not what prunes, but a {state.adapter.name} in or around it: pass that, "
+            f"the model that apply_sparsevlm was called on.{wrapper_hint(model)}"
+        )
 
 
 def _state_of(model: nn.Module) -> SparseVLMState | None:

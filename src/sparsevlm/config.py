@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -14,6 +15,7 @@ HEADS = ("all", "visual")
 MERGES = ("mean", "sum")
 SCHEDULES = ("geometric", "single")
 MAX_SEED = 2**63 - 1
+_MAX_BITS = 1023  # a float can hold what has no more
 
 # Tokens that leave each target layer, recycled ones included, per 576 visual tokens (the authors' code, v1.5 lists:
 # kept 300/200/110, 303/110/36 and 66/30/17, plus the clusters that its recycling adds).
@@ -115,15 +117,17 @@ class SparseVLMConfig:
     min_keep_per_image: int = 4
 
     def __post_init__(self) -> None:
+        for name in (f.name for f in dataclasses.fields(self) if f.name != "selector"):
+            object.__setattr__(self, name, _plain(name, getattr(self, name)))
         if self.preset is not None:
             self._apply_preset(self.preset)
         if self.n_vis is not None:
-            _check_int("n_vis", self.n_vis, 0)
-        _check_int("min_keep", self.min_keep, 1)
-        _check_int("min_keep_per_image", self.min_keep_per_image, 0)
-        _check_int("seed", self.seed, 0, MAX_SEED)
+            check_whole("n_vis", self.n_vis, 0)
+        check_whole("min_keep", self.min_keep, 1)
+        check_whole("min_keep_per_image", self.min_keep_per_image, 0)
+        check_whole("seed", self.seed, 0, MAX_SEED)
         for name in ("tau", "theta", "rank_lambda", "vision_keep"):
-            _check_unit_interval(name, getattr(self, name))
+            check_unit_interval(name, getattr(self, name))
         if not self.vision_keep:
             raise ValueError("vision_keep must be above 0: the vision tower has to compute something.")
         _check_choice("raters", self.raters, RATER_MODES)
@@ -183,18 +187,19 @@ class SparseVLMConfig:
             if getattr(self, name) == defaults[name]:
                 object.__setattr__(self, name, value)
             elif name != "min_keep":
-                raise ValueError(f"{name} is a part of preset={preset!r}: leave it unset, or leave the preset out.")
+                raise ValueError(
+                    f"{name} is a part of preset={preset!r}: leave it unset, or leave the preset out; got "
+                    f"{getattr(self, name)!r}."
+                )
 
     def _check_target_layers(self) -> None:
         if self.target_layers is None:
             return
         layers = self.target_layers
-        if hasattr(layers, "tolist"):  # arrays and tensors
-            layers = layers.tolist()
         if isinstance(layers, (str, bytes)) or not isinstance(layers, Sequence) or not layers:
             raise ValueError(f"target_layers must be a non-empty sequence of layer indices or None, got {layers!r}.")
         for layer in layers:
-            _check_int("target_layers", layer, 0)
+            check_whole("target_layers", layer, 0)
         if len(set(layers)) != len(layers):
             raise ValueError(f"target_layers holds a layer twice: {tuple(layers)}.")
         object.__setattr__(self, "target_layers", tuple(sorted(int(layer) for layer in layers)))
@@ -249,7 +254,20 @@ class SparseVLMConfig:
             raise ValueError(f"rank_tolerance must be in (0, 1) or 'machine', got {self.rank_tolerance!r}.")
 
 
-def _check_int(name: str, value: Any, least: int, most: int | None = None) -> None:
+def _plain(name: str, value: Any) -> Any:
+    """Lists and numbers of Python for arrays, tensors and their scalars, within a sequence as well."""
+    if callable(getattr(value, "tolist", None)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple)):
+        plain = [_plain(name, one) for one in value]
+        return plain if isinstance(value, list) else tuple(plain)
+    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+        raise ValueError(f"{name} must be a number below 2**{_MAX_BITS}, got one of {value.bit_length()} bits.")
+    return value
+
+
+def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:
+    """Refuse what is no whole number within bounds."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}.")
     if value < least:
@@ -258,7 +276,16 @@ def _check_int(name: str, value: Any, least: int, most: int | None = None) -> No
         raise ValueError(f"{name} must be at most {most}, got {value}.")
 
 
-def _check_unit_interval(name: str, value: Any) -> None:
+def check_above_zero(name: str, value: Any) -> None:
+    """Refuse what is no finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number above 0, got {value!r}.")
+    if not 0.0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {value}.")
+
+
+def check_unit_interval(name: str, value: Any) -> None:
+    """Refuse what is no number in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number in [0, 1], got {value!r}.")
     if not 0.0 <= float(value) <= 1.0:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
+from transformers.generation import GenerationMixin
 
 from . import compat
 from .engine.generate import Engine, UnsupportedByEngineError
@@ -31,6 +32,7 @@ class Generate:
     def __init__(self, session: Session, engine: Engine) -> None:
         self._session, self._engine = session, engine
         self._before: Callable[..., Any] | None = None
+        self._wrapper: Callable[..., Any] | None = None
         self._is_attached = False
 
     @property
@@ -44,15 +46,19 @@ class Generate:
         return inspect.signature(self.plain)
 
     def attach(self) -> None:
-        """Take the place."""
-        model = self._session.adapter.model
-        self._before = vars(model).get("generate")
-        model.generate, self._is_attached = self, True
+        """Take the place, or stay behind what somebody else has put there before :meth:`detach`."""
+        model, self._is_attached = self._session.adapter.model, True
+        taken = vars(model).get("generate")
+        if taken is None or taken is not self._wrapper:
+            self._before = taken
+            model.generate = self
 
     def detach(self) -> None:
         """Give it back, unless somebody else has taken it since; whoever still calls this reaches the plain one."""
         model, self._is_attached = self._session.adapter.model, False
-        if vars(model).get("generate") is self:
+        self._wrapper = vars(model).get("generate")
+        if self._wrapper is self:
+            self._wrapper = None
             del model.generate
             if self._before is not None:
                 model.generate = self._before
@@ -63,12 +69,13 @@ class Generate:
         session, arguments = self._session, _named(self.plain, args, kwargs)
         if not session.in_generate:  # a direct call of this thread was ended by Ctrl-C, which torch tells no hook
             session.lock.release()
-        timeout = session.options.config.timeout
         with (
             _ends_streamer(arguments.get("streamer")),
-            session.lock.hold(timeout) as depth,
+            session.turn() as depth,
             session.generating(is_nested=depth > 1),
         ):
+            if not self._is_attached:  # removed, or replaced, while this call waited for its turn
+                return session.adapter.model.generate(**arguments)
             check_inputs(session.adapter, arguments, of_generate=True)
             session.expect_images(arguments)
             return self._run(arguments, is_nested=depth > 1)
@@ -79,6 +86,7 @@ class Generate:
         session.copies = compat.GenerationSettings(session.adapter.model, arguments).copies
         if (other := compat.other_generation(session.adapter.model, self.plain, arguments)) is not None:
             session.plain_reason = other if wants_engine else ""
+            session.check_mask(arguments)
             return self.plain(**arguments)
         arguments, modes = compat.split_mode_arguments(session.adapter.model, arguments)
         if wants_engine:
@@ -90,6 +98,7 @@ class Generate:
                 if modes.get("streamer") is not None:
                     modes["streamer"] = _WithoutPrompt(modes["streamer"])
             session.plain_reason = self._engine.reason
+        session.check_mask(arguments)
         return self._prepare(arguments, modes, self._run_hooks)
 
     def _prepare(self, arguments: dict[str, Any], modes: dict[str, Any], run: Callable[..., Any], *own: Any) -> Any:
@@ -176,4 +185,7 @@ def _named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     for name, parameter in bound.signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments |= arguments.pop(name, {})
+        if parameter.kind is parameter.VAR_POSITIONAL:  # of a wrapper that hands all on: names are those of generate
+            names = list(inspect.signature(GenerationMixin.generate).parameters)[1:]
+            arguments |= dict(zip(names, arguments.pop(name, ()), strict=False))
     return arguments

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .report_total import Cost, ReportTotal, Summable
+
 REPORT_VERSION = 1
 
 
@@ -95,22 +97,6 @@ class SampleReport:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Dense and sparse figures of one quantity."""
-
-    dense: float
-    sparse: float
-
-    @property
-    def ratio(self) -> float:
-        """Sparse over dense; 1.0 where the dense figure is zero."""
-        return self.sparse / self.dense if self.dense else 1.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.dense + other.dense, self.sparse + other.sparse)
-
-
-@dataclass(frozen=True)
 class Report:
     """The last request of a model under SparseVLM.
 
@@ -118,7 +104,8 @@ class Report:
     ----------
     model, selector : str
     path, path_reason : str
-        Which path ran, ``"engine"`` or ``"plain"`` (hooks on the model's own modules), and why.
+        Which path ran, and why: ``"engine"``, ``"plain"`` (hooks on the model's own modules), or ``"none"`` where the
+        call ended before.
     skipped_because : str or None
         Why the request as a whole was left dense.
     samples : tuple of SampleReport
@@ -134,6 +121,8 @@ class Report:
     decode_steps : int
     logit_positions : tuple of tuple of int
         Prompt position of each row of logits (-1: padding), per sample, where rows were dropped.
+    failed : str or None
+        The error that ended the request. The rest tells how far it came; the costs of an unfinished prompt are 0.
     """
 
     model: str
@@ -148,6 +137,7 @@ class Report:
     wall_ms: dict[str, float] = field(default_factory=dict)
     decode_steps: int = 0
     logit_positions: tuple[tuple[int, ...], ...] = ()
+    failed: str | None = None
 
     @property
     def average_in(self) -> float:
@@ -181,7 +171,7 @@ class Report:
         rows = []
         by_layer = [{stage.layer: stage for stage in sample.stages} for sample in self.samples]
         first = -1 if any(-1 in stages for stages in by_layer) else 0
-        for layer in range(first, len(self.samples[0].layer_tokens)):
+        for layer in range(first, min(len(sample.layer_tokens) for sample in self.samples)):
             stages = [found[layer] for found in by_layer if layer in found]
             row: dict[str, Any] = {"layer": layer, "target": bool(stages)}
             if layer >= 0:
@@ -231,6 +221,7 @@ class Report:
             raise ValueError(f"not a sparsevlm report of version {REPORT_VERSION} (got {found!r}).")
         try:
             samples = tuple(_sample_from_dict(sample) for sample in data["samples"])
+            data = {"failed": None, **data}  # reports of older releases do not say it
             values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             values.update(
                 samples=samples,
@@ -252,7 +243,10 @@ class Report:
         return cls.from_dict(data)
 
     def total(self) -> ReportTotal:
-        """The summable part of this report."""
+        """The summable part of this report; of one that failed, that it did."""
+        if self.failed is not None:
+            nothing = Cost(0.0, 0.0)
+            return ReportTotal(1, 0, 0, 0.0, 0.0, nothing, nothing, {}, 0, 0, 0, n_failed=1)
         return ReportTotal(
             n_requests=1,
             n_samples=len(self.samples),
@@ -267,64 +261,15 @@ class Report:
             n_clamped=int(self.budget_clamped),
         )
 
-    def __add__(self, other: Report | ReportTotal) -> ReportTotal:
+    def __add__(self, other: Summable) -> ReportTotal:
         return self.total() + other
 
     def __radd__(self, other: int) -> ReportTotal:
         return self.total().__radd__(other)
 
     def __str__(self) -> str:
-        return "\n".join([*_table(self.layer_rows()), "", *_summary_lines(self)])
-
-
-@dataclass(frozen=True)
-class ReportTotal:
-    """Sums over many requests; made by adding reports (``sum(reports)``)."""
-
-    n_requests: int
-    n_samples: int
-    visual_tokens: int
-    average_in_sum: float
-    average_out_sum: float
-    flops: Cost
-    kv_bytes: Cost
-    wall_ms: dict[str, float]
-    decode_steps: int
-    n_skipped: int
-    n_clamped: int
-
-    @property
-    def average_in(self) -> float:
-        """Visual tokens per sample averaged over layer inputs."""
-        return self.average_in_sum / max(self.n_samples, 1)
-
-    @property
-    def average_out(self) -> float:
-        """Visual tokens per sample averaged over layer outputs."""
-        return self.average_out_sum / max(self.n_samples, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain Python values."""
-        return {**dataclasses.asdict(self), "average_in": self.average_in, "average_out": self.average_out}
-
-    def __add__(self, other: Report | ReportTotal) -> ReportTotal:
-        if isinstance(other, Report):
-            other = other.total()
-        if not isinstance(other, ReportTotal):
-            return NotImplemented
-        values: dict[str, Any] = {}
-        for f in dataclasses.fields(self):
-            mine, theirs = getattr(self, f.name), getattr(other, f.name)
-            if f.name == "wall_ms":
-                values[f.name] = {key: mine.get(key, 0.0) + theirs.get(key, 0.0) for key in {**mine, **theirs}}
-            else:
-                values[f.name] = mine + theirs
-        return ReportTotal(**values)
-
-    def __radd__(self, other: int) -> ReportTotal:
-        if other != 0:
-            return NotImplemented
-        return self
+        failed = [] if self.failed is None else [f"failed: {self.failed}", "as far as it came:"]
+        return "\n".join([*failed, *_table(self.layer_rows()), "", *_summary_lines(self)])
 
 
 def _sample_from_dict(data: dict[str, Any]) -> SampleReport:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
+
 from .config import SparseVLMConfig
-from .engine.generate import Engine
-from .generate import Generate
-from .hooks.model_hooks import ModelHooks
-from .models import ModelAdapter
+from .models import ModelAdapter, compiled_parts
 from .report import Report
 from .request.reporting import make_report
 from .request.session import Session
@@ -19,6 +19,11 @@ from .warmup import WarmupReport, warmup
 
 # Where a model's state is found: on the module whose hooks it holds, so that copies of the model carry copies of it.
 STATE_ATTRIBUTE = "_sparsevlm_state"
+_COMPILED = (
+    "{} is compiled, and hooks break its graph at every layer: it prunes, but is compiled anew, for minutes, and gains "
+    "little. Without torch.compile it begins at once; on a GPU the engine records graphs of its own."
+)
+logger = logging.getLogger(__name__)
 
 
 class SparseVLMState:
@@ -28,6 +33,11 @@ class SparseVLMState:
     """
 
     def __init__(self, adapter: ModelAdapter, config: SparseVLMConfig, template: Template | None = None):
+        # transformers' modelling modules, which die of a broken torchvision, load where there is a model, not before.
+        from .engine.generate import Engine
+        from .generate import Generate
+        from .hooks.model_hooks import ModelHooks
+
         self._session = Session(adapter, config, template or Template())
         self._hooks = ModelHooks(self._session)
         self._engine = Engine(self._session)
@@ -63,7 +73,7 @@ class SparseVLMState:
         request = self._session.last
         if request is None:
             raise RuntimeError("no request yet: call model.generate(**inputs) first.")
-        so_far = (id(request), request.finished, request.decode_steps, request.failed)
+        so_far = (request.serial, request.finished, request.decode_steps, request.failed)
         if self._report is None or self._report[0] != so_far:
             self._report = (so_far, make_report(self.adapter, request))
         return self._report[1]
@@ -81,11 +91,7 @@ class SparseVLMState:
         RuntimeError
             If the model does not prune under this state (any more).
         """
-        if not self.attached:
-            raise RuntimeError(
-                "this state was removed or replaced by another apply_sparsevlm: its options would change nothing. "
-                "Use the state that the last apply_sparsevlm returned."
-            )
+        self._check_attached()
         with self._session.override(changes):
             yield self
 
@@ -113,30 +119,75 @@ class SparseVLMState:
         -------
         WarmupReport
             What was run, how long it took, and what memory.
+
+        Raises
+        ------
+        RuntimeError
+            If the model does not prune under this state (any more).
         """
+        self._check_attached()
         return warmup(self.adapter.model, requests, max_new_tokens, seconds, largest)
 
     def expect_n_visual(self, n_vis: int | None) -> None:
-        """Set the expected number of visual tokens, inside :meth:`options` as well."""
+        """Set the expected number of visual tokens, inside :meth:`options` as well.
+
+        Raises
+        ------
+        RuntimeError
+            If the model does not prune under this state (any more).
+        """
+        self._check_attached()
         self._session.expect_n_visual(n_vis)
 
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise RuntimeError(
+                "this state was removed or replaced by another apply_sparsevlm: its options would change nothing. "
+                "Use the state that the last apply_sparsevlm returned."
+            )
+
     def __enter__(self) -> SparseVLMState:
+        self._check_attached()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
     def attach(self) -> None:
-        """Register the hooks and take ``generate``: nothing else of the model is replaced."""
-        setattr(self.adapter.base_model, STATE_ATTRIBUTE, self)
+        """Register the hooks and take ``generate``: nothing else of the model is replaced; harmless when done already.
+
+        Raises
+        ------
+        RuntimeError
+            If another state is in force.
+        """
+        if self.attached:
+            return
+        adapter = self.adapter
+        if hasattr(adapter.base_model, STATE_ATTRIBUTE):
+            raise RuntimeError("another apply_sparsevlm is in force on this model: call remove_sparsevlm on it first.")
+        torch.compiler.reset()  # what was compiled without the hooks would go on to run without them
+        if parts := compiled_parts(adapter.model, self._hooks.modules):
+            logger.warning("sparsevlm: %s", _COMPILED.format(", ".join(part or adapter.name for part in parts[:3])))
         self._hooks.attach()
         self._generate.attach()
+        setattr(adapter.base_model, STATE_ATTRIBUTE, self)
 
     def detach(self) -> None:
-        """Give the untouched model back; harmless when done already."""
+        """Give the untouched model back, once the request that runs has ended; harmless when done already.
+
+        Raises
+        ------
+        RuntimeError
+            If it is the calling thread's own request.
+        TimeoutError
+            If another thread's lasts longer than the option ``timeout``.
+        """
         if not self.attached:
             return
-        self._generate.detach()
-        self._hooks.detach()
-        self._engine.detach()
-        vars(self.adapter.base_model).pop(STATE_ATTRIBUTE, None)
+        with self._session.between_requests():
+            self._generate.detach()
+            self._hooks.detach()
+            self._engine.detach()
+        if getattr(self.adapter.base_model, STATE_ATTRIBUTE, None) is self:
+            delattr(self.adapter.base_model, STATE_ATTRIBUTE)

@@ -10,6 +10,7 @@ from packaging.version import Version
 from transformers import Cache, DynamicCache, LogitsProcessor, LogitsProcessorList, StaticCache
 from transformers.cache_utils import StaticLayer
 
+from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from toys import IMAGE, PROMPTS, VIDEO, VISION_END, VISION_START, make_inputs, relative_error, tiny_model, use_attention
 
@@ -70,10 +71,7 @@ def rejected(monkeypatch):
     return asked
 
 
-@pytest.mark.parametrize("attn", ATTENTIONS)
-@pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("prompt", [(20, 4, 3), (20, 1, 1), (12, 0, 0)], ids=str)
+@parametrize_pairs(attn=ATTENTIONS, selector=list(SELECTORS), cache=CACHES, prompt=[(20, 4, 3), (20, 1, 1), (12, 0, 0)])
 def test_rejected_guesses_leave_no_trace(attn, selector, cache, prompt, rejected):
     """Also where they outnumber the text behind the image, or there is none but the token that closes it."""
     model, state = pruned_model(attn, **SELECTORS[selector])

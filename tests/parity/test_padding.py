@@ -8,6 +8,7 @@ import torch
 from oracle import joined_positions, recorded_positions
 from runs import GREEDY, VARIANTS, all_dropped, assert_prunes, build, check_steps
 
+from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from toys import PROMPTS
 
@@ -35,10 +36,10 @@ def at(place, what, attention, variant, cache="dynamic"):
     return run
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("variant", ["by attention", "random", "before the decoder"])
-@pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
-@pytest.mark.parametrize("what", MASKS)
+@parametrize_pairs(
+    what=MASKS, cache=["dynamic", "static", "none"], variant=["by attention", "random", "before the decoder"],
+    attention=["sdpa", "eager"],
+)  # fmt: skip
 def test_pruned(what, cache, variant, attention, place):
     run = at(place, what, attention, VARIANTS[variant], cache)
     with recorded_positions(run.model) as seen:
@@ -55,6 +56,8 @@ def test_pruned(what, cache, variant, attention, place):
 @pytest.mark.parametrize("attention", ["sdpa", "eager", flash_emulation.NAME])
 @pytest.mark.parametrize("what", MASKS)
 def test_nothing_pruned(what, attention, engine, place):
+    if engine and place.dtype != torch.float32:
+        pytest.skip("rounding decides between tokens; the engine's logits are compared in engine/test_parity.py")
     run = at(place, what, attention, {"keep": 1.0})
     run.state.detach()
     options = {"max_new_tokens": 6, "do_sample": False}
@@ -79,10 +82,9 @@ def test_both_paths_say_the_same(what, place):
     assert torch.equal(*said)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("what", ["left padding", "right padding"])
-@pytest.mark.parametrize("batch", [1, 2])
+@parametrize_pairs(
+    batch=[1, 2], what=["left padding", "right padding"], variant=list(VARIANTS), attention=["sdpa", "eager"]
+)
 def test_a_static_cache_keeps_what_a_dynamic_one_keeps(batch, what, variant, attention, place):
     """transformers hands on another kind of mask then; padding has no say, whatever its token."""
     run = build(ROWS, VARIANTS[variant], place, attention=attention)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.selection.selectors import SELECTORS
 from toys import PROMPTS, make_inputs, tiny_model
@@ -24,9 +25,7 @@ def said(model, inputs, **options):
     return model.generate(**inputs, max_new_tokens=6, **options)
 
 
-@pytest.mark.parametrize("engine", [False, True])
-@pytest.mark.parametrize("selector", SELECTORS)
-@pytest.mark.parametrize("prompt", ["one image", "batch, unequal counts"])
+@parametrize_pairs(prompt=["one image", "batch, unequal counts"], selector=list(SELECTORS), engine=[False, True])
 def test_answers_are_those_with_a_cache(prompt, selector, engine):
     model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
     state = apply_sparsevlm(model, **OPTIONS, selector=selector, engine=engine)

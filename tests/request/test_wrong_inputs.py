@@ -190,3 +190,13 @@ def test_pixels_that_are_not_what_the_grids_say_are_what_they_are_without_prunin
     assert error_of(lambda: model.generate(**wrong, max_new_tokens=1)) == wanted
     assert torch.equal(model.generate(**inputs, max_new_tokens=3), right)
     assert state.report.path == ("engine" if engine else "plain")
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_without_images_a_mask_may_hide_a_whole_sample(engine):
+    """As in dense, which answers it."""
+    model, inputs = tiny_model(), make_inputs([("text", 6)], [("text", 6)])
+    inputs["attention_mask"][1] = 0
+    dense = model.generate(**inputs, max_new_tokens=2)
+    apply_sparsevlm(model, **OPTIONS, engine=engine)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=2), dense)

@@ -1,5 +1,7 @@
 """Scenes: the same seed gives the same scene, alone or in a batch, and the answers agree with the content."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -30,6 +32,7 @@ from sparsevlm.scenes import (
     sample_specs,
     training_seeds,
 )
+from sparsevlm.scenes.atlas import _glyph_masks
 from sparsevlm.scenes.vocabulary import WORDS
 
 
@@ -225,3 +228,9 @@ def test_too_small_layouts_are_refused():
 def test_other_layouts_draw():
     scene = draw_scene(3, Layout(rows=3, cols=6))
     assert scene.image.size == (672, 336)
+
+
+def test_without_matplotlib_the_remedy_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match=r"drawn scenes.*the extra cli"):
+        _glyph_masks()

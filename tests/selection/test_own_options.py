@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
+import pytest
+import torch
+from selector_contexts import make_context
+
+from sparsevlm import apply_sparsevlm
 from sparsevlm.config import SparseVLMConfig
-from sparsevlm.selection.context import SelectorTraits
+from sparsevlm.selection.context import Selection, SelectorTraits
 from sparsevlm.selection.overrides import OVERRIDABLE, effective_config, unused_options
-from sparsevlm.selection.selectors import SELECTORS, make_selector
+from sparsevlm.selection.selectors import (
+    SELECTORS,
+    HiPruneSelector,
+    MMTokSelector,
+    ScopeSelector,
+    SpanJointSelector,
+    SparseVLMPaperSelector,
+    SparseVLMSelector,
+    SparseVLMv2Selector,
+    VisionZipSelector,
+    make_selector,
+)
+from toys import make_inputs, tiny_model
 
 
 class Custom:
@@ -94,3 +111,101 @@ def test_options_without_effect(options, idle):
     traits = SelectorTraits.of(make_selector(config))
     assert unused_options(config, traits, options) == idle
     assert unused_options(config, traits, []) == []
+
+
+@pytest.mark.parametrize("name", sorted(SELECTORS))
+def test_built_in_selectors_are_values(name):
+    made = SELECTORS[name]
+    one, other = made(), made()
+    assert one == other
+    assert hash(one) == hash(other)
+    options = {field.name: field.default for field in dataclasses.fields(one)}
+    assert made(**options) == one
+    assert not set(options) & {"name", "placement", "needs", "default_schedule", "overrides", "reads"}
+    for option in options:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(one, option, 0.1)
+
+
+def test_a_selector_made_by_name_takes_the_option_and_an_object_its_own():
+    by_name = SparseVLMConfig(selector="sparsevlm", tau=0.3)
+    assert make_selector(by_name).tau is None
+    assert effective_config(by_name, make_selector(by_name)).tau == 0.3
+    own = SparseVLMSelector(tau=0.3, theta=0.2)
+    effective = effective_config(SparseVLMConfig(selector=own), own)
+    assert (effective.tau, effective.theta) == (0.3, 0.2)
+    assert effective_config(SparseVLMConfig(selector=own, tau=0.3), own).tau == 0.3
+    with pytest.raises(ValueError, match=r"'sparsevlm' sets tau=0.3, but tau=0.7 was asked for"):
+        effective_config(SparseVLMConfig(selector=own, tau=0.7), own)
+    assert SparseVLMv2Selector(theta=0.1).overrides == {"heads": "visual", "recycle": False, "theta": 0.1}
+    assert SparseVLMPaperSelector().overrides == {"raters": "embedding"}
+
+
+def test_tau_and_theta_of_an_object_are_those_of_the_options():
+    attention = torch.arange(40.0).expand(2, -1)
+    for fields in ({"tau": 0.0}, {"tau": 0.9, "theta": 0.8}, {"theta": 0.1}):
+        context = make_context(40, rater_attention=attention, config=SparseVLMConfig(min_keep=1))
+        given = make_context(40, rater_attention=attention, config=SparseVLMConfig(min_keep=1, **fields))
+        found, wanted = SparseVLMSelector(**fields).select(context, 20), SparseVLMSelector().select(given, 20)
+        assert torch.equal(found.keep_idx, wanted.keep_idx)
+        assert (found.recycled_idx is None) == (wanted.recycled_idx is None)
+        if found.recycled_idx is not None:
+            assert torch.equal(found.recycled_idx, wanted.recycled_idx)
+
+
+def test_fields_change_the_choice():
+    context = make_context(60)
+
+    def kept(selector):
+        found = selector.select(context, 20)
+        return (found.keep_idx if isinstance(found, Selection) else found).tolist()
+
+    for plain, other in (
+        (HiPruneSelector(), HiPruneSelector(alpha=0.9)),
+        (ScopeSelector(), ScopeSelector(alpha=6.0)),
+        (MMTokSelector(), MMTokSelector(alpha=20.0, visual_temperature=0.05)),
+        (VisionZipSelector(), VisionZipSelector(contextual=40)),
+        (SpanJointSelector(), SpanJointSelector(alpha=1.0)),
+    ):
+        assert kept(plain) != kept(other), plain
+
+
+@pytest.mark.parametrize(
+    ("make", "fields", "error", "message"),
+    [
+        (SparseVLMSelector, {"tau": 1.5}, ValueError, r"tau must be in \[0, 1\], got 1.5"),
+        (SparseVLMv2Selector, {"theta": "half"}, TypeError, r"theta must be a number in \[0, 1\]"),
+        (HiPruneSelector, {"alpha": -0.1}, ValueError, r"alpha must be in \[0, 1\]"),
+        (SpanJointSelector, {"nearest": 2}, ValueError, r"nearest must be in \[0, 1\]"),
+        (
+            MMTokSelector,
+            {"text_temperature": 0.0},
+            ValueError,
+            "text_temperature must be a finite number above 0, got 0.0",
+        ),
+        (MMTokSelector, {"alpha": True}, TypeError, "alpha must be a number above 0, got True"),
+        (ScopeSelector, {"alpha": float("inf")}, ValueError, "alpha must be a finite number above 0, got inf"),
+        (VisionZipSelector, {"contextual": 64}, ValueError, "contextual must be at most 63, got 64"),
+        (VisionZipSelector, {"of": 0}, ValueError, "of must be at least 1, got 0"),
+    ],
+)
+def test_bad_fields(make, fields, error, message):
+    with pytest.raises(error, match=message):
+        make(**fields)
+
+
+def test_the_rank_counts_by_the_fields_of_the_object():
+    model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 6, 8), ("text", 9)])
+    options = {"min_keep": 3, "target_layers": [1], "rank_tolerance": 0.3, "rank_lambda": 1.0}
+    reports = []
+    for given in (
+        {"selector": "sparsevlm", "tau": 0.9, "theta": 0.3},
+        {"selector": SparseVLMSelector(tau=0.9, theta=0.3)},
+        {"selector": "sparsevlm"},
+    ):
+        state = apply_sparsevlm(model, **options, **given)
+        model.generate(**inputs, max_new_tokens=2)
+        reports.append(state.report.samples)
+    assert reports[0] == reports[1] != reports[2]
+    with pytest.raises(ValueError, match=r"sets tau=0.3, but tau=0.9 was asked for"):
+        apply_sparsevlm(model, **options, tau=0.9, selector=SparseVLMSelector(tau=0.3))

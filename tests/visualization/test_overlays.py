@@ -1,5 +1,6 @@
 """Overlay pictures: states, shading, which image belongs to which grid, and lawful odd reports."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevlm.report import Cost, Report, SampleReport, StageReport
+from sparsevlm.report import Report, SampleReport, StageReport
+from sparsevlm.report_total import Cost
 from sparsevlm.visualization import Row, draw_report, draw_rows, save_picture
 from sparsevlm.visualization.overlay import DROPPED, KEPT, RECYCLED, shade, token_states
 
@@ -197,3 +199,10 @@ def test_no_global_state():
 def test_pyplot_stays_out():
     code = "import sys, sparsevlm.visualization; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_request_that_failed_is_said_to_have():
+    failed = dataclasses.replace(report_of(sample_of(((1, 4, 6),), (halved(24),))), failed="RuntimeError: too late")
+    assert "The request failed: RuntimeError: too late." in " ".join(texts(draw_report(failed, [plain(84, 56)])))
+    with pytest.raises(ValueError, match=r"no samples to draw \(RuntimeError: too late\)"):
+        draw_report(dataclasses.replace(failed, samples=()), [])

@@ -1,55 +1,33 @@
-"""The command line: parsing and printing only. Nothing here imports torch before a command needs it."""
+"""The command line: parsing and printing only. Its packages are those of the extra ``cli``."""
 
 from __future__ import annotations
 
-import warnings
-from typing import Annotated
+import sys
+from importlib.util import find_spec
+from typing import Any
 
-import typer
-
-from .. import __version__
-from ..collision import check_collision
-from .bench import bench
-from .demo import demo
-from .evaluate import evaluate
-from .run import run
-from .terminal import show_warning
-from .visualize import visualize
-
-app = typer.Typer(
-    name="sparsevlm",
-    help="Training-free visual token pruning for Hugging Face vision-language models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_show_locals=False,
-)
-app.command()(demo)
-app.command()(run)
-app.command("eval")(evaluate)
-app.command()(bench)
-app.command()(visualize)
-
-
-def _print_version(asked: bool) -> None:
-    if asked:
-        typer.echo(f"sparsevlm {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
-) -> None:
-    """Training-free visual token pruning for Hugging Face vision-language models."""
+_NEEDS = ("typer", "rich", "matplotlib")
 
 
 def main() -> None:
-    """Entry point of the ``sparsevlm`` command."""
-    warnings.showwarning = show_warning  # type: ignore[assignment]
-    check_collision()
-    app()
+    """Entry point of the ``sparsevlm`` command and of ``python -m sparsevlm``."""
+    if missing := [name for name in _NEEDS if find_spec(name) is None]:
+        sys.stderr.write(
+            f"error: the command line needs {', '.join(missing)}, which the extra cli brings: run `pip install "
+            '".[cli]"` in the source tree, or `pip install "WHEEL[cli]"` with the path of a wheel built from it.\n'
+        )
+        sys.exit(2)
+    from .commands import run_command_line
+
+    run_command_line()
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .commands import app
+
+    return app
 
 
 __all__ = ["app", "main"]

@@ -1,1 +1,1 @@
-"""The fast path: the decoder over packed samples. Equal to the plain path, which is the truth it is tested against."""
+"""The fast path: the decoder over packed samples. Equal to the plain path, its reference in tests."""

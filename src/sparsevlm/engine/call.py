@@ -256,7 +256,7 @@ def _computed(grids: Sequence[Grid], config: SparseVLMConfig) -> list[int]:
 def leave_out(adapter: ModelAdapter, request: Request, prompt: Prompt) -> None:
     """Leave out of a request what the vision tower does not compute, and plan with what is left.
 
-    The budgets stay what they are, averages over all layers in the tokens of the whole picture.
+    The budgets stay what they are, averages over all layers in the tokens of the whole image.
 
     Raises
     ------

@@ -94,7 +94,7 @@ def _no_collection() -> Iterator[None]:
 class CapturePolicy:
     """Tells what is asked for often enough to be recorded, which takes as long as many runs without.
 
-    With pictures of all sizes hardly any request is like another: none of them shall wait for a graph that is never
+    With images of all sizes hardly any request is like another: none of them shall wait for a graph that is never
     used again.
     """
 
@@ -144,17 +144,17 @@ class CapturedPrograms(LRUCache[K, T]):
     Parameters
     ----------
     most : int
-    pool : Recorder
+    pool : GraphPool
     """
 
     def __init__(self, most: int, pool: GraphPool) -> None:
         super().__init__(most)
-        self._recorder, self._sightings = pool, CapturePolicy()
+        self._pool, self._sightings = pool, CapturePolicy()
 
     def get_or_capture(self, key: K, make: Callable[[GraphPool | None], T]) -> T:
         """The program of a key, by ``make(pool)``, or by ``make(None)`` if it shall not be recorded."""
         if self._sightings.is_frequent(key) or key in self._things:
-            return self.get(key, lambda: make(self._recorder))
+            return self.get(key, lambda: make(self._pool))
         return make(None)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import compat
 from ..models import ModelAdapter
-from ..request.inputs import visual_masks
+from ..request.inputs import check_mask, visual_masks
 from ..request.opening import open_request, warn_clamped
 from ..request.request import Request
 from ..request.session import Session
@@ -111,6 +111,8 @@ class Engine:
         with self._runner.open():
             self._runner.quick_check()
             call = Call.of(self._adapter, arguments, settings["num_return_sequences"] or 1)
+            if call.grids:
+                check_mask(call.on_host.get("attention_mask"))
             self.reason = ("no image or video" if not call.grids else call.misfit(self._adapter)) or ""
             if self.reason:
                 return None

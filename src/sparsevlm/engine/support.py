@@ -74,7 +74,10 @@ def unsupported_mode(adapter: ModelAdapter) -> str | None:
     """Why nothing runs on the engine as torch and the model are at present."""
     if adapter.decoder.block is None:
         return _undescribed(adapter)
-    if torch.is_autocast_enabled(adapter.decoder.embed.weight.device.type):
+    device = adapter.decoder.embed.weight.device
+    if device.type == "meta":
+        return "offloaded weights"
+    if torch.is_autocast_enabled(device.type):
         return "autocast"
     if adapter.decoder.module.training:
         return "training mode"

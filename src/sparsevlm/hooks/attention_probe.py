@@ -44,6 +44,37 @@ class AttentionInputs:
 Reader = Callable[[AttentionInputs], None]
 
 
+class RenamedAttention:
+    """A configuration under which a module calls another attention; everything else of it is the configuration's.
+
+    Copies and pickles are those of the configuration: a model that is copied in the middle of a call, or after Ctrl-C
+    has ended one, gives a whole model.
+
+    Parameters
+    ----------
+    config : PreTrainedConfig
+    name : str
+        As the attention is registered.
+    """
+
+    def __init__(self, config: Any, name: str) -> None:
+        self._config = config
+        self._attn_implementation = self._attn_implementation_internal = name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._config, memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _itself, (self._config,)
+
+
+def _itself(config: Any) -> Any:
+    return config
+
+
 class AttentionProbe:
     """Lets one attention module tell its queries and keys while it runs, until disarmed.
 
@@ -62,9 +93,7 @@ class AttentionProbe:
         self._config = attention.config
         name = _FLASH_PROBE_NAME if "flash" in (self._config._attn_implementation or "") else _PROBE_NAME
         AttentionInterface.register(name, _probed_attention)
-        config = copy.copy(self._config)
-        config._attn_implementation_internal = name
-        attention.config = config
+        attention.config = RenamedAttention(self._config, name)
         self._armed[attention] = self
 
     def give_config_back(self) -> None:

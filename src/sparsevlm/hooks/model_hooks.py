@@ -54,6 +54,18 @@ class ModelHooks:
         """Tells whether the hooks are registered."""
         return bool(self._handles)
 
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Modules that get hooks."""
+        adapter = self._adapter
+        return (
+            adapter.model,
+            adapter.base_model,
+            adapter.vision.module,
+            adapter.decoder.module,
+            *adapter.decoder.layers,
+        )
+
     def attach(self) -> None:
         """Register the hooks; nothing of the model is replaced."""
         adapter, add = self._adapter, self._handles.append
@@ -88,7 +100,7 @@ class ModelHooks:
         if session.lock.is_mine and module in self._inside:  # of a call that was interrupted by Ctrl-C
             del self._inside[self._inside.index(module) :]
         if not session.lock.is_mine:
-            session.lock.acquire(session.options.config.timeout)
+            session.take_turn()
             self._inside.clear()
         if not self._inside:
             session.begin_call(_DIRECT if session.wants_engine else "")
@@ -144,6 +156,9 @@ class ModelHooks:
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
             request.begin_decode_step()
             return
+        running = self._session.running
+        if self._session.in_generate and running is not None and running.samples:
+            return  # a second pass beside the prompt's, such as that without the prompt under guidance_scale
         request = self._session.new_request(cache, ids.shape[0], ids.shape[1])
         n_valid = [ids.shape[1]] * ids.shape[0]
         if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:

@@ -10,6 +10,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from ..kernels.attention import varlen_attention
 from ..models import ModelAdapter
+from .attention_probe import RenamedAttention
 
 # A vision block hands over its windows packed, in one call, where the name of its attention tells of flash attention.
 _NAME = "sparsevlm_flash_varlen"
@@ -24,11 +25,12 @@ class VarlenVision:
     """
 
     def __init__(self, adapter: ModelAdapter) -> None:
-        tower: Any = adapter.vision.module
-        self._config = tower.config
-        self._before = self._config._attn_implementation_internal
+        self._modules = [module for module in adapter.vision.module.modules() if hasattr(module, "config")]
+        self._before = [module.config for module in self._modules]
         AttentionInterface.register(_NAME, _attention)
-        self._config._attn_implementation_internal = _NAME
+        renamed = RenamedAttention(adapter.vision.module.config, _NAME)
+        for module in self._modules:
+            module.config = renamed
 
     @staticmethod
     def suits(adapter: ModelAdapter) -> bool:
@@ -42,7 +44,8 @@ class VarlenVision:
 
     def disarm(self) -> None:
         """Give the tower its own attention back."""
-        self._config._attn_implementation_internal = self._before
+        for module, config in zip(self._modules, self._before, strict=True):
+            module.config = config
 
 
 def _attention(

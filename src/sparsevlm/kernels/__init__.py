@@ -1,1 +1,1 @@
-"""Hot functions with Triton twins. Each module holds the plain-torch truth and the choice between the two."""
+"""Hot functions in plain torch and in Triton. Each module holds the reference and the choice between the two."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .dispatch import use_triton
 
-# Longest short side that the Triton twin takes: it holds the Gram matrix in registers.
+# Longest short side that the Triton version takes: it holds the Gram matrix in registers.
 LARGEST = 128
 # Smaller ones ask for more than float32 can tell.
 LEAST_TOLERANCE = 1e-4

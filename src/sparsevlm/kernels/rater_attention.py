@@ -125,7 +125,7 @@ def row_statistics_reference(
 def row_attention_reference(
     rows: Rows, key: Tensor, columns: Columns, lse: Tensor, weight: Tensor, scaling: float
 ) -> Tensor:
-    """The truth, likewise."""
+    """Reference in plain torch, likewise."""
     out = torch.zeros((rows.query.shape[0], columns.keys.shape[1]), dtype=torch.float32, device=key.device)
     keys = [own[:n] for own, n in zip(columns.keys, columns.numbers.tolist(), strict=True)]
     for b, some, logits in _logits(rows, key, keys, scaling):

@@ -2,6 +2,7 @@
 
 from .base import Decoder, Family, Grid, Modality, ModelAdapter, Vision
 from .registry import FAMILIES, adapter_for, supported_model_types
+from .wrapping import check_module, compiled_parts, unwrap, wrapper_hint
 
 __all__ = [
     "FAMILIES",
@@ -12,5 +13,9 @@ __all__ = [
     "ModelAdapter",
     "Vision",
     "adapter_for",
+    "check_module",
+    "compiled_parts",
     "supported_model_types",
+    "unwrap",
+    "wrapper_hint",
 ]

@@ -124,6 +124,13 @@ class Decoder:
     n_position_axes: int = 1
     block: DecoderBlock | None = None
 
+    @classmethod
+    def of_llama(cls, module: Any, head: Any, n_position_axes: int = 1, block: DecoderBlock | None = None) -> Decoder:
+        """A decoder whose parts have the names that they have in transformers' Llama, as in most of its models."""
+        attentions = tuple(layer.self_attn for layer in module.layers)
+        parts = (module.embed_tokens, module.norm, module.rotary_emb, head)
+        return cls(module, module.layers, attentions, *parts, n_position_axes, block)
+
 
 @dataclass(frozen=True)
 class TowerBlock:

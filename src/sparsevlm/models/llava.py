@@ -16,16 +16,7 @@ class LlavaFamily(Family):
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model; it runs on hooks only."""
-        module = model.model.language_model
-        return Decoder(
-            module=module,
-            layers=module.layers,
-            attentions=tuple(layer.self_attn for layer in module.layers),
-            embed=module.embed_tokens,
-            norm=module.norm,
-            rotary=module.rotary_emb,
-            head=model.lm_head,
-        )
+        return Decoder.of_llama(model.model.language_model, model.lm_head)
 
     def vision(self, model: Any) -> Vision:
         """The vision tower of a model, as far as the block whose output is taken."""

@@ -31,18 +31,7 @@ class Qwen2VLFamily(Family):
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
-        module = model.model.language_model
-        return Decoder(
-            module=module,
-            layers=module.layers,
-            attentions=tuple(layer.self_attn for layer in module.layers),
-            embed=module.embed_tokens,
-            norm=module.norm,
-            rotary=module.rotary_emb,
-            head=model.lm_head,
-            n_position_axes=3,
-            block=DecoderBlock(),
-        )
+        return Decoder.of_llama(model.model.language_model, model.lm_head, n_position_axes=3, block=DecoderBlock())
 
     def vision(self, model: Any) -> Vision:
         """The vision tower of a model."""

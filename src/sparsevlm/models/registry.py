@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from .base import Family, ModelAdapter
 from .llava import LlavaFamily
 from .qwen2_vl import Qwen2VLFamily
+from .wrapping import check_module, wrapper_hint
 
 FAMILIES: tuple[Family, ...] = (Qwen2VLFamily(), LlavaFamily())
 
@@ -34,21 +33,14 @@ def adapter_for(model: Any) -> ModelAdapter:
     ValueError
         If a checkpoint was loaded with the wrong class.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a transformers model, got {type(model).__name__}.")
+    check_module(model)
     families = {name: family for family in FAMILIES for name in family.class_names}
     for cls in type(model).__mro__:
         if cls.__name__ in families:
             return ModelAdapter.of(families[cls.__name__], model)
     name = type(model).__name__
-    hint = ""
-    if hasattr(model, "_orig_mod"):
-        hint = " Of a compiled model pass the original, before torch.compile."
-    elif name.startswith("Peft"):
-        hint = " For a PEFT model pass model.get_base_model()."
-    elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-        hint = " Of a model spread by torch pass what it wraps, model.module."
-    elif not any(
+    hint = wrapper_hint(model)
+    if not hint and not any(
         hasattr(part, "visual") or hasattr(part, "vision_tower") for part in (model, getattr(model, "model", None))
     ):
         hint = " It has no vision tower that this library knows; a text-only model has no visual tokens to prune."

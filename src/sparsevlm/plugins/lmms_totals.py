@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from ..report import Cost, Report, ReportTotal
+from ..report import Report
+from ..report_total import Cost, ReportTotal
 
 _NOTHING = Cost(0.0, 0.0)
 
@@ -18,7 +19,7 @@ class RunTotals:
     Attributes
     ----------
     tasks : dict
-        :class:`~sparsevlm.report.ReportTotal` by task; requests without visual tokens are not in it.
+        :class:`~sparsevlm.report_total.ReportTotal` by task; requests without visual tokens are not in it.
     new_tokens : int
     seconds : float
         Inside ``generate``.

@@ -50,8 +50,10 @@ def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, 
             found = input_ids == token_id
         else:
             embedding: Any = adapter.model.get_input_embeddings()
-            placeholder = embedding(torch.tensor(token_id, device=embedding.weight.device))
-            found = (inputs["inputs_embeds"] == placeholder).all(dim=-1)
+            embeds, at = inputs["inputs_embeds"], embedding.weight.device
+            # Offloaded weights are on no device until they are needed.
+            placeholder = embedding(torch.tensor(token_id, device=embeds.device if at.type == "meta" else at))
+            found = (embeds == placeholder.to(embeds.device)).all(dim=-1)
         if not bool(found.any()):
             raise ValueError(
                 f"the inputs bring {kind} features but no {kind} token (id {token_id}) to put them in. Build the "
@@ -181,7 +183,16 @@ def _check_fits(name: str, value: Any, tokens: Tensor, *, has_cache: bool) -> No
             f"{name} has shape {(n_rows, n_columns)}; wanted is {(batch, length)}, one entry per token. Take what the "
             "processor makes, or leave it out."
         )
-    if name == "attention_mask" and not bool((value != 0).any(dim=1).all()):
+
+
+def check_mask(attention_mask: Any) -> None:
+    """Refuse a mask that hides a whole sample with images; waits for the device that it is on.
+
+    Raises
+    ------
+    ValueError
+    """
+    if isinstance(attention_mask, Tensor) and not bool((attention_mask != 0).any(dim=-1).all()):
         raise ValueError(
             "attention_mask hides all tokens of a sample; wanted is at least one that is seen. Leave such samples out."
         )

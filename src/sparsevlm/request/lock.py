@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from typing import Any
 
 # Seconds between two looks at whether the holder's thread still lives.
@@ -87,15 +85,6 @@ class GenerationLock:
             if not self._depth:
                 self._owner = None
                 self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def hold(self, timeout: float | None = None) -> Iterator[int]:
-        """Hold the lock inside; the value is what :meth:`acquire` returns."""
-        depth = self.acquire(timeout)
-        try:
-            yield depth
-        finally:
-            self.release()
 
     def _is_free(self) -> bool:
         return self._owner is None or not self._owner.is_alive()

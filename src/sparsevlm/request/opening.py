@@ -13,7 +13,7 @@ from ..compat import cache_of
 from ..models import Grid, ModelAdapter
 from ..selection.budget import Plan, clamped_floors, nothing_to_drop, plan_budget, plan_schedule
 from ..template import Template
-from .inputs import visual_grids
+from .inputs import check_mask, visual_grids
 from .request import Request, Sample
 from .session import Session
 
@@ -108,25 +108,21 @@ def make_samples(
     ------
     ValueError
         If a prompt ends in a visual token: the row that predicts the next token must not be dropped. If a guess is a
-        placeholder.
+        placeholder, or a mask hides all of a sample.
     """
     q_len = mask.shape[1]
     valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
     attention_mask = inputs.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
         valid = attention_mask[:, -q_len:].bool().cpu()
+    check_mask(valid)
     input_ids = inputs.get("input_ids")
     ids = None if input_ids is None else input_ids.cpu()
     special_ids = sorted(adapter.special_token_ids | {modality.token_id for modality in adapter.modalities.values()})
     special = torch.tensor(special_ids, device="cpu")
     on_cpu = mask.cpu() & valid
     prompt_end = q_len - n_drafted
-    if bool(on_cpu[:, prompt_end:].any()):
-        tokens = sorted(modality.token_id for modality in adapter.modalities.values())
-        raise ValueError(
-            "the drafted tokens hold placeholders of images or videos, for which there are no features. Pass "
-            f"suppress_tokens={tokens} to generate, so that they are not drafted, or do not draft."
-        )
+    _check_drafts(adapter, on_cpu[:, prompt_end:])
     by_row = visual_grids(adapter, grids, ids)
     goes_on = valid.clone()
     goes_on[:, prompt_end - 1 :] = True  # what predicts the next token, even if it is hidden from all others
@@ -171,6 +167,16 @@ def _image_sizes(visual: Tensor, ids: Tensor | None, grids: Sequence[Grid]) -> t
         begins |= ids[visual].diff() != 0
     ends = [0, *(begins.nonzero().squeeze(-1) + 1).tolist(), visual.shape[0]]
     return tuple(end - start for start, end in itertools.pairwise(ends))
+
+
+def _check_drafts(adapter: ModelAdapter, visual: Tensor) -> None:
+    """Refuse drafted tokens of which any stands for visual features."""
+    if bool(visual.any()):
+        tokens = sorted(modality.token_id for modality in adapter.modalities.values())
+        raise ValueError(
+            "the drafted tokens hold placeholders of images or videos, for which there are no features. Pass "
+            f"suppress_tokens={tokens} to generate, so that they are not drafted, or do not draft."
+        )
 
 
 def _tail_length(visual: Tensor, other: Tensor, q_len: int) -> int:

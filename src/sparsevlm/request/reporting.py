@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..models import ModelAdapter
-from ..report import Cost, Report, SampleReport
+from ..report import Report, SampleReport
+from ..report_total import Cost
 from .costs import prefill_flops
 from .request import Request, Sample
 
@@ -12,7 +13,8 @@ def make_report(adapter: ModelAdapter, request: Request) -> Report:
     """Report of a request; waits for the device, as counts and times are read from it."""
     samples = tuple(_sample_report(request, sample) for sample in request.samples)
     dense = sparse = 0.0
-    for b, n_valid in enumerate(request.n_valid):
+    is_broken_off = request.failed is not None and not request.finished
+    for b, n_valid in enumerate(() if is_broken_off else request.n_valid):
         per_sample = prefill_flops(adapter, [n_valid] * adapter.n_layers, request.past_len)
         dense += per_sample
         if request.samples and len(request.samples[b].layer_tokens) == adapter.n_layers:
@@ -35,6 +37,7 @@ def make_report(adapter: ModelAdapter, request: Request) -> Report:
         wall_ms=request.clock.milliseconds(),
         decode_steps=request.decode_steps,
         logit_positions=rows,
+        failed=request.failed,
     )
 
 

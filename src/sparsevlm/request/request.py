@@ -187,6 +187,8 @@ class Request:
         Which implementation runs, and why.
     failed : str, optional
         The error that the call ended in.
+    serial : int
+        No other request of this process has the same, not even of those that are gone.
     """
 
     config: SparseVLMConfig
@@ -215,6 +217,7 @@ class Request:
     path: str = "plain"
     path_reason: str = "hooks on the model's own modules"
     failed: str | None = None
+    serial: int = field(default_factory=itertools.count().__next__)
 
     def begin_prompt(self, samples: list[Sample]) -> None:
         """Take the samples of a prompt with images or videos."""
@@ -307,13 +310,8 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """Note that the call ended in an error."""
-        self.failed = f"{type(error).__name__}: {error}"
+        self.failed = ": ".join(filter(None, (type(error).__name__, str(error))))
         self.forget_embeddings()
-
-    @property
-    def prunes(self) -> bool:
-        """Tells whether any token may be dropped."""
-        return self.skipped_because is None
 
     def fills(self, cache: Cache | None) -> bool:
         """Tells whether ``cache`` is the one that this request filled (it may have been reset since)."""

@@ -17,6 +17,7 @@ from ..selection.context import SelectorTraits
 from ..selection.overrides import unused_options
 from ..selection.selectors import make_selector
 from ..template import Template
+from .inputs import check_mask
 from .lock import GenerationLock
 from .options import Options
 from .request import Request
@@ -25,15 +26,18 @@ logger = logging.getLogger(__name__)
 
 # By session; contexts (threads, tasks) do not see each other's.
 _OVERRIDES: ContextVar[tuple[_Override, ...]] = ContextVar("sparsevlm_overrides", default=())
-_LAST: ContextVar[tuple[tuple[weakref.ref[Session], Request], ...]] = ContextVar("sparsevlm_last", default=())
+_LAST: ContextVar[tuple[tuple[weakref.ref[Session], Request, _Override | None], ...]] = ContextVar(
+    "sparsevlm_last", default=()
+)
 
 
 @dataclass(eq=False)
 class _Override:
-    """Options of a session within a context."""
+    """Options of a session within a context and its copies, and the last request under them."""
 
     session: weakref.ref[Session]
     options: Options
+    last: Request | None = None
 
 
 class Session:
@@ -76,7 +80,12 @@ class Session:
     @property
     def options(self) -> Options:
         """Options in force in the calling context."""
-        return next((one.options for one in reversed(_OVERRIDES.get()) if one.session() is self), self._base)
+        own = self._innermost
+        return self._base if own is None else own.options
+
+    @property
+    def _innermost(self) -> _Override | None:
+        return next((one for one in reversed(_OVERRIDES.get()) if one.session() is self), None)
 
     @property
     def config(self) -> SparseVLMConfig:
@@ -95,6 +104,8 @@ class Session:
             yield
         finally:
             self._n_overrides -= 1
+            if own.last is not None and self.last is own.last:
+                self._make_last(own.last, None)
             # By itself, not as the last: contexts of generators and tasks end in any order.
             _OVERRIDES.set(tuple(one for one in _OVERRIDES.get() if one is not own))
 
@@ -129,8 +140,15 @@ class Session:
 
     @property
     def last(self) -> Request | None:
-        """The last request of the calling context, or of any where it made none."""
-        return next((request for of, request in _LAST.get() if of() is self), self._current)
+        """The last request of the calling context, or of any where it made none.
+
+        Inside :meth:`override` that may be one of a copy of the context, as ``asyncio.to_thread`` makes it.
+        """
+        own = self._innermost
+        request, under = next(((request, under) for of, request, under in _LAST.get() if of() is self), (None, None))
+        if own is not None and own.last is not None and (request is None or under is not own):
+            return own.last
+        return request or self._current
 
     def new_request(self, cache: Any, batch: int, q_len: int, logits_to_keep: int = 0) -> Request:
         """Begin a request under the options in force."""
@@ -142,16 +160,73 @@ class Session:
                 "the thread with contextvars.copy_context().run.",
             )
         past_len = 0 if cache is None else int(cache.get_seq_length())
-        request = Request(
-            options.config, options.selector, options.traits, options.target_layers, q_len, past_len, batch,
-            logits_to_keep=logits_to_keep, copies=self.copies, cache=None if cache is None else weakref.ref(cache),
+        request = self._make_request(
+            q_len, past_len, batch, logits_to_keep=logits_to_keep, copies=self.copies,
+            cache=None if cache is None else weakref.ref(cache),
         )  # fmt: skip
         if self.plain_reason:
             request.remark(f" ({self.plain_reason})")
         self._current, self._is_open = request, True
-        of_others = (entry for entry in _LAST.get() if entry[0]() not in (None, self))
-        _LAST.set((*of_others, (weakref.ref(self), request)))
         return request
+
+    def _make_request(self, q_len: int, past_len: int, batch: int, **more: Any) -> Request:
+        """Request under the options in force, from now on the last one of the calling context."""
+        of = self.options
+        request = Request(of.config, of.selector, of.traits, of.target_layers, q_len, past_len, batch, **more)
+        own = self._innermost
+        if own is not None:
+            own.last = request
+        self._make_last(request, own)
+        return request
+
+    def _make_last(self, request: Request, under: _Override | None) -> None:
+        of_others = (entry for entry in _LAST.get() if entry[0]() not in (None, self))
+        _LAST.set((*of_others, (weakref.ref(self), request, under)))
+
+    def take_turn(self) -> int:
+        """Take the lock, or wait for it as long as the option ``timeout`` says; the value is how often it is held.
+
+        Raises
+        ------
+        TimeoutError
+            The report of the calling context says so, too; that of the call that runs is left alone.
+        """
+        try:
+            return self.lock.acquire(self.options.config.timeout)
+        except TimeoutError as error:
+            _end_before_first_pass(self._make_request(0, 0, 0), error)
+            raise
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[int]:
+        """Hold the lock inside; the value is what :meth:`take_turn` returns."""
+        depth = self.take_turn()
+        try:
+            yield depth
+        finally:
+            self.lock.release()
+
+    @contextlib.contextmanager
+    def between_requests(self) -> Iterator[None]:
+        """Context in which no request runs: those that do are waited for.
+
+        Raises
+        ------
+        RuntimeError
+            If the calling thread's own request is running.
+        TimeoutError
+        """
+        if self.lock.is_mine and self.in_generate:
+            raise RuntimeError(
+                "this model's own request is running: remove_sparsevlm and apply_sparsevlm wait for it to end. Call "
+                "them after generate."
+            )
+        self.lock.release()  # a direct call that was ended by Ctrl-C holds it
+        self.lock.acquire(self.options.config.timeout)
+        try:
+            yield
+        finally:
+            self.lock.release()
 
     def begin_call(self, plain_reason: str = "") -> None:
         """Begin a call of ``generate``, or a direct one; ``plain_reason`` tells why the engine does not run it."""
@@ -161,6 +236,16 @@ class Session:
     def expect_images(self, arguments: Mapping[str, Any]) -> None:
         """Note whether the running call was given images or videos, under whatever name transformers has for them."""
         self._expects_images = any("pixel" in name and value is not None for name, value in arguments.items())
+
+    def check_mask(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse a call with images whose mask hides a whole sample, before transformers prepares it.
+
+        Raises
+        ------
+        ValueError
+        """
+        if self._expects_images:
+            check_mask(arguments.get("attention_mask"))
 
     @contextlib.contextmanager
     def generating(self, *, is_nested: bool) -> Iterator[None]:
@@ -202,9 +287,10 @@ class Session:
 
     def fail(self, error: BaseException) -> None:
         """Note that the running call ended in an error, for its report."""
-        request = self._current if self._is_open else self.new_request(None, 0, 0)
-        assert request is not None
-        request.fail(error)
+        if self._current is not None and self._is_open:
+            self._current.fail(error)
+        else:
+            _end_before_first_pass(self.new_request(None, 0, 0), error)
 
     def warn_unused(self, config: SparseVLMConfig, given: Collection[str]) -> None:
         """Warn of options that were given and change nothing."""
@@ -218,3 +304,8 @@ class Session:
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning("sparsevlm: %s", message)
+
+
+def _end_before_first_pass(request: Request, error: BaseException) -> None:
+    request.run_on("none", "ended before its first pass")
+    request.fail(error)

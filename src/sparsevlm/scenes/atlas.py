@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -165,6 +164,13 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 
 def _glyph_masks() -> torch.Tensor:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the letters of the drawn scenes are those of matplotlib, which the extra cli brings: run "
+            '`pip install ".[cli]"` in the source tree, or `pip install matplotlib`.'
+        ) from error
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     glyphs = torch.zeros(len(FONTS), N_TEXT_SIZES, len(GLYPHS), GLYPH_HEIGHT, _GLYPH_WIDTH, dtype=torch.int16)
     for font_id, name in enumerate(FONTS):

@@ -82,14 +82,16 @@ def draw_report(
         If the images do not fit the grids of the report.
     """
     if not report.samples:
-        raise ValueError(f"the report holds no samples to draw ({report.skipped_because or 'no request was made'}).")
+        why = report.failed or report.skipped_because or "no request was made"
+        raise ValueError(f"the report holds no samples to draw ({why}).")
     if not 0 <= sample < len(report.samples):
         raise IndexError(f"the report has {len(report.samples)} samples, numbered from 0; there is no sample {sample}.")
     chosen = report.samples[sample]
     if not chosen.grids:
         raise ValueError(f"sample {sample} of the report has no images to draw.")
     rows = _rows(chosen, visuals, max_frames)
-    notes = [f"Nothing was pruned: {report.skipped_because}."] if report.skipped_because else []
+    notes = [] if report.failed is None else [f"The request failed: {report.failed}."]
+    notes.extend([f"Nothing was pruned: {report.skipped_because}."] if report.skipped_because else [])
     notes.extend([chosen.budget_clamped] if chosen.budget_clamped else [])
     return draw_rows(rows, title=title, note=" ".join(notes))
 

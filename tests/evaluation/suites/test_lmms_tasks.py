@@ -13,7 +13,7 @@ from sparsevlm.evaluation.reporting.lmms_results import lmms_results
 from sparsevlm.evaluation.reporting.results import not_averaged
 from sparsevlm.evaluation.settings import AVERAGE
 from sparsevlm.evaluation.suites.registry import lmms_suite
-from sparsevlm.report import Cost, ReportTotal
+from sparsevlm.report_total import Cost, ReportTotal
 
 OURS = Setting("ours", 0.5)
 

@@ -21,7 +21,7 @@ def run_layer(
     Parameters
     ----------
     block : BlockModules
-    weights : Weights
+    weights : FusedWeights
     hidden : Tensor of shape (n_rows, hidden_size)
     residual : Tensor of shape (n_rows, hidden_size), optional
         Second part of the input.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...report import ReportTotal
+from ...report_total import ReportTotal
 from ..settings import DOWNSAMPLE, EvalConfig, Setting
 from ..suites.lmms import LmmsSuite, task_manager
 from .predictions import Prediction

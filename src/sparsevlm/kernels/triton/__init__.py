@@ -1,1 +1,1 @@
-"""The Triton twins; importing a module here imports Triton."""
+"""The Triton versions; importing a module here imports Triton."""

@@ -9,6 +9,7 @@ Runs before the decoder.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from ..greedy import dpp_map
 from ..similarity import min_max, unit_rows
 
 
+@dataclass(frozen=True)
 class CDPrunerSelector:
     """Greedy MAP of the DPP with kernel ``L = diag(r) · cos(x_i, x_j) · diag(r)``.
 

@@ -6,6 +6,8 @@ Runs before the decoder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..context import BEFORE_DECODER, SelectionContext
@@ -13,6 +15,7 @@ from ..greedy import farthest_points
 from ..similarity import unit_rows
 
 
+@dataclass(frozen=True)
 class DivPruneSelector:
     """``argmax_i min_{j∈S} d_ij``, ``d_ij = 1 − cos(x_i, x_j)``, from the token farthest from its nearest neighbour."""
 

@@ -6,12 +6,15 @@ filtering module. Runs at target layers: one cut after the first of them (the pa
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..context import TARGET_LAYERS, SelectionContext
 from ..scoring import top_k
 
 
+@dataclass(frozen=True)
 class FastVSelector:
     """Score ``s_i = mean_h A_h[last, i]``, the attention of the prompt's last token; the highest stay."""
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 
 from ..context import TARGET_LAYERS, SelectionContext
 
 
+@dataclass(frozen=True)
 class GridSelector:
     """Rows ⌊(i + ½) n_visual / n_keep⌋ of the reading order."""
 
     name = "grid"
     placement = TARGET_LAYERS
-    needs: frozenset[str] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     default_schedule = "geometric"
 
     def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:

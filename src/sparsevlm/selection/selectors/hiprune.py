@@ -6,25 +6,37 @@ the decoder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ...config import check_unit_interval
 from ..context import BEFORE_DECODER, SelectionContext
 from ..scoring import top_k
 
 
+@dataclass(frozen=True)
 class HiPruneSelector:
     """Anchors: the ``α n_keep / 5`` tokens with the most attention in the middle block, at least one of five tokens.
 
     Buffers: the up to four neighbours of each anchor in its picture or frame. Registers: of the others, those with
     the most attention in the last block. At the border there are fewer buffers, and more registers in their place.
+
+    Parameters
+    ----------
+    alpha : float
+        Share of anchors and buffers, in [0, 1]; the authors' by default.
     """
 
     name = "hiprune"
     placement = BEFORE_DECODER
     needs = frozenset({"vision_attention"})
     default_schedule = "single"
-    alpha = 0.1  # the authors' share of anchors and buffers
+    alpha: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_unit_interval("alpha", self.alpha)
 
     def select(self, context: SelectionContext, n_keep: int) -> Tensor:
         """Choose ``n_keep`` rows, about a tenth of them anchors and buffers."""

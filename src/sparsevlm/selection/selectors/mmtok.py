@@ -8,26 +8,42 @@ rewrites the text. Runs before the decoder.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
+from ...config import check_above_zero
 from ..context import BEFORE_DECODER, SelectionContext
 from ..greedy import cover
 from ..similarity import row_chunks, unit_rows
 
 
+@dataclass(frozen=True)
 class MMTokSelector:
     """Greedy facility location on ``Σ_m max_{j∈S} P_mj + α Σ_u max_{j∈S} Q_uj``.
 
     ``P = softmax_j(cos(t_m, x_j) / τ_t) / n_text`` for the text tokens t_m and ``Q = softmax_j(cos(x_u, x_j) / τ_v) /
     n_visual`` for the visual tokens, each row a distribution over the visual tokens.
+
+    Parameters
+    ----------
+    text_temperature, visual_temperature : float
+        τ_t and τ_v, above 0; the authors' by default, as the next.
+    alpha : float
+        α, above 0.
     """
 
     name = "mmtok"
     placement = BEFORE_DECODER
     needs = frozenset({"features", "text_features"})
     default_schedule = "single"
-    text_temperature, visual_temperature, alpha = 0.02, 0.2, 0.5  # the authors' settings
+    text_temperature: float = 0.02
+    visual_temperature: float = 0.2
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        for option in ("text_temperature", "visual_temperature", "alpha"):
+            check_above_zero(option, getattr(self, option))
 
     def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
         """Choose ``n_keep`` rows that cover the text and the other rows."""

@@ -6,12 +6,15 @@ target layers, each being the end of a stage; the counts λ^stage are the geomet
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..context import TARGET_LAYERS, SelectionContext
 from ..scoring import top_k
 
 
+@dataclass(frozen=True)
 class PyramidDropSelector:
     """Score ``s_i = mean_h softmax(q_last · k_i)`` at the end of each stage; the highest stay."""
 

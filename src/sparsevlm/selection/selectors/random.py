@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from ..context import TARGET_LAYERS, SelectionContext
 
 
+@dataclass(frozen=True)
 class RandomSelector:
     """A uniform draw without replacement; the same seed, row of the batch and layer give the same tokens.
 
@@ -17,7 +20,7 @@ class RandomSelector:
 
     name = "random"
     placement = TARGET_LAYERS
-    needs: frozenset[str] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     default_schedule = "geometric"
     draws = True
 

@@ -6,24 +6,36 @@ arXiv 2510.24214, token-coverage gain and SCOPE score. Runs before the decoder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from ...config import check_above_zero
 from ..context import BEFORE_DECODER, SelectionContext
 from ..greedy import cover
 from ..similarity import finite, unit_rows
 
 
+@dataclass(frozen=True)
 class ScopeSelector:
     """Greedy on ``a_i^α · Σ_u max(0, cos(x_u, x_i) − cur_u)``, ``cur_u`` the best cosine of u to a kept token or 0.
 
     The saliency a is the attention that a token receives in the vision tower's last block.
+
+    Parameters
+    ----------
+    alpha : float
+        α, above 0; the authors' by default.
     """
 
     name = "scope"
     placement = BEFORE_DECODER
     needs = frozenset({"features", "vision_attention"})
     default_schedule = "single"
-    alpha = 1.0  # the authors' setting
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_above_zero("alpha", self.alpha)
 
     def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
         """Choose ``n_keep`` salient rows that cover the others."""

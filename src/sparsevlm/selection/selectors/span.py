@@ -9,15 +9,19 @@ Runs at target layers. ``docs/ablation.md`` has its measurements.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ...config import check_unit_interval
 from ..context import TARGET_LAYERS, Selection, SelectionContext
 from ..greedy import dpp_map, dpp_order, dpp_order_by_gram
 from ..similarity import finite, nearest_rows, unit_rows
 
 
+@dataclass(frozen=True)
 class SpanSelector:
     """Greedy ``argmax_i ‖x_i − P_S x_i‖²`` with ``x_i = h_i − mean h`` and P_S the projection on the span of the picks.
 
@@ -27,7 +31,7 @@ class SpanSelector:
 
     name = "span"
     placement = TARGET_LAYERS
-    needs: frozenset[str] = frozenset()
+    needs: ClassVar[frozenset[str]] = frozenset()
     default_schedule = "single"
 
     def select(self, context: SelectionContext, n_keep: int) -> Tensor:
@@ -55,11 +59,19 @@ class SpanSelector:
         return search(_centre(states.float(), valid), valid.float(), n_keep, True)
 
 
+@dataclass(frozen=True)
 class SpanJointSelector:
     """Span, weighed by attention, and with the dropped tokens merged into the kept: ``argmax_i r_i² ‖x_i − P_S x_i‖²``.
 
     ``r_i = max(a_i / max a, 10⁻⁶)^α``, a the attention of the prompt's last token. With ``recycle``, every dropped
     token joins the kept one that is nearest by the cosine of the centred states, if that is at least ``nearest``.
+
+    Parameters
+    ----------
+    alpha : float
+        α, the weight of the attention, in [0, 1].
+    nearest : float
+        Least cosine of a token that joins another, in [0, 1].
     """
 
     name = "span-joint"
@@ -67,8 +79,12 @@ class SpanJointSelector:
     needs = frozenset({"last_attention"})
     default_schedule = "geometric"
     reads = frozenset({"recycle", "merge"})
-    alpha = 0.1
-    nearest = 0.5
+    alpha: float = 0.1
+    nearest: float = 0.5
+
+    def __post_init__(self) -> None:
+        check_unit_interval("alpha", self.alpha)
+        check_unit_interval("nearest", self.nearest)
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection:
         """Choose ``n_keep`` rows and merge others into them."""

@@ -7,6 +7,8 @@ embeddings. Runs before the decoder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..context import BEFORE_DECODER, Selection, SelectionContext
@@ -14,6 +16,7 @@ from ..scoring import top_k
 from ..similarity import finite, nearest_rows, unit_rows
 
 
+@dataclass(frozen=True)
 class ToMeSelector:
     """Rounds of bipartite matching: every even token proposes its most similar odd one, the best r pairs merge.
 

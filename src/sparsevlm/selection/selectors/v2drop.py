@@ -6,12 +6,15 @@ arXiv 2509.01552, token variation with the L2 distance. Runs at target layers (t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from ..context import TARGET_LAYERS, SelectionContext
 from ..scoring import top_k
 
 
+@dataclass(frozen=True)
 class V2DropSelector:
     """Score ``s_i = ‖h_i^l − h_i^{l−1}‖₂``, the change by the target layer l; the largest stay."""
 

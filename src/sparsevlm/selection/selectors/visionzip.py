@@ -6,26 +6,40 @@ For a tower without CLS token the score is the attention that a token receives f
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
+from ...config import check_whole
 from ..context import BEFORE_DECODER, Selection, SelectionContext
 from ..scoring import top_k
 from ..similarity import nearest_rows, unit_rows
 
 
+@dataclass(frozen=True)
 class VisionZipSelector:
     """Dominant tokens have the largest column means of the last block's attention.
 
     Of the others, in order, every ``⌊n_rest / n_contextual⌋``-th is a contextual target; the rest is merged into the
     target with the most similar key, ``h'_t = mean of h over t and what joins it``. A mean over all members keeps the
     scale of an embedding; the authors' code adds the target to the mean of the others.
+
+    Parameters
+    ----------
+    contextual, of : int
+        So many of so many kept tokens are contextual. The published 54 + 10, 108 + 20 and 162 + 30 are one ratio.
     """
 
     name = "visionzip"
     placement = BEFORE_DECODER
     needs = frozenset({"vision_attention", "vision_keys"})
     default_schedule = "single"
-    contextual, of = 10, 64  # the published 54 + 10, 108 + 20 and 162 + 30 are one ratio
+    contextual: int = 10
+    of: int = 64
+
+    def __post_init__(self) -> None:
+        check_whole("of", self.of, 1)
+        check_whole("contextual", self.contextual, 0, self.of - 1)
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection:
         """Choose ``n_keep`` rows, about 10 of 64 of them contextual."""

@@ -1,0 +1,99 @@
+"""Totals of reports: sums over many requests."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class Summable(Protocol):
+    """A report, or a total of some."""
+
+    def total(self) -> ReportTotal:
+        """Its part of a sum."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Dense and sparse figures of one quantity."""
+
+    dense: float
+    sparse: float
+
+    @property
+    def ratio(self) -> float:
+        """Sparse over dense; 1.0 where the dense figure is zero."""
+        return self.sparse / self.dense if self.dense else 1.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.dense + other.dense, self.sparse + other.sparse)
+
+
+@dataclass(frozen=True)
+class ReportTotal:
+    """Sums over many requests; made by adding reports (``sum(reports)``).
+
+    Requests that failed count in ``n_requests`` and ``n_failed`` alone: their tokens, costs and times are left out.
+    """
+
+    n_requests: int
+    n_samples: int
+    visual_tokens: int
+    average_in_sum: float
+    average_out_sum: float
+    flops: Cost
+    kv_bytes: Cost
+    wall_ms: dict[str, float]
+    decode_steps: int
+    n_skipped: int
+    n_clamped: int
+    n_failed: int = 0
+
+    @classmethod
+    def of(cls, reports: Iterable[Summable]) -> ReportTotal:
+        """Sum of reports, of none as well; for type checkers, to which ``sum(reports)`` may be a report or 0."""
+        nothing = Cost(0.0, 0.0)
+        total = cls(0, 0, 0, 0.0, 0.0, nothing, nothing, {}, 0, 0, 0)
+        for report in reports:
+            total = total + report
+        return total
+
+    @property
+    def average_in(self) -> float:
+        """Visual tokens per sample averaged over layer inputs."""
+        return self.average_in_sum / max(self.n_samples, 1)
+
+    @property
+    def average_out(self) -> float:
+        """Visual tokens per sample averaged over layer outputs."""
+        return self.average_out_sum / max(self.n_samples, 1)
+
+    def total(self) -> ReportTotal:
+        """Itself."""
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain Python values."""
+        return {**dataclasses.asdict(self), "average_in": self.average_in, "average_out": self.average_out}
+
+    def __add__(self, other: Summable) -> ReportTotal:
+        if not isinstance(other, Summable):
+            return NotImplemented
+        other = other.total()
+        values: dict[str, Any] = {}
+        for f in dataclasses.fields(self):
+            mine, theirs = getattr(self, f.name), getattr(other, f.name)
+            if f.name == "wall_ms":
+                values[f.name] = {key: mine.get(key, 0.0) + theirs.get(key, 0.0) for key in {**mine, **theirs}}
+            else:
+                values[f.name] = mine + theirs
+        return ReportTotal(**values)
+
+    def __radd__(self, other: int) -> ReportTotal:
+        if other != 0:
+            return NotImplemented
+        return self

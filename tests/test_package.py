@@ -1,0 +1,85 @@
+"""The package as a whole: what importing it brings and leaves alone, its public names, its version."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import sparsevlm
+
+ROOT = Path(__file__).parents[1]
+READS_ALL = "import sparsevlm, sparsevlm.inputs; [getattr(sparsevlm, name) for name in sparsevlm.__all__]"
+
+
+def python(code, *arguments, path=None):
+    """Run code in a process of its own, with a folder in front of the search path."""
+    paths = os.pathsep.join([*filter(None, [path and str(path), os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+
+
+@pytest.mark.parametrize("content", ["", 'raise RuntimeError("operator torchvision::nms does not exist")\n'])
+def test_importing_replaces_no_module(tmp_path, content):
+    """Neither a torchvision that works nor a broken one is taken away, imported, or stood in for."""
+    package, info = tmp_path / "torchvision", tmp_path / "torchvision-0.28.0.dist-info"
+    package.mkdir()
+    (package / "__init__.py").write_text(content)
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
+    code = (
+        f"import sys, torch, transformers; before = dict(sys.modules); {READS_ALL}\n"
+        "assert all(sys.modules.get(name) is module for name, module in before.items()), 'replaced'\n"
+        "assert not [name for name, module in sys.modules.items() if module is None], 'hidden'\n"
+        "assert 'torchvision' not in sys.modules, 'imported'\n"
+    )
+    done = python(code, path=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_brings_nothing_of_the_command_line():
+    """Older transformers bring rich themselves, through httpx, where it is installed."""
+    code = f"import sys, torch, transformers; before = set(sys.modules); {READS_ALL}\n"
+    done = python(f"{code}print(sorted({{'matplotlib', 'typer', 'rich'}} & (set(sys.modules) - before)))")
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_the_public_names_are_shown_before_they_are_used():
+    done = python("import sys, sparsevlm; print(*dir(sparsevlm)); assert 'torch' not in sys.modules")
+    assert set(sparsevlm.__all__) | {"__version__"} <= set(done.stdout.split()), done.stderr
+
+
+def test_every_public_name_is_there():
+    assert sparsevlm.__all__ == sorted(sparsevlm.__all__)
+    assert all(getattr(sparsevlm, name).__name__ == name for name in sparsevlm.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'apply'"):
+        sparsevlm.apply  # noqa: B018
+
+
+def test_what_the_documents_name_is_public():
+    """By ``sparsevlm.X`` or ``from sparsevlm import X``; modules are there to be imported."""
+    documents = [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")]
+    text = "\n".join(path.read_text(encoding="utf-8") for path in documents)
+    named = set(re.findall(r"\bsparsevlm\.([A-Za-z_]\w*)", text))
+    for names in re.findall(r"from sparsevlm import ([\w, ]+)", text):
+        named |= set(names.replace(",", " ").split())
+    assert {"SelectionContext", "Selector", "apply_sparsevlm"} <= named
+    unknown = {name for name in named - set(sparsevlm.__all__) if not importlib.util.find_spec(f"sparsevlm.{name}")}
+    assert not unknown
+
+
+def test_one_version():
+    assert "version" in re.search(r"^dynamic = \[(.*)\]$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"\nversion: {sparsevlm.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    (first, *_) = re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert first == sparsevlm.__version__
