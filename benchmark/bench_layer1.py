@@ -181,7 +181,7 @@ def decoding(bench: Bench, sizes: Sizes) -> None:
         bench.time("decode_attention", shape, "plain torch, padded", dense, padded, work=work)
         bench.time(
             "decode_attention", shape, "ours",
-            lambda query, cache, m=max_seqlen: decode_attention(query, cache, scaling, m),
+            lambda query, cache: decode_attention(query, cache, scaling),
             [make() for _ in padded], work=work,
         )  # fmt: skip
 

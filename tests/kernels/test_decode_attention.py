@@ -42,7 +42,7 @@ def make(lengths, room, n_new, heads=28, kv_heads=4, head_dim=128, dtype=torch.f
 )
 def test_twin(lengths, room, n_new, dtype, sizes, device):
     query, cache = make(lengths, room, n_new, *sizes, dtype=dtype, device=device)
-    found = decode_attention(query, cache, 0.1, max(lengths))
+    found = decode_attention(query, cache, 0.1)
     wanted = decode_attention_reference(query, cache, 0.1)
     torch.testing.assert_close(found, wanted, rtol=RESOLUTION[dtype], atol=RESOLUTION[dtype])
 
@@ -50,7 +50,7 @@ def test_twin(lengths, room, n_new, dtype, sizes, device):
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(12, 2, 128), (4, 4, 64), (6, 2, 20), (16, 1, 80)])
 def test_shapes(heads, kv_heads, head_dim, device):
     query, cache = make((33, 140), 9, 5, heads, kv_heads, head_dim, device=device)
-    found = decode_attention(query, cache, head_dim**-0.5, 140)
+    found = decode_attention(query, cache, head_dim**-0.5)
     torch.testing.assert_close(found, decode_attention_reference(query, cache, head_dim**-0.5), rtol=1e-5, atol=1e-5)
 
 
@@ -59,7 +59,7 @@ def test_shapes(heads, kv_heads, head_dim, device):
 @pytest.mark.parametrize("length", [4097, 16384])
 def test_long(length, dtype, device):
     query, cache = make((length, 63), 64, 7, dtype=dtype, device=device)
-    found = decode_attention(query, cache, 0.09, length)
+    found = decode_attention(query, cache, 0.09)
     wanted = decode_attention_reference(query, cache, 0.09)
     torch.testing.assert_close(found, wanted, rtol=RESOLUTION[dtype], atol=RESOLUTION[dtype])
 
