@@ -8,8 +8,12 @@ from test_parity import run
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.text import prefill
+from sparsevlm.engine.text.stages import record
+from sparsevlm.selection.context import SelectorTraits
+from sparsevlm.selection.selectors import SELECTORS
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
+PADDED = [name for name, make in SELECTORS.items() if SelectorTraits.of(make()).padded]
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 
 
@@ -25,19 +29,35 @@ OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
         {"min_keep_per_image": 9},
         {"min_keep_per_image": 0},
         {"schedule": "geometric"},
+        *({"selector": selector, "keep": 0.5} for selector in PADDED),
+        *({"selector": selector, "keep": None} for selector in ("span", *PADDED)),
+        {"selector": "sparsevlm", "keep": None, "heads": "visual", "raters": "all", "merge": "sum"},
+        {"selector": "sparsevlm", "keep": 0.5, "raters": "embedding", "tau": 1.0, "theta": 0.1},
+        {"selector": "sparsevlm", "keep": None, "tau": 1.0, "theta": 1.0},
+        {"selector": "sparsevlm", "keep": None, "min_keep": 10, "rank_lambda": 0.9},
+        {"selector": "span-joint", "keep": 0.5, "recycle": False},
+        {"selector": "random", "keep": 0.5, "seed": 7},
+        {"keep": None, "rank_lambda": 1.0, "min_keep": 8, "rank_tolerance": 0.001},
+        {"keep": None, "rank_lambda": 0.0},
     ],
+    ids=str,
 )
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_steps_on_the_device_do_what_the_prune_step_does(prompt, options, monkeypatch):
     if isinstance(options.get("keep"), list):
         options = {"keep": (options["keep"] * 2)[: len(PROMPTS[prompt])]}
     model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
+    records = []
+    monkeypatch.setattr(prefill, "record", lambda *given: records.append(given) or record(*given))
     state = apply_sparsevlm(model, **{**OPTIONS, **options}, engine=True)
     said, found = run(model, inputs, 4)
     report = state.report
-    monkeypatch.setattr(prefill, "chooses_on_device", lambda request: False)
+    n_steps = len(records)
+    monkeypatch.setattr(prefill, "chooses_on_device", lambda request, adapter: False)
     _, wanted = run(model, inputs, 4, said)
     assert state.report.path == report.path == "engine"
+    has_floors = any(len(sample.images) > 1 for sample in report.samples)
+    assert n_steps == (0 if has_floors and options.get("selector", "span") != "span" else 1)
     assert state.report.samples == report.samples
     assert state.report.kv_bytes == report.kv_bytes
     for one, other in zip(found, wanted, strict=True):

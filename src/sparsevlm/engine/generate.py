@@ -173,8 +173,21 @@ class Engine:
             with self._runner.open():
                 return decoding.step(tokens)
 
+        def check() -> None:
+            if self._runner.prefill.is_faulty:
+                raise ValueError(
+                    "what the visual tokens are judged by holds NaN or infinity; check the model's inputs and dtype."
+                )
+
         return sample(
-            input_ids, logits, step, logits_processor, stopping_criteria, generation_config, modes.get("streamer")
+            input_ids,
+            logits,
+            step,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            modes.get("streamer"),
+            check,
         )
 
     def _refuse(self, reason: str) -> UnsupportedByEngineError:
@@ -221,7 +234,7 @@ class Engine:
         decode_graph = self._runner.decode_graphs.over(space, request.batch)
         decode_graph.start(prompt.next_positions, capacity)
         request.place(torch.stack([sample.last for sample in request.samples]))
-        request.finish(None, space.cache_bytes(request, len(ids) * ids.shape[1]))
+        request.finish(None, request.kv_bytes)
         return logits, Decoding(decode_graph, request, end)
 
     def _features(self, call: Call) -> Tensor:
@@ -263,6 +276,7 @@ def sample(
     stopping_criteria: Any,
     generation_config: Any,
     streamer: Any,
+    check: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Greedy and sampled decoding, token for token as transformers' ``_sample``.
 
@@ -277,6 +291,8 @@ def sample(
     logits_processor, stopping_criteria, generation_config
         As transformers has prepared them.
     streamer : BaseStreamer, optional
+    check : callable
+        Raises where the prompt has failed; called when the first token is there.
 
     Returns
     -------
@@ -285,6 +301,7 @@ def sample(
     pad = generation_config._pad_token_tensor
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+    first = input_ids.shape[1] + 1
     while True:
         scores = logits_processor(input_ids, logits.to(copy=True, dtype=torch.float32, device=input_ids.device))
         if generation_config.do_sample:
@@ -296,8 +313,13 @@ def sample(
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
         unfinished = unfinished & ~stopping_criteria(input_ids, None)
         if streamer is not None:
+            if input_ids.shape[1] == first:
+                check()
             streamer.put(tokens.cpu())
-        if not bool(unfinished.max()):
+        goes_on = bool(unfinished.max())
+        if input_ids.shape[1] == first:
+            check()
+        if not goes_on:
             break
         logits = step(tokens)
     if streamer is not None:

@@ -11,6 +11,7 @@ from .request import Request, Sample
 
 def make_report(adapter: ModelAdapter, request: Request) -> Report:
     """Report of a request; waits for the device, as counts and times are read from it."""
+    request.settle()
     samples = tuple(_sample_report(request, sample) for sample in request.samples)
     dense = sparse = 0.0
     is_broken_off = request.failed is not None and not request.finished

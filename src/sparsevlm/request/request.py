@@ -6,7 +6,7 @@ import bisect
 import dataclasses
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -187,6 +187,8 @@ class Request:
         Which implementation runs, and why.
     failed : str, optional
         The error that the call ended in.
+    unsettled : callable, optional
+        Brings samples and records up to date with what the device has chosen, when somebody asks.
     serial : int
         No other request of this process has the same, not even of those that are gone.
     """
@@ -217,6 +219,7 @@ class Request:
     path: str = "plain"
     path_reason: str = "hooks on the model's own modules"
     failed: str | None = None
+    unsettled: Callable[[], None] | None = None
     serial: int = field(default_factory=itertools.count().__next__)
 
     def begin_prompt(self, samples: list[Sample]) -> None:
@@ -278,7 +281,22 @@ class Request:
         """End the prompt; ``cache`` holds it from now on."""
         if cache is not None:
             self.cache = weakref.ref(cache)
-        self.kv_bytes, self.kv_note, self.finished = kv_bytes, kv_note, True
+        self.kv_note, self.finished = kv_note, True
+        self.count_cache(kv_bytes)
+
+    def count_cache(self, kv_bytes: tuple[int, int]) -> None:
+        """Note the bytes of the prompt's keys and values, as they would be dense and as they are."""
+        self.kv_bytes = kv_bytes
+
+    def settle_later(self, bring_up_to_date: Callable[[], None]) -> None:
+        """Leave samples and records as they are until somebody asks: what they have to say is on the device."""
+        self.unsettled = bring_up_to_date
+
+    def settle(self) -> None:
+        """Bring samples and records up to date; waits for the device."""
+        if self.unsettled is not None:
+            bring_up_to_date, self.unsettled = self.unsettled, None
+            bring_up_to_date()
 
     def run_on(self, path: str, reason: str) -> None:
         """Note which implementation runs it, and why."""

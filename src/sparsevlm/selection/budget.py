@@ -163,6 +163,16 @@ def rank_adaptive_count(
     return n_visual - n_prune + clusters(n_prune), clusters(n_prune)
 
 
+def nothing_by_rank(n_visual: int, n_keep: int, n_clusters: int, rank: int, tau: float, theta: float) -> str | None:
+    """Why a sample loses none of its tokens where its rank leaves :func:`rank_adaptive_count` of them; ``None``: it
+    loses some."""
+    if n_keep < n_visual:
+        return None
+    if n_clusters:
+        return f"recycling with tau={tau} and theta={theta} puts back all that would be dropped"
+    return f"rank {rank} of {n_visual} visual tokens leaves nothing to drop"
+
+
 def nothing_to_drop(n_visual: int, n_keep: int | None, min_keep: int) -> str | None:
     """Why a sample of ``n_visual`` tokens loses none of them, ``n_keep`` (if a budget names it) of which are to go on;
     ``None``: it loses some."""

@@ -18,6 +18,8 @@ PLACEMENTS = (BEFORE_DECODER, TARGET_LAYERS, EVERYWHERE)
 VISION_NEEDS = frozenset({"vision_attention", "vision_keys"})
 # What only a decoder layer has.
 _LATE_NEEDS = frozenset({"rater_attention", "last_attention", "previous_hidden_states"})
+# What padded samples can be given.
+_PADDED_NEEDS = _LATE_NEEDS
 _OF_RECYCLING = frozenset({"recycle", "merge", "tau", "theta"})
 NEEDS = ("features", "text_features", *sorted(VISION_NEEDS), *sorted(_LATE_NEEDS))
 
@@ -135,8 +137,9 @@ class Selector(Protocol):
     ``reads`` (``()``: other options that it reads), ``overrides`` (``{}``, see
     :func:`~sparsevlm.selection.overrides.effective_config`). An optional method ``select_batch(contexts, n_keep)``
     answers one or several samples with as many rows each, in their order, and is then called in place of ``select``,
-    unless a subclass of its class has defined ``select`` anew. So is an optional method
-    ``order(states, valid, n_keep)``, see :class:`OrderedSelector`, which lets the engine capture the choice."""
+    unless a subclass of its class has defined ``select`` anew. So are optional methods that let the engine capture the
+    choice: ``order(states, valid, n_keep)``, see :class:`OrderedSelector`, and ``select_padded(context)``, see
+    :class:`~sparsevlm.selection.padded.PaddedSelector`."""
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
         """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""
@@ -178,6 +181,7 @@ class SelectorTraits:
     reads: frozenset[str]
     batched: bool
     ordered: bool
+    padded: bool
 
     @classmethod
     def of(cls, selector: Any) -> SelectorTraits:
@@ -212,7 +216,8 @@ class SelectorTraits:
         reads = frozenset(getattr(selector, "reads", ())) | (_OF_RECYCLING if recycles else frozenset())
         ordered = placement == TARGET_LAYERS and not needs and _has_method(type(selector), "order")
         batched = _has_method(type(selector), "select_batch")
-        return cls(str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered)
+        padded = placement == TARGET_LAYERS and needs <= _PADDED_NEEDS and _has_method(type(selector), "select_padded")
+        return cls(str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered, padded)
 
 
 def _has_method(selector: type, name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .budget import clamped_floors, nothing_to_drop, rank_adaptive_count
+from .budget import clamped_floors, nothing_by_rank, nothing_to_drop, rank_adaptive_count
 from .context import OrderedSelector, Selection, SelectionContext, Selector, SelectorTraits
 from .image_floor import choose_by_order, count_per_image, floors_within, keep_of_every_image
 from .rank import sketch_ranks
@@ -114,10 +114,7 @@ def _apply_budget(
         n_visual, rank, config.rank_lambda, config.tau, config.theta,
         config.recycle and traits.recycles, config.min_keep,
     )  # fmt: skip
-    if n_keep >= n_visual:
-        why = f"rank {rank} of {n_visual} visual tokens leaves nothing to drop"
-        if n_clusters:
-            why = f"recycling with tau={config.tau} and theta={config.theta} puts back all that would be dropped"
+    if (why := nothing_by_rank(n_visual, n_keep, n_clusters, rank, config.tau, config.theta)) is not None:
         return Decision(None, rank, why)
     if traits.recycles:
         context = dataclasses.replace(context, n_clusters=n_clusters)

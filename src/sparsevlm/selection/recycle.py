@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from .scoring import top_k
+from .places import highest, indices_of, place_by_score
 
 _CHUNK_ROWS = 512
+# Sums of products are exact to about 1e-7 in float32: squared distances below this share of the lengths are none.
+_NOISE = 1e-6
 
 
 def count_clusters(n_dropped: int, tau: float, theta: float) -> tuple[int, int]:
@@ -16,111 +20,154 @@ def count_clusters(n_dropped: int, tau: float, theta: float) -> tuple[int, int]:
     return n_recycled, int(theta * n_recycled + 1e-9)
 
 
-def clusters_within(n_visual: int, n_out: int, tau: float, theta: float) -> int:
-    """Clusters that fit in an output of ``n_out`` tokens, themselves included.
+def count_clusters_of(n_dropped: Tensor, tau: float, theta: float) -> tuple[Tensor, Tensor]:
+    """:func:`count_clusters` of several numbers, int64."""
+    n_recycled = (tau * n_dropped.double() + 1e-9).long()
+    return n_recycled, (theta * n_recycled.double() + 1e-9).long()
+
+
+def clusters_within(n_visual: Tensor, n_out: Tensor, most_out: int, tau: float, theta: float) -> Tensor:
+    """Clusters that fit in outputs of ``n_out`` tokens, themselves included; waits for nothing.
 
     The largest C ≤ ``n_out`` / 4 with C ≤ ⌊θ⌊τN⌋⌋, where N = ``n_visual`` − ``n_out`` + C tokens are dropped.
-    """
-    n_clusters = n_out // 4
-    while n_clusters and count_clusters(n_visual - n_out + n_clusters, tau, theta)[1] < n_clusters:
-        n_clusters -= 1
-    return n_clusters
-
-
-def density_peaks(hidden_states: Tensor, n_clusters: int) -> Tensor:
-    """Cluster centres by density peaks (paper, token aggregation).
-
-    ``ρ_i = exp(−1/k Σ_{kNN} d_ij²)``, ``δ_i`` the distance to the nearest denser token (for the densest, to the
-    farthest), with k = ``n_clusters`` neighbours and ``d_ij = ‖h_i − h_j‖ / √hidden_size``. The centres have the
-    largest ρδ, compared as log ρ + log δ so that nothing underflows; ties go to the lower index. Distances are
-    computed in chunks of rows.
 
     Parameters
     ----------
-    hidden_states : Tensor of shape (n, hidden_size)
-    n_clusters : int
-        In [1, n].
+    n_visual, n_out : Tensor of shape (batch,), int64
+        ``n_out`` is at most ``most_out``.
+    most_out : int
+    tau, theta : float
 
     Returns
     -------
-    Tensor of shape (n_clusters,), int64
-        Sorted indices of the centres.
+    Tensor of shape (batch,), int64
     """
-    points = hidden_states.float() / hidden_states.shape[1] ** 0.5
-    n = points.shape[0]
-    k = min(n_clusters, n - 1)
-    if n <= n_clusters or k == 0:
-        return torch.arange(min(n, max(n_clusters, 1)), device=points.device)
-    log_density = torch.cat(
-        [-_distances(points, rows).topk(k + 1, largest=False).values[:, 1:].square().mean(-1) for rows in _chunks(n)]
-    )
+    n_clusters = torch.arange(most_out // 4 + 1, device=n_out.device)
+    n_dropped = (n_visual - n_out)[:, None] + n_clusters
+    fits = (n_clusters <= n_out[:, None] // 4) & (count_clusters_of(n_dropped, tau, theta)[1] >= n_clusters)
+    return torch.where(fits, n_clusters, 0).amax(dim=1)
+
+
+def is_density_peak(hidden_states: Tensor, valid: Tensor, n_clusters: Tensor, most: int) -> Tensor:
+    """Mask of cluster centres by density peaks (paper, token aggregation), of several samples filled up to one size.
+
+    ``ρ_i = exp(−1/k Σ_{kNN} d_ij²)``, ``δ_i`` the distance to the nearest denser token (for the densest, to the
+    farthest), with k = ``n_clusters`` neighbours and ``d_ij = ‖h_i − h_j‖ / √hidden_size``. The centres have the
+    largest ρδ, compared as log ρ + log δ so that nothing underflows; ties go to the lower index. Distances come from
+    products of the centred states, in chunks of rows; what rounding leaves of none is none. Nothing is waited for.
+
+    Parameters
+    ----------
+    hidden_states : Tensor of shape (batch, n, hidden_size)
+    valid : Tensor of shape (batch, n), bool
+        False for rows that only fill a sample up, behind the others.
+    n_clusters : Tensor of shape (batch,), int64
+        At most ``most``.
+    most : int
+
+    Returns
+    -------
+    Tensor of shape (batch, n), bool
+    """
+    points, squares = _centred(hidden_states, valid)
+    n = points.shape[1]
+    k = torch.minimum(n_clusters, valid.sum(dim=1) - 1).clamp_min(1)
+    most_near = max(1, min(most, n - 1))
+    near = torch.arange(most_near, device=k.device) < k[:, None]
+    log_density = points.new_full(valid.shape, -torch.inf)
+    for rows in _chunks(n) if n > 1 else ():
+        distances = _squared_distances(points, squares, rows).masked_fill_(~valid[:, None], torch.inf)
+        nearest = distances.topk(most_near + 1, dim=-1, largest=False).values[..., 1:]
+        log_density[:, rows] = -torch.where(near[:, None], nearest, 0.0).sum(dim=-1) / k[:, None]
     # Rank 0 is the densest; the stable sort breaks ties by index, so that "denser" is a strict order.
-    place = torch.empty(n, dtype=torch.long, device=points.device)
-    place[torch.sort(log_density, descending=True, stable=True).indices] = torch.arange(n, device=points.device)
+    place = place_by_score(log_density, valid)
     separation = torch.empty_like(log_density)
     for rows in _chunks(n):
-        distances = _distances(points, rows)
-        denser = place[None, :] < place[rows, None]
+        distances = _squared_distances(points, squares, rows)
+        denser = (place[:, None, :] < place[:, rows, None]) & valid[:, None]
         nearest = distances.masked_fill(~denser, torch.inf).amin(dim=-1)
-        separation[rows] = torch.where(place[rows] == 0, distances.amax(dim=-1), nearest)
-    return top_k(log_density + separation.log(), n_clusters)
+        farthest = distances.masked_fill(~valid[:, None], 0.0).amax(dim=-1)
+        separation[:, rows] = torch.where(place[:, rows] == 0, farthest, nearest)
+    return highest(log_density + 0.5 * separation.log(), valid, n_clusters) & valid
 
 
-def assign_to_centres(hidden_states: Tensor, centres: Tensor) -> Tensor:
+def assign_to_centres(hidden_states: Tensor, is_centre: Tensor, most: int) -> Tensor:
     """Centre (as an index into the rows) nearest to each row by cosine; a centre belongs to itself.
 
     Parameters
     ----------
-    hidden_states : Tensor of shape (n, hidden_size)
-    centres : Tensor of shape (n_clusters,), int64
+    hidden_states : Tensor of shape (batch, n, hidden_size)
+    is_centre : Tensor of shape (batch, n), bool
+        At most ``most`` of a sample.
+    most : int
 
     Returns
     -------
-    Tensor of shape (n,), int64
+    Tensor of shape (batch, n), int64
         ``cluster_idx``.
     """
     unit = torch.nn.functional.normalize(hidden_states.float(), dim=-1)
-    similarity = unit @ unit[centres].T
-    cluster_idx = centres[similarity.argmax(dim=-1)]
-    cluster_idx[centres] = centres
-    return cluster_idx
+    centres = indices_of(is_centre, most)
+    counts = torch.arange(most, device=centres.device) < is_centre.sum(dim=1, keepdim=True)
+    similarity = unit @ unit.gather(1, centres[..., None].expand(-1, -1, unit.shape[-1])).mT
+    nearest = similarity.masked_fill_(~counts[:, None], -torch.inf).argmax(dim=-1)
+    itself = torch.arange(unit.shape[1], device=centres.device)
+    return torch.where(is_centre, itself, centres.gather(1, nearest))
+
+
+@dataclass(frozen=True)
+class Recycled:
+    """Merge plan for dropped tokens of several samples.
+
+    Attributes
+    ----------
+    is_centre : Tensor of shape (batch, n_visual), bool
+        Rows that stand for a cluster.
+    target : Tensor of shape (batch, n_visual), int64
+        Centre that each row is merged into; -1: none.
+    weight : Tensor of shape (batch, n_visual), float32
+    """
+
+    is_centre: Tensor
+    target: Tensor
+    weight: Tensor
 
 
 def recycle(
-    hidden_states: Tensor, scores: Tensor, drop_idx: Tensor, n_recycled: int, n_clusters: int, merge: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Merge plan for the dropped tokens.
+    hidden_states: Tensor, is_member: Tensor, n_clusters: Tensor, most_members: int, most_clusters: int, merge: str
+) -> Recycled:
+    """Cluster recycled tokens around some of themselves; waits for nothing.
 
-    The ``n_recycled`` best-scored of ``drop_idx`` are clustered around ``n_clusters`` of themselves. With
-    ``merge="mean"`` a cluster's weights sum to 1, so the size-weighted sum of merged states equals the sum of their
-    members'; with ``"sum"`` every weight is 1 and the plain sum is conserved.
+    With ``merge="mean"`` a cluster's weights sum to 1, so the size-weighted sum of merged states equals the sum of
+    their members'; with ``"sum"`` every weight is 1 and the plain sum is conserved.
 
     Parameters
     ----------
-    hidden_states : Tensor of shape (n_visual, hidden_size)
-    scores : Tensor of shape (n_visual,)
-    drop_idx : Tensor of shape (n_dropped,), int64
-    n_recycled, n_clusters : int
-        From :func:`count_clusters`; ``n_clusters`` ≥ 1.
+    hidden_states : Tensor of shape (batch, n_visual, hidden_size)
+    is_member : Tensor of shape (batch, n_visual), bool
+        Recycled tokens, at most ``most_members`` of a sample.
+    n_clusters : Tensor of shape (batch,), int64
+        At most ``most_clusters``; 0: nothing of the sample is merged.
+    most_members, most_clusters : int
     merge : {"mean", "sum"}
-
-    Returns
-    -------
-    centres : Tensor of shape (n_clusters,), int64
-        Rows that stand for a cluster, sorted.
-    members : Tensor of shape (n_recycled,), int64
-    target : Tensor of shape (n_recycled,), int64
-        Centre that each member is merged into.
-    weight : Tensor of shape (n_recycled,), float32
     """
-    members = drop_idx[top_k(scores[drop_idx], n_recycled)]
-    states = hidden_states[members]
-    local_centres = density_peaks(states, n_clusters)
-    cluster_idx = assign_to_centres(states, local_centres)
-    weight = torch.ones(members.shape[0], device=members.device)
+    members = indices_of(is_member, most_members)
+    valid = torch.arange(most_members, device=members.device) < is_member.sum(dim=1, keepdim=True)
+    valid &= n_clusters[:, None] > 0
+    states = hidden_states.gather(1, members[..., None].expand(-1, -1, hidden_states.shape[-1]))
+    is_centre = is_density_peak(states, valid, n_clusters, most_clusters)
+    cluster_idx = assign_to_centres(states, is_centre, most_clusters)
+    weight = valid.float()
     if merge == "mean":
-        weight = 1.0 / torch.bincount(cluster_idx, minlength=members.shape[0])[cluster_idx].float()
-    return members[local_centres], members, members[cluster_idx], weight
+        sizes = torch.zeros_like(weight).scatter_add_(1, cluster_idx, weight)
+        weight = 1.0 / sizes.gather(1, cluster_idx).clamp_min(1.0)
+    n = is_member.shape[1]
+    places = torch.where(valid, members, n)  # what fills up is written behind the end
+
+    def spread(values: Tensor, filler: float) -> Tensor:
+        return values.new_full((values.shape[0], n + 1), filler).scatter_(1, places, values)[:, :n]
+
+    return Recycled(spread(is_centre, False), spread(members.gather(1, cluster_idx), -1), spread(weight, 0.0))
 
 
 def merge_hidden_states(hidden_states: Tensor, keep_idx: Tensor, merge_target: Tensor, weight: Tensor) -> Tensor:
@@ -154,9 +201,21 @@ def merge_hidden_states(hidden_states: Tensor, keep_idx: Tensor, merge_target: T
     return torch.where(rows[:, None], sums[keep_idx].to(hidden_states.dtype), kept)
 
 
-def _distances(points: Tensor, rows: slice) -> Tensor:
-    """Distances of some rows to all, exactly zero on the diagonal."""
-    return torch.cdist(points[rows], points, compute_mode="donot_use_mm_for_euclid_dist")
+def _centred(hidden_states: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """States minus their mean over √hidden_size, and their squared lengths; 0 where a row only fills up."""
+    states = torch.where(valid[..., None], hidden_states.float(), 0.0)
+    mean = states.sum(dim=1, keepdim=True) / valid.sum(dim=1).clamp_min(1)[:, None, None]
+    points = torch.where(valid[..., None], states - mean, 0.0) / hidden_states.shape[-1] ** 0.5
+    return points, points.square().sum(dim=-1)
+
+
+def _squared_distances(points: Tensor, squares: Tensor, rows: slice) -> Tensor:
+    """Squared distances of some rows to all, exactly zero on the diagonal; (batch, n_rows, n)."""
+    lengths = squares[:, rows, None] + squares[:, None]
+    distances = lengths - 2.0 * (points[:, rows] @ points.mT)
+    distances.masked_fill_(distances <= _NOISE * lengths, 0.0)
+    columns = torch.arange(points.shape[1], device=points.device)
+    return distances.masked_fill_(columns[rows, None] == columns, 0.0)
 
 
 def _chunks(n: int) -> list[slice]:

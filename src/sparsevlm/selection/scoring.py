@@ -160,11 +160,11 @@ def visual_scores(rater_attention: Tensor) -> Tensor:
 
     Parameters
     ----------
-    rater_attention : Tensor of shape (n_raters, n_visual)
+    rater_attention : Tensor of shape (..., n_raters, n_visual)
 
     Returns
     -------
-    Tensor of shape (n_visual,)
+    Tensor of shape (..., n_visual)
         Column sums. The paper's mean differs by the factor ``n_raters`` and ranks alike.
     """
-    return rater_attention.sum(dim=0)
+    return rater_attention.sum(dim=-2)

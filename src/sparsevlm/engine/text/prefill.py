@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,14 +11,16 @@ from torch import Tensor
 from ...models import ModelAdapter
 from ...request.request import Request
 from ...request.step import Readout, choose_embedding_raters, prune_step, reads, reads_text
-from ...selection.context import OrderedSelector
+from ...selection.padded import draw_seed
 from ..call import Prompt
 from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import GraphPool
 from ..fused_weights import FusedWeights
-from .prune_program import PrunePrograms, PruneShape, TokenCounts, chooses_on_device, record, visual_capacity
+from .embed import PromptPrograms
+from .prune_program import PrunePrograms, PruneShape, PruneStep, visual_capacity
 from .readout import read
 from .segments import Segment, Segments
+from .stages import Choice, TokenCounts, chooses_on_device, record
 from .workspace import PromptInputs, PromptShape, Workspace, n_integers, workspace_size
 
 
@@ -78,10 +79,11 @@ class Prefill:
         self.space: Workspace | None = None
         self.segments: Segments | None = None
         self.prune_programs: PrunePrograms | None = None
+        self.prompts: PromptPrograms | None = None
 
     def clear(self) -> None:
         """Free everything."""
-        self.space = self.segments = self.prune_programs = None
+        self.space = self.segments = self.prune_programs = self.prompts = None
 
     def make_room(self, rows: int, batch: int) -> Workspace:
         """The workspace, with programs of its own, made anew where it has no room for a request."""
@@ -92,6 +94,7 @@ class Prefill:
             self.space = Workspace(self._adapter, self._weights, rows, batch)
             self.segments = Segments(self._adapter, self._weights, self._pool, self.space)
             self.prune_programs = PrunePrograms(self._pool, self.space)
+            self.prompts = PromptPrograms(self._adapter, self._pool, self.space)
         return self.space
 
     def run(self, request: Request, prompt: Prompt, features: Tensor) -> Tensor:
@@ -110,44 +113,60 @@ class Prefill:
             Logits of every sample's last row; overwritten by the next call.
         """
         packed = PackedRows([sample.all_positions for sample in request.samples])
-        shape = self._shape(request, packed)
+        counts = TokenCounts.of(request) if chooses_on_device(request, self._adapter) else None
+        shape = _shape(request, packed, counts is not None)
         space = self.make_room(max(shape.rows, features.shape[0]), shape.batch)
-        counts = TokenCounts.of(request) if chooses_on_device(request) else None
+        assert self.prompts is not None
         integers = torch.zeros(n_integers(shape, space.n_axes), dtype=torch.int64, pin_memory=space.integers.is_cuda)
         fill(PromptInputs.of(shape, space.n_axes, integers), request, prompt, packed, counts)
         space.integers[: integers.shape[0]].copy_(integers, non_blocking=True)
         space.features[: features.shape[0]].copy_(features)
+        self.prompts.run(shape, bool(shape.n_text) and request.config.raters == "embedding")
         if counts is not None:
             return self._on_device(request, shape, counts)[: request.batch]
         if {"features", "text_features"} & request.traits.needs:
             request.see_embeddings(prompt.embeddings(self._adapter, features))
         logits = self._on_host(request, shape)
         request.forget_embeddings()
+        request.count_cache(_cache_bytes(request, space.bytes_per_row, self._adapter.n_layers))
         return logits[: request.batch]
 
-    @staticmethod
-    def _shape(request: Request, packed: PackedRows) -> PromptShape:
-        batch = power_of_two(request.batch)
-        rows = row_capacity(packed.n_rows + 1)  # one row of padding at least
-        most = max(sample.alive.shape[0] for sample in request.samples)
-        return PromptShape(rows, batch, visual_capacity(most, batch))
+    @property
+    def is_faulty(self) -> bool:
+        """Whether choices of the last prompt met NaN or infinity; waits for the device."""
+        return self.space is not None and bool(self.space.is_faulty)
 
     def _on_device(self, request: Request, shape: PromptShape, counts: TokenCounts) -> Tensor:
         """Choices wait for nothing."""
         assert self.segments is not None
         assert self.prune_programs is not None
-        assert isinstance(request.selector, OrderedSelector)
+        assert self.space is not None
         n_layers, others = self._adapter.n_layers, [sample.other.shape[0] for sample in request.samples]
-        first, n_visual, rows, kept, logits = 0, shape.n_visual, shape.rows, [], None
+        first, n_visual, rows, logits = 0, shape.n_visual, shape.rows, None
+        packed: list[tuple[Tensor, int]] = []
+        reads = request.traits.needs or counts.by_rank
         for stage, stop in enumerate((*(target + 1 for target in counts.targets), n_layers)):
-            sizes = [n + other for n, other in zip(counts.visual[stage], others, strict=True)]
-            logits = self.segments.run(_segment((first, stop), rows, shape, sizes, stage == 0))
+            most = [n + other for n, other in zip(counts.most[stage], others, strict=True)]
+            n_filled = sum(counts.least[stage]) + sum(others)
+            is_read = bool(reads) and stop < n_layers
+            if stop > first:
+                logits = self.segments.run(_segment((first, stop), rows, shape.batch, most, n_filled, is_read))
             if stop < n_layers:
-                prune = PruneShape.of(rows, shape, n_visual, max(counts.visual[stage + 1]), request)
-                kept.append(self.prune_programs.run(request.selector, prune).clone())
-                left = sum(counts.visual[stage + 1]) + sum(others)
-                first, n_visual, rows = stop, prune.n_keep, min(rows, row_capacity(left + 1))
-        record(request, counts, kept, n_layers)
+                most_left = counts.most[stage + 1]
+                prune = PruneShape.of(rows, shape, n_visual, max(most_left), request)
+                scaling = self._weights.blocks[stop - 1].scaling
+                step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank)
+                packed.append((self.prune_programs.run(request.selector, step).clone(), prune.n_keep))
+                first, n_visual = stop, prune.n_keep
+                rows = min(rows, row_capacity(sum(most_left) + sum(others) + 1))
+        bytes_per_row = self.space.bytes_per_row
+
+        def settle() -> None:
+            choices = [Choice.of(one.cpu(), shape.batch, n_keep, shape.n_text) for one, n_keep in packed]
+            record(request, counts, choices, n_layers)
+            request.count_cache(_cache_bytes(request, bytes_per_row, n_layers))
+
+        request.settle_later(settle)
         assert logits is not None
         return logits
 
@@ -158,21 +177,21 @@ class Prefill:
         assert space is not None
         request.to(space.hidden.device)
         packed = PackedRows([sample.all_positions for sample in request.samples])
-        first, rows, begins = 0, shape.rows, True
-        for stop, is_target in _stops(request, self._adapter.n_layers):
+        choose_embedding_raters(request, functools.partial(_rows_of, space, packed))
+        n_layers, first, rows = self._adapter.n_layers, 0, shape.rows
+        for stop in (*(target + 1 for target in request.target_layers), n_layers):
+            is_target = stop - 1 in request.target_layers
             sizes = [own.shape[0] for own in packed.positions]
-            logits = self.segments.run(
-                _segment((first, stop), rows, shape, sizes, begins, is_target and reads(request))
-            )
+            if stop > first:
+                segment = _segment((first, stop), rows, shape.batch, sizes, sum(sizes), is_target and reads(request))
+                logits = self.segments.run(segment)
             for sample in request.samples * (stop - first):
                 sample.enter_layer()
-            if stop == 0:
-                choose_embedding_raters(request, functools.partial(_rows_of, space, packed))
             if is_target:
                 scaling = self._weights.blocks[stop - 1].scaling if stop else 0.0
                 packed = _prune(request, space, packed, stop - 1, scaling, shape.batch)
                 rows = min(rows, row_capacity(packed.n_rows + 1))
-            first, begins = stop, False
+            first = stop
         assert logits is not None
         return logits
 
@@ -181,23 +200,27 @@ def _rows_of(space: Workspace, packed: PackedRows, sample_idx: int, positions: T
     return space.hidden[packed.local(sample_idx, positions)]
 
 
-def _stops(request: Request, n_layers: int) -> Iterator[tuple[int, bool]]:
-    """Layers that segments end before, and whether these are prune steps."""
-    starts = 0 not in (stops := [target + 1 for target in request.target_layers])
-    if starts and request.config.raters == "embedding" and reads_text(request):
-        yield 0, False
-    for stop in stops:
-        yield stop, True
-    if n_layers not in stops:
-        yield n_layers, False
+def _shape(request: Request, packed: PackedRows, is_on_device: bool) -> PromptShape:
+    batch = power_of_two(request.batch)
+    rows = row_capacity(packed.n_rows + 1)  # one row of padding at least
+    most = max(sample.alive.shape[0] for sample in request.samples)
+    n_text = 0
+    if is_on_device and reads_text(request):
+        n_text = power_of_two(max(16, *(sample.rater_candidates.shape[0] for sample in request.samples)))
+    return PromptShape(rows, batch, visual_capacity(most, batch), min(rows, n_text))
 
 
-def _segment(
-    layers: tuple[int, int], rows: int, shape: PromptShape, sizes: list[int], begins: bool, is_read: bool = False
-) -> Segment:
-    """With the capacities of samples of some sizes; the padding behind them is a sequence as well."""
-    max_seqlen = rows if shape.batch == 1 else min(rows, power_of_two(max(*sizes, rows - sum(sizes))))
-    return Segment(*layers, rows, shape.batch, max_seqlen, shape if begins else None, is_read)
+def _segment(layers: tuple[int, int], rows: int, batch: int, sizes: list[int], n_filled: int, is_read: bool) -> Segment:
+    """With the capacities of samples of these sizes at most; what fills up behind ``n_filled`` rows at least is a
+    sequence as well."""
+    max_seqlen = rows if batch == 1 else min(rows, power_of_two(max(*sizes, rows - n_filled)))
+    return Segment(*layers, rows, batch, max_seqlen, is_read)
+
+
+def _cache_bytes(request: Request, bytes_per_row: int, n_layers: int) -> tuple[int, int]:
+    """Bytes of a prompt's keys and values, as they would be dense, padding included, and as they are."""
+    rows = sum(sum(sample.layer_tokens) + n_layers * sample.other.shape[0] for sample in request.samples)
+    return bytes_per_row * n_layers * request.batch * request.q_len, bytes_per_row * rows
 
 
 def fill(given: PromptInputs, request: Request, prompt: Prompt, packed: PackedRows, counts: TokenCounts | None) -> None:
@@ -213,11 +236,20 @@ def fill(given: PromptInputs, request: Request, prompt: Prompt, packed: PackedRo
         given.visual_rows[b, :n_visual] = packed.local(b, sample.positions)
         given.image_idx[b, :n_visual] = sample.image_idx
         given.min_keep_per_image[b] = request.config.min_keep_per_image if len(sample.image_sizes) > 1 else 0
+        given.n_visual[b] = n_visual
+        if given.text_rows.shape[1]:
+            given.n_text[b] = n_text = sample.rater_candidates.shape[0] if n_visual else 0
+            given.text_rows[b, :n_text] = packed.local(b, sample.rater_candidates[:n_text])
     given.cu_seqlens[: len(starts)] = torch.tensor(starts)
     given.cu_seqlens[len(starts) :] = starts[-1]
-    if counts is not None:
-        numbers = torch.tensor(counts.visual)
-        given.n_visual[: len(numbers), : request.batch] = numbers
+    if counts is None:
+        return
+    for stage, asked in enumerate(counts.asked):
+        given.counts[stage, : request.batch] = torch.tensor(asked)
+    if request.traits.draws:
+        for stage, target in enumerate(counts.targets):
+            seeds = [draw_seed(request.config.seed, target, b) for b in range(request.batch)]
+            given.seeds[stage, : request.batch] = torch.tensor(seeds)
 
 
 def _prune(

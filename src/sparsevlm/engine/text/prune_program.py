@@ -1,7 +1,8 @@
-"""The prune step as a program: for selectors that choose on the device, and counts that the host knows."""
+"""The prune step as a program: for selectors that choose on the device, and counts that nobody waits for."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -9,55 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...request.request import Request, StageRecord
-from ...selection.budget import nothing_to_drop
-from ...selection.context import OrderedSelector
-from ...selection.image_floor import choose_by_order
+from ...config import SparseVLMConfig
+from ...kernels.energy_rank import sketch_rank
+from ...request.request import Request
+from ...request.step import no_autocast
+from ...selection.padded import (
+    PaddedContext,
+    PaddedSelection,
+    merged_states,
+    rank_adaptive_counts,
+    select_padded,
+)
+from ...selection.places import indices_of
 from ..capacities import power_of_two, row_capacity
-from ..cuda_graphs import GraphPool, LRUCache, to_device
-from .workspace import MOST_STAGES, PromptShape, Workspace
+from ..cuda_graphs import GraphPool, LRUCache
+from .readout import PaddedReadout, read_padded
+from .stages import Choice
+from .workspace import PromptShape, Workspace
 
-_MOST_GRAPHS = 256
-# Visual tokens of a sample whose order a program looks for, at most: what selectors hold for all pairs grows with the
-# square.
-_MOST_VISUAL = 1 << 14
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """Visual tokens by stage (before the first target that drops something, and after each) and sample.
-
-    Attributes
-    ----------
-    targets : tuple of int
-        Those that drop something.
-    visual : list of list of int
-    """
-
-    targets: tuple[int, ...]
-    visual: list[list[int]]
-
-    @classmethod
-    def of(cls, request: Request) -> TokenCounts:
-        """Of a request with fixed budgets."""
-        targets, visual = [], [[sample.alive.shape[0] for sample in request.samples]]
-        for stage, target in enumerate(request.target_layers):
-            left = []
-            for sample, n in zip(request.samples, visual[-1], strict=True):
-                assert sample.plan is not None  # of a fixed budget
-                n_keep = sample.plan.counts[stage]
-                left.append(n_keep if nothing_to_drop(n, n_keep, request.config.min_keep) is None else n)
-            if left != visual[-1]:
-                targets.append(target)
-                visual.append(left)
-        return cls(tuple(targets), visual)
-
-
-def chooses_on_device(request: Request) -> bool:
-    """Tells whether neither counts nor choices of a request wait for the device."""
-    most = max(sample.alive.shape[0] for sample in request.samples)
-    is_fixed = all(sample.plan is not None for sample in request.samples)
-    return request.traits.ordered and is_fixed and most <= _MOST_VISUAL and len(request.target_layers) <= MOST_STAGES
+_MOST_GRAPHS = 512
 
 
 @dataclass(frozen=True)
@@ -69,6 +40,8 @@ class PruneShape:
     rows, batch : int
     n_visual, n_keep : int
         Visual tokens of the sample with the most, before and after.
+    n_text : int
+        Likewise, of the text that is read.
     n_images : int
         Images of one sample, if some sample has several with a floor each; else 0.
     """
@@ -77,6 +50,7 @@ class PruneShape:
     batch: int
     n_visual: int
     n_keep: int
+    n_text: int = 0
     n_images: int = 0
 
     @classmethod
@@ -86,7 +60,7 @@ class PruneShape:
         most = max(len(sample.image_sizes) for sample in request.samples)
         n_images = power_of_two(most) if most > 1 and request.config.min_keep_per_image else 0
         n_keep = min(n_visual, visual_capacity(most_left, prompt.batch))
-        return cls(rows, prompt.batch, n_visual, n_keep, n_images)
+        return cls(rows, prompt.batch, n_visual, n_keep, prompt.n_text, n_images)
 
 
 def visual_capacity(n_visual: int, batch: int) -> int:
@@ -94,95 +68,159 @@ def visual_capacity(n_visual: int, batch: int) -> int:
     return row_capacity(n_visual) if batch == 1 else power_of_two(max(16, n_visual))
 
 
-def run_prune_step(space: Workspace, selector: OrderedSelector, shape: PruneShape) -> Tensor:
+@dataclass(frozen=True)
+class PruneStep:
+    """What a program of a prune step is made for.
+
+    Attributes
+    ----------
+    shape : PruneShape
+    target : int
+        Layer that is read; -1: none.
+    scaling : float
+        Of the logits of its attention.
+    needs : frozenset of str
+        What the selector reads of it.
+    by_rank, recycles : bool
+        Whether the rank decides the counts, and whether clusters are among what it counts.
+    config : SparseVLMConfig
+        What belongs to one request alone has its default.
+    """
+
+    shape: PruneShape
+    target: int
+    scaling: float
+    needs: frozenset[str]
+    by_rank: bool
+    recycles: bool
+    config: SparseVLMConfig
+
+    @classmethod
+    def of(cls, request: Request, shape: PruneShape, target: int, scaling: float, by_rank: bool) -> PruneStep:
+        """Of a target layer of a request."""
+        needs, traits = request.traits.needs, request.traits
+        if not (needs or by_rank or traits.padded):  # one program for all layers and options
+            return cls(shape, -1, 0.0, needs, False, False, SparseVLMConfig())
+        return cls(shape, target, scaling, needs, by_rank, traits.recycles, shared_options(request.config))
+
+
+def shared_options(config: SparseVLMConfig) -> SparseVLMConfig:
+    """Options without what belongs to one request alone."""
+    return dataclasses.replace(
+        config, n_vis=None, keep=None, selector=None, schedule=None, target_layers=None, seed=0, strict=False,
+        preset=None, engine=None, vision_keep=1.0, timeout=None,
+    )  # fmt: skip
+
+
+def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
     """Choose, and let go on what is chosen; waits for nothing.
 
     Returns
     -------
-    Tensor of shape (batch, n_keep), int64
-        Which visual tokens are left, ascending, as indices into those of the prompt; the first ``space.n_visual`` of
-        a row count.
+    Tensor, int64
+        A packed :class:`~.stages.Choice`.
     """
+    shape = step.shape
     rows, batch = shape.rows, shape.batch
     hidden, cu_seqlens = space.hidden[:rows], space.cu_seqlens[: batch + 1]
-    visual_rows = space.visual_rows[:batch, : shape.n_visual]
-    n_visual, left = space.n_visual[:, :batch].index_select(0, torch.cat([space.stage, space.stage + 1])).unbind()
+    visual_rows, n_visual = space.visual_rows[:batch, : shape.n_visual].clone(), space.n_visual[:batch].clone()
     valid = torch.arange(shape.n_visual, device=hidden.device) < n_visual[:, None]
-    picks = selector.order(hidden[visual_rows], valid, shape.n_keep)
-    if shape.n_images:
-        image_idx, min_keep = space.image_idx[:batch, : shape.n_visual], space.min_keep_per_image[:batch]
-        is_chosen = choose_by_order(picks, image_idx, valid, left, min_keep, shape.n_images)
-        chosen = torch.argsort(~is_chosen, dim=1, stable=True)[:, : shape.n_keep]
-        space.image_idx[:batch, : shape.n_keep] = image_idx.gather(1, chosen)
-    else:
-        chosen = ascending(picks, left, shape.n_visual)
-    going_on, rows_of_chosen = compact(visual_rows, valid, chosen, left, rows)
-    alive = space.alive[:batch, : shape.n_visual].gather(1, chosen)
-    space.gather(going_on)
-    space.visual_rows[:batch, : shape.n_keep] = rows_of_chosen
-    space.alive[:batch, : shape.n_keep] = alive
-    lengths = cu_seqlens.diff() - n_visual + left
+    states = hidden[visual_rows]
+    space.is_faulty |= ~(torch.isfinite(states) | ~valid[..., None]).all()
+    with no_autocast(hidden.device):
+        readout = read_padded(space, step, visual_rows, valid)
+        context, ranks = _context(space, step, states, valid, n_visual, readout)
+        image_idx, floors = space.image_idx[:batch, : shape.n_visual], space.min_keep_per_image[:batch]
+        selection = select_padded(selector, context, image_idx, floors, shape.n_images)
+    chosen = indices_of(selection.is_kept, shape.n_keep)
+    _go_on(space, shape, states, selection, chosen, context.n_keep, valid & ~selection.is_kept)
+    lengths = cu_seqlens.diff() - n_visual + context.n_keep
     cu_seqlens[1:] = lengths.cumsum(0)
+    space.n_visual[:batch] = context.n_keep
     space.stage.add_(1)
-    return alive
+    recycled = chosen * 0 if selection.is_recycled is None else selection.is_recycled.gather(1, chosen).long()
+    is_rater = n_visual.new_zeros((batch, shape.n_text)) if readout.is_rater is None else readout.is_rater.long()
+    alive = space.alive[:batch, : shape.n_keep]
+    return Choice(alive, recycled, context.n_keep, n_visual * 0 if ranks is None else ranks, is_rater).packed()
 
 
-def ascending(picks: Tensor, left: Tensor, n: int) -> Tensor:
-    """The first ``left[b]`` picks of every sample in the order of the tokens, the others behind."""
-    late = torch.arange(picks.shape[1], device=picks.device) >= left[:, None]
-    ordered = (picks + late * n).sort(dim=1).values
-    return ordered % n
+def _context(
+    space: Workspace, step: PruneStep, states: Tensor, valid: Tensor, n_visual: Tensor, readout: PaddedReadout
+) -> tuple[PaddedContext, Tensor | None]:
+    """What the selector is given, and the ranks that decided."""
+    batch, config = step.shape.batch, step.config
+    counts, seeds = (own[:, :batch].index_select(0, space.stage)[0] for own in (space.counts, space.seeds))
+    ranks, n_keep, n_clusters = None, counts, None
+    if step.by_rank:
+        assert readout.raters is not None
+        ranks = sketch_rank(readout.raters, config.rank_tolerance)
+        space.is_faulty |= (ranks < 0).any()
+        n_keep, n_clusters = rank_adaptive_counts(
+            n_visual, ranks.clamp_min(0), step.shape.n_visual, config, step.recycles
+        )
+    return PaddedContext(
+        layer=step.target,
+        config=config,
+        hidden_states=states,
+        valid=valid,
+        n_keep=n_keep,
+        most_kept=step.shape.n_keep,
+        seeds=seeds,
+        rater_attention=readout.raters,
+        last_attention=readout.last,
+        previous_hidden_states=readout.previous,
+        n_clusters=n_clusters if step.recycles else None,
+    ), ranks
 
 
-def compact(visual_rows: Tensor, valid: Tensor, chosen: Tensor, left: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Finds the rows that go on, those that do not behind them, and where the chosen tokens are among them.
+def _go_on(
+    space: Workspace, shape: PruneShape, states: Tensor, selection: PaddedSelection, chosen: Tensor, n_keep: Tensor,
+    dropped: Tensor,
+) -> None:  # fmt: skip
+    """Close up the rows of the workspace, merge what is to be merged, and note where the tokens are now."""
+    rows, batch = shape.rows, shape.batch
+    visual_rows = space.visual_rows[:batch, : shape.n_visual]
+    going_on, place = compact(visual_rows, dropped, rows)
+    space.gather(going_on)
+    counts = torch.arange(shape.n_keep, device=chosen.device) < n_keep[:, None]
+    new_rows = torch.where(counts, place[visual_rows.gather(1, chosen)], 0)
+    if selection.merge_target is not None:
+        merged = merged_states(states, chosen, selection)
+        written = torch.where(counts, new_rows, rows - 1)  # the last row is padding
+        space.hidden[:rows].index_copy_(0, written.flatten(), merged.flatten(0, 1))
+    for tensor in (space.alive, space.image_idx):
+        own = tensor[:batch, : shape.n_visual].gather(1, chosen)
+        tensor[:batch, : shape.n_keep] = own
+    space.visual_rows[:batch, : shape.n_keep] = new_rows
+    text_rows = space.text_rows[:batch, : shape.n_text]
+    is_text = torch.arange(shape.n_text, device=place.device) < space.n_text[:batch, None]
+    text_rows.copy_(torch.where(is_text, place[text_rows], 0))
+
+
+def compact(visual_rows: Tensor, dropped: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+    """Finds the rows that go on, those that do not behind them.
 
     Parameters
     ----------
-    visual_rows, valid : Tensor of shape (batch, n_visual)
-        Rows of visual tokens, and which of these are tokens.
-    chosen : Tensor of shape (batch, n_keep), int64
-        Indices into ``visual_rows``; the first ``left[b]`` of a sample count.
-    left : Tensor of shape (batch,), int64
+    visual_rows : Tensor of shape (batch, n_visual), int64
+    dropped : Tensor of shape (batch, n_visual), bool
     n_rows : int
 
     Returns
     -------
-    rows : Tensor of shape (n_rows,), int64
-    rows_of_chosen : Tensor of shape (batch, n_keep), int64
+    rows, place : Tensor of shape (n_rows,), int64
+        Row that comes to each place, and place of each row.
     """
     goes_on = torch.ones(n_rows + 1, dtype=torch.bool, device=visual_rows.device)
-    # What counts as no token is written to one place behind the end.
-    goes_on.index_fill_(0, torch.where(valid, visual_rows, n_rows).flatten(), False)
-    counts = torch.arange(chosen.shape[1], device=chosen.device) < left[:, None]
-    chosen_rows = visual_rows.gather(1, chosen)
-    goes_on.index_fill_(0, torch.where(counts, chosen_rows, n_rows).flatten(), True)
-    flags = goes_on[:n_rows]
-    rows = torch.argsort(~flags, stable=True)
-    place = flags.cumsum(dim=0) - 1
-    return rows, torch.where(counts, place[chosen_rows.clamp_max(n_rows - 1)], n_rows - 1)
+    # What is not dropped is written to one place behind the end.
+    goes_on = goes_on.index_fill_(0, torch.where(dropped, visual_rows, n_rows).flatten(), False)[:n_rows]
+    ahead = goes_on.cumsum(dim=0)
+    place = torch.where(goes_on, ahead - 1, ahead[-1] + (~goes_on).cumsum(dim=0) - 1)
+    everything = torch.arange(n_rows, device=place.device)
+    return torch.empty_like(place).scatter_(0, place, everything), place
 
 
-def record(request: Request, counts: TokenCounts, kept: list[Tensor], n_layers: int) -> None:
-    """Bring a request's samples up to date, as a prune step does, without waiting for the device."""
-    by_layer = [sum(target < layer_idx for target in counts.targets) for layer_idx in range(n_layers)]
-    for b, sample in enumerate(request.samples):
-        assert sample.plan is not None  # of a fixed budget
-        n_first = sample.alive.shape[0]
-        first = to_device(sample.alive, kept[0].device) if kept and n_first < sample.visual.shape[0] else None
-        for stage in by_layer:
-            sample.enter_layer(counts.visual[stage][b])
-        for target, n_keep in zip(request.target_layers, sample.plan.counts, strict=True):
-            n_in = sample.alive.shape[0]
-            skipped = nothing_to_drop(n_in, n_keep, request.config.min_keep)
-            if skipped is None:
-                stage = counts.targets.index(target)
-                left = kept[stage][b, : counts.visual[stage + 1][b]]
-                sample.keep_only(left if first is None else first[left])
-            sample.add_stage(StageRecord(target, n_in, None, skipped, kept=sample.alive if n_in else None))
-
-
-class PrunePrograms(LRUCache[tuple[Hashable, PruneShape], Callable[[], Tensor]]):
+class PrunePrograms(LRUCache[tuple[Hashable, PruneStep], Callable[[], Tensor]]):
     """Programs of prune steps over one workspace.
 
     Parameters
@@ -195,12 +233,20 @@ class PrunePrograms(LRUCache[tuple[Hashable, PruneShape], Callable[[], Tensor]])
         super().__init__(_MOST_GRAPHS)
         self._pool, self._space = pool, space
 
-    def run(self, selector: OrderedSelector, shape: PruneShape) -> Tensor:
+    def run(self, selector: Any, step: PruneStep) -> Tensor:
         """See :func:`run_prune_step`; the next run overwrites what it gives."""
-        # Objects without attributes of their own are as good as any other of their class.
-        key: Any = (selector if vars(selector) else type(selector), shape)
 
         def run() -> Tensor:
-            return run_prune_step(self._space, selector, shape)
+            return run_prune_step(self._space, selector, step)
 
-        return self.get(key, lambda: self._pool.record(run, self._space.snapshot(shape.rows)))()
+        key = (_identity(selector), step)
+        return self.get(key, lambda: self._pool.record(run, self._space.snapshot(step.shape.rows)))()
+
+
+def _identity(selector: Any) -> Hashable:
+    """Objects without attributes of their own are as good as any other of their class, and so are equal ones of frozen
+    classes."""
+    params = getattr(type(selector), "__dataclass_params__", None)
+    if not vars(selector) or (params is not None and params.frozen and params.eq):
+        return (type(selector), *vars(selector).items())
+    return (selector,) if isinstance(selector, Hashable) else (id(selector),)

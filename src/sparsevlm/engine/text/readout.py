@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,11 +13,14 @@ from ...kernels.rater_attention import Columns, Rows, row_attention, row_statist
 from ...request.request import Request
 from ...request.step import Readout, reads_text
 from ...selection.context import VISION_NEEDS
+from ...selection.places import highest
+from ...selection.raters import padded_attention_raters
 from ...selection.scoring import top_k, visual_head_count
 from ..cuda_graphs import to_device
 
 if TYPE_CHECKING:
     from .prefill import PackedRows
+    from .prune_program import PruneStep
     from .workspace import Workspace
 
 # Selectors that need this run on the plain path, which looks into the tower.
@@ -85,3 +89,80 @@ def _share(mass: Tensor, n_top_heads: int) -> Tensor:
     weight = torch.zeros_like(mass)
     weight[top_k(mass, n_top_heads)] = 1 / n_top_heads
     return weight
+
+
+@dataclass(frozen=True)
+class PaddedReadout:
+    """Readings of one target layer for samples filled up to one size; ``None``: not read.
+
+    Attributes
+    ----------
+    raters : Tensor of shape (batch, n_text, n_visual), float32
+        Attention of the raters, 0 for other text.
+    is_rater : Tensor of shape (batch, n_text), bool
+    last : Tensor of shape (batch, n_visual), float32
+    previous : Tensor of shape (batch, n_visual, hidden_size)
+    """
+
+    raters: Tensor | None = None
+    is_rater: Tensor | None = None
+    last: Tensor | None = None
+    previous: Tensor | None = None
+
+
+def read_padded(space: Workspace, step: PruneStep, visual_rows: Tensor, valid: Tensor) -> PaddedReadout:
+    """Take what the selector and the rank need of a layer that has run, without waiting for it.
+
+    Parameters
+    ----------
+    space : Workspace
+        Holds the layer's input, queries and keys.
+    step : PruneStep
+    visual_rows : Tensor of shape (batch, n_visual), int64
+    valid : Tensor of shape (batch, n_visual), bool
+    """
+    needs, shape, config = step.needs, step.shape, step.config
+    raters = is_rater = last = None
+    if step.by_rank or "rater_attention" in needs:
+        text_rows = space.text_rows[: shape.batch, : shape.n_text]
+        is_text = torch.arange(shape.n_text, device=valid.device) < space.n_text[: shape.batch, None]
+        n_top_heads = visual_head_count(space.query.shape[1]) if config.heads == "visual" else None
+        raters = _padded_attention(space, step, visual_rows, valid, text_rows, is_text, n_top_heads)
+        is_rater = is_text
+        if config.raters == "attention":
+            is_rater = padded_attention_raters(raters, is_text)
+        elif config.raters == "embedding":
+            is_rater = space.is_rater[: shape.batch, : shape.n_text]
+        raters = torch.where(is_rater[..., None], raters, 0.0)
+    if "last_attention" in needs:
+        ends = space.cu_seqlens[1 : shape.batch + 1].long()[:, None]
+        last = _padded_attention(space, step, visual_rows, valid, (ends - 1).clamp_min(0), valid.any(1, keepdim=True))
+        last = last[:, 0]
+    previous = space.previous[visual_rows] if "previous_hidden_states" in needs else None
+    return PaddedReadout(raters, is_rater, last, previous)
+
+
+def _padded_attention(
+    space: Workspace, step: PruneStep, visual_rows: Tensor, valid: Tensor, own_rows: Tensor, counts: Tensor,
+    n_top_heads: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of every sample's rows that count to its visual tokens, mean over the heads with the most of it, or
+    over all; (batch, n_rows, n_visual)."""
+    n_rows, key = step.shape.rows, space.keys[step.target][: step.shape.rows]
+    (batch, n), device = own_rows.shape, key.device
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * n
+    own = own_rows.flatten()
+    ends = torch.where(counts, own_rows + 1, 0).flatten().int()
+    rows = Rows(space.query[own], starts, ends, n)
+    marked = torch.zeros(n_rows + 1, dtype=torch.bool, device=device)
+    marked = marked.index_fill_(0, torch.where(valid, visual_rows, n_rows).flatten(), True)[:n_rows]
+    lse, mass = row_statistics(rows, key, space.cu_seqlens[: batch + 1], marked, step.scaling)
+    n_heads = space.query.shape[1]
+    weight = mass.new_full((batch, n_heads), 1 / n_heads)
+    if n_top_heads is not None:
+        of_head = torch.where(counts[..., None], mass.view(batch, n, n_heads), 0.0).sum(dim=1)
+        n_top = torch.full((batch,), n_top_heads, device=device)
+        weight = highest(of_head, torch.ones_like(of_head, dtype=torch.bool), n_top) / n_top_heads
+    columns = Columns(visual_rows, valid.sum(dim=1, dtype=torch.int32))
+    attention = row_attention(rows, key, columns, lse, weight, step.scaling).view(batch, n, -1)
+    return torch.where(counts[..., None] & valid[:, None], attention, 0.0)

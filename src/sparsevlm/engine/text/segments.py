@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from ...kernels.attention import equal_attention, varlen_attention
@@ -14,7 +13,7 @@ from ...models import ModelAdapter
 from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
 from .layer import Attend, run_layer, summed
-from .workspace import PromptInputs, PromptShape, Workspace
+from .workspace import Workspace
 
 # Programs that are kept; they share their memory, a graph itself is small.
 _MOST_GRAPHS = 512
@@ -31,8 +30,6 @@ class Segment:
     rows, batch : int
     max_seqlen : int
         Rows of the longest sample; ``rows`` where there is one.
-    prompt : PromptShape or None
-        Where it begins with the embeddings of a prompt.
     is_read : bool
         Whether the input and the query of the last layer are kept, for a prune step that reads them.
     """
@@ -42,7 +39,6 @@ class Segment:
     rows: int
     batch: int
     max_seqlen: int
-    prompt: PromptShape | None = None
     is_read: bool = False
 
 
@@ -54,8 +50,6 @@ def run_segment(adapter: ModelAdapter, weights: FusedWeights, space: Workspace, 
     Tensor of shape (batch, vocab_size), or None
         Logits of every sample's last row, behind the last layer.
     """
-    if segment.prompt is not None:
-        _load(adapter, space, segment.prompt)
     rows = segment.rows
     cu_seqlens = space.cu_seqlens[: segment.batch + 2]
     cu_seqlens[-1].fill_(rows)
@@ -76,24 +70,6 @@ def run_segment(adapter: ModelAdapter, weights: FusedWeights, space: Workspace, 
     if segment.stop > segment.first:
         space.hidden[:rows] = summed(hidden, residual)
     return None
-
-
-def _load(adapter: ModelAdapter, space: Workspace, shape: PromptShape) -> None:
-    """Embed a prompt, its visual tokens in their places."""
-    rows, given = shape.rows, PromptInputs.of(shape, space.n_axes, space.integers)
-    embeds = adapter.decoder.embed(given.ids)
-    features = space.features[given.feature_rows.clamp_min(0)]
-    hidden = torch.where(given.feature_rows[:, None] >= 0, features, embeds)
-    space.hidden[:rows] = hidden
-    cos, sin = adapter.decoder.rotary(hidden[None], given.positions[:, None])
-    space.cos[:rows], space.sin[:rows] = cos[0], sin[0]
-    space.cu_seqlens[: shape.batch + 1] = given.cu_seqlens
-    space.visual_rows[: shape.batch, : shape.n_visual] = given.visual_rows
-    space.alive[: shape.batch, : shape.n_visual] = torch.arange(shape.n_visual, device=hidden.device)
-    space.image_idx[: shape.batch, : shape.n_visual] = given.image_idx
-    space.min_keep_per_image[: shape.batch] = given.min_keep_per_image
-    space.n_visual[:, : shape.batch] = given.n_visual
-    space.stage.zero_()
 
 
 def _attention(space: Workspace, segment: Segment, layer_idx: int, scaling: float, keeps_query: bool) -> Attend:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ...models import ModelAdapter
-from ...request.request import Request
 from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import to_device
 from ..fused_weights import FusedWeights
@@ -31,11 +30,14 @@ class PromptShape:
     batch : int
     n_visual : int
         Visual tokens of the sample with the most.
+    n_text : int
+        Likewise, of the text that is read; 0: none is.
     """
 
     rows: int
     batch: int
     n_visual: int
+    n_text: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,12 +53,17 @@ class PromptInputs:
     visual_rows : Tensor of shape (batch, n_visual), int64
         Packed rows of every sample's visual tokens.
     cu_seqlens : Tensor of shape (batch + 1,), int64
-    n_visual : Tensor of shape (1 + MOST_STAGES, batch), int64
-        Visual tokens before the first target that drops something, and after each.
+    counts : Tensor of shape (MOST_STAGES, batch), int64
+        Visual tokens that leave each target that drops something; -1: the rank decides.
     image_idx : Tensor of shape (batch, n_visual), int64
         Image of every visual token.
     min_keep_per_image : Tensor of shape (batch,), int64
         Floor of each image of a sample, 0 where there is one alone.
+    n_visual, n_text : Tensor of shape (batch,), int64
+    text_rows : Tensor of shape (batch, n_text), int64
+        Packed rows of the text that is read.
+    seeds : Tensor of shape (MOST_STAGES, batch), int64
+        For selectors that draw.
     """
 
     ids: Tensor
@@ -64,9 +71,13 @@ class PromptInputs:
     feature_rows: Tensor
     visual_rows: Tensor
     cu_seqlens: Tensor
-    n_visual: Tensor
+    counts: Tensor
     image_idx: Tensor
     min_keep_per_image: Tensor
+    n_visual: Tensor
+    n_text: Tensor
+    text_rows: Tensor
+    seeds: Tensor
 
     @classmethod
     def of(cls, shape: PromptShape, n_axes: int, integers: Tensor) -> PromptInputs:
@@ -78,8 +89,10 @@ class PromptInputs:
 
 def _shapes(shape: PromptShape, n_axes: int) -> list[tuple[int, ...]]:
     rows, batch = shape.rows, shape.batch
-    visual = (batch, shape.n_visual)
-    return [(rows,), (n_axes, rows), (rows,), visual, (batch + 1,), (1 + MOST_STAGES, batch), visual, (batch,)]
+    visual: tuple[int, ...] = (batch, shape.n_visual)
+    stages, one_each = (MOST_STAGES, batch), (batch,)
+    per_row = [(rows,), (n_axes, rows), (rows,), visual, (batch + 1,)]
+    return [*per_row, stages, visual, one_each, one_each, one_each, (batch, shape.n_text), stages]
 
 
 def n_integers(shape: PromptShape, n_axes: int) -> int:
@@ -118,10 +131,16 @@ class Workspace:
         Packed row of every visual token that is left, and its index among those that the prompt brought; ascending.
     image_idx : Tensor of shape (batch, rows), int64
         Image of every visual token that is left.
-    min_keep_per_image : Tensor of shape (batch,), int64
-    n_visual : Tensor of shape (1 + MOST_STAGES, batch), int64
+    text_rows : Tensor of shape (batch, rows), int64
+    is_rater : Tensor of shape (batch, rows), bool
+        Which of the text that is read votes, where that is known before the decoder.
+    min_keep_per_image, n_visual, n_text : Tensor of shape (batch,), int64
+        ``n_visual`` counts what is left.
+    counts, seeds : Tensor of shape (MOST_STAGES, batch), int64
     stage : Tensor of shape (1,), int64
         How many targets have dropped something.
+    is_faulty : Tensor of shape (1,), bool
+        Whether a choice met NaN or infinity.
     """
 
     def __init__(self, adapter: ModelAdapter, weights: FusedWeights, rows: int, batch: int) -> None:
@@ -133,7 +152,7 @@ class Workspace:
         def indices(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.integers = indices(n_integers(PromptShape(rows, batch, rows), self.n_axes))
+        self.integers = indices(n_integers(PromptShape(rows, batch, rows, rows), self.n_axes))
         self.features, self.hidden, self.previous = (weight.new_zeros((rows, size)) for _ in range(3))
         self.query = weight.new_zeros((rows, heads, block.head_dim))
         cos, _ = adapter.decoder.rotary(self.hidden[None, :1], indices(self.n_axes, 1, 1))
@@ -143,24 +162,25 @@ class Workspace:
         shape = (rows, kv_heads, block.head_dim)
         self.keys = [weight.new_zeros(shape) for _ in weights.blocks]
         self.values = [weight.new_zeros(shape) for _ in weights.blocks]
-        self.visual_rows, self.alive, self.image_idx = (indices(batch, rows) for _ in range(3))
-        self.min_keep_per_image = indices(batch)
-        self.n_visual, self.stage = indices(1 + MOST_STAGES, batch), indices(1)
+        self.visual_rows, self.alive, self.image_idx, self.text_rows = (indices(batch, rows) for _ in range(4))
+        self.min_keep_per_image, self.n_visual, self.n_text = (indices(batch) for _ in range(3))
+        self.counts, self.seeds = (indices(MOST_STAGES, batch) for _ in range(2))
+        self.is_rater, self.stage = indices(batch, rows, dtype=torch.bool), indices(1)
+        self.is_faulty = indices(1, dtype=torch.bool)
 
     def holds(self, rows: int, batch: int) -> bool:
         """Tells whether a request has room."""
         return rows <= self.rows and batch <= self.batch
 
-    def cache_bytes(self, request: Request, dense_length: int) -> tuple[int, int]:
-        """Bytes of a prompt's keys and values, as they would be with ``dense_length`` rows a layer and as they are."""
-        per_row = 2 * self.keys[0][0].numel() * self.keys[0].element_size()
-        rows = sum(sum(sample.layer_tokens) + len(self.keys) * sample.other.shape[0] for sample in request.samples)
-        return per_row * len(self.keys) * dense_length, per_row * rows
+    @property
+    def bytes_per_row(self) -> int:
+        """Of the keys and values of one row of one layer."""
+        return 2 * self.keys[0][0].numel() * self.keys[0].element_size()
 
     def snapshot(self, rows: int) -> Callable[[], None]:
         """Remember what a prune step or a segment moves on; the function that is given takes it back."""
         tensors = [self.hidden[:rows], self.cos[:rows], self.sin[:rows], self.visual_rows, self.alive, self.image_idx]
-        tensors += [self.cu_seqlens, self.stage]
+        tensors += [self.text_rows, self.n_visual, self.cu_seqlens, self.stage, self.is_faulty]
         before = [tensor.clone() for tensor in tensors]
 
         def rewind() -> None:

@@ -8,6 +8,8 @@ from typing import ClassVar
 import torch
 
 from ..context import TARGET_LAYERS, SelectionContext
+from ..image_floor import evenly_spaced
+from ..padded import PaddedContext, PaddedSelection
 
 
 @dataclass(frozen=True)
@@ -23,3 +25,9 @@ class GridSelector:
         """Take ``n_keep`` evenly spaced rows."""
         steps = torch.arange(n_keep, device=context.hidden_states.device)
         return ((2 * steps + 1) * context.n_visual) // (2 * n_keep)
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        place = torch.arange(context.valid.shape[1], device=context.valid.device)
+        chosen = evenly_spaced(place, context.n_visual[:, None], context.n_keep[:, None])
+        return PaddedSelection(chosen & context.valid)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ..context import TARGET_LAYERS, SelectionContext
+from ..padded import PaddedContext, PaddedSelection
+from ..places import highest
 from ..scoring import top_k
 
 
@@ -27,3 +29,8 @@ class PyramidDropSelector:
         """Choose the ``n_keep`` rows with the most attention."""
         assert context.last_attention is not None  # declared in needs
         return top_k(context.last_attention.float(), n_keep)
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        assert context.last_attention is not None  # declared in needs
+        return PaddedSelection(highest(context.last_attention.float(), context.valid, context.n_keep))

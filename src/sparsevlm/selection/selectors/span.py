@@ -18,7 +18,9 @@ from torch import Tensor
 from ...config import check_unit_interval
 from ..context import TARGET_LAYERS, Selection, SelectionContext
 from ..greedy import dpp_map, dpp_order, dpp_order_by_gram
-from ..similarity import finite, nearest_rows, unit_rows
+from ..padded import PaddedContext, PaddedSelection
+from ..places import indices_of
+from ..similarity import finite, nearest_rows, row_chunks, unit_rows
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,40 @@ class SpanJointSelector:
         quality = relative.clamp_min(1e-6) ** self.alpha  # a token that nobody looks at still has its place
         kept = dpp_map(states, quality, n_keep, rounds=True)
         return [self._merged(*one) for one in zip(contexts, states, kept, strict=True)]
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        assert context.last_attention is not None  # declared in needs
+        valid, attention = context.valid, context.last_attention.float()
+        states = _centre(context.hidden_states.to(torch.float32, copy=True), valid)
+        relative = attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
+        quality = torch.where(valid, relative.clamp_min(1e-6) ** self.alpha, 0.0)
+        search = dpp_order_by_gram if states.is_cuda else dpp_order
+        order = search(states, quality, context.most_kept, True)
+        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
+        is_kept = torch.zeros_like(valid).scatter_(1, order, place < context.n_keep[:, None])
+        if not context.config.recycle:
+            return PaddedSelection(is_kept)
+        target = self._joined(states, valid, is_kept, context.most_kept)
+        weight = (target >= 0).float()
+        if context.config.merge == "mean":
+            sizes = torch.zeros_like(weight).scatter_add_(1, target.clamp_min(0), weight)
+            weight = weight / sizes.gather(1, target.clamp_min(0)).clamp_min(1.0)
+        return PaddedSelection(is_kept, target, weight)
+
+    def _joined(self, states: Tensor, valid: Tensor, is_kept: Tensor, most_kept: int) -> Tensor:
+        """Kept row that each row joins, itself for a kept one, -1 for none, (batch, n_visual)."""
+        unit = torch.nn.functional.normalize(states, dim=-1)
+        kept = indices_of(is_kept, most_kept)
+        counts = torch.arange(most_kept, device=kept.device) < is_kept.sum(dim=1, keepdim=True)
+        targets = unit.gather(1, kept[..., None].expand(-1, -1, unit.shape[-1])).mT
+        found = [
+            (unit[:, rows] @ targets).masked_fill_(~counts[:, None], -torch.inf).max(dim=-1)
+            for rows in row_chunks(unit.shape[1], unit.shape[0] * most_kept)
+        ]
+        cosine, nearest = (torch.cat([one[i] for one in found], dim=1) for i in (0, 1))
+        joins = torch.where((cosine >= self.nearest) & valid, kept.gather(1, nearest), -1)
+        return torch.where(is_kept, torch.arange(unit.shape[1], device=kept.device), joins)
 
     def _merged(self, context: SelectionContext, states: Tensor, kept: Tensor) -> Selection:
         if not context.config.recycle:

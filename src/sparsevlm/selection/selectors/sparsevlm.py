@@ -14,8 +14,10 @@ import torch
 
 from ...config import check_unit_interval
 from ..context import TARGET_LAYERS, Selection, SelectionContext
-from ..recycle import clusters_within, count_clusters, recycle
-from ..scoring import top_k, visual_scores
+from ..padded import PaddedContext, PaddedSelection, padded_sample, unpadded
+from ..places import place_by_score
+from ..recycle import clusters_within, count_clusters, count_clusters_of, recycle
+from ..scoring import visual_scores
 
 
 @dataclass(frozen=True)
@@ -55,28 +57,38 @@ class SparseVLMSelector:
     def select(self, context: SelectionContext, n_keep: int) -> Selection:
         """Choose ``n_keep`` rows, some of them clusters of dropped ones."""
         assert context.rater_attention is not None  # declared in needs
-        config, n_visual = context.config, context.n_visual
+        return unpadded(self.select_padded(padded_sample(context, n_keep)))
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        assert context.rater_attention is not None  # declared in needs
+        config, n_keep, n_visual = context.config, context.n_keep, context.n_visual
         tau = config.tau if self.tau is None else self.tau
         theta = config.theta if self.theta is None else self.theta
-        scores = visual_scores(context.rater_attention)
-        n_clusters = context.n_clusters
+        place = place_by_score(visual_scores(context.rater_attention), context.valid)
+        recycles, n_clusters = config.recycle, context.n_clusters
+        if not recycles:
+            return PaddedSelection(place < n_keep[:, None])
         if n_clusters is None:
-            n_clusters = clusters_within(n_visual, n_keep, tau, theta) if config.recycle else 0
-        kept = top_k(scores, n_keep - n_clusters)
-        if n_clusters == 0:
-            return Selection(kept)
-        dropped = torch.ones(n_visual, dtype=torch.bool, device=kept.device)
-        dropped[kept] = False
-        drop_idx = dropped.nonzero().squeeze(-1)
-        n_recycled = max(count_clusters(drop_idx.shape[0], tau, theta)[0], n_clusters)
-        centres, members, target, member_weight = recycle(
-            context.hidden_states, scores, drop_idx, n_recycled, n_clusters, config.merge
+            n_clusters = clusters_within(n_visual, n_keep, context.most_kept, tau, theta)
+        n_best = n_keep - n_clusters
+        n_recycled = torch.maximum(count_clusters_of(n_visual - n_best, tau, theta)[0], n_clusters)
+        # Bounds of these numbers that need no value.
+        most = context.valid.shape[1]
+        most_recycled, most_clusters = count_clusters(most, tau, theta)
+        most_clusters = min(max(1, most_clusters), context.most_kept)
+        is_best = place < n_best[:, None]
+        is_member = ~is_best & (place < (n_best + n_recycled)[:, None])
+        found = recycle(
+            context.hidden_states, is_member, n_clusters, max(most_recycled, most_clusters), most_clusters, config.merge
         )
-        merge_target = torch.full((n_visual,), -1, dtype=torch.long, device=kept.device)
-        weight = torch.zeros(n_visual, dtype=torch.float32, device=kept.device)
-        merge_target[kept], weight[kept] = kept, 1.0
-        merge_target[members], weight[members] = target, member_weight
-        return Selection(torch.cat([kept, centres]).sort().values, merge_target, weight, centres)
+        itself = torch.arange(most, device=place.device)
+        return PaddedSelection(
+            is_best | found.is_centre,
+            torch.where(is_best, itself, found.target),
+            torch.where(is_best, 1.0, found.weight),
+            found.is_centre,
+        )
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from ..context import TARGET_LAYERS, SelectionContext
+from ..padded import PaddedContext, PaddedSelection
+from ..places import highest
 from ..scoring import top_k
 
 
@@ -26,5 +28,14 @@ class V2DropSelector:
     def select(self, context: SelectionContext, n_keep: int) -> torch.Tensor:
         """Choose the ``n_keep`` rows that changed most."""
         assert context.previous_hidden_states is not None  # declared in needs
-        change = context.hidden_states.float() - context.previous_hidden_states.float()
-        return top_k(change.norm(dim=-1), n_keep)
+        return top_k(_change(context.hidden_states, context.previous_hidden_states), n_keep)
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        assert context.previous_hidden_states is not None  # declared in needs
+        change = _change(context.hidden_states, context.previous_hidden_states)
+        return PaddedSelection(highest(change, context.valid, context.n_keep))
+
+
+def _change(states: torch.Tensor, previous: torch.Tensor) -> torch.Tensor:
+    return (states.float() - previous.float()).norm(dim=-1)

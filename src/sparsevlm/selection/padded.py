@@ -1,0 +1,244 @@
+"""Selection over samples filled up to one size: what :mod:`.decide` decides, without waiting for any value of the
+device."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from ..config import SparseVLMConfig
+from .context import Selection, SelectionContext, Selector
+from .image_floor import choose_by_order
+from .recycle import count_clusters_of
+from .similarity import finite
+
+
+@dataclass(frozen=True)
+class PaddedContext:
+    """Samples at one target layer, filled up to one size. Only what the selector ``needs`` is filled in.
+
+    Attributes
+    ----------
+    layer : int
+        Target layer, or ``-1`` before the decoder.
+    config : SparseVLMConfig
+        What belongs to one request alone has its default: budgets, ``seed``, ``selector``.
+    hidden_states : Tensor of shape (batch, n_visual, hidden_size)
+        Visual rows of the target layer's output (before the decoder: of the input embeddings).
+    valid : Tensor of shape (batch, n_visual), bool
+        False for rows that only fill a sample up; these come last.
+    n_keep : Tensor of shape (batch,), int64
+        Rows that go on: at most ``most_kept``, and at most the valid ones.
+    most_kept : int
+    seeds : Tensor of shape (batch,), int64
+        For selectors that draw: another number for every sample, target layer and ``config.seed``; below 2**31.
+    text_features : Tensor of shape (batch, n_text, hidden_size), optional
+    is_text : Tensor of shape (batch, n_text), bool, optional
+        False for rows of ``text_features`` that only fill a sample up.
+    rater_attention : Tensor of shape (batch, n_raters, n_visual), float32, optional
+        0 for text that does not vote.
+    last_attention : Tensor of shape (batch, n_visual), float32, optional
+    previous_hidden_states : Tensor of shape (batch, n_visual, hidden_size), optional
+    n_clusters : Tensor of shape (batch,), int64, optional
+        As in :class:`~.context.SelectionContext`, where the rank decides.
+    """
+
+    layer: int
+    config: SparseVLMConfig
+    hidden_states: Tensor
+    valid: Tensor
+    n_keep: Tensor
+    most_kept: int
+    seeds: Tensor
+    text_features: Tensor | None = None
+    is_text: Tensor | None = None
+    rater_attention: Tensor | None = None
+    last_attention: Tensor | None = None
+    previous_hidden_states: Tensor | None = None
+    n_clusters: Tensor | None = None
+
+    @property
+    def n_visual(self) -> Tensor:
+        """Visual tokens of every sample, (batch,)."""
+        return self.valid.sum(dim=1)
+
+
+@dataclass(frozen=True)
+class PaddedSelection:
+    """The outcome for samples filled up to one size; merges as in :class:`~.context.Selection`.
+
+    Attributes
+    ----------
+    is_kept : Tensor of shape (batch, n_visual), bool
+        True for ``n_keep`` valid rows of every sample.
+    merge_target : Tensor of shape (batch, n_visual), int64, optional
+    weight : Tensor of shape (batch, n_visual), float32, optional
+    is_recycled : Tensor of shape (batch, n_visual), bool, optional
+    """
+
+    is_kept: Tensor
+    merge_target: Tensor | None = None
+    weight: Tensor | None = None
+    is_recycled: Tensor | None = None
+
+
+@runtime_checkable
+class PaddedSelector(Selector, Protocol):
+    """A selector that chooses for a batch without waiting for any value of the device: the engine captures it."""
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """Choose exactly ``context.n_keep`` of the valid rows of every sample."""
+        ...
+
+
+def padded_sample(context: SelectionContext, n_keep: int) -> PaddedContext:
+    """One sample as a batch, with nothing to fill up.
+
+    Raises
+    ------
+    ValueError
+        If what it is judged by holds NaN or infinity.
+    """
+
+    def batched(values: Tensor | None) -> Tensor | None:
+        return None if values is None else finite(values)[None]
+
+    states = context.hidden_states
+    return PaddedContext(
+        layer=context.layer,
+        config=context.config,
+        hidden_states=states.detach()[None],
+        valid=torch.ones((1, context.n_visual), dtype=torch.bool, device=states.device),
+        n_keep=torch.tensor([n_keep], device=states.device),
+        most_kept=n_keep,
+        seeds=torch.tensor([draw_seed(context.config.seed, context.layer, context.sample)], device=states.device),
+        rater_attention=batched(context.rater_attention),
+        last_attention=batched(context.last_attention),
+        previous_hidden_states=batched(context.previous_hidden_states),
+        n_clusters=None if context.n_clusters is None else torch.tensor([context.n_clusters], device=states.device),
+    )
+
+
+def unpadded(selection: PaddedSelection) -> Selection:
+    """The selection of a batch of one sample with nothing to fill up."""
+    recycled = None if selection.is_recycled is None else selection.is_recycled[0].nonzero().squeeze(-1)
+    target, weight = (None if one is None else one[0] for one in (selection.merge_target, selection.weight))
+    return Selection(selection.is_kept[0].nonzero().squeeze(-1), target, weight, recycled)
+
+
+def draw_seed(seed: int, layer: int, sample: int) -> int:
+    """Number below 2**31 of a sample at a target layer, for selectors that draw."""
+    return random.Random(f"{seed} {layer} {sample}").getrandbits(31)
+
+
+def rank_adaptive_counts(
+    n_visual: Tensor, ranks: Tensor, most: int, config: SparseVLMConfig, recycles: bool
+) -> tuple[Tensor, Tensor]:
+    """:func:`~.budget.rank_adaptive_count` of several samples, on their device.
+
+    Parameters
+    ----------
+    n_visual, ranks : Tensor of shape (batch,), int64
+    most : int
+        No sample has more visual tokens.
+    config : SparseVLMConfig
+    recycles : bool
+        Whether the selector recycles, if ``config.recycle`` lets it.
+
+    Returns
+    -------
+    n_keep, n_clusters : Tensor of shape (batch,), int64
+        All, and none, of samples that have no more than ``min_keep``, or where nothing would be dropped.
+    """
+    theirs = (config.rank_lambda * (n_visual - ranks).double() + 1e-9).long().clamp_min(0)
+    n_dropped = torch.arange(most + 1, device=n_visual.device)
+    n_clusters = torch.zeros_like(n_dropped)
+    if recycles and config.recycle:
+        n_clusters = count_clusters_of(n_dropped, config.tau, config.theta)[1]
+    n_left = n_visual[:, None] - n_dropped + n_clusters
+    fits = (n_dropped <= theirs[:, None]) & ((n_left >= config.min_keep) | (n_dropped == 0))
+    chosen = torch.where(fits, n_dropped, 0).amax(dim=1)
+    n_clusters = n_clusters[chosen]
+    n_keep = n_visual - chosen + n_clusters
+    is_whole = (n_visual <= config.min_keep) | (n_keep >= n_visual)
+    return torch.where(is_whole, n_visual, n_keep), torch.where(is_whole, 0, n_clusters)
+
+
+def select_padded(
+    selector: Any, context: PaddedContext, image_idx: Tensor | None, min_keep: Tensor | None, n_images: int
+) -> PaddedSelection:
+    """Selection of a selector that waits for nothing; samples that lose no token are left as they are.
+
+    Parameters
+    ----------
+    selector : PaddedSelector or OrderedSelector
+    context : PaddedContext
+    image_idx : Tensor of shape (batch, n_visual), int64, optional
+    min_keep : Tensor of shape (batch,), int64, optional
+        Floor of every image of a sample.
+    n_images : int
+        0: no sample has floors.
+    """
+    valid, n_keep = context.valid, context.n_keep
+    keeps_all = (n_keep >= context.n_visual)[:, None]
+    if not is_padded(selector):
+        picks = selector.order(context.hidden_states, valid, context.most_kept)
+        if n_images:
+            assert image_idx is not None
+            assert min_keep is not None
+            is_kept = choose_by_order(picks, image_idx, valid, n_keep, min_keep, n_images)
+        else:
+            late = torch.arange(picks.shape[1], device=picks.device) >= n_keep[:, None]
+            is_kept = valid.new_zeros((valid.shape[0], valid.shape[1] + 1))
+            is_kept = is_kept.scatter_(1, torch.where(late, valid.shape[1], picks), True)[:, :-1]
+        return PaddedSelection(torch.where(keeps_all, valid, is_kept))
+    found: PaddedSelection = selector.select_padded(context)
+    is_kept = torch.where(keeps_all, valid, found.is_kept)
+    if found.merge_target is None:
+        return PaddedSelection(is_kept)
+    recycled = None if found.is_recycled is None else found.is_recycled & ~keeps_all
+    return PaddedSelection(is_kept, found.merge_target.masked_fill(keeps_all, -1), found.weight, recycled)
+
+
+def is_padded(selector: Any) -> bool:
+    """Tells whether a selector takes padded samples."""
+    return callable(getattr(selector, "select_padded", None))
+
+
+def merged_states(hidden_states: Tensor, kept: Tensor, selection: PaddedSelection) -> Tensor:
+    """:func:`~.recycle.merge_hidden_states` of several samples.
+
+    Parameters
+    ----------
+    hidden_states : Tensor of shape (batch, n_visual, hidden_size)
+    kept : Tensor of shape (batch, n_keep), int64
+        From :func:`indices_of`.
+    selection : PaddedSelection
+        With merges.
+
+    Returns
+    -------
+    Tensor of shape (batch, n_keep, hidden_size)
+    """
+    target, weight = selection.merge_target, selection.weight
+    assert target is not None
+    assert weight is not None
+    batch, n, size = hidden_states.shape
+    itself = torch.arange(n, device=target.device)
+    joins = target >= 0
+    moving = joins & (target != itself)
+    # What joins nothing is added to one row behind the end.
+    begins = torch.arange(batch, device=target.device)[:, None] * n
+    flat = torch.where(joins, begins + target.clamp_min(0), batch * n).flatten()
+    changed = torch.zeros(batch * n + 1, dtype=torch.bool, device=target.device)
+    changed.index_fill_(0, torch.where(moving.flatten(), flat, batch * n), True)
+    changed = changed[:-1].view(batch, n) | (joins & ~moving & (weight != 1.0))
+    sums = torch.zeros((batch * n + 1, size), dtype=torch.float32, device=target.device)
+    sums.index_add_(0, flat, (hidden_states.float() * weight[..., None]).flatten(0, 1))
+    own = kept[..., None].expand(-1, -1, size)
+    merged = sums[:-1].view(batch, n, size).gather(1, own).to(hidden_states.dtype)
+    return torch.where(changed.gather(1, kept)[..., None], merged, hidden_states.gather(1, own))
