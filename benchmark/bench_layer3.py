@@ -1,7 +1,7 @@
 """Benchmark of CUDA graphs against the same operations one by one, for the prompt and for a decode step.
 
-``python -m benchmark.bench_layer3`` appends its rows to ``results/graphs.csv``: times, padding of the bucket, and
-costs of the capture. Without CUDA graphs both are the same.
+``python -m benchmark.bench_layer3`` appends its rows to ``results/graphs.csv``: times, share of padding, and costs
+of the capture, room for a request included. Without CUDA graphs both are the same.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from sparsevlm.engine.text.prefill_graph import PrefillGraph
 from torch import Tensor
 
 from benchmark.timed import Bench
@@ -23,10 +22,11 @@ from sparsevlm.bench.roofline import roofline_bounds
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.bench.workload import fresh_inputs
 from sparsevlm.engine.call import Prompt
+from sparsevlm.engine.capacities import power_of_two
 from sparsevlm.engine.cuda_graphs import GraphPool
 from sparsevlm.engine.fused_weights import FusedWeights
-from sparsevlm.engine.text import bucketed_prefill
-from sparsevlm.engine.text.decode_graph import DecodeGraph
+from sparsevlm.engine.text.decode_graph import DecodeGraphs
+from sparsevlm.engine.text.prefill import Prefill
 from sparsevlm.request.inputs import visual_masks
 from sparsevlm.request.opening import open_request
 from sparsevlm.state import SparseVLMState
@@ -83,33 +83,27 @@ class GraphBenchmark:
         adapter, case = self.state.adapter, self.case
         gc.collect()  # programs of the case before
         prompt, host = self._prompt()
-        size = adapter.decoder.module.config.hidden_size
-        features = self.bench.random(case.batch * case.n_visual, size)
+        features = self.bench.random(prompt.n_features, adapter.decoder.module.config.hidden_size)
+        prefill = Prefill(adapter, self.weights, pool)
+        decode_graphs = DecodeGraphs(adapter, self.weights, pool)
         request = self._request(host)
-        bucket, counts = bucketed_prefill.plan(request)
-        full = sum(sum(stage) for stage in counts.total) / sum(bucket.rows)
-        note = f"{100 * (1 - full):.1f} % of the bucket's rows fill up"
-        bounds = self._bounds(request)
-
-        made: list[PrefillGraph] = []
-
-        def prefill(request: Any) -> DecodeGraph:
-            if not made:
-                made.append(PrefillGraph(adapter, self.weights, pool, bucket, request.selector))
-            integers = bucketed_prefill.make_integers(request, prompt, bucket, counts)
-            decode_graph = made[0].decode_graph(made[0](integers, features))
-            assert decode_graph is not None  # of a program that is recorded
-            return decode_graph
-
-        decode_graph, cost = self._first(lambda: prefill(request))
+        _, cost = self._first(lambda: prefill.run(request, prompt, features))
+        space = prefill.space
+        assert space is not None  # since the prompt
+        bounds = roofline_bounds(adapter, case, request.samples[0].layer_tokens, self.bench.roofline)
+        rows = space.layer_cu_seqlens[:, [power_of_two(case.batch), power_of_two(case.batch) + 1]].sum(dim=0).tolist()
+        note = f"{100 * (1 - rows[0] / rows[1]):.1f} % of the rows fill up"
         requests = iter([self._request(host) for _ in range(_REPEATS)])
-        values = self._repeat(lambda: prefill(next(requests)))
+        values = self._repeat(lambda: prefill.run(next(requests), prompt, features))
         self._keep("prompt", values, cost, bounds["prefill"], note)
-        if self.provider == "one by one":
-            decode_graph = prefill(self._request(host))  # the last prompt's caches
-        decode_graph.start(prompt.next_positions, case.new_tokens)
+        decode_graph = decode_graphs.over(space, case.batch)
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=self.bench.device)
-        _, cost = self._first(lambda: decode_graph.step(tokens))
+
+        def begin() -> None:
+            decode_graph.start(prompt.next_positions, case.new_tokens)
+            decode_graph.step(tokens)
+
+        _, cost = self._first(begin)
         values = self._repeat(lambda: decode_graph.step(tokens), min(_REPEATS, case.new_tokens - 1))
         self._keep("decode step", values, cost, bounds["decode_per_token"])
 
@@ -124,13 +118,6 @@ class GraphBenchmark:
         adapter = self.state.adapter
         grids = {"image": adapter.family.grids(adapter, "image", host)}
         return open_request(self.state._session, host, visual_masks(adapter, host), grids)
-
-    def _bounds(self, request: Any) -> dict[str, float]:
-        """Roofline bounds at the visual tokens that the plan of the first sample gives each layer."""
-        targets, counts = bucketed_prefill.count(request)
-        adapter = self.state.adapter
-        visual = [counts.visual[sum(target < layer for target in targets)][0] for layer in range(adapter.n_layers)]
-        return roofline_bounds(adapter, self.case, visual, self.bench.roofline)
 
     def _first(self, call: Callable[[], Any]) -> tuple[Any, tuple[float, float]]:
         """Result of a first call, its milliseconds, and the device memory that stays allocated, in bytes."""

@@ -143,12 +143,13 @@ class Bench:
         return sorted(values)[len(values) // 2]
 
     def time_both(
-        self, operation: str, shape: str, provider: str, run: Callable[..., Any], sets: Sequence[Inputs], work: Work
-    ) -> None:
+        self, operation: str, shape: str, provider: str, run: Callable[..., Any], sets: Sequence[Inputs], work: Work,
+        note: str = "",
+    ) -> None:  # fmt: skip
         """Times calls one by one, and on a GPU as one CUDA graph as well."""
-        self.time(operation, shape, provider, run, sets, graph=False, work=work)
+        self.time(operation, shape, provider, run, sets, graph=False, work=work, note=note)
         if self.device.type == "cuda":
-            self.time(operation, shape, provider, run, sets, work=work)
+            self.time(operation, shape, provider, run, sets, work=work, note=note)
 
     def keep(
         self, operation: str, shape: str, provider: str, metric: str, values: Sequence[float], *, timing: str = "",

@@ -17,7 +17,7 @@ from sparsevlm.bench.rows import COLUMNS
 from sparsevlm.bench.run import run
 from sparsevlm.bench.timing import time_call
 from sparsevlm.bench.workload import fresh_inputs
-from sparsevlm.engine.text import bucketed_prefill, decode_graph
+from sparsevlm.engine.text import decode_graph, prune_program
 from sparsevlm.models import adapter_for
 from toys import tiny_model
 
@@ -128,7 +128,7 @@ def test_other_tokens_kept_are_not_timed(monkeypatch):
     providers = make_providers(model, (0.5,), static=False)
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
     first = lambda picks, left, n: torch.arange(picks.shape[1]).expand_as(picks)  # noqa: E731
-    monkeypatch.setattr(bucketed_prefill, "_ascending", first)
+    monkeypatch.setattr(prune_program, "ascending", first)
     with pytest.raises(RuntimeError, match="that the plain path keeps, the engine keeps"):
         agreement.check(providers, inputs, SMALL.new_tokens)
 

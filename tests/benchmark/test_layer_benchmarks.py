@@ -97,7 +97,7 @@ def test_graphs(script):
             assert {row["metric"] for row in first} == {"ms", "bytes"}
     notes = {row["note"] for row in rows if row["operation"] == "prompt"}
     assert notes
-    assert all(note.endswith("of the bucket's rows fill up") for note in notes)
+    assert all(note.endswith("of the rows fill up") for note in notes)
 
 
 def test_whole_calls_go_to_their_file(monkeypatch):
