@@ -79,7 +79,7 @@ def test_what_a_padded_batch_brings():
     )
     shape = PromptShape(rows=12, batch=4, n_visual=4)
     given = PromptInputs.of(shape, 3, torch.zeros(n_integers(shape, 3), dtype=torch.int64))
-    packed = PackedRows([sample.all_positions for sample in request.samples])
+    packed = PackedRows.of(request)
     fill(given, request, Prompt(ids, positions, features, 5), packed, TokenCounts.of(request))
     assert given.ids.tolist() == [1, 90, 90, 2, 90, 3, 90, 90, 4, 5, 0, 0]
     assert given.positions[:, :10].tolist() == [

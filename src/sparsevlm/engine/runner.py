@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..models import ModelAdapter
 from .cuda_graphs import GraphPool
@@ -33,27 +35,30 @@ class ModelFingerprint:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._modules = tuple(modules)
-        self._weights = [own for module in self._modules if (own := vars(module)["_parameters"])]
-        self._children = [own for module in self._modules if (own := vars(module)["_modules"])]
-        self._seen = self._look()
+        self._own = [vars(module) for module in self._modules]
+        self._dicts = [own[name] for own in self._own for name in ("_parameters", "_modules") if own[name]]
+        self._things = self._look()
+        self._classes = list(map(type, self._modules))
+        self._weights = [thing for thing in self._things if isinstance(thing, Tensor)]
+        self._addresses = list(map(Tensor.data_ptr, self._weights))
 
-    def _look(self) -> list[int]:
-        """Fingerprint of a model: addresses of weights, modules and their classes."""
-        weights = [weight.data_ptr() for own in self._weights for weight in own.values() if weight is not None]
-        children = [id(child) for own in self._children for child in own.values()]
-        return weights + children + [id(type(module)) for module in self._modules]
+    def _look(self) -> list[Any]:
+        return list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
 
     def changed(self) -> bool:
         """Tells whether weights lie elsewhere (another device or dtype, other tensors) or modules were replaced.
 
         Weights that changed where they lie need no notice: programs read them there.
         """
-        return self._look() != self._seen
+        things = self._look()
+        same = len(things) == len(self._things) and all(map(operator.is_, things, self._things))
+        if not same or list(map(type, self._modules)) != self._classes:
+            return True
+        return list(map(Tensor.data_ptr, self._weights)) != self._addresses
 
     def foreign_hook(self) -> str | None:
         """A module that wants to be called: something of others is hooked to it, or its ``forward`` was replaced."""
-        for module in self._modules:
-            own = vars(module)
+        for module, own in zip(self._modules, self._own, strict=True):
             if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
                 hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
                 if "forward" in own or not all(is_idle(hook) for hook in hooks):

@@ -32,9 +32,24 @@ class PackedRows:
     ----------
     positions : list of Tensor
         Per sample, the position within the padded sequence of each of its rows, ascending.
+    q_len : int
+        Positions of the padded sequence.
     """
 
     positions: list[Tensor]
+    q_len: int
+
+    @classmethod
+    def of(cls, request: Request) -> PackedRows:
+        """Rows of what is left of a request."""
+        return cls([sample.all_positions for sample in request.samples], request.q_len)
+
+    def __post_init__(self) -> None:
+        self._rows: list[Tensor] = []
+        for start, own in zip(self.starts, self.positions, strict=False):
+            rows = torch.zeros(self.q_len, dtype=torch.int64, device=own.device)
+            rows[own] = torch.arange(start, start + own.shape[0], device=own.device)
+            self._rows.append(rows)
 
     @property
     def starts(self) -> list[int]:
@@ -56,7 +71,7 @@ class PackedRows:
 
     def local(self, sample_idx: int, positions: Tensor) -> Tensor:
         """Packed rows of tokens of one sample."""
-        return self.starts[sample_idx] + torch.searchsorted(self.positions[sample_idx], positions)
+        return self._rows[sample_idx][positions]
 
 
 class Prefill:
@@ -112,7 +127,7 @@ class Prefill:
         Tensor of shape (batch, vocab_size)
             Logits of every sample's last row; overwritten by the next call.
         """
-        packed = PackedRows([sample.all_positions for sample in request.samples])
+        packed = PackedRows.of(request)
         counts = TokenCounts.of(request) if chooses_on_device(request, self._adapter) else None
         shape = _shape(request, packed, counts is not None)
         space = self.make_room(max(shape.rows, features.shape[0]), shape.batch)
@@ -176,7 +191,7 @@ class Prefill:
         assert self.segments is not None
         assert space is not None
         request.to(space.hidden.device)
-        packed = PackedRows([sample.all_positions for sample in request.samples])
+        packed = PackedRows.of(request)
         choose_embedding_raters(request, functools.partial(_rows_of, space, packed))
         n_layers, first, rows = self._adapter.n_layers, 0, shape.rows
         for stop in (*(target + 1 for target in request.target_layers), n_layers):
@@ -264,7 +279,7 @@ def _prune(
     for b, kept in enumerate(survivors):
         if kept.merges:
             space.hidden[packed.local(b, kept.after)] = kept.merged(space.hidden[visual[b]])
-    left = PackedRows([sample.all_positions for sample in request.samples])
+    left = PackedRows.of(request)
     space.gather(torch.cat([packed.local(b, own) for b, own in enumerate(left.positions)]))
     space.begin_stage(left.starts, batch)
     return left

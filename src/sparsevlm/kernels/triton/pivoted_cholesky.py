@@ -1,7 +1,8 @@
-"""One kernel for all picks: every program owns some rows, and after each pick all wait for each other.
+"""One kernel for all picks: every program owns some rows, and all hear of each other's best before each pick.
 
-What a program finds best among its rows it writes down, in one of two places in turn; all read what all have found and
-agree on the pick. The factor lies row by row, so that a program's own part stays close to it.
+A program's best is one number of 64 bits: the gain, in an order that whole numbers have, the row, and the step, so that
+whoever reads it sees whether it is there yet. It lies in one of two places in turn: nobody can be two steps ahead.
+The factor of a program's own rows stays in its registers as far as it fits.
 """
 
 from __future__ import annotations
@@ -17,82 +18,80 @@ _LEAST_ROWS, _TILE, _WARPS = 16, 8192, 8
 
 
 @triton.jit
-def _note_best(residual, length, quality, taken, rows, n, values, indices, at, NOISE: tl.constexpr):
-    """A program's best row, and its best if all began anew, with what is left of the former."""
-    free = (rows < n) & (taken == 0)
-    again = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
-    gain = tl.where(residual <= NOISE * length, quality - 2.0, quality * quality * residual)
-    gain = tl.where(free, gain, float("-inf"))
-    again = tl.where(free, again, float("-inf"))
-    best, place = tl.max(gain, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    best_again, place_again = tl.max(again, axis=0, return_indices=True, return_indices_tie_break_left=True)
-    here = tl.arange(0, rows.shape[0])
-    tl.store(values + at * 3, best)
-    tl.store(values + at * 3 + 1, tl.sum(tl.where(here == place, residual, 0.0), axis=0))
-    tl.store(values + at * 3 + 2, best_again)
-    tl.store(indices + at * 2, tl.sum(tl.where(here == place, rows, 0), axis=0))
-    tl.store(indices + at * 2 + 1, tl.sum(tl.where(here == place_again, rows, 0), axis=0))
+def _announce(gain, rows, tag, slot):
+    """Publish the best row of a program, the lower one of equals; a row takes 16 bits, and so does the step."""
+    bits = gain.to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    best = tl.max((ordered << 16) + (65535 - rows.to(tl.int64)), axis=0)
+    tl.debug_barrier()  # the program's part of the factor is written
+    tl.atomic_xchg(slot, (best << 16) + tag, sem="release", scope="gpu")
 
 
 @triton.jit
-def _wait_for_all(counter, target):
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < target:
-        pass
-    tl.debug_barrier()
+def _listen(slots, others, known, tag):
+    """Wait for what all programs have published; gives the best row and the upper bits, which hold its gain."""
+    heard = tl.load(slots + others, mask=known, other=0, volatile=True)
+    while tl.max(tl.where(known & ((heard & 65535) != tag), 1, 0), axis=0) > 0:
+        heard = tl.load(slots + others, mask=known, other=0, volatile=True)
+    best = tl.max(tl.where(known, heard >> 16, -(1 << 47)), axis=0)
+    return 65535 - (best & 65535), best >> 16
 
 
 @triton.jit
 def _pick_all(
-    gram_ptr, quality_ptr, factor_ptr, order_ptr, values, indices, counter_ptr, n, n_keep, n_programs,
+    gram_ptr, quality_ptr, factor_ptr, residual_ptr, order_ptr, slots_ptr, n, n_keep, n_programs,
     ROUNDS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     gram, factor = gram_ptr + sample * n * n, factor_ptr + sample * n * n_keep
-    counter = counter_ptr + sample
+    left_of = residual_ptr + sample * n
     rows = program * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     long_rows = rows.to(tl.int64)
     length = tl.load(gram + long_rows * n + rows, mask=inside, other=0.0)
     quality = tl.load(quality_ptr + sample * n + rows, mask=inside, other=0.0)
-    residual = length
-    taken = tl.zeros([ROWS], tl.int32)
-    others = tl.arange(0, PROGRAMS)
+    residual, free = length, inside
+    others, columns = tl.arange(0, PROGRAMS), tl.arange(0, CHUNK)
     known = others < n_programs
-    step, start = n_keep * 0, n_keep * 0
+    tile = tl.zeros([ROWS, CHUNK], tl.float32)
+    step, start, tag = n_keep * 0, n_keep * 0, n_keep * 0
     while step < n_keep:
-        place = ((step % 2) * tl.num_programs(1) + sample) * n_programs
-        _note_best(residual, length, quality, taken, rows, n, values, indices, place + program, NOISE)
-        _wait_for_all(counter, (step + 1) * n_programs)
-        gains = tl.load(values + (place + others) * 3, mask=known, other=float("-inf"), volatile=True)
-        again = tl.load(values + (place + others) * 3 + 2, mask=known, other=float("-inf"), volatile=True)
-        best, winner = tl.max(gains, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        _, winner_again = tl.max(again, axis=0, return_indices=True, return_indices_tie_break_left=True)
-        anew = (best < 0.0) & ROUNDS  # the picks so far span all that is left
-        pick = tl.load(indices + (place + winner) * 2, volatile=True)
-        left = tl.load(values + (place + winner) * 3 + 1, volatile=True)
-        pick_again = tl.load(indices + (place + winner_again) * 2 + 1, volatile=True)
-        pick = tl.where(anew, pick_again, pick).to(tl.int64)
+        gain = tl.where(residual <= NOISE * length, quality - 2.0, quality * quality * residual)
+        tl.store(left_of + rows, residual, mask=inside)
+        tag += 1
+        slots = slots_ptr + ((tag % 2) * tl.num_programs(1) + sample) * n_programs
+        _announce(tl.where(free, gain, float("-inf")), rows, tag % 65535, slots + program)
+        pick, best = _listen(slots, others, known, tag % 65535)
+        if ROUNDS:
+            if best < 0:  # the picks so far span all that is left: go on as if none had been picked
+                residual, start = length, step
+                gain = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
+                tl.store(left_of + rows, residual, mask=inside)
+                tag += 1
+                slots = slots_ptr + ((tag % 2) * tl.num_programs(1) + sample) * n_programs
+                _announce(tl.where(free, gain, float("-inf")), rows, tag % 65535, slots + program)
+                pick, best = _listen(slots, others, known, tag % 65535)
+        left = tl.load(left_of + pick, volatile=True)
         pick_length = tl.load(gram + pick * n + pick)
-        left = tl.where(anew, pick_length, left)
-        start = tl.where(anew, step, start)
-
         column = tl.load(gram + pick * n + rows, mask=inside, other=0.0)
-        done = start
+        near = (columns >= start) & (columns < step)
+        of_pick = tl.load(factor + pick * n_keep + columns, mask=near, other=0.0, volatile=True)
+        column -= tl.sum(tile * of_pick[None, :], axis=1)
+        done = n_keep * 0 + CHUNK
         while done < step:
-            earlier = done + tl.arange(0, CHUNK)
-            near = earlier < step
+            earlier = done + columns
+            near = (earlier >= start) & (earlier < step)
             of_pick = tl.load(factor + pick * n_keep + earlier, mask=near, other=0.0, volatile=True)
             mask = inside[:, None] & near[None, :]
-            tile = tl.load(factor + long_rows[:, None] * n_keep + earlier[None, :], mask=mask, other=0.0)
-            column -= tl.sum(tile * of_pick[None, :], axis=1)
+            own = tl.load(factor + long_rows[:, None] * n_keep + earlier[None, :], mask=mask, other=0.0)
+            column -= tl.sum(own * of_pick[None, :], axis=1)
             done += CHUNK
         spanned = left <= NOISE * pick_length
         column = tl.where(spanned, 0.0, column / tl.sqrt(tl.where(spanned, 1.0, left)))
         tl.store(factor + long_rows * n_keep + step, column, mask=inside)
-        residual = tl.where(anew, length, residual) - column * column
-        taken = tl.where(rows == pick, 1, taken)
+        tile = tl.where((columns == step)[None, :], column[:, None], tile)
+        residual -= column * column
+        free = free & (rows != pick)
         if program == 0:
             tl.store(order_ptr + sample * n_keep + step, pick)
         step += 1
@@ -117,12 +116,10 @@ def _launch(gram: Tensor, quality: Tensor, order: Tensor, at_once: int, rounds: 
     n_programs = max(1, min(at_once // batch, triton.cdiv(n, _LEAST_ROWS)))
     n_rows = max(16, triton.next_power_of_2(triton.cdiv(n, n_programs)))
     n_programs = triton.cdiv(n, n_rows)
-    factor = torch.empty((batch, n, n_keep), device=device)
-    values = torch.empty((2, batch, n_programs, 3), device=device)
-    indices = torch.empty((2, batch, n_programs, 2), dtype=torch.int32, device=device)
-    counter = torch.zeros(batch, dtype=torch.int32, device=device)
+    factor, residual = torch.empty((batch, n, n_keep), device=device), torch.empty((batch, n), device=device)
+    slots = torch.zeros((2, batch, n_programs), dtype=torch.int64, device=device)
     chunk = max(16, min(triton.next_power_of_2(n_keep), _TILE // n_rows))
     _pick_all[(n_programs, batch)](
-        gram, quality, factor, order, values, indices, counter, n, n_keep, n_programs,
+        gram, quality, factor, residual, order, slots, n, n_keep, n_programs,
         rounds, noise, n_rows, chunk, triton.next_power_of_2(n_programs), num_warps=_WARPS,
     )  # fmt: skip
