@@ -90,6 +90,7 @@ class GraphBenchmark:
         _, cost = self._first(lambda: prefill.run(request, prompt, features))
         space = prefill.space
         assert space is not None  # since the prompt
+        request.settle()
         bounds = roofline_bounds(adapter, case, request.samples[0].layer_tokens, self.bench.roofline)
         rows = space.layer_cu_seqlens[:, [power_of_two(case.batch), power_of_two(case.batch) + 1]].sum(dim=0).tolist()
         note = f"{100 * (1 - rows[0] / rows[1]):.1f} % of the rows fill up"

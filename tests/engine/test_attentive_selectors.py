@@ -7,8 +7,8 @@ import torch
 
 from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
-from sparsevlm.request import step
-from sparsevlm.selection.raters import embedding_raters
+from sparsevlm.engine.text import embed
+from sparsevlm.selection.raters import padded_embedding_raters
 from toys import ON_ENGINE, PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
@@ -156,11 +156,11 @@ def test_attention_is_read_where_the_tower_leaves_out_tokens(case, monkeypatch):
     """What is left is all there is: as if the picture had no other tokens."""
     asked = []
 
-    def spy(visual, rater_candidates):
-        asked.append(visual.shape[0])
-        return embedding_raters(visual, rater_candidates)
+    def spy(visual, valid, text, is_text):
+        asked.append(int(valid.sum()))
+        return padded_embedding_raters(visual, valid, text, is_text)
 
-    monkeypatch.setattr(step, "embedding_raters", spy)
+    monkeypatch.setattr(embed, "padded_embedding_raters", spy)
     model, inputs = tiny_model(), make_inputs([("text", 3), ("image", 8, 8), ("text", 9)])
     state = apply_sparsevlm(model, **{**OPTIONS, "keep": 0.35, **ATTENTIVE[case]}, vision_keep=0.5, engine=True)
     model.generate(**inputs, **GREEDY)

@@ -3,50 +3,36 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from made_requests import make_request, make_sample
 from sparsevlm.engine.call import Prompt
 from sparsevlm.engine.text.prefill import PackedRows, fill
-from sparsevlm.engine.text.prune_program import TokenCounts, ascending, compact, record
+from sparsevlm.engine.text.prune_program import compact
+from sparsevlm.engine.text.stages import Choice, TokenCounts, record
 from sparsevlm.engine.text.workspace import PromptInputs, PromptShape, n_integers
-
-
-def test_picks_that_count_are_put_in_order_and_the_others_behind():
-    picks = torch.tensor([[5, 1, 3, 0], [2, 0, 1, 3], [4, 3, 2, 1]])
-    found = ascending(picks, torch.tensor([2, 3, 0]), 6)
-    assert found.tolist() == [[1, 5, 0, 3], [0, 1, 2, 3], [1, 2, 3, 4]]
-    assert ascending(picks, torch.tensor([4, 4, 4]), 6).tolist() == [[0, 1, 3, 5], [0, 1, 2, 3], [1, 2, 3, 4]]
-
+from sparsevlm.selection.budget import rank_adaptive_count
+from sparsevlm.selection.padded import rank_adaptive_counts
+from sparsevlm.selection.selectors.sparsevlm import SparseVLMSelector
 
 # Rows 0 to 4 are one sample, with visual tokens in 1 to 3; 5 to 8 another one, with two in 5 and 6; 9 to 11 fill up.
 VISUAL_ROWS = torch.tensor([[1, 2, 3], [5, 6, 0]])
-VALID = torch.tensor([[True, True, True], [True, True, False]])
 
 
 def test_rows_that_go_on_close_up():
     """Of the first sample the tokens 0 and 2 are left, of the second token 1."""
-    chosen, left = torch.tensor([[0, 2], [1, 0]]), torch.tensor([2, 1])
-    rows, visual_rows = compact(VISUAL_ROWS, VALID, chosen, left, 12)
+    dropped = torch.tensor([[False, True, False], [True, False, False]])
+    rows, place = compact(VISUAL_ROWS, dropped, 12)
     assert rows.tolist() == [0, 1, 3, 4, 6, 7, 8, 9, 10, 11, 2, 5]  # what is dropped comes last
-    assert visual_rows[0].tolist() == [1, 2]
-    assert visual_rows[1, 0] == 4
+    assert place[VISUAL_ROWS[0, [0, 2]]].tolist() == [1, 2]
+    assert place[6] == 4
+    assert torch.equal(place[rows], torch.arange(12))
 
 
-def test_a_sample_may_keep_all_or_have_none():
-    chosen, left = torch.tensor([[0, 1, 2], [2, 0, 1]]), torch.tensor([3, 0])
-    rows, visual_rows = compact(VISUAL_ROWS, VALID & torch.tensor([[True], [False]]), chosen, left, 12)
-    assert rows.tolist() == list(range(12))  # the second has none: its rows 5 and 6 are text
-    assert visual_rows[0].tolist() == [1, 2, 3]
-
-
-def test_a_second_cut_goes_on_from_the_first():
-    chosen, left = torch.tensor([[0, 2], [1, 0]]), torch.tensor([2, 1])
-    rows, visual_rows = compact(VISUAL_ROWS, VALID, chosen, left, 12)
-    again, visual_rows = compact(
-        visual_rows, torch.arange(2) < left[:, None], torch.tensor([[1], [0]]), torch.tensor([1, 1]), 12
-    )
-    assert rows[again][:8].tolist() == [0, 3, 4, 6, 7, 8, 9, 10]
-    assert visual_rows.tolist() == [[1], [3]]
+def test_all_may_go_on():
+    rows, place = compact(VISUAL_ROWS, torch.zeros(2, 3, dtype=torch.bool), 12)
+    assert rows.tolist() == place.tolist() == list(range(12))
 
 
 def request_of(*numbers, min_keep=3, target_layers=(1, 3)):
@@ -60,10 +46,10 @@ def request_of(*numbers, min_keep=3, target_layers=(1, 3)):
 def test_stages_are_the_targets_that_drop_something():
     counts = TokenCounts.of(request_of((40, 15, (20, 20)), (3, 6, (2, 2)), (0, 5, (0, 0))))
     assert counts.targets == (1,)  # the second has no more than min_keep
-    assert counts.visual == [[40, 3, 0], [20, 3, 0]]
+    assert counts.most == counts.least == [[40, 3, 0], [20, 3, 0]]
     counts = TokenCounts.of(request_of((40, 15, (40, 20)), (8, 6, (8, 4))))
     assert counts.targets == (3,)
-    assert counts.visual == [[40, 8], [20, 4]]
+    assert counts.most == counts.least == [[40, 8], [20, 4]]
     assert TokenCounts.of(request_of((40, 15, (40, 40)))).targets == ()
 
 
@@ -77,31 +63,46 @@ def test_what_a_padded_batch_brings():
     request = make_request(
         make_sample([3, 4], [2, 5], counts=(1, 1)), make_sample([0, 2, 3], [1, 4, 5], counts=(2, 2)), min_keep=1
     )
-    shape = PromptShape(rows=12, batch=4, n_visual=4)
-    given = PromptInputs.of(shape, 3, torch.zeros(n_integers(shape, 3), dtype=torch.int64))
+    shape = PromptShape(rows=12, batch=4, n_visual=4, n_text=2)
+    brought = PromptInputs.of(shape, 3, torch.zeros(n_integers(shape, 3), dtype=torch.int64))
     packed = PackedRows.of(request)
-    fill(given, request, Prompt(ids, positions, features, 5), packed, TokenCounts.of(request))
-    assert given.ids.tolist() == [1, 90, 90, 2, 90, 3, 90, 90, 4, 5, 0, 0]
-    assert given.positions[:, :10].tolist() == [
+    fill(brought, request, Prompt(ids, positions, features, 5), packed, TokenCounts.of(request))
+    assert brought.ids.tolist() == [1, 90, 90, 2, 90, 3, 90, 90, 4, 5, 0, 0]
+    assert brought.positions[:, :10].tolist() == [
         [2, 3, 4, 5, 6, 7, 8, 9, 10, 11],
         [14, 15, 16, 17, 18, 19, 20, 21, 22, 23],
         [26, 27, 28, 29, 30, 31, 32, 33, 34, 35],
     ]
-    assert given.feature_rows.tolist() == [-1, 3, 4, -1, 0, -1, 1, 2, -1, -1, -1, -1]
-    assert [own[:n].tolist() for own, n in zip(given.visual_rows, (2, 3), strict=False)] == [[1, 2], [4, 6, 7]]
-    assert given.cu_seqlens.tolist() == [0, 4, 10, 10, 10]  # samples that fill up are empty
-    assert given.n_visual[:3].tolist() == [[2, 3, 0, 0], [1, 2, 0, 0], [0, 0, 0, 0]]
+    assert brought.feature_rows.tolist() == [-1, 3, 4, -1, 0, -1, 1, 2, -1, -1, -1, -1]
+    assert [own[:n].tolist() for own, n in zip(brought.visual_rows, (2, 3), strict=False)] == [[1, 2], [4, 6, 7]]
+    assert brought.cu_seqlens.tolist() == [0, 4, 10, 10, 10]  # samples that fill up are empty
+    assert brought.n_visual.tolist() == [2, 3, 0, 0]
+    assert brought.counts[:2].tolist() == [[1, 2, 0, 0], [0, 0, 0, 0]]
+    assert brought.n_text.tolist() == [1, 2, 0, 0]  # behind the last visual token
+    assert brought.text_rows.tolist() == [[3, 0], [8, 9], [0, 0], [0, 0]]
+
+
+def choice_of(alive, n_visual, ranks=None, n_text=4):
+    """What a step chose, of samples without raters and recycled tokens."""
+    alive = torch.tensor(alive)
+    none = torch.zeros_like(alive)
+    numbers = torch.tensor(n_visual)
+    return Choice(alive, none, numbers, numbers * 0 if ranks is None else torch.tensor(ranks), none[:, :0])
+
+
+def test_a_choice_is_one_tensor():
+    choice = choice_of([[0, 2, 3], [1, 2, 0]], [3, 2], [1, 5])
+    again = Choice.of(choice.packed(), 2, 3, 0)
+    assert all(torch.equal(one, other) for one, other in zip(vars(again).values(), vars(choice).values(), strict=True))
 
 
 def test_what_is_left_is_recorded_as_a_prune_step_does():
-    request = request_of((6, 3, (4, 2)), (5, 3, (5, 5)), (0, 4, (0, 0)))
-    counts = TokenCounts((1, 3), [[6, 5, 0], [4, 5, 0], [2, 5, 0]])
-    kept = [
-        torch.tensor([[0, 2, 4, 5, 1], [0, 1, 2, 3, 4], [0] * 5]),
-        torch.tensor([[2, 5, 9, 9, 9], [0, 1, 2, 3, 4], [0] * 5]),
+    request = request_of((6, 3, (4, 2)), (5, 3, (5, 5)), (0, 4, (0, 0)), min_keep=2)
+    choices = [
+        choice_of([[0, 2, 4, 5, 1], [0, 1, 2, 3, 4], [0] * 5], [4, 5, 0]),
+        choice_of([[2, 5, 9, 9, 9], [0, 1, 2, 3, 4], [0] * 5], [2, 5, 0]),
     ]
-    request.config = request.config.replace(min_keep=2)
-    record(request, counts, kept, n_layers=6)
+    record(request, TokenCounts.of(request), choices, n_layers=6)
     first, second, third = request.samples
     assert first.layer_tokens == [6, 6, 4, 4, 2, 2]
     assert second.layer_tokens == [5] * 6
@@ -117,7 +118,32 @@ def test_what_is_left_is_recorded_as_a_prune_step_does():
 def test_what_the_tower_left_out_is_no_token_of_the_record():
     sample = make_sample(range(8), [8, 9], alive=[1, 2, 4, 6, 7], counts=(3, 3))
     request = make_request(sample, min_keep=1)
-    record(request, TokenCounts.of(request), [torch.tensor([[0, 2, 4]])], 4)
+    record(request, TokenCounts.of(request), [choice_of([[0, 2, 4]], [3])], 4)
     assert sample.alive.tolist() == [1, 4, 7]
     assert [stage.kept.tolist() for stage in sample.stages] == [[1, 4, 7], [1, 4, 7]]
     assert sample.layer_tokens == [5, 5, 3, 3]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    n_visual=st.integers(0, 300), n_raters=st.integers(1, 40), rank_lambda=st.floats(0, 1), tau=st.floats(0, 1),
+    theta=st.floats(0, 1), min_keep=st.integers(1, 60), recycles=st.booleans(), data=st.data(),
+)  # fmt: skip
+def test_what_the_rank_leaves_is_within_bounds(n_visual, n_raters, rank_lambda, tau, theta, min_keep, recycles, data):
+    """Whatever the ranks are, the host's bounds hold, and the device counts as the host does."""
+    sample = make_sample(range(n_visual), range(n_visual, n_visual + n_raters))
+    options = {"rank_lambda": rank_lambda, "tau": tau, "theta": theta, "min_keep": min_keep, "recycle": recycles}
+    request = make_request(sample, target_layers=(1, 2, 3), selector=SparseVLMSelector(), **options)
+    counts = TokenCounts.of(request)
+    n = n_visual
+    for target, low, high in zip(counts.targets, counts.least[1:], counts.most[1:], strict=True):
+        rank = data.draw(st.integers(0, min(n, n_raters)), label=f"rank at {target}")
+        wanted, n_clusters = n, 0
+        if n > min_keep:
+            wanted, n_clusters = rank_adaptive_count(n, rank, rank_lambda, tau, theta, recycles, min_keep)
+            wanted, n_clusters = (n, 0) if wanted >= n else (wanted, n_clusters)
+        number, ranks = torch.tensor([n]), torch.tensor([rank])
+        found = rank_adaptive_counts(number, ranks, n_visual, request.config, True)
+        assert [int(one) for one in found] == [wanted, n_clusters]
+        n = wanted
+        assert low[0] <= n <= high[0]

@@ -8,14 +8,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsevlm.selection import recycle as recycle_module
+from sparsevlm.selection.padded import PaddedSelection, merged_states
+from sparsevlm.selection.places import indices_of
 from sparsevlm.selection.recycle import (
     assign_to_centres,
     clusters_within,
     count_clusters,
-    density_peaks,
+    count_clusters_of,
+    is_density_peak,
     merge_hidden_states,
     recycle,
 )
+
+
+def density_peaks(states, n_clusters, n_more=0):
+    """Centres of one sample, which is filled up with ``n_more`` rows."""
+    n = states.shape[0]
+    rows = torch.cat([states, torch.full((n_more, states.shape[1]), 7.0)])[None]
+    valid = torch.arange(n + n_more)[None] < n
+    return is_density_peak(rows, valid, torch.tensor([n_clusters]), n_clusters + n_more)[0].nonzero().squeeze(-1)
+
+
+def clusters_of(states, centres):
+    is_centre = torch.zeros((1, states.shape[0]), dtype=torch.bool)
+    is_centre[0, centres] = True
+    return assign_to_centres(states[None], is_centre, len(centres) + 2)[0]
 
 
 def blobs(sizes, spread=0.01, dim=8, seed=0):
@@ -32,11 +49,17 @@ def test_counts_of_the_paper():
     assert count_clusters(100, 1.0, 0.29) == (100, 29)
 
 
+@given(st.lists(st.integers(0, 5000), min_size=1), st.floats(0, 1), st.floats(0, 1))
+def test_counts_of_many_are_those_of_each(numbers, tau, theta):
+    found = torch.stack(count_clusters_of(torch.tensor(numbers), tau, theta), dim=1)
+    assert [tuple(one) for one in found.tolist()] == [count_clusters(n, tau, theta) for n in numbers]
+
+
 @given(st.integers(1, 600), st.integers(1, 600), st.floats(0, 1), st.floats(0, 1))
 def test_clusters_within_is_the_largest_that_fits(n_visual, n_out, tau, theta):
     if n_out >= n_visual:
         return
-    found = clusters_within(n_visual, n_out, tau, theta)
+    found = int(clusters_within(torch.tensor([n_visual]), torch.tensor([n_out]), n_out + 9, tau, theta))
 
     def fits(n):
         return n <= n_out // 4 and count_clusters(n_visual - n_out + n, tau, theta)[1] >= n
@@ -49,7 +72,7 @@ def test_one_centre_in_each_blob():
     states = blobs([5, 9, 4])
     centres = density_peaks(states, 3)
     assert sorted((centres >= 5).long() + (centres >= 14).long()) == [0, 1, 2]
-    cluster_idx = assign_to_centres(states, centres)
+    cluster_idx = clusters_of(states, centres)
     assert torch.equal(cluster_idx[:5], cluster_idx[:1].expand(5))
     assert torch.equal(cluster_idx[centres], centres)
 
@@ -59,6 +82,14 @@ def test_density_peaks_in_chunks_is_the_same(monkeypatch):
     whole = density_peaks(states, 9)
     monkeypatch.setattr(recycle_module, "_CHUNK_ROWS", 8)
     assert torch.equal(density_peaks(states, 9), whole)
+
+
+@pytest.mark.parametrize(("n", "n_clusters"), [(1, 1), (2, 1), (5, 5), (20, 4), (20, 19), (3, 7)])
+def test_what_fills_up_is_no_token(n, n_clusters):
+    states = torch.randn(n, 6, generator=torch.Generator().manual_seed(n))
+    found = density_peaks(states, n_clusters)
+    assert len(found) == min(n, n_clusters)
+    assert torch.equal(density_peaks(states, n_clusters, n_more=11), found)
 
 
 def centres_in_log_space(states, n_clusters):
@@ -94,9 +125,9 @@ def test_distances_are_exact_far_from_the_origin():
 
 def test_centres_are_chosen_by_direction_not_by_length():
     states = torch.tensor([[1.0, 0.0], [5.0, 5.0], [3.0, 1.0], [0.1, 0.2]])
-    assert assign_to_centres(states, torch.tensor([0, 1])).tolist() == [0, 1, 0, 1]
+    assert clusters_of(states, torch.tensor([0, 1])).tolist() == [0, 1, 0, 1]
     # Centres belong to themselves, whichever is nearer.
-    assert assign_to_centres(torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 0.1]]), torch.tensor([0, 1])).tolist() == [
+    assert clusters_of(torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 0.1]]), torch.tensor([0, 1])).tolist() == [
         0, 1, 0
     ]  # fmt: skip
 
@@ -109,20 +140,37 @@ def test_identical_tokens_are_no_trouble():
 @given(n=st.integers(4, 60), seed=st.integers(0, 99), merge=st.sampled_from(["mean", "sum"]))
 def test_a_merge_conserves_what_it_says(n, seed, merge):
     generator = torch.Generator().manual_seed(seed)
-    states, scores = torch.randn(n, 6, generator=generator), torch.rand(n, generator=generator)
-    drop_idx = torch.arange(n)[n // 3 :]
-    n_recycled = max(1, len(drop_idx) // 2)
-    centres, members, target, weight = recycle(states, scores, drop_idx, n_recycled, max(1, n_recycled // 2), merge)
-    assert set(centres.tolist()) <= set(members.tolist()) <= set(drop_idx.tolist())
-    assert float(scores[members].min()) >= max(
-        [float(scores[i]) for i in drop_idx.tolist() if i not in members.tolist()], default=0.0
-    )
-    merge_target, full_weight = torch.full((n,), -1), torch.zeros(n)
-    merge_target[members], full_weight[members] = target, weight
-    merged = merge_hidden_states(states, centres, merge_target, full_weight)
+    states = torch.randn(n, 6, generator=generator)
+    is_member = torch.zeros((1, n), dtype=torch.bool)
+    members = torch.randperm(n, generator=generator)[: max(1, n // 3)].sort().values
+    is_member[0, members] = True
+    n_clusters = torch.tensor([max(1, len(members) // 2)])
+    found = recycle(states[None], is_member, n_clusters, n, int(n_clusters) + 3, merge)
+    target, weight, centres = found.target[0], found.weight[0], found.is_centre[0].nonzero().squeeze(-1)
+    assert len(centres) == int(n_clusters)
+    assert set(centres.tolist()) == set(target[members].tolist()) <= set(members.tolist())
+    assert torch.equal(target[centres], centres)
+    assert target[~is_member[0]].eq(-1).all()
+    merged = merge_hidden_states(states, centres, target, weight)
     sizes = torch.stack([(target == centre).sum() for centre in centres]).float()
     factor = sizes if merge == "mean" else torch.ones_like(sizes)
     torch.testing.assert_close((merged * factor[:, None]).sum(0), states[members].sum(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_padded_merge_is_that_of_each_sample(dtype):
+    """One sample merges three rows into one, keeps one whole and halves one; the other merges nothing."""
+    states = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    is_kept = torch.tensor([[True, True, False, False, True, False], [False, True, False, True, False, False]])
+    target = torch.tensor([[0, 1, 1, 1, 4, -1], [-1] * 6])
+    weight = torch.tensor([[1.0, 0.5, 0.25, 0.25, 0.5, 0.0], [0.0] * 6])
+    kept = indices_of(is_kept, 4)
+    found = merged_states(states, kept, PaddedSelection(is_kept, target, weight))
+    for b, n in enumerate((3, 2)):
+        wanted = merge_hidden_states(states[b], kept[b, :n], target[b], weight[b])
+        torch.testing.assert_close(found[b, :n], wanted)
+    assert torch.equal(found[0, 0], states[0, 0])
+    assert torch.equal(found[1, :2], states[1, [1, 3]])
 
 
 def test_a_row_that_nothing_is_merged_into_has_a_weight_too():

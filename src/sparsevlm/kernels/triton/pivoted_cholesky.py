@@ -18,18 +18,14 @@ _LEAST_ROWS, _TILE, _WARPS = 16, 8192, 8
 
 
 @triton.jit
-def _announce(gain, rows, tag, slot):
-    """Publish the best row of a program, the lower one of equals; a row takes 16 bits, and so does the step."""
+def _agree(gain, rows, tag, slots, program, others, known):
+    """Publish the best of a program's rows, the lower one of equals, and wait for what all the others publish; a row
+    takes 16 bits, and so does the step. Gives the best row of all, and the upper bits, which hold its gain."""
     bits = gain.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    best = tl.max((ordered << 16) + (65535 - rows.to(tl.int64)), axis=0)
+    own = tl.max((ordered << 16) + (65535 - rows.to(tl.int64)), axis=0)
     tl.debug_barrier()  # the program's part of the factor is written
-    tl.atomic_xchg(slot, (best << 16) + tag, sem="release", scope="gpu")
-
-
-@triton.jit
-def _listen(slots, others, known, tag):
-    """Wait for what all programs have published; gives the best row and the upper bits, which hold its gain."""
+    tl.atomic_xchg(slots + program, (own << 16) + tag, sem="release", scope="gpu")
     heard = tl.load(slots + others, mask=known, other=0, volatile=True)
     while tl.max(tl.where(known & ((heard & 65535) != tag), 1, 0), axis=0) > 0:
         heard = tl.load(slots + others, mask=known, other=0, volatile=True)
@@ -60,17 +56,14 @@ def _pick_all(
         tl.store(left_of + rows, residual, mask=inside)
         tag += 1
         slots = slots_ptr + ((tag % 2) * tl.num_programs(1) + sample) * n_programs
-        _announce(tl.where(free, gain, float("-inf")), rows, tag % 65535, slots + program)
-        pick, best = _listen(slots, others, known, tag % 65535)
-        if ROUNDS:
-            if best < 0:  # the picks so far span all that is left: go on as if none had been picked
-                residual, start = length, step
-                gain = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
-                tl.store(left_of + rows, residual, mask=inside)
-                tag += 1
-                slots = slots_ptr + ((tag % 2) * tl.num_programs(1) + sample) * n_programs
-                _announce(tl.where(free, gain, float("-inf")), rows, tag % 65535, slots + program)
-                pick, best = _listen(slots, others, known, tag % 65535)
+        pick, best = _agree(tl.where(free, gain, float("-inf")), rows, tag, slots, program, others, known)
+        if (best < 0) & ROUNDS:  # the picks so far span all that is left: go on as if none had been picked
+            residual, start = length, step
+            gain = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
+            tl.store(left_of + rows, residual, mask=inside)
+            tag += 1
+            slots = slots_ptr + ((tag % 2) * tl.num_programs(1) + sample) * n_programs
+            pick, best = _agree(tl.where(free, gain, float("-inf")), rows, tag, slots, program, others, known)
         left = tl.load(left_of + pick, volatile=True)
         pick_length = tl.load(gram + pick * n + pick)
         column = tl.load(gram + pick * n + rows, mask=inside, other=0.0)
