@@ -120,8 +120,8 @@ def test_other_tokens_kept_are_not_timed(monkeypatch):
     model = tiny_model(n_layers=12)
     providers = make_providers(model, (0.5,), static=False)
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
-    first = lambda picks, left, n: torch.arange(picks.shape[1]).expand_as(picks)  # noqa: E731
-    monkeypatch.setattr(prune_program, "ascending", first)
+    first = lambda is_kept, n: torch.arange(n).expand(len(is_kept), -1)  # noqa: E731
+    monkeypatch.setattr(prune_program, "indices_of", first)
     with pytest.raises(RuntimeError, match="that the plain path keeps, the engine keeps"):
         agreement.check(providers, inputs, SMALL.new_tokens)
 
