@@ -88,6 +88,7 @@ class GraphBenchmark:
         decode_graphs = DecodeGraphs(adapter, self.weights, pool)
         request = self._request(host)
         _, cost = self._first(lambda: prefill.run(request, prompt, features))
+        request.settle()
         space = prefill.space
         assert space is not None  # since the prompt
         request.settle()

@@ -1,4 +1,4 @@
-"""Benchmark of the time until the first answer after ``apply_sparsevlm``, with Triton's cache empty and filled.
+"""Benchmark of the time until the first answers after ``apply_sparsevlm``, with Triton's cache empty and filled.
 
 ``python -m benchmark.bench_ready`` starts a process for each and appends its rows to ``results/ready.csv``.
 """
@@ -21,39 +21,38 @@ from sparsevlm.bench.cases import Case
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.bench.workload import fresh_inputs
 
-CASE, SMALL_CASE = Case(1024, 1, 8), Case(36, 1, 8)
+CASES, SMALL_CASES = (Case(4096, 1, 8), Case(1024, 1, 8), Case(256, 1, 8)), (Case(64, 1, 8), Case(36, 1, 8))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measures with both caches and appends the rows."""
     bench = Bench.begin("bench_ready", "ready.csv", arguments)
-    case = SMALL_CASE if bench.small else CASE
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "TRITON_CACHE_DIR": folder}
         for cache in ("empty", "filled"):
             child = [sys.executable, "-m", "benchmark.bench_ready", "--child", str(bench.device), str(int(bench.small))]
             output = subprocess.run(child, env=environment, check=True, capture_output=True, text=True).stdout
-            times = json.loads(output.splitlines()[-1])
-            for operation, milliseconds in times.items():
-                bench.keep(operation, case.name, "ours", "ms", [milliseconds], timing=f"Triton's cache {cache}")
+            for operation, shape, milliseconds in json.loads(output.splitlines()[-1]):
+                bench.keep(operation, shape, "ours", "ms", [milliseconds], timing=f"Triton's cache {cache}")
     bench.end()
 
 
 def child(device: str, small: bool) -> None:
-    """Loads, applies with warmup and answers, in a process of its own."""
-    case = SMALL_CASE if small else CASE
+    """Loads, applies with warm-up and answers a request of each size, in a process of its own."""
+    cases = SMALL_CASES if small else CASES
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     model = random_model("tiny" if small else "7b", device, dtype, "sdpa")
     generator = torch.Generator(device=device).manual_seed(0)
-    requests = [fresh_inputs(model, case, generator) for _ in range(2)]
-    options = {"max_new_tokens": case.new_tokens, "min_new_tokens": case.new_tokens, "do_sample": False}
+    ahead, requests = ([fresh_inputs(model, case, generator) for case in cases] for _ in range(2))
     begin = _now(device)
     state = apply_sparsevlm(model, keep=0.25, engine=True)
-    state.warmup(requests[0], max_new_tokens=case.new_tokens)
-    ready = _now(device)
-    model.generate(**requests[1], **options)
-    end = _now(device)
-    print(json.dumps({"apply and warm-up": 1e3 * (ready - begin), "first request after that": 1e3 * (end - ready)}))
+    state.warmup(*ahead, max_new_tokens=cases[0].new_tokens)
+    times = [("apply and warm-up", ", ".join(case.name for case in cases), 1e3 * (_now(device) - begin))]
+    for case, inputs in zip(cases, requests, strict=True):
+        begin = _now(device)
+        model.generate(**inputs, max_new_tokens=case.new_tokens, min_new_tokens=case.new_tokens, do_sample=False)
+        times.append(("first request after that", case.name, 1e3 * (_now(device) - begin)))
+    print(json.dumps(times))
 
 
 def _now(device: str) -> float:

@@ -8,7 +8,9 @@ from pathlib import Path
 E2E = Path(__file__).parent / "results" / "e2e.csv"
 PHASES = {"first_token": "first token", "decode_per_token": "each further token", "total": "whole generate"}
 BASE = ("hf-dense", "1.0")
+MIXED, PICTURES = "mixed", "picture"  # how the names of such cases begin
 _NONE = "–"
+_NO_ROWS = "No rows yet: `python -m benchmark.bench_e2e` on a GPU adds them.\n"
 
 StoredRow = dict[str, str]
 Setting = tuple[str, str]  # provider and keep
@@ -25,54 +27,152 @@ def read_e2e(file: Path = E2E) -> list[StoredRow]:
 def last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[str, StoredRow]]]:
     """Returns the rows of time of each case's last run, by case, provider with keep, and phase.
 
-    All rows of a case in one run have the same time stamp, so that what is compared was measured in turn.
+    All rows of a case in one run have the same time stamp, so that what is compared was measured in turn. Of requests
+    of mixed shapes the rows are those of the mean.
     """
+    return {
+        case: {
+            setting: {phase: row for (phase, metric), row in found.items() if metric == _metric(case)}
+            for setting, found in settings.items()
+        }
+        for case, settings in _last_runs(rows).items()
+    }
+
+
+def _last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[tuple[str, str], StoredRow]]]:
+    """The same with all metrics, by phase and metric."""
     last: dict[str, str] = {}
     for row in rows:
         last[row["case"]] = max(last.get(row["case"], ""), row["timestamp"])
-    runs: dict[str, dict[Setting, dict[str, StoredRow]]] = {}
+    runs: dict[str, dict[Setting, dict[tuple[str, str], StoredRow]]] = {}
     for row in rows:
-        if row["metric"] == "ms" and row["timestamp"] == last[row["case"]]:
+        if row["timestamp"] == last[row["case"]]:
             of_case = runs.setdefault(row["case"], {})
-            of_case.setdefault((row["provider"], row["keep"]), {})[row["phase"]] = row
+            of_case.setdefault((row["provider"], row["keep"]), {})[row["phase"], row["metric"]] = row
     return runs
 
 
-def e2e_table(rows: list[StoredRow]) -> str:
-    """Makes a Markdown table: per case, provider and phase the median, its roofline bound, and the speed-up."""
+def _metric(case: str) -> str:
+    return "mean_ms" if case.startswith(MIXED) else "ms"
+
+
+class _Ratios:
+    """How many times faster than transformers in the same run: by its own row where there is one (of requests that both
+    have answered), else by the medians."""
+
+    def __init__(self, everything: list[StoredRow]) -> None:
+        self._base = {
+            (row["case"], row["timestamp"], row["phase"], row["metric"]): row
+            for row in everything
+            if (row["provider"], row["keep"]) == BASE
+        }
+
+    def cell(self, found: dict[tuple[str, str], StoredRow], case: str, phase: str) -> str:
+        """Formats the ratio of a phase of one setting in one case."""
+        if (measured := found.get((phase, "x"))) is not None:
+            return f"{float(measured['p50']):.2f}"
+        row = found.get((phase, _metric(case)))
+        if row is None or not row["p50"] or case.startswith(MIXED):
+            return _NONE
+        base = self._base.get((case, row["timestamp"], phase, row["metric"]))
+        return f"{float(base['p50']) / float(row['p50']):.2f}" if base is not None and base["p50"] else _NONE
+
+
+def e2e_table(rows: list[StoredRow], everything: list[StoredRow] | None = None) -> str:
+    """Makes a Markdown table: per case, provider and phase the time, its roofline bound, and the speed-up.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Those to be shown.
+    everything : list of dict, optional
+        All that are stored, in which transformers' are looked up; ``rows`` where omitted.
+    """
     if not rows:
-        return "No rows yet: `python -m benchmark.bench_e2e` on a GPU adds them.\n"
+        return _NO_ROWS
     heads = ["case", "provider", "keep"]
     for phase in PHASES.values():
         heads += [f"{phase}, ms", "bound", "x"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-    runs = last_runs(rows)
-    for case, settings in runs.items():
-        for (provider, keep), by_phase in settings.items():
+    lines, ratios = _lines(heads), _Ratios(everything or rows)
+    for case, settings in _last_runs(rows).items():
+        for (provider, keep), found in settings.items():
             cells = [case, provider, keep]
             for phase in PHASES:
-                cells += _cells(by_phase.get(phase), settings.get(BASE, {}).get(phase))
-            lines.append("| " + " | ".join(cells) + " |")
-    shown = [row for settings in runs.values() for phases in settings.values() for row in phases.values()]
-    return "\n".join([*lines, "", _origin(shown)]) + "\n"
+                row = found.get((phase, _metric(case)))
+                note = "" if row is None or row["p50"] else row["note"]
+                bound = _NONE if row is None or not row["floor"] else f"{float(row['floor']):.1f}"
+                cells += [note or _figure(row), bound, ratios.cell(found, case, phase)]
+            lines.append(_line(cells))
+    shown = _shown(rows)
+    means = " Of mixed cases: the mean of their calls." if any(row["case"].startswith(MIXED) for row in shown) else ""
+    caption = (
+        "Medians; bound: the roofline bound, the least that the device can take for what has to be computed and read, "
+        "from its measured peaks; x: how many times faster than hf-dense in the same run. "
+        f"Cases: visual tokens, batch, new tokens.{means} {_where(shown)}"
+    )
+    return "\n".join([*lines, "", caption]) + "\n"
 
 
-def memory_table(rows: list[StoredRow]) -> str:
+def mixed_table(rows: list[StoredRow], everything: list[StoredRow] | None = None) -> str:
+    """Makes a Markdown table of requests of mixed shapes: means, the worst call, and the warm-up before."""
+    rows = [row for row in rows if row["case"].startswith(MIXED)]
+    if not rows:
+        return _NO_ROWS
+    heads = ["case", "provider", "keep", "whole call, ms", "x", "first token, ms", "x", "worst call", "warm-up, s"]
+    lines, ratios, notes = _lines(heads), _Ratios(everything or rows), {}
+    for case, settings in _last_runs(rows).items():
+        for (provider, keep), found in settings.items():
+            total = found.get(("total", "mean_ms")) or found.get(("total", "ms"))
+            if total is not None and total["note"]:
+                notes[f"{provider}: {total['note']}"] = None
+            cells = [case, provider, keep]
+            for phase in ("total", "first_token"):
+                cells += [_figure(found.get((phase, "mean_ms"))), ratios.cell(found, case, phase)]
+            worst, warmup = found.get(("total", "worst_by_median")), found.get(("warmup", "seconds"))
+            lines.append(_line([*cells, _figure(worst, 2), _figure(warmup)]))
+    caption = (
+        "Means over all requests, no two of one shape; x: how many times faster than hf-dense was on the requests that "
+        "both have answered; worst call: by the median of the calls of like size (eighths of an octave of all tokens); "
+        f"warm-up: of other shapes, before. {''.join(f'{note}. ' for note in notes)}{_where(_shown(rows))}"
+    )
+    return "\n".join([*lines, "", caption]) + "\n"
+
+
+def pictures_table(rows: list[StoredRow], everything: list[StoredRow] | None = None) -> str:
+    """Makes a Markdown table of the time from a decoded picture to the first token, the processor's apart."""
+    rows = [row for row in rows if row["case"].startswith(PICTURES)]
+    if not rows:
+        return _NO_ROWS
+    lines = _lines(["case", "provider", "keep", "processor, ms", "picture to first token, ms", "x", "processor"])
+    ratios = _Ratios(everything or rows)
+    for case, settings in _last_runs(rows).items():
+        for (provider, keep), found in settings.items():
+            row = found.get(("first_token", "ms")) or next(iter(found.values()))
+            times = [_figure(found.get((phase, "ms"))) for phase in ("preprocess", "first_token")]
+            lines.append(_line([case, provider, keep, *times, ratios.cell(found, case, "first_token"), row["note"]]))
+    caption = (
+        "Medians; from a decoded square picture of so many pixels a side and a question; x: how many times faster than "
+        f"hf-dense in the same run. {_where(_shown(rows))}"
+    )
+    return "\n".join([*lines, "", caption]) + "\n"
+
+
+def memory_table(rows: list[StoredRow], everything: list[StoredRow] | None = None) -> str:
     """Makes a Markdown table: per case and provider the most memory that a first call took from the device, in GB.
 
     Rows of memory have the time stamp of their case's run, as those of time.
     """
     if not rows:
-        return "No rows yet: `python -m benchmark.bench_e2e` on a GPU adds them.\n"
+        return _NO_ROWS
     last = {case: max(row["timestamp"] for row in rows if row["case"] == case) for case in _cases(rows)}
     shown = [row for row in rows if row["metric"] == "bytes" and row["timestamp"] == last[row["case"]]]
     settings = list(dict.fromkeys((row["provider"], row["keep"]) for row in shown))
     heads = ["case", *(provider if keep == "1.0" else f"{provider} {keep}" for provider, keep in settings)]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    lines = _lines(heads)
     for case in _cases(shown):
         found = {(row["provider"], row["keep"]): row for row in shown if row["case"] == case}
         cells = [f"{float(found[key]['p50']) / 1e9:.1f}" if key in found else _NONE for key in settings]
-        lines.append("| " + " | ".join([case, *cells]) + " |")
+        lines.append(_line([case, *cells]))
     caption = (
         "GB that torch had taken from the device at most in a first call of a case, weights, recording and compiling "
         f"included. {_where(shown)}"
@@ -98,23 +198,20 @@ def _cases(rows: list[StoredRow]) -> list[str]:
     return list(dict.fromkeys(row["case"] for row in rows))
 
 
-def _cells(row: StoredRow | None, base: StoredRow | None) -> list[str]:
-    if row is None:
-        return [_NONE] * 3
-    if row["note"] or not row["p50"]:
-        return [row["note"] or _NONE, _NONE, _NONE]
-    median = float(row["p50"])
-    ratio = f"{float(base['p50']) / median:.2f}" if base and base["p50"] else _NONE
-    return [f"{median:.1f}", f"{float(row['floor']):.1f}" if row["floor"] else _NONE, ratio]
+def _lines(heads: list[str]) -> list[str]:
+    return [_line(heads), "|---" * len(heads) + "|"]
 
 
-def _origin(rows: list[StoredRow]) -> str:
-    return (
-        "Medians; bound: the roofline bound, the least that the device can take for what has to be computed and read, "
-        "from its measured peaks; x: how many times faster than hf-dense in the same run. "
-        "Cases: visual tokens, batch, new tokens. "
-        f"{_where(rows)}"
-    )
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _figure(row: StoredRow | None, places: int = 1) -> str:
+    return f"{float(row['p50']):.{places}f}" if row is not None and row["p50"] else _NONE
+
+
+def _shown(rows: list[StoredRow]) -> list[StoredRow]:
+    return [row for settings in _last_runs(rows).values() for found in settings.values() for row in found.values()]
 
 
 def _where(rows: list[StoredRow]) -> str:

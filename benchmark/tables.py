@@ -2,8 +2,9 @@
 
 A document marks the place of a table with ``<!-- accuracy: FILTER -->`` and ``<!-- end of accuracy -->``. The filter
 names columns of ``results/accuracy.csv`` and the values that its rows must have:
-``suite=demo target_layers=default keep=0.5,0.25``. With ``e2e`` in the place of ``accuracy`` the table is one of
-``results/e2e.csv``, with ``memory`` one of the bytes in it.
+``suite=demo target_layers=default keep=0.5,0.25``; a value that ends in ``*`` stands for all that begin so, and ``or``
+stands between filters of which one must hold. With ``e2e``, ``mixed`` or ``pictures`` in the place of ``accuracy`` the
+table is one of ``results/e2e.csv``, with ``memory`` one of the bytes in it.
 
 A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds) or ``<!-- accuracy figure: FILTER
 -->`` (retained percent) and ``<!-- end -->``; its filter finds one row.
@@ -12,10 +13,9 @@ A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseco
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-from benchmark.e2e_rows import e2e_table, figure, memory_table, read_e2e
+from benchmark.e2e_rows import e2e_table, figure, memory_table, mixed_table, pictures_table, read_e2e
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
@@ -25,7 +25,8 @@ RESULTS = Path(__file__).parent / "results"
 _PAGES = ("selectors", "ablation", "engine", "accuracy", "memory")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>accuracy|e2e|memory):(?P<filter>.*?) -->\n).*?(<!-- end of (?P=kind) -->\n)", re.DOTALL
+    r"(<!-- (?P<kind>accuracy|e2e|memory|mixed|pictures):(?P<filter>.*?) -->\n).*?(<!-- end of (?P=kind) -->\n)",
+    re.DOTALL,
 )
 _FIGURE = re.compile(r"(<!-- (?P<kind>accuracy|e2e) figure: (?P<filter>[^>]*?) -->)[^<]*(<!-- end -->)")
 _AVERAGE = "average"
@@ -40,12 +41,21 @@ def stored_rows() -> list[StoredRow]:
 
 
 def chosen(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
-    """Selects the rows that fit a table's filter."""
+    """Selects the rows that fit a table's filter; of several filters those of the first come first."""
+    found = {id(row): row for one in filter_text.split(" or ") for row in _fitting(rows, one)}
+    return list(found.values())
+
+
+def _fitting(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
     for condition in filter_text.split():
         name, _, values = condition.partition("=")
-        wanted = {value.replace("+", " ") for value in values.split(",")}
-        rows = [row for row in rows if row[name] in wanted]
+        wanted = [value.replace("+", " ") for value in values.split(",")]
+        rows = [row for row in rows if any(_fits(row[name], value) for value in wanted)]
     return rows
+
+
+def _fits(value: str, wanted: str) -> bool:
+    return value.startswith(wanted[:-1]) if wanted.endswith("*") else value == wanted
 
 
 def accuracy_table(rows: list[StoredRow]) -> str:
@@ -145,19 +155,20 @@ def accuracy_figure(rows: list[StoredRow]) -> str:
 
 def with_tables(text: str) -> str:
     """Replaces the tables and figures in a document's text."""
-    whole_calls = read_e2e()
-    stored = {"accuracy": stored_rows(), "e2e": whole_calls, "memory": whole_calls}
-    tables = {"accuracy": accuracy_table, "e2e": e2e_table, "memory": memory_table}
-    figures = {"accuracy": accuracy_figure, "e2e": figure}
+    whole_calls, accuracy = read_e2e(), stored_rows()
+    tables = {"e2e": e2e_table, "memory": memory_table, "mixed": mixed_table, "pictures": pictures_table}
 
-    def made_by(makers: dict[str, Callable[[list[StoredRow]], str]]) -> Callable[[re.Match[str]], str]:
-        def made(match: re.Match[str]) -> str:
-            kind = match["kind"]
-            return match[1] + makers[kind](chosen(stored[kind], match["filter"])) + match[4]
+    def table(match: re.Match[str]) -> str:
+        if match["kind"] == "accuracy":
+            return match[1] + accuracy_table(chosen(accuracy, match["filter"])) + match[4]
+        return match[1] + tables[match["kind"]](chosen(whole_calls, match["filter"]), whole_calls) + match[4]
 
-        return made
+    def sentence(match: re.Match[str]) -> str:
+        if match["kind"] == "accuracy":
+            return match[1] + accuracy_figure(chosen(accuracy, match["filter"])) + match[4]
+        return match[1] + figure(chosen(whole_calls, match["filter"])) + match[4]
 
-    return _FIGURE.sub(made_by(figures), _BLOCK.sub(made_by(tables), text))
+    return _FIGURE.sub(sentence, _BLOCK.sub(table, text))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def test_documents_show_the_stored_rows(tables):
     assert len(tables.DOCUMENTS) > 1
     for document in tables.DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        assert re.search("<!-- (accuracy|e2e|memory):", text)
+        assert re.search("<!-- (accuracy|e2e|memory|mixed|pictures):", text)
         assert tables.with_tables(text) == text, f"python -m benchmark.tables would change {document.name}"
 
 
@@ -83,6 +83,34 @@ def test_what_a_row_does_not_have_is_a_dash(tables):
 def test_filters_choose_rows(tables):
     rows = [row("number"), row("number", keep="0.25"), row("number", target_layers="default")]
     assert tables.chosen(rows, "keep=0.5,0.25 target_layers=0+4") == rows[:2]
+    assert tables.chosen(rows, "target_layers=d* or keep=0.25 or keep=0.2*") == [rows[2], rows[1]]
+    assert tables.chosen(rows, "") == rows
+
+
+def test_the_readme_shows_eight_rows_of_speed_at_most(tables):
+    """Also once all that its filter names is stored."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (filter_text,) = re.findall("<!-- e2e:(.*?) -->", text)
+    providers = ("hf-dense", "hf-static", "vllm-dense", "ours-dense", "ours-default", "ours", "ours-vision")
+    keeps = {"ours": ("0.5", "0.25"), "ours-vision": ("0.25",), "ours-default": ("adaptive",)}
+    selectors = {f"ours-{name}": ("0.5", "0.25") for name in tables.SELECTORS}
+    rows = [
+        whole_call(provider, phase, keep, case=case, metric=metric)
+        for case in ("v256-b1-n1", "v1024-b1-n1", "v1024-b32-n64", "mixed24", "mixed200", "picture896-b1-n1")
+        for provider in (*providers, *selectors)
+        for keep in {**keeps, **selectors}.get(provider, ("1.0",))
+        for phase in ("first_token", "total")
+        for metric in ("ms", "mean_ms")
+    ]
+    lines = [
+        line
+        for line in tables.e2e_table(tables.chosen(rows, filter_text), rows).splitlines()
+        if "v1024" in line or "mixed" in line
+    ]
+    shown = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in lines if line.startswith("|")]
+    assert len(shown) == len(set(shown)) == 8
+    assert {"ours-default", "ours", "ours-sparsevlm"} <= {provider for _, provider, _ in shown}
+    assert {case for case, _, _ in shown} == {"v1024-b1-n1", "v1024-b32-n64", "mixed200"}
 
 
 def whole_call(provider, phase="first_token", keep="1.0", **changes):
@@ -117,6 +145,57 @@ def test_what_is_compared_was_measured_in_one_run(tables):
     assert " 20.0 | 10.0 | – |" in lines[2]
 
 
+def test_ratios_are_of_rows_that_a_filter_leaves_out(tables):
+    rows = [whole_call("hf-dense"), whole_call("ours", keep="0.25", p50="5"), whole_call("hf-dense", timestamp="1")]
+    assert " 5.0 | 10.0 | 4.00 |" in tables.e2e_table(rows[1:2], rows)
+    assert " 5.0 | 10.0 | – |" in tables.e2e_table(rows[1:2], rows[1:])
+
+
+def test_a_remark_beside_a_time(tables):
+    rows = [whole_call("ours-visionzip", keep="0.25", note="hooks on the model's own modules")]
+    assert "| 20.0 | 10.0 |" in tables.e2e_table(rows)
+    assert "hooks" not in tables.e2e_table(rows)
+
+
+def mixed_call(provider, metric="mean_ms", phase="total", **changes):
+    return whole_call(provider, phase, changes.pop("keep", "1.0"), case="mixed24", metric=metric, **changes)
+
+
+def test_a_table_of_mixed_shapes(tables):
+    rows = [
+        mixed_call("hf-dense", p50="600", note="9 of 24 requests, drawn by the seed"),
+        mixed_call("hf-dense", "x", p50="1"),
+    ]
+    rows += [mixed_call("ours", "ms", p50="88"), mixed_call("ours", p50="90"), mixed_call("ours", "x", p50="6.5")]
+    rows += [mixed_call("ours", phase="first_token", p50="30"), mixed_call("ours", "worst_by_median", p50="1.234")]
+    rows += [mixed_call("ours", "seconds", "warmup", p50="11.5"), whole_call("ours")]
+    rows += [mixed_call("vllm-dense", "ms", p50="", note="failed: it did")]
+    lines = tables.mixed_table(rows).splitlines()
+    assert lines[2] == "| mixed24 | hf-dense | 1.0 | 600.0 | 1.00 | – | – | – | – |"
+    assert lines[3] == "| mixed24 | ours | 1.0 | 90.0 | 6.50 | 30.0 | – | 1.23 | 11.5 |"
+    assert lines[4] == "| mixed24 | vllm-dense | 1.0 | – | – | – | – | – | – |"
+    assert "hf-dense: 9 of 24 requests, drawn by the seed. vllm-dense: failed: it did. 7b shape" in lines[-1]
+    assert len(lines) == 7
+    among_others = tables.e2e_table(rows).splitlines()
+    assert "| mixed24 | ours | 1.0 | 30.0 | 10.0 | – | – | – | – | 90.0 | 10.0 | 6.50 |" in among_others
+    assert "Of mixed cases: the mean" in among_others[-1]
+    assert tables.mixed_table([whole_call("ours")]).startswith("No rows yet")
+
+
+def test_a_table_of_pictures(tables):
+    of = {"case": "picture896-b1-n1"}
+    rows = [
+        whole_call("hf-dense", **of, p50="190", note="A with B"),
+        whole_call("hf-dense", "preprocess", **of, p50="40"),
+    ]
+    rows += [whole_call("ours", keep="0.25", **of, p50="38", note="C with D"), whole_call("ours")]
+    lines = tables.pictures_table(rows).splitlines()
+    assert lines[2] == "| picture896-b1-n1 | hf-dense | 1.0 | 40.0 | 190.0 | 1.00 | A with B |"
+    assert lines[3] == "| picture896-b1-n1 | ours | 0.25 | – | 38.0 | 5.00 | C with D |"
+    assert len(lines) == 6
+    assert tables.pictures_table([]).startswith("No rows yet")
+
+
 def test_documents_without_rows_of_whole_calls_say_so(tables, monkeypatch):
     monkeypatch.setattr(tables, "read_e2e", lambda: [])
     text = "before\n<!-- e2e: batch=1 -->\nold\n<!-- end of e2e -->\nafter\n"
@@ -141,7 +220,8 @@ def test_a_plot_of_whole_calls(tables, tmp_path):
     from benchmark.plot_e2e import plot
 
     rows = [whole_call("hf-dense"), whole_call("ours", keep="0.25"), whole_call("ours", "total", "0.25", floor="")]
-    rows += [whole_call("random", "total", "0.25", p50="", note="out of memory")]
+    rows += [whole_call("ours-vision", "total", "0.25", p50="", note="out of memory")]
+    rows += [whole_call("ours-grid", keep="0.25"), whole_call("ours", case="mixed24")]
     plot(rows, tmp_path / "e2e.png")
     assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no rows to draw"):

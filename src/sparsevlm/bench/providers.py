@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,39 +13,60 @@ from torch import Tensor
 
 from .. import api
 from ..config import SparseVLMConfig
+from ..selection.context import VISION_NEEDS, SelectorTraits
+from ..selection.selectors import DEFAULT, SELECTORS
 from ..state import SparseVLMState
-from .cases import Case
+from .cases import AnyCase, Case
 
 Inputs = dict[str, Tensor]
-# With more, the captured graphs of the budgets would evict each other from round to round.
-MAX_BUDGETS = 3
+PAPER = "sparsevlm"
+# Of requests of mixed shapes and of pictures.
+_MAIN = ("hf-dense", "ours-dense", "ours", "ours-default")
+_OPTIONS = ("keep", "selector", "seed", "vision_keep")
 
 
 @dataclass(frozen=True)
-class Provider:
-    """One way to run ``generate``, with its name and budget.
+class Setting:
+    """What is measured: its name, its budget and the options of this library.
 
     Attributes
     ----------
     name : str
-    keep : float
+    keep : float or None
+        ``None``: the rank decides.
+    config : SparseVLMConfig or None
+        Options, where this library runs.
+    """
+
+    name: str
+    keep: float | None
+    config: SparseVLMConfig | None
+
+    @property
+    def label(self) -> str:
+        """Budget as it stands in the rows."""
+        return "adaptive" if self.keep is None else str(self.keep)
+
+
+@dataclass(frozen=True)
+class Provider(Setting):
+    """One way to run ``generate`` in this process.
+
+    Attributes
+    ----------
     model : Any
     generate : callable
         ``generate(inputs, new_tokens, **options)``, with more options of ``generate``; with ``engine=False`` as well
         where there is a ``state``.
     state : SparseVLMState or None
         Has the report of the last call, where this library runs.
-    config : SparseVLMConfig or None
     compiles : bool
         Whether every new shape is compiled first, which takes half a minute.
     """
 
-    name: str
-    keep: float
     model: Any
     generate: Callable[..., Tensor]
     state: SparseVLMState | None = None
-    config: SparseVLMConfig | None = None
     compiles: bool = False
 
     @property
@@ -53,17 +74,40 @@ class Provider:
         """True if a failure becomes a row: packages and compilers of others may not run here."""
         return self.compiles or self.name == "hf-flash"
 
-    def supports(self, case: Case) -> bool:
-        """True if a case is measured: compiled decoding only with one sample that decodes."""
+    @property
+    def may_run_on_hooks(self) -> bool:
+        """True if times count that the engine has not made: of selectors that look into the vision tower, and of the
+        default call where the engine is off by default."""
+        if self.config is None or (self.config.engine is None and self.model.device.type != "cuda"):
+            return True
+        return bool(SelectorTraits.of(SELECTORS[self.config.selector or DEFAULT]()).needs & VISION_NEEDS)
+
+    def warmup(self, requests: Sequence[Inputs], new_tokens: int) -> None:
+        """Run requests ahead: this library as its own warm-up does, transformers each once."""
+        if self.state is None or self.config is None:
+            for inputs in requests:
+                self.generate(inputs, new_tokens)
+            return
+        with self.state.options(**{name: getattr(self.config, name) for name in _OPTIONS}, engine=self.config.engine):
+            self.state.warmup(*requests, max_new_tokens=new_tokens)
+
+    def supports(self, case: AnyCase) -> bool:
+        """True if a case is measured: compiled decoding only with one sample that decodes, of mixed shapes and pictures
+        the main providers."""
+        if not isinstance(case, Case):
+            return self.name in _MAIN
         return not self.compiles or (case.batch == 1 and case.new_tokens > 1)
 
-    def reset(self) -> None:
-        """Frees programs, graphs and compiled code of earlier calls."""
-        if self.state is not None:
-            self.state.detach()
-            self.state.attach()
-        if self.compiles:
-            torch.compiler.reset()
+
+def reset(providers: Iterable[Provider]) -> None:
+    """Free programs, graphs and compiled code of earlier calls."""
+    providers = list(providers)
+    states = {id(provider.state): provider.state for provider in providers if provider.state is not None}
+    for state in states.values():
+        state.detach()
+        state.attach()
+    if any(provider.compiles for provider in providers):
+        torch.compiler.reset()
 
 
 def shared_copy(model: Any) -> Any:
@@ -72,9 +116,26 @@ def shared_copy(model: Any) -> Any:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def chosen_selectors(names: Iterable[str]) -> tuple[str, ...]:
+    """Selectors by their names; ``all`` stands for all but the default, which other providers have.
+
+    Raises
+    ------
+    ValueError
+        If there is no such selector; the message lists those that exist.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        if name != "all" and name not in SELECTORS:
+            raise ValueError(f"there is no selector {name!r}; there are all, {', '.join(sorted(SELECTORS))}.")
+        found |= dict.fromkeys([one for one in SELECTORS if one != DEFAULT] if name == "all" else [name])
+    return tuple(found)
+
+
 def make_providers(
-    model: Any, keeps: tuple[float, ...], *, static: bool, seed: int = 0, vision_keep: float = 1.0
-) -> list[Provider]:
+    model: Any, keeps: tuple[float, ...], *, static: bool, seed: int = 0, vision_keep: float = 1.0,
+    selectors: Iterable[str] = (),
+) -> list[Provider]:  # fmt: skip
     """Makes all providers that can run on this machine.
 
     Parameters
@@ -87,32 +148,35 @@ def make_providers(
     seed : int
     vision_keep : float
         Share of the visual tokens that the tower computes in ``"ours-vision"``, which is there if it is below 1.
+    selectors : iterable of str
+        Names of those that have a provider each.
 
     Raises
     ------
     ValueError
-        If there are more than three budgets.
+        If there is no such selector.
     """
-    if len(keeps) > MAX_BUDGETS:
-        raise ValueError(f"at most {MAX_BUDGETS} budgets are measured at a time, got {len(keeps)}: start another run.")
+    names = chosen_selectors(selectors)
     ours = shared_copy(model)
     state = api.apply_sparsevlm(ours)
-    providers = [Provider("hf-dense", 1.0, model, _dense_generate(model))]
+    providers = [Provider("hf-dense", 1.0, None, model, _dense_generate(model))]
     if importlib.util.find_spec("flash_attn") is not None and model.device.type == "cuda":
         flash = shared_copy(model)
         flash.set_attn_implementation("flash_attention_2")
-        providers.append(Provider("hf-flash", 1.0, flash, _dense_generate(flash)))
+        providers.append(Provider("hf-flash", 1.0, None, flash, _dense_generate(flash)))
     if static:
         generate = _dense_generate(model, cache_implementation="static")
-        providers.append(Provider("hf-static", 1.0, model, generate, compiles=True))
-    settings = [("ours-dense", 1.0, "span", 1.0)]
+        providers.append(Provider("hf-static", 1.0, None, model, generate, compiles=True))
+    settings: list[tuple[str, dict[str, Any]]] = [("ours-default", {}), ("ours-dense", {"keep": 1.0})]
     for keep in keeps:
-        settings += [("ours", keep, "span", 1.0), ("random", keep, "random", 1.0)]
+        settings.append(("ours", {"keep": keep}))
         if vision_keep < 1.0:
-            settings.append(("ours-vision", keep, "span", vision_keep))
-    for name, keep, selector, tower_keep in settings:
-        config = SparseVLMConfig(keep=keep, selector=selector, engine=True, seed=seed, vision_keep=tower_keep)
-        providers.append(Provider(name, keep, ours, _pruned_generate(state, config), state, config))
+            settings.append(("ours-vision", {"keep": keep, "vision_keep": vision_keep}))
+        settings += [(f"ours-{name}", {"keep": keep, "selector": name}) for name in names]
+    for name, changes in settings:
+        engine = {"engine": True, "seed": seed} if changes else {}  # nothing is set in the default call
+        config = state.config.replace(**changes, **engine)
+        providers.append(Provider(name, config.keep, config, ours, _pruned_generate(state, config), state))
     return providers
 
 
@@ -129,10 +193,10 @@ def _dense_generate(model: Any, **fixed: Any) -> Callable[..., Tensor]:
 
 
 def _pruned_generate(state: SparseVLMState, config: SparseVLMConfig) -> Callable[..., Tensor]:
-    changes = {name: getattr(config, name) for name in ("keep", "selector", "seed", "vision_keep")}
+    changes = {name: getattr(config, name) for name in _OPTIONS}
 
-    def generate(inputs: Inputs, new_tokens: int, engine: bool = True, **options: Any) -> Tensor:
-        with state.options(**changes, engine=engine):
+    def generate(inputs: Inputs, new_tokens: int, **options: Any) -> Tensor:
+        with state.options(**changes, engine=options.pop("engine", config.engine)):
             output: Tensor = state.adapter.model.generate(**inputs, **_exact_length(new_tokens), **options)
             return output
 

@@ -11,7 +11,7 @@ import torch
 
 from ..models import ModelAdapter
 from ..request.costs import prefill_flops
-from .cases import N_TEXT, Case
+from .cases import Case
 
 _REPEATS = 5
 
@@ -71,11 +71,11 @@ def roofline_bounds(
         Share of the visual tokens that the tower computes.
     """
     element = next(adapter.decoder.module.parameters()).element_size()
-    patches = round(vision_keep * case.side**2) * adapter.vision.patches_per_token
+    patches = round(vision_keep * case.n_visual) * adapter.vision.patches_per_token
     tower = sum(weight.numel() for weight in adapter.vision.module.parameters())
     layers = sum(weight.numel() for weight in adapter.decoder.layers.parameters())
     head = adapter.decoder.head.weight.numel()
-    tokens = [round(visual) + N_TEXT for visual in visual_per_layer]
+    tokens = [round(visual) + case.n_text for visual in visual_per_layer]
     kv = sum(tokens) * _kv_bytes(adapter, element)
     vision = max(
         case.batch * _vision_flops(adapter, patches) / roofline.flops_per_s, tower * element / roofline.bytes_per_s

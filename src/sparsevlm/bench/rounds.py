@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 
-from ..warmup import CALLS
 from . import agreement
-from .cases import Case
-from .providers import Inputs, Provider
+from .cases import Case, PictureCase
+from .providers import PAPER, Inputs, Provider, reset
 from .timing import time_call
-from .workload import fresh_inputs
 
 NOT_TIMED = "not timed"
-_MIN_TIMED = 3  # timed calls, however long they take
+# What one call of a provider is given: inputs, or what makes them.
+Draw: TypeAlias = Callable[[Provider], Inputs | Callable[[], Inputs]]
+MIN_TIMED = 3  # timed calls, however long they take
 _WARMUP_SHARE = 0.25  # of the seconds, at most, once there was one call
+_ENGINE_WARMUP = 3  # calls of the engine: one captures, one replays, one is to spare
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Settings:
     static : bool
         Whether transformers' compiled decoding is measured as well.
     seed : int
+    selectors : tuple of str
+        Built-in selectors that are measured as well, at the same budgets.
     """
 
     keeps: tuple[float, ...] = (0.25,)
@@ -46,6 +51,7 @@ class Settings:
     warmup: int = 3
     static: bool = True
     seed: int = 0
+    selectors: tuple[str, ...] = (PAPER, "random")
 
 
 @dataclass
@@ -64,7 +70,9 @@ class Measurement:
     layer_tokens : tuple of int
         Visual tokens of a sample at the input of each decoder layer, where this library ran.
     note : str
-        Reason why its times do not count; empty if they do.
+        Reason why its times do not count, if there is one.
+    remark : str
+        What is to be said of times that count.
     min_warmup : int
         Warmup calls, at least: the engine records what it has been asked for often.
     """
@@ -74,6 +82,7 @@ class Measurement:
     path: str = "dense"
     layer_tokens: tuple[int, ...] = ()
     note: str = ""
+    remark: str = ""
     min_warmup: int = 1
     _warmup_seconds: list[float] = field(default_factory=list)
     _timed_seconds: list[float] = field(default_factory=list)
@@ -89,8 +98,20 @@ class Measurement:
 
     def is_done(self, settings: Settings) -> bool:
         """True once no more calls are needed."""
-        enough = len(self._timed_seconds) >= _MIN_TIMED and sum(self._timed_seconds) >= settings.seconds
+        enough = len(self._timed_seconds) >= MIN_TIMED and sum(self._timed_seconds) >= settings.seconds
         return bool(self.note) or len(self._timed_seconds) >= settings.iterations or enough
+
+    def see(self, provider: Provider) -> None:
+        """Notes what the report of the last call says."""
+        if provider.state is None:
+            return
+        report = provider.state.report
+        self.path, self.layer_tokens = report.path, report.samples[0].layer_tokens
+        if report.path != "engine":
+            if provider.may_run_on_hooks:
+                self.remark = report.path_reason
+            else:
+                self.note = f"void: {report.path_reason}"
 
     def warmup(self, seconds: float) -> None:
         """Counts a warmup call."""
@@ -103,17 +124,17 @@ class Measurement:
 
 
 def measure(
-    case: Case, providers: list[Provider], settings: Settings, generator: torch.Generator
+    case: Case | PictureCase, providers: list[Provider], settings: Settings, draw: Callable[[], Draw]
 ) -> dict[Provider, Measurement]:
     """Measures a case.
 
     Parameters
     ----------
-    case : Case
+    case : Case or PictureCase
     providers : list of Provider
     settings : Settings
-    generator : torch.Generator
-        Of pixels and words, on the model's device.
+    draw : callable
+        Draws what the next call of every provider is about.
 
     Returns
     -------
@@ -121,59 +142,76 @@ def measure(
         By provider; only a note where the engine's answers are not the model's, or could not be compared.
     """
     measurements = {
-        provider: Measurement(min_warmup=1 if provider.state is None else CALLS)
+        provider: Measurement(min_warmup=1 if provider.state is None else _ENGINE_WARMUP)
         for provider in providers
         if provider.supports(case)
     }
-    inputs = fresh_inputs(providers[0].model, case, generator)
-    try:
-        agreement.check(list(measurements), inputs, case.new_tokens)
-    except (torch.OutOfMemoryError, agreement.DisagreementError) as error:  # such answers are not timed
-        differ = isinstance(error, agreement.DisagreementError)
+    drawn = draw()
+    if note := disagreement(list(measurements), drawn, case.new_tokens):
         for measurement in measurements.values():
-            measurement.note = f"{NOT_TIMED}: {error}" if differ else "out of memory while answers were compared"
+            measurement.note = note
         return measurements
-    _measure_peaks(case, providers, measurements, inputs)
+    _measure_peaks(case, providers, measurements, drawn)
     # The engine moves weights when it begins, and what was compiled before has to be recorded anew.
     by_state = sorted(measurements, key=lambda provider: provider.state is None)
     while waiting := [provider for provider in by_state if not measurements[provider].is_warm(settings)]:
-        inputs = fresh_inputs(providers[0].model, case, generator)
+        drawn = draw()
         for provider in waiting:
-            called = _time_provider(provider, case, inputs, measurements[provider])
+            called = time_provider(provider, drawn(provider), case.new_tokens, measurements[provider])
             if called is not None:
                 measurements[provider].warmup(called[1])
     while waiting := [provider for provider in measurements if not measurements[provider].is_done(settings)]:
-        inputs = fresh_inputs(providers[0].model, case, generator)
+        drawn = draw()
         for provider in waiting:
-            called = _time_provider(provider, case, inputs, measurements[provider])
+            called = time_provider(provider, drawn(provider), case.new_tokens, measurements[provider])
             if called is not None:
                 measurements[provider].add(*called)
     return measurements
 
 
+def disagreement(providers: list[Provider], drawn: Draw, new_tokens: int) -> str:
+    """Why nothing is timed: the engine's answers are not the model's, or could not be compared; empty: they agree."""
+    given = drawn(providers[0])
+    try:
+        agreement.check(providers, given() if callable(given) else given, new_tokens)
+    except agreement.DisagreementError as error:
+        return f"{NOT_TIMED}: {error}"
+    except torch.OutOfMemoryError:
+        return "out of memory while answers were compared"
+    return ""
+
+
 def _measure_peaks(
-    case: Case, providers: list[Provider], measurements: dict[Provider, Measurement], inputs: Inputs
+    case: Case | PictureCase, providers: list[Provider], measurements: dict[Provider, Measurement], drawn: Draw
 ) -> None:
     for provider in sorted(measurements, key=lambda provider: provider.compiles):  # what was compiled shall stay
-        for other in providers:
-            other.reset()
-        if inputs["input_ids"].is_cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        called = _time_provider(provider, case, inputs, measurements[provider])
-        if inputs["input_ids"].is_cuda:
-            measurements[provider].peak_bytes = float(torch.cuda.max_memory_reserved())
+        begin_peak(providers)
+        called = time_provider(provider, drawn(provider), case.new_tokens, measurements[provider])
+        measurements[provider].peak_bytes = end_peak(provider)
         if called is not None and provider.state is None and not provider.compiles:
             measurements[provider].warmup(called[1])
 
 
-def _time_provider(
-    provider: Provider, case: Case, inputs: Inputs, measurement: Measurement
+def begin_peak(providers: list[Provider]) -> None:
+    """Frees what earlier calls of all providers have left, and forgets how much memory they took."""
+    reset(providers)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def end_peak(provider: Provider) -> float:
+    """Most bytes taken from the device since; 0 on a CPU."""
+    return float(torch.cuda.max_memory_reserved()) if provider.model.device.type == "cuda" else 0.0
+
+
+def time_provider(
+    provider: Provider, inputs: Inputs | Callable[[], Inputs], new_tokens: int, measurement: Measurement
 ) -> tuple[dict[str, float], float] | None:
     """Times one call: milliseconds per phase, and seconds. A failure gives ``None`` and a note."""
     begin = time.perf_counter()
     try:
-        times = time_call(provider, inputs, case.new_tokens)
+        times = time_call(provider, inputs, new_tokens)
     except torch.OutOfMemoryError:
         measurement.note = "out of memory"
         return None
@@ -182,9 +220,5 @@ def _time_provider(
             raise
         measurement.note = f"failed: {type(error).__name__}"
         return None
-    if provider.state is not None:
-        report = provider.state.report
-        measurement.path, measurement.layer_tokens = report.path, report.samples[0].layer_tokens
-        if report.path != "engine":
-            measurement.note = f"void: {report.path_reason}"
+    measurement.see(provider)
     return times, time.perf_counter() - begin

@@ -7,53 +7,52 @@ import datetime
 import importlib.metadata
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..models import adapter_for
-from .cases import N_TEXT, Case
-from .providers import Provider
+from ..models import ModelAdapter
+from ..selection.selectors import DEFAULT
+from .cases import Case, PictureCase
+from .providers import Setting
 from .roofline import Roofline, roofline_bounds
 from .rounds import Measurement
 
 COLUMNS = (
     *("case", "provider", "path", "selector", "schedule", "recycle", "dtype", "batch", "n_visual", "n_text"),
     *("new_tokens", "keep", "phase", "metric", "p50", "p20", "p80", "floor", "gpu", "torch", "triton", "transformers"),
-    *("commit", "timestamp", "model", "command", "note", "vision_keep"),
+    *("commit", "timestamp", "model", "command", "note", "vision_keep", "cudnn", "fusions"),
 )
 Row = dict[str, str]
 
 
-def rows_of(case: Case, provider: Provider, measured: Measurement, roofline: Roofline, shared: Row) -> list[Row]:
-    """Returns the rows of one provider in one case, in :data:`COLUMNS`; a single row with a note if no time counts.
+def rows_of(
+    case: Case | PictureCase, request: Case, setting: Setting, measured: Measurement, adapter: ModelAdapter,
+    roofline: Roofline, shared: Row,
+) -> list[Row]:  # fmt: skip
+    """Returns the rows of one setting in one case, in :data:`COLUMNS`; a single row with a note if no time counts.
 
     Parameters
     ----------
-    case : Case
-    provider : Provider
+    case : Case or PictureCase
+    request : Case
+        The same as inputs of the model.
+    setting : Setting
     measured : Measurement
+    adapter : ModelAdapter
     roofline : Roofline
     shared : dict
         Columns that all rows of a case share.
     """
-    shared = {**dict.fromkeys(COLUMNS, ""), **shared, **{name: str(value) for name, value in asdict(case).items()}}
-    shared |= {"case": case.name, "n_text": str(N_TEXT), "note": measured.note}
-    shared |= {"provider": provider.name, "keep": str(provider.keep)}
-    if provider.config is not None:
-        shared |= {"selector": str(provider.config.selector), "schedule": str(provider.config.schedule or "default")}
-        shared |= {"recycle": str(provider.config.recycle), "vision_keep": str(provider.config.vision_keep)}
+    shared = {**dict.fromkeys(COLUMNS, ""), **shared, **setting_columns(setting), "note": measured.note}
+    shared |= {"case": case.name, "batch": str(case.batch), "new_tokens": str(case.new_tokens)}
+    shared |= {"n_visual": str(request.n_visual), "n_text": str(request.n_text)}
     if measured.note:
         return [{**shared, "phase": "total", "metric": "ms"}]
-    adapter = adapter_for(provider.model)
-    shared["path"] = measured.path
-    vision_keep = 1.0 if provider.config is None else provider.config.vision_keep
-    bounds = roofline_bounds(
-        adapter, case, measured.layer_tokens or (case.n_visual,) * adapter.n_layers, roofline, vision_keep
-    )
+    shared |= {"path": measured.path, "note": measured.remark}
+    bounds = bounds_of(request, setting, measured.layer_tokens, adapter, roofline)
     rows = []
     for phase in measured.times[0]:
         values = [times[phase] for times in measured.times]
@@ -64,6 +63,34 @@ def rows_of(case: Case, provider: Provider, measured: Measurement, roofline: Roo
     if measured.peak_bytes:
         rows.append({**shared, "phase": "total", "metric": "bytes", **spread([measured.peak_bytes])})
     return rows
+
+
+def setting_columns(setting: Setting) -> Row:
+    """Returns the columns of a setting."""
+    columns = {"provider": setting.name, "keep": setting.label}
+    if (config := setting.config) is not None:
+        columns |= {"selector": config.selector or DEFAULT, "schedule": str(config.schedule or "default")}
+        columns |= {"recycle": str(config.recycle), "vision_keep": str(config.vision_keep)}
+    return columns
+
+
+def bounds_of(
+    request: Case, setting: Setting, layer_tokens: Sequence[int], adapter: ModelAdapter, roofline: Roofline
+) -> dict[str, float]:
+    """Returns the roofline bounds of a request, in milliseconds per phase.
+
+    Parameters
+    ----------
+    request : Case
+    setting : Setting
+    layer_tokens : sequence of int
+        Visual tokens at the input of each decoder layer; empty: all.
+    adapter : ModelAdapter
+    roofline : Roofline
+    """
+    vision_keep = 1.0 if setting.config is None else setting.config.vision_keep
+    tokens = layer_tokens or (request.n_visual,) * adapter.n_layers
+    return roofline_bounds(adapter, request, tokens, roofline, vision_keep)
 
 
 def spread(values: Sequence[float]) -> Row:
@@ -77,8 +104,14 @@ def cell(value: float | None) -> str:
 
 
 def environment(model: Any) -> Row:
-    """Returns the columns of dtype, device, versions and time."""
-    return {"dtype": str(model.dtype).removeprefix("torch."), **device_and_versions(model.device)}
+    """Returns the columns of dtype, device, versions, time and transformers' own fusions."""
+    fusions = [name for name, options in (getattr(model.config, "fusion_config", None) or {}).items() if options]
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        **device_and_versions(model.device),
+        "cudnn": str(torch.backends.cudnn.version() or "none"),
+        "fusions": " ".join(fusions) or "none",
+    }
 
 
 def device_and_versions(device: torch.device) -> Row:
@@ -126,7 +159,7 @@ def append_rows(file: Path, rows: Sequence[Row]) -> None:
     check_columns(file, heads)
     is_new = not file.exists()
     with file.open("a", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, heads)
+        writer = csv.DictWriter(out, heads, lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerows(rows)

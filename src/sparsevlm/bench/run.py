@@ -2,62 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import Case
-from .providers import make_providers
+from ..models import adapter_for
+from .cases import AnyCase, Case, MixedCase, PictureCase
+from .checkpoint import write_checkpoint_files
+from .estimate import Pace, estimated_seconds, in_words
+from .mixed import MixedMeasurement, measure_mixed, mixed_rows
+from .pictures import measure_picture
+from .providers import Provider, Setting, make_providers
 from .roofline import measure_roofline
-from .rounds import Settings, measure
+from .rounds import Draw, Measurement, Settings, measure
 from .rows import Row, environment, rows_of
+from .vllm_dense import VLLM_DENSE
+from .workload import fresh_inputs
+
+
+class Run:
+    """Providers of one model, and what all cases share.
+
+    Parameters
+    ----------
+    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    settings : Settings
+    origin : dict
+        Columns ``commit``, ``model`` and ``command``.
+    checkpoint : Path, optional
+        Folder of the model, if it has one.
+    vllm : mapping of str to Measurement
+        What vLLM took, by the name of the case.
+
+    Raises
+    ------
+    ValueError
+        If a selector does not exist.
+    """
+
+    def __init__(
+        self, model: Any, settings: Settings, origin: Row, checkpoint: Path | None = None,
+        vllm: Mapping[str, Measurement] | None = None,
+    ) -> None:  # fmt: skip
+        self._model, self._settings, self._origin = model, settings, origin
+        self._checkpoint, self._vllm = checkpoint, vllm or {}
+        self.providers = make_providers(
+            model,
+            settings.keeps,
+            static=settings.static and model.device.type == "cuda",
+            seed=settings.seed,
+            vision_keep=settings.vision_keep,
+            selectors=settings.selectors,
+        )
+        self.adapter, self.roofline = adapter_for(model), measure_roofline(model.device, model.dtype)
+        self._generator = torch.Generator(device=model.device).manual_seed(settings.seed)
+
+    def estimate(self, case: AnyCase) -> float:
+        """Seconds that a case takes, roughly."""
+        return estimated_seconds(case, self.providers, self._settings, self.adapter, self.roofline)
+
+    @torch.no_grad()
+    def rows_of(self, case: AnyCase) -> list[Row]:
+        """Measures a case."""
+        vllm = self._vllm.get(case.name)
+        if isinstance(case, MixedCase):
+            mixed: dict[Setting, MixedMeasurement] = dict(
+                measure_mixed(case, self.providers, self._settings, self._generator).items()
+            )
+            if isinstance(vllm, MixedMeasurement):
+                mixed[VLLM_DENSE] = vllm
+            return mixed_rows(case, mixed, self._settings, self.adapter, self.roofline, self._shared())
+        if isinstance(case, PictureCase):
+            request, found = self._measure_picture(case)
+        else:
+            request, found = case, measure(case, self.providers, self._settings, lambda: self._draw(case))
+        measurements: dict[Setting, Measurement] = dict(found.items())
+        if vllm is not None:
+            measurements[VLLM_DENSE] = vllm
+        shared = self._shared()
+        return [
+            row
+            for setting, measured in measurements.items()
+            for row in rows_of(case, request, setting, measured, self.adapter, self.roofline, shared)
+        ]
+
+    def _draw(self, case: Case) -> Draw:
+        inputs = fresh_inputs(self._model, case, self._generator)
+        return lambda _: inputs
+
+    def _measure_picture(self, case: PictureCase) -> tuple[Case, dict[Provider, Measurement]]:
+        if self._checkpoint is not None:
+            return measure_picture(case, self.providers, self._settings, self._checkpoint)
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint_files(self._model.config, Path(folder))
+            return measure_picture(case, self.providers, self._settings, Path(folder))
+
+    def _shared(self) -> Row:
+        return {**environment(self._model), **self._origin}
 
 
 def run(
-    model: Any,
-    cases: Sequence[Case],
-    settings: Settings,
-    origin: dict[str, str],
-    on_case: Callable[[Case, list[Row]], None] = lambda case, rows: None,
-) -> list[Row]:
+    model: Any, cases: Sequence[AnyCase], settings: Settings, origin: Row,
+    on_case: Callable[[AnyCase, list[Row]], None] = lambda case, rows: None, *, checkpoint: Path | None = None,
+    vllm: Mapping[str, Measurement] | None = None, say: Callable[[str], None] = lambda line: None,
+) -> list[Row]:  # fmt: skip
     """Measures cases.
 
     Parameters
     ----------
     model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
-    cases : sequence of Case
+    cases : sequence of Case, PictureCase or MixedCase
     settings : Settings
     origin : dict
         Columns ``commit``, ``model`` and ``command``.
     on_case : callable
         Called with every case that is done and its rows.
+    checkpoint : Path, optional
+        Folder of the model, if it has one.
+    vllm : mapping of str to Measurement
+        What vLLM took, by the name of the case.
+    say : callable
+        Called with a line on the time that all cases take, and with one before each.
 
     Raises
     ------
     ValueError
-        If there are more budgets than are measured at a time.
+        If a selector does not exist.
     """
-    device = model.device
-    providers = make_providers(
-        model,
-        settings.keeps,
-        static=settings.static and device.type == "cuda",
-        seed=settings.seed,
-        vision_keep=settings.vision_keep,
-    )
-    roofline = measure_roofline(device, model.dtype)
-    generator = torch.Generator(device=device).manual_seed(settings.seed)
-    rows: list[Row] = []
-    with torch.no_grad():
-        for case in cases:
-            measurements = measure(case, providers, settings, generator)
-            shared = {**environment(model), **origin}
-            new = [
-                row
-                for provider, measurement in measurements.items()
-                for row in rows_of(case, provider, measurement, roofline, shared)
-            ]
-            rows += new
-            on_case(case, new)
+    bench = Run(model, settings, origin, checkpoint, vllm)
+    estimates = [bench.estimate(case) for case in cases]
+    say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}")
+    pace, rows = Pace(estimates), []
+    for i, case in enumerate(cases):
+        say(f"{case.name} ({i + 1} of {len(cases)}), {pace.next()} left")
+        new = bench.rows_of(case)
+        rows += new
+        on_case(case, new)
     return rows

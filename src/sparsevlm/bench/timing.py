@@ -85,12 +85,20 @@ class ModuleTimes:
         return hook
 
 
-def time_call(provider: Provider, inputs: Inputs, new_tokens: int) -> dict[str, float]:
+def time_call(provider: Provider, inputs: Inputs | Callable[[], Inputs], new_tokens: int) -> dict[str, float]:
     """Times a call that makes ``new_tokens`` tokens, in milliseconds per phase.
 
     ``first_token`` and ``total`` are read on the host's clock from the call on, ``decode_per_token`` between the
     first token and the last. ``vision`` and ``prefill`` are of the device: by hooks, or from the report where this
     library runs, which calls no modules and lets nobody hook them. ``overhead`` is what they leave of the first token.
+    These three are left out where this library ran on hooks, whose time of the prompt may hold that of the images.
+
+    Parameters
+    ----------
+    provider : Provider
+    inputs : dict of Tensor, or callable
+        A callable makes them; the time that it takes is ``preprocess``, and counts in ``first_token`` and ``total``.
+    new_tokens : int
     """
     module_times = ModuleTimes(provider.model) if provider.state is None else None
     arrivals = ArrivalTimes(module_times.stop if module_times else lambda: None)
@@ -98,16 +106,28 @@ def time_call(provider: Provider, inputs: Inputs, new_tokens: int) -> dict[str, 
         if provider.model.device.type == "cuda":
             torch.cuda.synchronize(provider.model.device)
         begin = time.perf_counter()
-        provider.generate(inputs, new_tokens, streamer=arrivals)
+        made = inputs() if callable(inputs) else inputs
+        ready = time.perf_counter()
+        provider.generate(made, new_tokens, streamer=arrivals)
         end = time.perf_counter()
     finally:
         if module_times:
             module_times.stop()
-    parts = module_times.milliseconds() if module_times else provider.state.report.wall_ms  # type: ignore[union-attr]
     first, last = arrivals.seconds[0], arrivals.seconds[-1]
-    times = {"vision": parts.get("vision", 0.0), "prefill": parts["prefill"], "first_token": 1e3 * (first - begin)}
-    times["total"] = 1e3 * (end - begin)
-    times["overhead"] = times["first_token"] - times["vision"] - times["prefill"]
+    times = {"preprocess": 1e3 * (ready - begin)} if callable(inputs) else {}
+    times |= {"first_token": 1e3 * (first - begin), "total": 1e3 * (end - begin)}
+    if (parts := _device_times(provider, module_times)) is not None:
+        vision, prefill = parts.get("vision", 0.0), parts["prefill"]
+        overhead = times["first_token"] - times.get("preprocess", 0.0) - vision - prefill
+        times |= {"vision": vision, "prefill": prefill, "overhead": overhead}
     if new_tokens > 1:
         times["decode_per_token"] = 1e3 * (last - first) / (new_tokens - 1)
     return times
+
+
+def _device_times(provider: Provider, module_times: ModuleTimes | None) -> dict[str, float] | None:
+    if module_times is not None:
+        return module_times.milliseconds()
+    assert provider.state is not None
+    report = provider.state.report
+    return report.wall_ms if report.path == "engine" else None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cases import N_TEXT, Case
+from .cases import Case
 
 _BEFORE = 8  # text tokens in front of the image
 
@@ -26,21 +26,21 @@ def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str
     vision = config.vision_config
     special = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
     n_words = config.text_config.vocab_size - len(special)
-    words = torch.randint(0, n_words, (case.batch, N_TEXT - 2), generator=generator, device=device)
+    words = torch.randint(0, n_words, (case.batch, case.n_text - 2), generator=generator, device=device)
     for token_id in sorted(special):
         words += words >= token_id  # no word is a special token
 
     def column(token: int, n: int = 1) -> Tensor:
         return torch.full((case.batch, n), token, dtype=torch.int64, device=device)
 
-    ids = [words[:, :_BEFORE], column(config.vision_start_token_id), column(config.image_token_id, case.side**2)]
+    ids = [words[:, :_BEFORE], column(config.vision_start_token_id), column(config.image_token_id, case.n_visual)]
     input_ids = torch.cat([*ids, column(config.vision_end_token_id), words[:, _BEFORE:]], dim=1)
-    side = case.side * vision.spatial_merge_size
+    height, width = (side * vision.spatial_merge_size for side in case.grid)
     size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     return {
         "input_ids": input_ids,
         "attention_mask": torch.ones_like(input_ids),
         "mm_token_type_ids": (input_ids == config.image_token_id).long(),
-        "pixel_values": torch.randn(case.batch * side**2, size, generator=generator, device=device),
-        "image_grid_thw": torch.tensor([[1, side, side]] * case.batch, device=device),
+        "pixel_values": torch.randn(case.batch * height * width, size, generator=generator, device=device),
+        "image_grid_thw": torch.tensor([[1, height, width]] * case.batch, device=device),
     }

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,14 +17,16 @@ from .options import Debug, Device, prepare_file
 from .terminal import progress, quiet_transformers, reports_errors
 
 if TYPE_CHECKING:
-    from ..bench.cases import Case
+    from ..bench.cases import AnyCase
+    from ..bench.rounds import Measurement, Settings
 
 _DTYPES = ("float32", "float16", "bfloat16")
 ABOUT = (
-    "Milliseconds, median. first token: until it is there; /token: of every further one. x: how many times faster than "
-    "hf-dense in the same run; floor: times the least that this device can take for what has to be computed and read; "
-    "GB: taken from the device, recording included. hf-static is measured where one sample decodes. The weights are "
-    "{weights}: time depends on the shape, not on them."
+    "Milliseconds, median; of mixed shapes the mean. first token: until it is there, of pictures from the processor "
+    "on; /token: of every further one. x: how many times faster than hf-dense in the same run; floor: times the least "
+    "that this device can take for what has to be computed and read; GB: taken from the device, recording included; "
+    "worst: the slowest call by the median of those of like size. hf-static is measured where one sample decodes. The "
+    "weights are {weights}: time depends on the shape, not on them."
 )
 
 
@@ -32,10 +38,18 @@ def bench(
         typer.Option("--model", help="7b or 3b (Qwen2.5-VL's shapes, random weights), tiny, a folder, or a hub id."),
     ] = "7b",
     cases: Annotated[
-        str | None, typer.Option("--cases", help="Such as v1024-b1-n64, with commas.", show_default="a core of twelve")
+        str | None,
+        typer.Option(
+            "--cases",
+            help="Such as v1024-b1-n64, mixed24 or picture896-b1-n1, with commas.",
+            show_default="a core of fourteen",
+        ),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="All cases.")] = False,
-    keep: Annotated[str, typer.Option("--keep", help="Budgets below 1 with commas, three at most.")] = "0.25",
+    keep: Annotated[str, typer.Option("--keep", help="Budgets below 1 with commas.")] = "0.25",
+    selectors: Annotated[
+        str, typer.Option("--selectors", help="Selectors beside the default, with commas; all: every one; none.")
+    ] = "sparsevlm,random",
     vision_keep: Annotated[
         float, typer.Option("--vision-keep", help="Share that the tower computes in ours-vision; 1: leave that out.")
     ] = 0.5,
@@ -47,7 +61,10 @@ def bench(
     static: Annotated[
         bool, typer.Option("--static/--no-static", help="Measure transformers' compiled decoding as well (on a GPU).")
     ] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Of pixels, words and random choices.")] = 0,
+    vllm: Annotated[
+        bool, typer.Option("--vllm/--no-vllm", help="Measure vLLM as well, dense, where it is installed (on a GPU).")
+    ] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Of pixels, words, shapes and random choices.")] = 0,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = "bfloat16",
     device: Device = "auto",
     attn: Annotated[str, typer.Option("--attn", help="Of hf-dense: sdpa or eager.")] = "sdpa",
@@ -56,32 +73,41 @@ def bench(
 ) -> None:
     """Measure transformers, this library's engine dense, and pruned, in one process and in turn."""
     from ..bench.cases import named_cases
+    from ..bench.providers import chosen_selectors
     from ..bench.rounds import NOT_TIMED, Settings
     from ..bench.rows import COLUMNS, append_rows, check_columns
     from ..bench.run import run
     from ..evaluation.execution.provenance import commit
+    from .bench_tables import print_case
 
-    names = None if cases is None else tuple(name.strip() for name in cases.split(",") if name.strip())
-    chosen, keeps = named_cases(names, full=full), _budgets(keep)
-    settings = Settings(keeps, vision_keep, seconds, iterations, warmup, static, seed)
+    chosen, keeps = named_cases(None if cases is None else _names(cases), full=full), _budgets(keep)
+    methods = chosen_selectors(name for name in _names(selectors) if name != "none")
+    settings = Settings(keeps, vision_keep, seconds, iterations, warmup, static, seed, methods)
     target = prepare_file(append_to, ".csv")
     if target is not None:
         check_columns(target, COLUMNS)
     quiet_transformers()
-    with progress("loading the model"):
-        loaded, is_random = _load(model, dtype, device, attn)
     origin = {"commit": commit(), "command": shlex.join(["sparsevlm", *sys.argv[1:]])}
-    origin["model"] = f"{model} shape, random weights" if is_random else Path(model).name
+    place = _Place.of(model, dtype, device, attn)
+    origin["model"] = f"{model} shape, random weights" if place.checkpoint is None else Path(model).name
+    of_vllm = _measure_vllm(place, chosen, settings) if vllm else {}
+    with progress("loading the model"):
+        loaded = place.load()
 
-    def show(case: Case, rows: list[dict[str, str]]) -> None:
-        _print(case, rows)
+    def show(case: AnyCase, rows: list[dict[str, str]]) -> None:
+        print_case(case, rows)
         if target is not None:
             append_rows(target, rows)
 
-    rows = run(loaded, chosen, settings, origin, show)
+    say = functools.partial(typer.echo, err=True)
+    rows = run(loaded, chosen, settings, origin, show, checkpoint=place.checkpoint, vllm=of_vllm, say=say)
     if notes := dict.fromkeys(row["note"] for row in rows if row["note"].startswith(NOT_TIMED)):
         raise ValueError("; ".join(notes))
-    typer.echo(ABOUT.format(weights="random" if is_random else f"those of {model}"))
+    typer.echo(ABOUT.format(weights="random" if place.checkpoint is None else f"those of {model}"))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _budgets(text: str) -> tuple[float, ...]:
@@ -94,61 +120,56 @@ def _budgets(text: str) -> tuple[float, ...]:
     return found
 
 
-def _load(model: str, dtype: str, device: str, attn: str) -> tuple[Any, bool]:
-    import torch
+@dataclass(frozen=True)
+class _Place:
+    """Where the model comes from, and where it goes; ``checkpoint`` is ``None`` for a shape with random weights."""
 
-    from ..bench.shapes import SHAPES, random_model
-    from ..inputs import load_model, pick_device
-    from ..inputs.device import check_attention
+    model: str
+    checkpoint: Path | None
+    dtype: str
+    device: str
+    attn: str
 
-    if dtype not in _DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
-    if model in SHAPES:
+    @classmethod
+    def of(cls, model: str, dtype: str, device: str, attn: str) -> _Place:
+        from ..bench.shapes import SHAPES
+        from ..inputs import checkpoint_folder, pick_device
+        from ..inputs.device import check_attention
+
+        if dtype not in _DTYPES:
+            raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
         target = pick_device(device)
         check_attention(attn, target)
-        return random_model(model, target, getattr(torch, dtype), attn), True
-    return load_model(model, dtype=dtype, device=device, attn_implementation=attn), False
+        return cls(model, None if model in SHAPES else checkpoint_folder(model), dtype, target, attn)
+
+    def load(self) -> Any:
+        import torch
+
+        from ..bench.shapes import random_model
+        from ..inputs import load_model
+
+        if self.checkpoint is None:
+            return random_model(self.model, self.device, getattr(torch, self.dtype), self.attn)
+        return load_model(self.checkpoint, dtype=self.dtype, device=self.device, attn_implementation=self.attn)
 
 
-def _print(case: Case, rows: list[dict[str, str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+def _measure_vllm(place: _Place, cases: Sequence[AnyCase], settings: Settings) -> dict[str, Measurement]:
+    """Times of vLLM, where it is installed and there is a GPU: before the model takes memory."""
+    import torch
+    from transformers import AutoConfig
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, title=case.name, title_justify="left")
-    for head in ("provider", "keep"):
-        table.add_column(head)
-    for head in ("vision", "prefill", "first token", "x", "floor", "/token", "total", "x", "GB"):
-        table.add_column(head, justify="right", no_wrap=True)
-    of: dict[tuple[str, str], dict[tuple[str, str], dict[str, str]]] = {}
-    for row in rows:
-        of.setdefault((row["provider"], row["keep"]), {})[row["phase"], row["metric"]] = row
-    base = of.get(("hf-dense", "1.0"), {})
-    for (provider, keep), found in of.items():
-        if note := found["total", "ms"]["note"]:
-            table.add_row(provider, keep, note)
-            continue
-        first, total = found["first_token", "ms"], found["total", "ms"]
-        per_token = found.get(("decode_per_token", "ms"))
-        peak = found.get(("total", "bytes"))
-        table.add_row(
-            provider,
-            keep,
-            *(_number(found[phase, "ms"]["p50"]) for phase in ("vision", "prefill", "first_token")),
-            _ratio(base.get(("first_token", "ms"), {}).get("p50"), first["p50"]),
-            _ratio(first["p50"], first["floor"]),
-            "" if per_token is None else _number(per_token["p50"]),
-            _number(total["p50"]),
-            _ratio(base.get(("total", "ms"), {}).get("p50"), total["p50"]),
-            "" if peak is None else f"{float(peak['p50']) / 1e9:.2f}",
-        )
-    # Wide enough for a log file; a terminal shows what fits.
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    from ..bench.checkpoint import write_checkpoint_files
+    from ..bench.shapes import empty_model
+    from ..bench.vllm_dense import measure_vllm, vllm_is_installed
 
-
-def _number(text: str) -> str:
-    return f"{float(text):.1f}" if text else ""
-
-
-def _ratio(above: str | None, below: str) -> str:
-    return f"{float(above) / float(below):.2f}" if above and below else ""
+    if not vllm_is_installed() or not place.device.startswith("cuda"):
+        return {}
+    with progress("measuring vLLM, in a process of its own"), tempfile.TemporaryDirectory() as written:
+        folder, is_random = place.checkpoint or Path(written), place.checkpoint is None
+        if is_random:
+            with torch.device("meta"):
+                config = empty_model(place.model, torch.bfloat16, "sdpa").config
+            write_checkpoint_files(config, folder)
+        else:
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return measure_vllm(folder, config, cases, settings, dtype=place.dtype, is_random=is_random)
