@@ -33,7 +33,7 @@ LEVELS = {
     "request": 2,
     "hooks": 3,
     "engine": 3,
-    "warmup": 3,
+    "warmup": 4,
     "inputs": 4,
     "generate": 4,
     "visualization": 5,

@@ -28,7 +28,7 @@ def apply_sparsevlm(
     selector: Any = None,
     config: SparseVLMConfig | None = None,
     processor: Any = None,
-    warmup: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
+    warmup: bool | Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     allow_untested: bool = False,
     **options: Any,
 ) -> SparseVLMState:
@@ -61,10 +61,11 @@ def apply_sparsevlm(
     processor : optional
         The model's processor or tokenizer: its special tokens and what the chat template puts around a prompt are
         not taken for the user's text.
-    warmup : mapping or sequence of mapping
-        Inputs of typical requests, as the processor makes them, to run ahead (:meth:`SparseVLMState.warmup`): what a
-        request of like size needs is compiled and recorded then, not when the first one comes. Where one fails, it
-        is as if nothing had been applied: what was applied before is in force again.
+    warmup : mapping or sequence of mapping, or bool
+        Inputs of typical requests, as the processor makes them, or ``True`` for images of all sizes, to run ahead
+        (:meth:`SparseVLMState.warmup`): what a request of like size needs is compiled and recorded then, not when the
+        first one comes. Where one fails, it is as if nothing had been applied: what was applied before is in force
+        again.
     allow_untested : bool
         Warn, instead of raising, where transformers is a version that this library was not tested on.
     **options
@@ -131,25 +132,30 @@ def _config(config: Any, named: Mapping[str, Any]) -> SparseVLMConfig:
     return config
 
 
-def _requests(warmup: Any) -> list[Mapping[str, Any]]:
+def _requests(warmup: Any) -> list[Mapping[str, Any]] | None:
+    """Requests to run ahead, none at all for the ladder; ``None``: there is nothing to run."""
+    if isinstance(warmup, bool):
+        return [] if warmup else None
     requests = [warmup] if isinstance(warmup, Mapping) or not isinstance(warmup, Sequence) else list(warmup)
     for request in requests:
         if not isinstance(request, Mapping) or (warmup and not request):
             got = "an empty mapping" if isinstance(request, Mapping) else type(request).__name__
             raise TypeError(
-                "warmup must be inputs of generate as the processor makes them (a mapping), or a sequence of such, "
-                f"got {got}."
+                "warmup must be inputs of generate as the processor makes them (a mapping), a sequence of such, or "
+                f"True for images of all sizes, got {got}."
             )
-    return [request for request in requests if request]
+    return [request for request in requests if request] or None
 
 
-def _put_in_force(state: SparseVLMState, before: SparseVLMState | None, requests: Sequence[Mapping[str, Any]]) -> None:
+def _put_in_force(
+    state: SparseVLMState, before: SparseVLMState | None, requests: list[Mapping[str, Any]] | None
+) -> None:
     """Replace one state by another, or change nothing where the new one's warm-up fails."""
     if before is not None:
         before.detach()
     try:
         state.attach()
-        if requests:
+        if requests is not None:
             state.warmup(*requests)
     except BaseException:
         state.detach()

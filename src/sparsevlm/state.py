@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from .config import SparseVLMConfig
+from .config import SparseVLMConfig, check_whole
 from .models import ModelAdapter, compiled_parts
 from .report import Report
 from .request.reporting import make_report
 from .request.session import Session
 from .template import Template
-from .warmup import WarmupReport, warmup
+from .warmup import WarmupReport, given, ladder, warmup
 
 # Where a model's state is found: on the module whose hooks it holds, so that copies of the model carry copies of it.
 STATE_ATTRIBUTE = "_sparsevlm_state"
@@ -101,8 +101,13 @@ class SparseVLMState:
         max_new_tokens: int = 64,
         seconds: float = 60.0,
         largest: float = 0.9,
+        most_visual: int = 4096,
     ) -> WarmupReport:
         """Run typical requests ahead, largest first: kernels are compiled and what they need is recorded.
+
+        Without requests these are blank images of all sizes, one a prompt, up to ``most_visual`` visual tokens: later
+        requests of one image and up to 200 other tokens find all that they need under the options in force. On a CPU,
+        where nothing is recorded, no such request is run.
 
         Parameters
         ----------
@@ -114,6 +119,8 @@ class SparseVLMState:
             No request begins after that.
         largest : float
             Share of the GPU's memory; once so much is taken, no further request begins.
+        most_visual : int
+            Visual tokens of the largest image, without requests.
 
         Returns
         -------
@@ -124,9 +131,15 @@ class SparseVLMState:
         ------
         RuntimeError
             If the model does not prune under this state (any more).
+        NotImplementedError
+            If no requests are named and there are no examples for the model's family.
         """
         self._check_attached()
-        return warmup(self.adapter.model, requests, max_new_tokens, seconds, largest)
+        check_whole("most_visual", most_visual, 1)
+        rungs = given(requests)
+        if not requests and self.adapter.model.device.type == "cuda":  # elsewhere nothing is recorded
+            rungs = ladder(self.adapter, most_visual)
+        return warmup(self.adapter.model, rungs, max_new_tokens, seconds, largest)
 
     def expect_n_visual(self, n_vis: int | None) -> None:
         """Set the expected number of visual tokens, inside :meth:`options` as well.

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-# Calls of a like size until all that it needs is compiled and recorded.
-CALLS = 3
+from .engine.capacities import capacities, row_capacity
+from .models import Grid, ModelAdapter
+
+# Tokens of a request that are not visual.
+_TEXTS = (24, 62, 110, 150, 190)
+# Rows up to which texts of all these lengths make a difference; visual tokens of a tiny image.
+_SMALL, _TINY = 1024, 16
 logger = logging.getLogger(__name__)
 
 
@@ -35,16 +42,69 @@ class WarmupReport:
     n_bytes: int
 
 
-def warmup(
-    model: Any, requests: Sequence[Mapping[str, Any]], max_new_tokens: int, seconds: float, largest: float
-) -> WarmupReport:
+@dataclass(frozen=True)
+class Rung:
+    """A request that is run ahead.
+
+    Attributes
+    ----------
+    size : int
+        Larger ones come first.
+    make : callable
+        Gives the arguments of ``generate``.
+    """
+
+    size: int
+    make: Callable[[], Mapping[str, Any]]
+
+
+def given(requests: Sequence[Mapping[str, Any]]) -> list[Rung]:
+    """Requests of the user's."""
+
+    def size(request: Mapping[str, Any]) -> int:
+        return sum(value.numel() for value in request.values() if isinstance(value, Tensor))
+
+    return [Rung(size(request), functools.partial(dict, request)) for request in requests]
+
+
+def ladder(adapter: ModelAdapter, most_visual: int) -> list[Rung]:
+    """Requests of one image that need, together, all capacities up to a number of visual tokens.
+
+    Texts are short, middling and long, so that what depends on more than the sum of rows is there as well.
+    """
+    per_token = adapter.vision.patches_per_token
+    sizes: set[tuple[int, int]] = set()
+    for rows in capacities(most_visual + _TEXTS[-1]):
+        for n_text in _TEXTS if rows <= _SMALL else _TEXTS[:: len(_TEXTS) - 1]:
+            n_visual = min(most_visual, rows - 1 - n_text)
+            if n_visual > 0 and row_capacity(n_visual + n_text + 1) == rows:
+                sizes.add((n_visual, n_text))
+        if _TINY < rows <= row_capacity(_TINY + _TEXTS[-1]):  # of which nothing is dropped
+            sizes.add((_TINY, rows - 1 - _TINY))
+    covered = {row_capacity(per_token * _grid(n)[1] * _grid(n)[2]) for n, _ in sizes}
+    for patches in capacities(per_token * most_visual):
+        if patches not in covered:
+            sizes.add((max(1, patches // per_token), _TEXTS[0]))
+
+    def rung(n_visual: int, n_text: int) -> Rung:
+        return Rung(n_visual, lambda: adapter.family.example(adapter, _grid(n_visual), n_text))
+
+    return [rung(*size) for size in sorted(sizes)]
+
+
+def _grid(n_visual: int) -> Grid:
+    """A nearly square image of so many visual tokens, or a few less."""
+    height = math.isqrt(n_visual)
+    return 1, height, n_visual // height
+
+
+def warmup(model: Any, rungs: Sequence[Rung], max_new_tokens: int, seconds: float, largest: float) -> WarmupReport:
     """Run requests, largest first, until the time is over.
 
     Parameters
     ----------
     model : nn.Module
-    requests : sequence of mapping
-        Arguments of ``generate`` each, as the processor makes them.
+    rungs : sequence of Rung
     max_new_tokens : int
         That later requests will ask for: what is recorded has room for so many.
     seconds : float
@@ -58,19 +118,18 @@ def warmup(
     """
     cuda = model.device.type == "cuda"
     begin, before, n_run = time.monotonic(), _taken(model.device), 0
-    for request in sorted(requests, key=_size, reverse=True):
+    for rung in sorted(rungs, key=lambda rung: rung.size, reverse=True):
         if n_run and time.monotonic() - begin > seconds:
             break
         if cuda and _taken(model.device) > largest * torch.cuda.get_device_properties(model.device).total_memory:
             break
-        with torch.no_grad():
-            for _ in range(CALLS):  # a second token: the step after the first is recorded as well
-                options = {"max_new_tokens": max_new_tokens, "stopping_criteria": [_after_two()]}
-                model.generate(**request, do_sample=False, **options)
+        with torch.no_grad():  # a second token: the step after the first is recorded as well
+            options = {"max_new_tokens": max_new_tokens, "stopping_criteria": [_after_two()]}
+            model.generate(**rung.make(), do_sample=False, **options)
         n_run += 1
     if cuda:
         torch.cuda.synchronize(model.device)
-    found = WarmupReport(n_run, len(requests) - n_run, time.monotonic() - begin, max(0, _taken(model.device) - before))
+    found = WarmupReport(n_run, len(rungs) - n_run, time.monotonic() - begin, max(0, _taken(model.device) - before))
     logger.info("warm-up: %d requests in %.1f s, %.0f MB", found.n_run, found.seconds, found.n_bytes / 1e6)
     return found
 
@@ -83,10 +142,6 @@ def _after_two() -> Any:
         return torch.full((input_ids.shape[0],), len(calls) >= 2, device=input_ids.device)
 
     return criterion
-
-
-def _size(request: Mapping[str, Any]) -> int:
-    return sum(value.numel() for value in request.values() if isinstance(value, Tensor))
 
 
 def _taken(device: torch.device) -> int:

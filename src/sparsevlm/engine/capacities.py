@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 # Up to this many rows capacities are multiples of the step, above there are eight to an octave.
 _STEP, _STEPPED = 64, 1024
 # Requests of more rows are left to the plain path.
@@ -12,6 +14,14 @@ def row_capacity(n_rows: int) -> int:
     """The smallest capacity of at least ``n_rows``: at most 63 rows, or an eighth, are left empty."""
     step = max(_STEP, 1 << max(0, (n_rows - 1).bit_length() - 4)) if n_rows > _STEPPED else _STEP
     return max(step, -(-n_rows // step) * step)
+
+
+def capacities(most: int) -> Iterator[int]:
+    """All capacities, up to that of ``most`` rows."""
+    rows = 0
+    while rows < most:
+        rows = row_capacity(rows + 1)
+        yield rows
 
 
 def power_of_two(n: int) -> int:

@@ -1,11 +1,11 @@
-"""CUDA graphs: programs of fixed shapes, captured once and replayed, and the sizes that they are made for."""
+"""CUDA graphs: programs of fixed shapes, captured once and replayed."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
 import logging
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -14,9 +14,6 @@ import torch
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 
-_WARM_UP_RUNS = 2
-# What was asked for so often among the last is recorded when it is asked for again.
-SIGHTINGS, _LAST = 2, 16
 logger = logging.getLogger(__name__)
 
 
@@ -52,9 +49,8 @@ class GraphPool:
         side = torch.cuda.Stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(side):
-            for _ in range(_WARM_UP_RUNS):
-                run()
-                rewind()
+            run()
+            rewind()
         torch.cuda.current_stream(self._device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -91,23 +87,6 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-class CapturePolicy:
-    """Tells what is asked for often enough to be recorded, which takes as long as many runs without.
-
-    With images of all sizes hardly any request is like another: none of them shall wait for a graph that is never
-    used again.
-    """
-
-    def __init__(self) -> None:
-        self._last: deque[Hashable] = deque(maxlen=_LAST)
-
-    def is_frequent(self, key: Hashable) -> bool:
-        """Note that something is asked for; whether it was before, twice among the last requests."""
-        n_before = self._last.count(key)
-        self._last.append(key)
-        return n_before >= SIGHTINGS
-
-
 class LRUCache(Generic[K, T]):
     """A few things by their keys, those used last kept.
 
@@ -136,34 +115,3 @@ class LRUCache(Generic[K, T]):
     def clear(self) -> None:
         """Free them all."""
         self._things.clear()
-
-
-class CapturedPrograms(LRUCache[K, T]):
-    """Programs by their keys: what is asked for often is recorded and kept, the rest is made for once.
-
-    Parameters
-    ----------
-    most : int
-    pool : GraphPool
-    """
-
-    def __init__(self, most: int, pool: GraphPool) -> None:
-        super().__init__(most)
-        self._pool, self._sightings = pool, CapturePolicy()
-
-    def get_or_capture(self, key: K, make: Callable[[GraphPool | None], T]) -> T:
-        """The program of a key, by ``make(pool)``, or by ``make(None)`` if it shall not be recorded."""
-        if self._sightings.is_frequent(key) or key in self._things:
-            return self.get(key, lambda: make(self._pool))
-        return make(None)
-
-
-def round_up(n: int) -> int:
-    """To a multiple of 16, or of an eighth of the power of two below: at most an eighth is left empty."""
-    step = step_of(n)
-    return -(-n // step) * step
-
-
-def step_of(n: int) -> int:
-    """Distance of the buckets around ``n``."""
-    return max(16, 1 << max(0, n.bit_length() - 4))

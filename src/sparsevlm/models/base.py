@@ -275,6 +275,18 @@ class Family:
         """
         return None
 
+    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
+        """Inputs of ``generate`` with one blank image of (t, h, w) visual tokens amid ``n_text`` other tokens.
+
+        Raises
+        ------
+        NotImplementedError
+            If the family has none.
+        """
+        raise NotImplementedError(
+            f"there are no examples for a {adapter.name}: name typical inputs of generate, as the processor makes them."
+        )
+
     def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
         """The same from the arguments of the vision tower."""
         return None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
@@ -65,6 +67,26 @@ class Qwen2VLFamily(Family):
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From ``image_grid_thw`` and ``video_grid_thw``."""
         return _merged(adapter, inputs.get(f"{kind}_grid_thw"))
+
+    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
+        """As the processor makes them."""
+        config, device = adapter.model.config, adapter.model.device
+        tokens = {modality.token_id for modality in adapter.modalities.values()} | adapter.special_token_ids
+        word = next(i for i in range(len(tokens) + 1) if i not in tokens)
+        n_visual, side = math.prod(grid), config.vision_config.spatial_merge_size
+        ids = torch.full((1, n_visual + n_text), word, dtype=torch.int64, device=device)
+        first = n_text // 4 + 1
+        ids[:, first - 1], ids[:, first + n_visual] = config.vision_start_token_id, config.vision_end_token_id
+        ids[:, first : first + n_visual] = config.image_token_id
+        size = adapter.vision.module.patch_embed.proj.weight[0].numel()
+        in_patches = [grid[0], grid[1] * side, grid[2] * side]
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == config.image_token_id).long(),
+            "pixel_values": torch.zeros((math.prod(in_patches), size), device=device),
+            "image_grid_thw": torch.tensor([in_patches], device=device),
+        }
 
     def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
         """From ``grid_thw``."""

@@ -23,6 +23,9 @@ from .segments import Segment, Segments
 from .stages import Choice, TokenCounts, chooses_on_device, record
 from .workspace import PromptInputs, PromptShape, Workspace, n_integers, workspace_size
 
+# Room for the text of a sample that is read, at least.
+_LEAST_TEXT = 64
+
 
 @dataclass
 class PackedRows:
@@ -219,10 +222,12 @@ def _shape(request: Request, packed: PackedRows, is_on_device: bool) -> PromptSh
     batch = power_of_two(request.batch)
     rows = row_capacity(packed.n_rows + 1)  # one row of padding at least
     most = max(sample.alive.shape[0] for sample in request.samples)
+    # Of one sample nearly all rows are visual tokens: so there are no more programs than capacities of rows.
+    n_visual = rows if batch == 1 else min(rows, visual_capacity(most, batch))
     n_text = 0
     if is_on_device and reads_text(request):
-        n_text = power_of_two(max(16, *(sample.rater_candidates.shape[0] for sample in request.samples)))
-    return PromptShape(rows, batch, visual_capacity(most, batch), min(rows, n_text))
+        n_text = power_of_two(max(_LEAST_TEXT, *(sample.rater_candidates.shape[0] for sample in request.samples)))
+    return PromptShape(rows, batch, n_visual, min(rows, n_text))
 
 
 def _segment(layers: tuple[int, int], rows: int, batch: int, sizes: list[int], n_filled: int, is_read: bool) -> Segment:

@@ -23,7 +23,7 @@ class VisionShape:
     ----------
     patches : int
     frames, windows : int
-        Sequences in blocks with full attention, and in the others. A single one counts as none: it begins with the
+        Sequences in blocks with full attention, and in the others. A single frame counts as none: it begins with the
         first patch.
     longest_frame, longest_window : int
         Patches of the longest, at most.
@@ -70,10 +70,8 @@ class HostTables:
     def shape(self) -> VisionShape:
         """Capacities of the program that runs it."""
         patches = row_capacity(self.n_patches)
-        frames, windows = (
-            (0, patches) if starts.shape[0] == 2 else _sequences(starts, patches)
-            for starts in (self.frames, self.windows)
-        )
+        frames = (0, patches) if self.frames.shape[0] == 2 else _sequences(self.frames, patches)
+        windows = frames if self.windows is self.frames else _sequences(self.windows, patches)
         return VisionShape(patches, frames[0], windows[0], frames[1], windows[1])
 
 

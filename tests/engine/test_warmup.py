@@ -1,0 +1,60 @@
+"""The ladder of a warm-up covers requests that it has not seen."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from sparsevlm import apply_sparsevlm
+from sparsevlm.engine.capacities import capacities, row_capacity
+from sparsevlm.warmup import ladder, warmup
+from toys import make_inputs, tiny_model
+
+MOST = 300
+
+
+def n_programs(runner):
+    """Those that take long to record: of the tower, of segments, of decode steps."""
+    return [len(kind) for kind in (runner.vision, runner.prefill.segments, runner.decode_graphs)]
+
+
+@pytest.mark.parametrize("options", [{"keep": 0.5}, {}, {"keep": 0.5, "selector": "sparsevlm"}], ids=str)
+def test_requests_of_other_sizes_need_nothing_new(options):
+    model = tiny_model()
+    state = apply_sparsevlm(model, **options, target_layers=[0, 2], engine=True)
+    found = warmup(model, ladder(state.adapter, MOST), 4, 600.0, 0.9)
+    assert (found.n_left, found.n_run) == (0, len(ladder(state.adapter, MOST)))
+    assert state.report.path == "engine"
+    runner = state._engine._runner
+    before, space = n_programs(runner), runner.prefill.space
+    draw = random.Random(0)
+    for _ in range(40):
+        height, width = draw.randint(6, 17), draw.randint(6, 17)
+        inputs = make_inputs([("text", 10), ("image", height, width), ("text", draw.randint(20, 180))])
+        model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
+    assert runner.prefill.space is space
+    assert n_programs(runner) == before
+
+
+def test_without_a_gpu_there_is_nothing_to_run_ahead():
+    state = apply_sparsevlm(tiny_model(), keep=0.5, target_layers=[0, 2], engine=True, warmup=True)
+    assert state.warmup().n_run == 0
+    with pytest.raises(ValueError, match="most_visual must be at least 1"):
+        state.warmup(most_visual=0)
+
+
+def test_capacities_are_those_of_all_numbers():
+    assert sorted({row_capacity(n) for n in range(1, 5000)}) == list(capacities(4999))
+
+
+def test_an_example_is_what_the_model_takes():
+    model = tiny_model()
+    state = apply_sparsevlm(model, keep=0.5, target_layers=[0, 2])
+    inputs = state.adapter.family.example(state.adapter, (1, 6, 9), 24)
+    assert all(value.device == model.device for value in inputs.values())
+    with torch.no_grad():
+        model.generate(**inputs, max_new_tokens=1)
+    (sample,) = state.report.samples
+    assert (sample.n_visual, sample.n_text, sample.grids) == (54, 24, ((1, 6, 9),))
