@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from sparsevlm.kernels.elementwise import rms_norm_reference, swiglu_reference
-from sparsevlm.kernels.skinny_linear import FLOAT8, LinearWeights, Norm, round_to_float8, skinny_linear_reference
+from sparsevlm.kernels.skinny_linear import (
+    FLOAT8,
+    LinearWeights,
+    Norm,
+    check_float8,
+    round_to_float8,
+    skinny_linear_reference,
+)
 
 pytest.importorskip("triton")
 from sparsevlm.kernels.triton.skinny_linear import Tiles, skinny_linear, tiles_for
@@ -154,3 +161,14 @@ def test_rounding_to_float8(dtype):
     torch.testing.assert_close(back.abs().amax(dim=1), highest, rtol=1e-6, atol=0)
     bound = torch.maximum(weight.float().abs() / 16, scale[:, None] * 2.0**-10)
     assert ((back - weight.float()).abs() <= bound * 1.0001).all()
+
+
+@pytest.mark.parametrize(("capability", "reads"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((9, 0), True)])
+def test_gpus_that_read_float8(capability, reads, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    check_float8(torch.device("cpu"))
+    if reads:
+        check_float8(torch.device("cuda", 0))
+        return
+    with pytest.raises(NotImplementedError, match=rf"8\.9 \(Ada\) or newer; this one has 8\.{capability[1]}"):
+        check_float8(torch.device("cuda", 0))
