@@ -175,7 +175,7 @@ def _product(total, weight, x_ptr, n_rows, n_in, columns, stop, ROWS: tl.constex
     return tl.dot(x, tl.trans(weight.to(x.dtype)), total, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def _of_rows(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, parts_ptr,
     n_rows, n_out, n_products, n_in, stride, part_size,
@@ -208,7 +208,7 @@ def _of_rows(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "n_parts"])
 def _join(
     parts_ptr, scale_ptr, bias_ptr, residual_ptr, out_ptr, n_rows, n_out, n_products, n_parts,
     HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, IS_GATED: tl.constexpr,
