@@ -16,6 +16,7 @@ from sparsevlm.kernels.skinny_linear import (
 )
 
 pytest.importorskip("triton")
+from sparsevlm.kernels.triton import dependent_launch
 from sparsevlm.kernels.triton.skinny_linear import Tiles, skinny_linear, tiles_for
 
 RESOLUTION = {torch.float32: 2e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -32,7 +33,7 @@ def _what_is_not_written_shows(monkeypatch):
 
 
 def draw(*shape, dtype, device, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+    return torch.randn(*shape, generator=torch.Generator(device).manual_seed(seed), device=device).to(dtype)
 
 
 def to_float8(weight):
@@ -129,6 +130,35 @@ def test_shapes_of_a_model(n_out, n_in, gated, float8, n, dtype, device):
     residual = draw(n, n_out // 2 if gated else n_out, dtype=dtype, device=device, seed=4)
     wanted = skinny_linear_reference(x, weights, norm, residual, gated)
     assert_close(skinny_linear(x, weights, norm, residual, gated), wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 16])
+@pytest.mark.parametrize("n_parts", [1, 4])
+def test_kernels_that_begin_early_wait_for_their_inputs(n_parts, n, device, monkeypatch):
+    """A chain in which each reads what the one before has written, recorded, gives the same bits as one by one."""
+    x, weights = make(n, 2048, 2048, torch.bfloat16, device)
+    norm = Norm(draw(2048, dtype=x.dtype, device=device, seed=3), 1e-6)
+    tiles = Tiles(8, 1024, n_parts, 4) if n == 1 else Tiles(64, 128, n_parts, 4, 4)
+
+    def chain():
+        rows = x
+        for _ in range(40):
+            rows = skinny_linear(rows, weights, norm, rows, False, tiles)
+        return rows
+
+    monkeypatch.setattr(dependent_launch, "ENABLED", False)
+    wanted = chain()
+    monkeypatch.setattr(dependent_launch, "ENABLED", True)
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = chain()
+    for _ in range(20):
+        found.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(found, wanted)
 
 
 def test_the_plain_function_is_a_linear_layer():
