@@ -61,6 +61,7 @@ NUMPY = {
     "strict": [(np.bool_(True), True)],
     "engine": [(np.bool_(True), True), (np.array(False), False)],
     "heads": [(np.str_("visual"), "visual")],
+    "weights": [(np.str_("fp8"), "fp8")],
 }
 
 
@@ -112,6 +113,16 @@ def test_heads():
     assert SparseVLMConfig().replace(heads="visual").heads == "visual"
     with pytest.raises(ValueError, match="heads must be one of 'all', 'visual', got 'text'"):
         SparseVLMConfig(heads="text")
+
+
+def test_weights():
+    assert SparseVLMConfig().weights == "model"
+    assert SparseVLMConfig(weights="fp8").replace(weights=None).weights == "model"
+    assert SparseVLMConfig(weights="fp8", engine=True).weights == "fp8"
+    with pytest.raises(ValueError, match="weights must be one of 'model', 'fp8', got 'int4'"):
+        SparseVLMConfig(weights="int4")
+    with pytest.raises(ValueError, match=r"weights='fp8' is read by the engine, and engine=False switches it off"):
+        SparseVLMConfig(weights="fp8").replace(engine=False)
 
 
 def test_a_schedule_has_a_count_per_layer_or_one_more():

@@ -14,6 +14,7 @@ RATER_MODES = ("attention", "embedding", "all")
 HEADS = ("all", "visual")
 MERGES = ("mean", "sum")
 SCHEDULES = ("geometric", "single")
+WEIGHTS = ("model", "fp8")
 MAX_SEED = 2**63 - 1
 _MAX_BITS = 1023  # a float can hold what has no more
 
@@ -92,6 +93,10 @@ class SparseVLMConfig:
     timeout : float, optional
         Seconds that a call waits for the call of another thread to end before it raises ``TimeoutError``; ``None``: as
         long as it takes. A model serves one call at a time, in the order in which they came.
+    weights : {"model", "fp8"}
+        What decode steps of the engine read: the model's own weights, or copies of the decoder's in float8 (e4m3, with
+        a scale per output), made when the engine first needs them, which take half as much memory beside them and half
+        as long to read. Prompts, and batches of more than 16 samples, read the model's. ``None`` is ``"model"``.
     """
 
     n_vis: int | None = None
@@ -115,6 +120,7 @@ class SparseVLMConfig:
     vision_keep: float = 1.0
     timeout: float | None = None
     min_keep_per_image: int = 4
+    weights: str | None = "model"
 
     def __post_init__(self) -> None:
         for name in (f.name for f in dataclasses.fields(self) if f.name != "selector"):
@@ -133,6 +139,9 @@ class SparseVLMConfig:
         _check_choice("raters", self.raters, RATER_MODES)
         _check_choice("heads", self.heads, HEADS)
         _check_choice("merge", self.merge, MERGES)
+        if self.weights is None:
+            object.__setattr__(self, "weights", "model")
+        _check_choice("weights", self.weights, WEIGHTS)
         for name in ("recycle", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -142,6 +151,11 @@ class SparseVLMConfig:
             raise ValueError(f"timeout must not be negative, got {self.timeout}.")
         if not (self.engine is None or isinstance(self.engine, bool)):
             raise TypeError(f"engine must be True, False or None, got {self.engine!r}.")
+        if self.engine is False and self.weights == "fp8":
+            raise ValueError(
+                "weights='fp8' is read by the engine, and engine=False switches it off: leave one of the two out (in "
+                "state.options(engine=False), say weights='model')."
+            )
         self._check_target_layers()
         self._check_keep()
         self._check_schedule()

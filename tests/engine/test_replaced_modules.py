@@ -8,9 +8,11 @@ import types
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import AttentionInterface, StoppingCriteria, StoppingCriteriaList
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils.quantization_config import QuantizationMethod
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from toys import PROMPTS, make_inputs, tiny_model
@@ -134,6 +136,36 @@ def test_what_was_replaced_counts(what, when):
     assert state.report.path == REPLACED[what], state.report.path_reason
     with state.options(engine=False):
         assert torch.equal(model.generate(**inputs, **GREEDY), found)
+
+
+class FP8Linear(nn.Linear):
+    """Stands for a layer of a quantized checkpoint."""
+
+
+@pytest.mark.parametrize("how", ["layers", "weights"])
+def test_a_checkpoint_that_came_quantized_is_told(how):
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    wanted = "a FP8Linear in the place of a linear layer (quantized by fp8; the engine runs weights in bfloat16"
+    if how == "layers":
+        for layer in model.model.language_model.layers:
+            layer.mlp.down_proj.__class__ = FP8Linear
+    else:
+        wanted = wanted.replace("a FP8Linear in the place of a linear layer", "a Packed in the place of a weight")
+        linear = model.model.language_model.layers[1].mlp.down_proj
+        linear.weight = nn.Parameter(linear.weight.data.as_subclass(Packed))
+    model.quantization_method = QuantizationMethod.FP8
+    state = apply_sparsevlm(model, **OPTIONS, engine=True, weights="fp8")
+    found = model.generate(**inputs, **GREEDY)
+    assert state.report.path == "plain"
+    assert wanted in state.report.path_reason
+    assert "weights='fp8')" in state.report.path_reason
+    remove_sparsevlm(model)
+    apply_sparsevlm(model, **OPTIONS)
+    assert torch.equal(model.generate(**inputs, **GREEDY), found)
+
+
+class Packed(torch.Tensor):
+    """Stands for the weight of a quantized layer."""
 
 
 def test_hooks_on_all_modules_run():

@@ -8,13 +8,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..kernels.skinny_linear import LinearWeights
 from ..models import ModelAdapter
+from ..models.base import BlockModules
+
+if TYPE_CHECKING:
+    from .float8_weights import Float8Weights
 
 # Widths that fast matrix kernels take.
 _ALIGNMENT = 64
@@ -38,12 +43,39 @@ class FusedLinear:
     sizes: tuple[int, ...]
     n_in: int
 
-    def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Outputs of all, as views of one tensor."""
+    @property
+    def weights(self) -> LinearWeights:
+        """Those of all, as one linear layer."""
         n_out, bias = sum(self.sizes), self.first.bias
         weight = self.first.weight.data.as_strided((n_out, self.n_in), (self.n_in, 1))
-        whole = None if bias is None else bias.data.as_strided((n_out,), (1,))
-        return linear(rows, weight, whole).split(self.sizes, dim=-1)
+        return LinearWeights(weight, None if bias is None else bias.data.as_strided((n_out,), (1,)))
+
+    def __call__(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of all, as views of one tensor."""
+        whole = self.weights
+        return linear(rows, whole.weight, whole.bias).split(self.sizes, dim=-1)
+
+
+class DecodeWeights(Protocol):
+    """Weights that a decode step reads.
+
+    Attributes
+    ----------
+    blocks : list of BlockModules
+        Of the decoder, by layer.
+    """
+
+    blocks: list[BlockModules]
+
+    def products(self, owner: nn.Module, parts: Sequence[nn.Linear]) -> list[LinearWeights]:
+        """Linear layers that read the same rows: all as one, where they lie so, or each.
+
+        Parameters
+        ----------
+        owner : nn.Module
+            Module that they are parts of, or the only one itself.
+        parts : sequence of nn.Linear
+        """
 
 
 class FusedWeights:
@@ -72,6 +104,7 @@ class FusedWeights:
         self._shared = {weight for weight, number in owners.items() if number > 1}
         self._fused: dict[nn.Module, FusedLinear] = {}
         self._parts: list[nn.Module] = []
+        self._float8: Float8Weights | None = None
 
     def fuse_decoder(self) -> None:
         """Queries, keys and values; gate and up."""
@@ -87,7 +120,8 @@ class FusedWeights:
                 self._fuse(block.mlp, [block.gate, block.up], block.down)
 
     def unfuse(self) -> None:
-        """Give every module a weight of its own again."""
+        """Give every module a weight of its own again, and free copies."""
+        self._float8 = None
         self._fused.clear()
         for part in self._parts:
             for name in ("weight", "bias"):
@@ -100,10 +134,31 @@ class FusedWeights:
         """The joined projections of an attention or MLP module, if they could be joined."""
         return self._fused.get(module)
 
+    def products(self, owner: nn.Module, parts: Sequence[nn.Linear]) -> list[LinearWeights]:
+        """Linear layers that read the same rows, see :class:`DecodeWeights`."""
+        if (fused := self.of(owner)) is not None:
+            return [fused.weights]
+        return [LinearWeights(part.weight.data, None if part.bias is None else part.bias.data) for part in parts]
+
+    def float8(self) -> Float8Weights:
+        """Copies of the decoder's weights in float8, brought up to date where weights have changed in place.
+
+        Raises
+        ------
+        NotImplementedError
+            Where the GPU does not read them.
+        """
+        if self._float8 is None:
+            from .float8_weights import Float8Weights
+
+            self._float8 = Float8Weights(self.blocks, self._adapter.decoder.head)
+        self._float8.refresh()
+        return self._float8
+
     def _fuse(self, owner: nn.Module, parts: Sequence[nn.Linear], reader: nn.Linear | None = None) -> None:
         """Put ``parts`` side by side, with zeros up to the alignment if their ``reader`` can be widened as well."""
         everything = [*parts] if reader is None else [*parts, reader]
-        if not all(_is_plain(part) for part in everything) or len({_kind(part) for part in everything}) > 1:
+        if not all(is_plain(part) for part in everything) or len({_kind(part) for part in everything}) > 1:
             return
         if any(id(weight) in self._shared for part in everything for weight in part.parameters()):
             return  # a weight of two modules cannot lie beside two others
@@ -132,7 +187,7 @@ def _move(parameter: Tensor, capacity: Tensor) -> None:
     parameter.data = capacity
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Tells whether this is a linear layer of ordinary weights, not adapted, quantized or spread over devices."""
     return type(module) is nn.Linear and all(type(parameter.data) is Tensor for parameter in module.parameters())
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..kernels.skinny_linear import MOST_ROWS
 from ..models import ModelAdapter
 from ..request.inputs import check_mask, visual_masks
 from ..request.opening import open_request, warn_clamped
@@ -22,6 +23,9 @@ from .runner import ModelRunner
 from .support import unsupported_arguments, unsupported_call, unsupported_mode, unsupported_request
 from .text.decode_graph import DecodeGraph
 from .vision.tables import Grids
+
+_FLOAT8 = "; new tokens by float8 copies of the weights"
+_NOT_FLOAT8 = f"; new tokens by the model's own weights, as float8 copies serve {MOST_ROWS} samples at most"
 
 
 class UnsupportedByEngineError(Exception):
@@ -231,7 +235,10 @@ class Engine:
             request.add_time("vision", call.pending.begin, call.pending.end)
         space = self._runner.prefill.space
         assert space is not None  # since the prompt
-        decode_graph = self._runner.decode_graphs.over(space, request.batch)
+        is_float8 = request.config.weights == "fp8" and request.batch <= MOST_ROWS
+        decode_graph = self._runner.decode_graphs.over(space, request.batch, is_float8)
+        if request.config.weights == "fp8":
+            request.remark(_FLOAT8 if is_float8 else _NOT_FLOAT8)
         decode_graph.start(prompt.next_positions, capacity)
         request.place(torch.stack([sample.last for sample in request.samples]))
         request.finish(None, request.kv_bytes)

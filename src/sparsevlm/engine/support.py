@@ -114,8 +114,19 @@ def unsupported_decoder(adapter: ModelAdapter) -> str | None:
         parts = (layer, block.attention, block.mlp, block.attention_norm, block.mlp_norm)
         linear = (block.query, block.key, block.value, block.output, block.gate, block.up, block.down)
         if (reason := _foreign(parts, linear) or _no_silu(block.activation)) is not None:
-            return reason
+            return reason + _quantization(adapter.model)
     return None
+
+
+def _quantization(model: Any) -> str:
+    """What to know of a checkpoint that came quantized."""
+    method = getattr(model, "quantization_method", None)
+    if method is None:
+        return ""
+    return (
+        f" (quantized by {getattr(method, 'value', method)}; the engine runs weights in bfloat16 or float16, and makes "
+        "float8 copies of such by weights='fp8')"
+    )
 
 
 def unsupported_classes(kinds: Iterable[type]) -> str | None:
@@ -164,6 +175,9 @@ def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | N
     for module in linear:
         if type(module) is not nn.Linear:  # an adapter can be switched, a graph of it cannot
             return f"a {type(module).__name__} in the place of a linear layer"
+        for weight in module.parameters():
+            if type(weight.data) is not Tensor:
+                return f"a {type(weight.data).__name__} in the place of a weight"
     return None
 
 

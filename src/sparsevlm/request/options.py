@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..config import SparseVLMConfig
+from ..kernels.skinny_linear import check_float8
 from ..models import ModelAdapter
 from ..selection.budget import least_keep
 from ..selection.context import BEFORE_DECODER, EVERYWHERE, TARGET_LAYERS, VISION_NEEDS, Selector, SelectorTraits
@@ -38,6 +39,7 @@ class Options:
         selector = make_selector(config)
         effective, traits = effective_config(config, selector), SelectorTraits.of(selector)
         check_needs(adapter, traits)
+        check_weights(adapter, effective)
         layers = resolved_target_layers(adapter, effective, traits)
         check_budget(adapter, effective, layers)
         return cls(config, effective, selector, traits, layers)
@@ -85,6 +87,27 @@ def check_needs(adapter: ModelAdapter, traits: SelectorTraits) -> None:
             f"selector {traits.name!r} needs {', '.join(sorted(traits.needs & VISION_NEEDS))}, which is read in blocks "
             f"with full attention, and the vision tower of this {adapter.name} has none. Choose another selector."
         )
+
+
+def check_weights(adapter: ModelAdapter, config: SparseVLMConfig) -> None:
+    """Refuse float8 weights where the engine would not read them.
+
+    Raises
+    ------
+    ValueError
+        Where the engine is off by default.
+    NotImplementedError
+        For a GPU that does not read float8.
+    """
+    if config.weights != "fp8":
+        return
+    device = next(adapter.decoder.module.parameters()).device
+    if config.engine is None and device.type != "cuda":
+        raise ValueError(
+            f"weights='fp8' is read by the engine, which runs by default on a CUDA device, and this {adapter.name} is "
+            f"on {device}: move it to one first, or leave weights out. (engine=True runs it on a CPU, for tests.)"
+        )
+    check_float8(device)
 
 
 def check_budget(adapter: ModelAdapter, config: SparseVLMConfig, target_layers: tuple[int, ...]) -> None:

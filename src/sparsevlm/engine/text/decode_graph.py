@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ...kernels.attention import RaggedCache, decode_attention
 from ...kernels.elementwise import rotate_into
+from ...kernels.skinny_linear import MOST_ROWS, Norm, skinny_linear
 from ...models import ModelAdapter
 from ..capacities import power_of_two
 from ..cuda_graphs import GraphPool, LRUCache, to_device
-from ..fused_weights import FusedWeights
-from .layer import run_layer, summed
+from ..fused_weights import DecodeWeights, FusedWeights, is_plain
+from .layer import Attend, run_decode_layer, run_layer, summed
 from .workspace import Workspace
 
 
@@ -54,14 +55,15 @@ def begin_decode(space: Workspace, batch: int, capacity: int) -> DecodeState:
 
 
 def decode_step(
-    adapter: ModelAdapter, weights: FusedWeights, state: DecodeState, tokens: Tensor, first: Tensor
+    adapter: ModelAdapter, weights: DecodeWeights, state: DecodeState, tokens: Tensor, first: Tensor
 ) -> Tensor:
     """Run one token of every sample through the model.
 
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : FusedWeights
+    weights : DecodeWeights
+        The model's own for more than :data:`~sparsevlm.kernels.skinny_linear.MOST_ROWS` samples.
     state : DecodeState
         Moved on by one token; it must have room.
     tokens : Tensor of shape (batch,), int64
@@ -78,24 +80,40 @@ def decode_step(
     cos, sin = adapter.decoder.rotary(hidden[:, None], (first + slot)[:, :, None])
     cos, sin = cos[:, 0], sin[:, 0]
     state.n_new.add_(1)
-    residual: Tensor | None = None
-    for layer_idx, block in enumerate(weights.blocks):
-        cache = state.caches[layer_idx]
 
-        def attend(
-            query: Tensor, key: Tensor, value: Tensor, cache: RaggedCache = cache, scaling: float = block.scaling
-        ) -> Tensor:
+    def attention(cache: RaggedCache, scaling: float) -> Attend:
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             query = rotate_into(query, key, value, cos, sin, cache.new_keys, cache.new_values, slot)
             return decode_attention(query, cache, scaling)
 
-        hidden, residual = run_layer(block, weights, hidden, residual, attend)
-    logits: Tensor = adapter.decoder.head(adapter.decoder.norm(summed(hidden, residual)))
+        return attend
+
+    attends = [attention(cache, block.scaling) for cache, block in zip(state.caches, weights.blocks, strict=True)]
+    if tokens.shape[0] > MOST_ROWS:
+        assert isinstance(weights, FusedWeights)
+        residual: Tensor | None = None
+        for block, attend in zip(weights.blocks, attends, strict=True):
+            hidden, residual = run_layer(block, weights, hidden, residual, attend)
+        logits: Tensor = adapter.decoder.head(adapter.decoder.norm(summed(hidden, residual)))
+        return logits
+    for block, attend in zip(weights.blocks, attends, strict=True):
+        hidden = run_decode_layer(block, weights, hidden, attend)
+    return _logits(adapter, weights, hidden)
+
+
+def _logits(adapter: ModelAdapter, weights: DecodeWeights, hidden: Tensor) -> Tensor:
+    """Of a few rows; a norm or a head of another kind is called as it is."""
+    norm, head = adapter.decoder.norm, adapter.decoder.head
+    if type(norm) is type(weights.blocks[0].attention_norm) and is_plain(head):
+        (product,) = weights.products(head, [head])
+        return skinny_linear(hidden, product, Norm(norm.weight, norm.variance_epsilon))
+    logits: Tensor = head(norm(hidden))
     return logits
 
 
 # New tokens that there is room for at first, at least and at most.
 _LEAST_CAPACITY, _FIRST_CAPACITY = 64, 512
-# Graphs that are kept, one a batch size.
+# Graphs that are kept, one a batch size and kind of weights.
 _MOST_GRAPHS = 8
 
 
@@ -108,7 +126,7 @@ class DecodeGraph:
     Parameters
     ----------
     adapter : ModelAdapter
-    weights : FusedWeights
+    weights : DecodeWeights
     pool : GraphPool
     space : Workspace
     batch : int
@@ -116,7 +134,7 @@ class DecodeGraph:
     """
 
     def __init__(
-        self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool, space: Workspace, batch: int
+        self, adapter: ModelAdapter, weights: DecodeWeights, pool: GraphPool, space: Workspace, batch: int
     ) -> None:
         self._adapter, self._weights, self._pool, self._space, self._batch = adapter, weights, pool, space, batch
         self.n_new = self._capacity = 0
@@ -172,8 +190,8 @@ class DecodeGraph:
         return self._step()[: tokens.shape[0]]
 
 
-class DecodeGraphs(LRUCache[int, DecodeGraph]):
-    """Decode graphs over one workspace, by the capacity of samples.
+class DecodeGraphs(LRUCache[tuple[int, bool], DecodeGraph]):
+    """Decode graphs over one workspace, by the capacity of samples and the kind of weights.
 
     Parameters
     ----------
@@ -187,13 +205,22 @@ class DecodeGraphs(LRUCache[int, DecodeGraph]):
         self._adapter, self._weights, self._pool = adapter, weights, pool
         self._space: Workspace | None = None
 
-    def over(self, space: Workspace, n_samples: int) -> DecodeGraph:
-        """The decode graph for some samples whose prompts have left their keys and values in a workspace."""
+    def over(self, space: Workspace, n_samples: int, is_float8: bool) -> DecodeGraph:
+        """The decode graph for some samples whose prompts have left their keys and values in a workspace.
+
+        Parameters
+        ----------
+        space : Workspace
+        n_samples : int
+        is_float8 : bool
+            Whether it reads float8 copies of the weights; at most
+            :data:`~sparsevlm.kernels.skinny_linear.MOST_ROWS` samples then.
+        """
         if self._space is not space:
             self.clear()
             self._space = space
-        batch = power_of_two(n_samples)
-        return self.get(batch, lambda: DecodeGraph(self._adapter, self._weights, self._pool, space, batch))
+        batch, weights = power_of_two(n_samples), self._weights.float8() if is_float8 else self._weights
+        return self.get((batch, is_float8), lambda: DecodeGraph(self._adapter, weights, self._pool, space, batch))
 
     def clear(self) -> None:
         """Free them all."""

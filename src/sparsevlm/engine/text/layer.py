@@ -1,4 +1,4 @@
-"""One decoder layer over packed rows, from the weights of the model's own modules."""
+"""One decoder layer over packed rows: those of prompts, or a few new tokens, which take as long as weights are read."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...kernels.elementwise import rms_norm, swiglu
+from ...kernels.skinny_linear import Norm, skinny_linear
 from ...models.base import BlockModules
-from ..fused_weights import FusedWeights
+from ..fused_weights import DecodeWeights, FusedWeights
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -46,6 +47,39 @@ def run_layer(
     fused = weights.of(block.mlp)
     gate, up = fused(normed) if fused else (block.gate(normed), block.up(normed))
     return hidden, block.down(swiglu(gate, up))
+
+
+def run_decode_layer(block: BlockModules, weights: DecodeWeights, hidden: Tensor, attend: Attend) -> Tensor:
+    """One layer's output for a few rows: norms, SwiGLU and sums are a part of the products that they stand beside.
+
+    Parameters
+    ----------
+    block : BlockModules
+    weights : DecodeWeights
+    hidden : Tensor of shape (n_rows, hidden_size)
+        At most :data:`~sparsevlm.kernels.skinny_linear.MOST_ROWS` rows.
+    attend : callable
+        As in :func:`run_layer`.
+
+    Returns
+    -------
+    Tensor of shape (n_rows, hidden_size)
+    """
+    linears = (block.query, block.key, block.value)
+    norm = Norm(block.attention_norm.weight, block.attention_norm.variance_epsilon)
+    projected = [skinny_linear(hidden, one, norm) for one in weights.products(block.attention, linears)]
+    if len(projected) == 1:
+        projected = list(projected[0].split([linear.weight.shape[0] for linear in linears], dim=-1))
+    query, key, value = (rows.unflatten(-1, (-1, block.head_dim)) for rows in projected)
+    (output,), (down,) = (weights.products(linear, [linear]) for linear in (block.output, block.down))
+    hidden = skinny_linear(attend(query, key, value).flatten(1), output, residual=hidden)
+    norm = Norm(block.mlp_norm.weight, block.mlp_norm.variance_epsilon)
+    products = weights.products(block.mlp, (block.gate, block.up))
+    if len(products) == 1:
+        activated = skinny_linear(hidden, products[0], norm, gated=True)
+    else:
+        activated = swiglu(*(skinny_linear(hidden, one, norm) for one in products))
+    return skinny_linear(activated, down, residual=hidden)
 
 
 def summed(hidden: Tensor, residual: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..attention import RaggedCache
+from .dependent_launch import begins_early, gdc_launch_dependents, gdc_wait, launch_options
 
 _BLOCK = 64
 _LEAST_ROWS = 64  # of a part: fewer do not pay for a program
@@ -59,9 +60,12 @@ def _part_size(n_rows, n_parts, BLOCK: tl.constexpr):
 def _attend(
     query_ptr, prompt_keys, prompt_values, offsets_ptr, new_keys, new_values, n_new_ptr, mixed_ptr, stats_ptr,
     room, n_parts, scaling, N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, EXACT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     sample, kv_head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     groups: tl.constexpr = N_HEADS // N_KV_HEADS
     heads, columns = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_D)
     inside = (heads < groups)[:, None] & (columns < HEAD_DIM)[None, :]
@@ -100,10 +104,13 @@ def _attend(
 @triton.jit
 def _join(
     mixed_ptr, stats_ptr, out_ptr, offsets_ptr, n_new_ptr, n_parts, N_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0).to(tl.int64)
     sample = tl.program_id(0) // N_HEADS
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     parts, columns = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_D)
     n_rows = tl.load(offsets_ptr + sample + 1) - tl.load(offsets_ptr + sample) + tl.load(n_new_ptr)
     written = (parts < n_parts) & (parts * _part_size(n_rows, n_parts, BLOCK) < n_rows)
@@ -128,13 +135,14 @@ def decode_attention(query: Tensor, cache: RaggedCache, scaling: float) -> Tenso
     block_h = max(16, triton.next_power_of_2(n_heads // n_kv_heads))
     # The interpreter's products of bfloat16 are wrong.
     exact = query.dtype == torch.float32 or os.environ.get("TRITON_INTERPRET") == "1"
+    early = begins_early(query)
     _attend[(batch, n_kv_heads, n_parts)](
         query.contiguous(), cache.prompt_keys, cache.prompt_values, cache.cu_seqlens, cache.new_keys, cache.new_values,
         cache.n_new, mixed, stats, room, n_parts, scaling, n_heads, n_kv_heads, head_dim, block_h, block_d, _BLOCK,
-        exact, num_warps=4,
+        exact, early, num_warps=4, **launch_options(early),
     )  # fmt: skip
     _join[(batch * n_heads,)](
         mixed, stats, out, cache.cu_seqlens, cache.n_new, n_parts, n_heads, head_dim,
-        triton.next_power_of_2(n_parts), block_d, _BLOCK, num_warps=2,
+        triton.next_power_of_2(n_parts), block_d, _BLOCK, early, num_warps=2, **launch_options(early),
     )  # fmt: skip
     return out

@@ -7,14 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .dependent_launch import begins_early, gdc_launch_dependents, gdc_wait, launch_options
+
+# So few rows are new tokens, whose kernels follow each other closely.
+_NEW_TOKENS = 16
+
 
 @triton.jit
 def _rms_norm(
-    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, size, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, residual_ptr, weight_ptr, out_ptr, sum_ptr, size, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * size
     columns = tl.arange(0, BLOCK)
     inside = columns < size
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     dtype = out_ptr.dtype.element_ty
     x = tl.load(x_ptr + row + columns, mask=inside, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -39,7 +48,11 @@ def rms_norm(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None
         other = hidden if residual is None else residual.contiguous()
         block = triton.next_power_of_2(size)
         warps = 8 if block > 2048 else 4
-        _rms_norm[(n_rows,)](hidden, other, weight, out, total, size, eps, residual is not None, block, num_warps=warps)
+        early = n_rows <= _NEW_TOKENS and begins_early(hidden)
+        _rms_norm[(n_rows,)](
+            hidden, other, weight, out, total, size, eps, residual is not None, block, early,
+            num_warps=warps, **launch_options(early),
+        )  # fmt: skip
     return out, total
 
 
@@ -89,11 +102,14 @@ def _rotate(
     query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, query_out, key_out, value_out, slot_ptr,
     query_stride, key_stride, value_stride, kept_stride,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_VALUE: tl.constexpr, HAS_SLOT: tl.constexpr,
+    HAS_VALUE: tl.constexpr, HAS_SLOT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < HALF
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     table = row * 2 * HALF + columns
     cos_a = tl.load(cos_ptr + table, mask=inside, other=0.0).to(tl.float32)[None, :]
     cos_b = tl.load(cos_ptr + table + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -134,12 +150,13 @@ def _launch(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if n_rows:
         half, given = head_dim // 2, key if value is None else value
+        early = slot is not None and begins_early(query)
         _rotate[(n_rows,)](
             _with_close_heads(query), _with_close_heads(key), _with_close_heads(given), cos.contiguous(),
             sin.contiguous(), out, keys, values, out if slot is None else slot,
             query.stride(0), key.stride(0), given.stride(0), keys.stride(0),
-            n_heads, key.shape[1], half, triton.next_power_of_2(half), value is not None, slot is not None,
-            num_warps=4 if n_rows <= _FEW_ROWS else 1,
+            n_heads, key.shape[1], half, triton.next_power_of_2(half), value is not None, slot is not None, early,
+            num_warps=4 if n_rows <= _FEW_ROWS else 1, **launch_options(early),
         )  # fmt: skip
     return out
 
