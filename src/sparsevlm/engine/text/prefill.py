@@ -20,11 +20,8 @@ from .embed import PromptPrograms
 from .prune_program import PrunePrograms, PruneShape, PruneStep, visual_capacity
 from .readout import read
 from .segments import Segment, Segments
-from .stages import Choice, TokenCounts, chooses_on_device, record
+from .stages import Choice, TokenCounts, chooses_on_device, record, text_capacity
 from .workspace import PromptInputs, PromptShape, Workspace, n_integers, workspace_size
-
-# Room for the text of a sample that is read, at least.
-_LEAST_TEXT = 64
 
 
 @dataclass
@@ -226,7 +223,7 @@ def _shape(request: Request, packed: PackedRows, is_on_device: bool) -> PromptSh
     n_visual = rows if batch == 1 else min(rows, visual_capacity(most, batch))
     n_text = 0
     if is_on_device and reads_text(request):
-        n_text = power_of_two(max(_LEAST_TEXT, *(sample.rater_candidates.shape[0] for sample in request.samples)))
+        n_text = text_capacity(request)
     return PromptShape(rows, batch, n_visual, min(rows, n_text))
 
 

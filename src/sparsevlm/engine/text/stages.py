@@ -14,11 +14,14 @@ from ...models import ModelAdapter
 from ...request.request import Request, Sample, StageRecord
 from ...request.step import reads_text
 from ...selection.budget import clamped_floors, nothing_by_rank, nothing_to_drop, rank_adaptive_count
+from ..capacities import power_of_two
 from .workspace import MOST_STAGES
 
 # Visual tokens of a sample that a program chooses from, at most: what selectors hold for all pairs grows with the
 # square.
 _MOST_VISUAL = 1 << 14
+# Room for the text of a sample that is read, at least.
+_LEAST_TEXT = 64
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ def _by_rank(request: Request, n_visual: int, rank: int) -> tuple[int, int]:
     return min(n_visual, n_keep), n_clusters
 
 
+def text_capacity(request: Request) -> int:
+    """Room for the text of every sample that is read."""
+    return power_of_two(max(_LEAST_TEXT, *(sample.rater_candidates.shape[0] for sample in request.samples)))
+
+
 def chooses_on_device(request: Request, adapter: ModelAdapter) -> bool:
     """Tells whether neither counts nor choices of a request wait for the device."""
     config, traits = request.config, request.traits
@@ -101,9 +109,8 @@ def chooses_on_device(request: Request, adapter: ModelAdapter) -> bool:
         return False
     if all(sample.plan is not None for sample in request.samples):
         return True
-    n_text = max(sample.rater_candidates.shape[0] for sample in request.samples)
     weight = adapter.decoder.embed.weight
-    ranks = not weight.is_cuda or energy_rank.is_quick(weight, (n_text, most), config.rank_tolerance)
+    ranks = not weight.is_cuda or energy_rank.is_quick(weight, (text_capacity(request), most), config.rank_tolerance)
     return ranks and not (has_floors and config.strict)
 
 
