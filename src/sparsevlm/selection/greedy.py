@@ -1,7 +1,8 @@
 """Greedy subset selection: farthest points, determinantal point process, coverage.
 
 Each step picks ``argmax_i gain_i`` among the tokens that are left, ties to the lower index, and updates the gains by
-what the picked token changes. Memory is bounded: no matrix of all pairs, however many tokens there are.
+what the picked token changes. On a GPU one kernel makes all picks, from a matrix of all pairs, as long as that fits in
+bounded memory; what runs here step by step holds none, however many tokens there are.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels.dispatch import use_triton
+from ..kernels.farthest_points import farthest_points as farthest_points_of_gram
 from ..kernels.gram_matrix import gram_matrix
 from ..kernels.pivoted_cholesky import pivoted_cholesky
 from .similarity import row_chunks
@@ -19,7 +22,7 @@ from .similarity import row_chunks
 _NOISE = 1e-6
 # Values that the coverage keeps at hand: 64 Mi float32 = 256 MiB, all pairs of 8192 tokens.
 _MAX_HELD_ELEMENTS = 1 << 26
-# Products of all rows for the pivots: 256 Mi float32 = 1 GiB, 16384 tokens.
+# Products of all rows: 256 Mi float32 = 1 GiB, 16384 tokens.
 _MAX_GRAM_ELEMENTS = 1 << 28
 
 
@@ -41,6 +44,9 @@ def farthest_points(unit: Tensor, n_keep: int) -> Tensor:
         Sorted.
     """
     n = unit.shape[0]
+    if use_triton(unit) and n**2 <= _MAX_GRAM_ELEMENTS:
+        valid = torch.ones((1, n), dtype=torch.bool, device=unit.device)
+        return farthest_points_of_gram(gram_matrix(unit[None]), valid, n_keep, _NOISE)[0].sort().values
     nearest = []
     for rows in row_chunks(n, n):
         similarity = unit[rows] @ unit.T
