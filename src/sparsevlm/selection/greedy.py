@@ -12,14 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels.coverage import coverage
 from ..kernels.dispatch import use_triton
 from ..kernels.farthest_points import farthest_points as farthest_points_of_gram
 from ..kernels.gram_matrix import gram_matrix
 from ..kernels.pivoted_cholesky import pivoted_cholesky
-from .similarity import row_chunks
+from .similarity import cosines, row_chunks
 
 # Cosines are exact to about 1e-7 in float32: what is nearer to 0 than this is 0, so that identical tokens tie.
 _NOISE = 1e-6
+# Gains of coverage, as a share of the largest: rounding of float64 sums must not rank what has nothing to add.
+_NO_GAIN = 1e-12
 # Values that the coverage keeps at hand: 64 Mi float32 = 256 MiB, all pairs of 8192 tokens.
 _MAX_HELD_ELEMENTS = 1 << 26
 # Products of all rows: 256 Mi float32 = 1 GiB, 16384 tokens.
@@ -144,8 +147,8 @@ def cover(
     """Greedy facility location: ``gain_i = factor_i · Σ_u max(0, v_ui − cur_u)``, ``cur_u = max(0, max_{j∈S} v_uj)``.
 
     A pick j lowers the gains only through the rows u that it covers better than all before, about n_covered / |S| of
-    them, and only these are looked at: all steps together cost O(n_covered · n · log n_keep). How many they are has
-    to be known on the host, one synchronisation per step, far cheaper than reading all pairs in every step.
+    them, and only these are looked at: all steps together cost O(n_covered · n · log n_keep). Without the kernel, how
+    many they are has to be known on the host: one synchronisation per step, far cheaper than reading all pairs.
 
     Parameters
     ----------
@@ -166,11 +169,17 @@ def cover(
     Tensor of shape (n_keep,), int64
         Sorted.
     """
+    if use_triton(unit) and covered.shape[0] * unit.shape[0] <= _MAX_HELD_ELEMENTS:
+        cosine = cosines(covered, unit)
+        held = (cosine if value is None else value(cosine, slice(None)))[None]
+        weight = (unit.new_ones(unit.shape[0]) if factor is None else factor)[None]
+        valid = torch.ones_like(weight, dtype=torch.bool)
+        return coverage(held, weight, valid, n_keep, _NO_GAIN)[0].sort().values
     values = _Values(covered, unit, value)
     everything = torch.arange(covered.shape[0], device=unit.device)
     current = unit.new_zeros(covered.shape[0])
     gain = values.sum_between(everything, current, current.new_full(current.shape, torch.inf))
-    nothing = 1e-12 * gain.max()  # rounding of float64 sums must not rank candidates that have nothing to add
+    nothing = _NO_GAIN * gain.max()
     picks = _Picks(unit, n_keep)
     for step in range(n_keep):
         score = torch.where(gain > nothing, gain, 0.0)

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of one launch, if there are as many multiprocessors: waiting for each other takes that all run at once.
-_MOST_PROGRAMS = 128
-_LEAST_ROWS, _TILE, _WARPS = 16, 8192, 8
+from .exchange import hear_all, programs_at_once, share_rows
+
+_TILE, _WARPS = 8192, 8
 
 
 @triton.jit
@@ -24,12 +24,8 @@ def _agree(gain, rows, tag, slots, program, others, known):
     bits = gain.to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     own = tl.max((ordered << 16) + (65535 - rows.to(tl.int64)), axis=0)
-    tl.debug_barrier()  # the program's part of the factor is written
-    tl.atomic_xchg(slots + program, (own << 16) + tag, sem="release", scope="gpu")
-    heard = tl.load(slots + others, mask=known, other=0, volatile=True)
-    while tl.max(tl.where(known & ((heard & 65535) != tag), 1, 0), axis=0) > 0:
-        heard = tl.load(slots + others, mask=known, other=0, volatile=True)
-    best = tl.max(tl.where(known, heard >> 16, -(1 << 47)), axis=0)
+    heard = hear_all(own, tag, slots, program, others, known, 16)
+    best = tl.max(tl.where(known, heard, -(1 << 47)), axis=0)
     return 65535 - (best & 65535), best >> 16
 
 
@@ -95,9 +91,7 @@ def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, n
     batch = quality.shape[0]
     order = torch.empty((batch, n_keep), dtype=torch.int64, device=gram.device)
     gram, quality = gram.contiguous(), quality.float().contiguous()
-    at_once = 1  # Triton's interpreter runs one after the other
-    if gram.is_cuda:
-        at_once = min(_MOST_PROGRAMS, torch.cuda.get_device_properties(gram.device).multi_processor_count)
+    at_once = programs_at_once(gram)
     for first in range(0, batch, at_once):
         some = slice(first, min(batch, first + at_once))
         _launch(gram[some], quality[some], order[some], at_once, rounds, noise)
@@ -106,9 +100,7 @@ def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, n
 
 def _launch(gram: Tensor, quality: Tensor, order: Tensor, at_once: int, rounds: bool, noise: float) -> None:
     (batch, n), n_keep, device = quality.shape, order.shape[1], gram.device
-    n_programs = max(1, min(at_once // batch, triton.cdiv(n, _LEAST_ROWS)))
-    n_rows = max(16, triton.next_power_of_2(triton.cdiv(n, n_programs)))
-    n_programs = triton.cdiv(n, n_rows)
+    n_programs, n_rows = share_rows(n, batch, at_once)
     factor, residual = torch.empty((batch, n, n_keep), device=device), torch.empty((batch, n), device=device)
     slots = torch.zeros((2, batch, n_programs), dtype=torch.int64, device=device)
     chunk = max(16, min(triton.next_power_of_2(n_keep), _TILE // n_rows))
