@@ -64,8 +64,14 @@ def farthest_points(unit: Tensor, n_keep: int) -> Tensor:
 
 
 def dpp_map(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
-    """The picks of :func:`dpp_order` in the order of the tokens."""
-    return dpp_order(rows, quality, n_keep, rounds).sort(dim=-1).values
+    """The picks of :func:`dpp_order` in the order of the tokens, by :func:`dpp_order_by_gram` where that pays."""
+    search = dpp_order_by_gram if gram_pays(rows) else dpp_order
+    return search(rows, quality, n_keep, rounds).sort(dim=-1).values
+
+
+def gram_pays(rows: Tensor) -> bool:
+    """Tells whether rows are on a GPU, and the products of all take at most twice the memory of the rows."""
+    return rows.is_cuda and rows.shape[-2] <= 2 * rows.shape[-1]
 
 
 def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
