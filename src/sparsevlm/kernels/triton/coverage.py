@@ -121,7 +121,8 @@ def coverage(values: Tensor, factor: Tensor, valid: Tensor, n_keep: int, noise: 
     at_once = programs_at_once(values)
     for first in range(0, batch, at_once):
         some = slice(first, min(batch, first + at_once))
-        _launch(values[some], factor[some], valid[some], order[some], at_once, noise)
+        with torch.cuda.device_of(values):  # hooks ask from whatever device is current
+            _launch(values[some], factor[some], valid[some], order[some], at_once, noise)
     return order
 
 

@@ -74,8 +74,9 @@ def farthest_points(gram: Tensor, scale: Tensor, valid: Tensor, n_keep: int, noi
     order = torch.empty((batch, n_keep), dtype=torch.int64, device=gram.device)
     nearest = torch.empty_like(scale)
     block = max(16, triton.next_power_of_2(n))
-    grid = (triton.cdiv(n, _ROWS), batch)
-    _find_nearest[grid](gram, scale, valid, nearest, n, noise, _ROWS, min(_COLUMNS, block), num_warps=4)
     warps = min(_MOST_WARPS, max(1, block // _ELEMENTS_OF_WARP))
-    _pick_all[(batch,)](gram, scale, valid, nearest, order, n, n_keep, noise, block, num_warps=warps)
+    grid = (triton.cdiv(n, _ROWS), batch)
+    with torch.cuda.device_of(gram):  # hooks ask from whatever device is current
+        _find_nearest[grid](gram, scale, valid, nearest, n, noise, _ROWS, min(_COLUMNS, block), num_warps=4)
+        _pick_all[(batch,)](gram, scale, valid, nearest, order, n, n_keep, noise, block, num_warps=warps)
     return order

@@ -94,7 +94,8 @@ def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, n
     at_once = programs_at_once(gram)
     for first in range(0, batch, at_once):
         some = slice(first, min(batch, first + at_once))
-        _launch(gram[some], quality[some], order[some], at_once, rounds, noise)
+        with torch.cuda.device_of(gram):  # hooks ask from whatever device is current
+            _launch(gram[some], quality[some], order[some], at_once, rounds, noise)
     return order
 
 

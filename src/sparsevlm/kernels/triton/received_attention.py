@@ -136,6 +136,8 @@ def _column_sums(
 def received_attention(query: Tensor, key: Tensor, cu_seqlens: Tensor, scaling: float) -> Tensor:
     """See :func:`sparsevlm.kernels.received_attention.received_attention`."""
     n_rows, n_heads, head_dim = query.shape
+    if not n_rows:
+        return torch.zeros(0, dtype=torch.float32, device=query.device)
     query, key = (tensor if tensor.stride(2) == 1 else tensor.contiguous() for tensor in (query, key))
     strides = (*query.stride()[:2], *key.stride()[:2])
     unit = math.gcd(8, *strides)  # rows that begin at multiples of 16 bytes are read in pieces as long
@@ -150,7 +152,7 @@ def received_attention(query: Tensor, key: Tensor, cu_seqlens: Tensor, scaling: 
     variant = (n_heads // key.shape[1], head_dim, first, rest, unit, block_m, _BLOCK_N, _BEHIND_ALL, exact)
     grid = (triton.cdiv(n_rows, block_m), n_heads)
     launch = {"num_warps": _WARPS, "num_stages": n_stages}
-    if n_rows:
+    with torch.cuda.device_of(query):  # hooks ask from whatever device is current
         _row_lse[grid](query, key, *bounds, lse, n_rows, *sizes, *variant, **launch)
         _column_sums[grid](query, key, *bounds, lse, sums, n_rows, *sizes, *variant, **launch)
     return sums.mean(dim=0)
