@@ -16,7 +16,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmark.retained import print_retained
 from benchmark.timed import Bench, Work
-from sparsevlm.kernels import gram_matrix, pivoted_cholesky, rater_attention
+from sparsevlm.kernels import (
+    coverage,
+    farthest_points,
+    gram_matrix,
+    pivoted_cholesky,
+    rater_attention,
+    received_attention,
+)
 from sparsevlm.kernels.attention import (
     RaggedCache,
     decode_attention,
@@ -35,6 +42,8 @@ from sparsevlm.kernels.energy_rank import sketch_rank
 
 _EPS = 1e-6
 _NOISE = 1e-6
+_NO_GAIN = 1e-12
+_DIMENSIONS = 32
 _TOLERANCE = 0.1
 _AT_THRESHOLD = 1e-5
 _DRIVERS = ("gesvd", "gesvdj", "gesvda")
@@ -79,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     bench = Bench.begin("bench_layer1", "kernels.csv", arguments)
     sizes = SMALL if bench.small else Sizes()
     with torch.no_grad():
-        for measure in (elementwise, attention, decoding, raters, choosing, rank):
+        for measure in (elementwise, attention, decoding, raters, received, choosing, distances, covering, rank):
             measure(bench, sizes)
         print_retained(bench, sizes.text)
     bench.end()
@@ -220,6 +229,20 @@ def raters(bench: Bench, sizes: Sizes) -> None:
     )  # fmt: skip
 
 
+def received(bench: Bench, sizes: Sizes) -> None:
+    """Measures the attention that the patches of an image receive."""
+    n, heads, head_dim = sizes.patches, sizes.vision_heads, sizes.vision_head_dim
+    cu_seqlens, scaling = bench.cu_seqlens([n]), head_dim**-0.5
+    _pair(
+        bench, "received attention", f"{n} x {heads} x {head_dim}",
+        lambda query, key: received_attention.received_attention_reference(query, key, cu_seqlens, scaling),
+        lambda query, key: received_attention.received_attention(query, key, cu_seqlens, scaling),
+        lambda: tuple(bench.random(n, heads, head_dim) for _ in range(2)),
+        Work(flops=4 * heads * head_dim * n**2),
+        reference_waits=True,
+    )  # fmt: skip
+
+
 def choosing(bench: Bench, sizes: Sizes) -> None:
     """Measures Gram matrices, and the pivots picked from them."""
     for batch, n in ((1, sizes.visual), (sizes.batch, sizes.visual_of_batch)):
@@ -241,6 +264,46 @@ def choosing(bench: Bench, sizes: Sizes) -> None:
             lambda gram, quality, k=n_keep: pivoted_cholesky.pivoted_cholesky(gram, quality, k, True, _NOISE),
             make, Work(bytes=4 * batch * n_keep * n), reference_waits=True,
         )  # fmt: skip
+
+
+def distances(bench: Bench, sizes: Sizes) -> None:
+    """Measures farthest points, from cosines."""
+    for batch, n in ((1, sizes.visual), (sizes.batch, sizes.visual_of_batch)):
+
+        def make(batch: int = batch, n: int = n) -> tuple[Tensor, Tensor]:
+            return _cosines(bench, batch, n), torch.ones((batch, n), dtype=torch.bool, device=bench.device)
+
+        def plain(gram: Tensor, valid: Tensor, k: int = n // 4) -> Tensor:
+            scale = gram.diagonal(dim1=-2, dim2=-1).rsqrt()
+            return farthest_points.farthest_points_reference(gram, scale, valid, k, _NOISE)
+
+        _pair(
+            bench, "farthest points", f"{batch} x {n}, {n // 4} picks", plain,
+            lambda gram, valid, k=n // 4: farthest_points.farthest_points(gram, valid, k, _NOISE),
+            make, Work(bytes=4 * batch * n * (n + n // 4)), reference_waits=True,
+        )  # fmt: skip
+
+
+def covering(bench: Bench, sizes: Sizes) -> None:
+    """Measures coverage, of cosines."""
+    for batch, n in ((1, sizes.visual), (sizes.batch, sizes.visual_of_batch)):
+
+        def make(batch: int = batch, n: int = n) -> tuple[Tensor, Tensor, Tensor]:
+            ones = torch.ones((batch, n), device=bench.device)
+            return _cosines(bench, batch, n), ones, ones.bool()
+
+        _pair(
+            bench, "coverage", f"{batch} x {n}, {n // 4} picks",
+            lambda values, factor, valid, k=n // 4: coverage.coverage_reference(values, factor, valid, k, _NO_GAIN),
+            lambda values, factor, valid, k=n // 4: coverage.coverage(values, factor, valid, k, _NO_GAIN),
+            make, Work(bytes=4 * batch * n * (n + n // 4)), reference_waits=True,
+        )  # fmt: skip
+
+
+def _cosines(bench: Bench, batch: int, n: int) -> Tensor:
+    """Cosines of all pairs, of few dimensions: in many all rows are about as far from each other."""
+    rows = torch.nn.functional.normalize(bench.random(batch, n, _DIMENSIONS, dtype=torch.float32), dim=-1)
+    return rows @ rows.mT
 
 
 def rank(bench: Bench, sizes: Sizes) -> None:

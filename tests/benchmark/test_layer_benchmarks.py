@@ -42,6 +42,7 @@ def test_kernels(script, capsys):
     assert operations == {
         *("rms_norm with residual", "swiglu", "rotate", "varlen_attention, prompts", "varlen_attention, windows"),
         *("decode_attention", "rater attention", "products", "pivots", "rank", "decoder layer"),
+        *("received attention", "farthest points", "coverage"),
     }
     for operation in operations - {"decoder layer"}:
         assert len({row["provider"] for row in rows if row["operation"] == operation}) == 2, operation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparsevlm.kernels import received_attention as received_attention_kernel
 from sparsevlm.selection import raters, scoring
 from sparsevlm.selection.raters import attention_raters, embedding_raters
 from sparsevlm.selection.scoring import (
@@ -118,7 +119,7 @@ def test_received_attention_by_hand():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("block", [1 << 26, 100])
 def test_received_attention_equals_the_whole_matrix(dtype, block, monkeypatch):
-    monkeypatch.setattr(scoring, "_MAX_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(received_attention_kernel, "_MAX_BLOCK_ELEMENTS", block)
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(3, 17, 8, generator=generator).mul(3).to(dtype) for _ in range(2))
     logits = query.double() @ key.double().transpose(-1, -2) * 8**-0.5
@@ -135,7 +136,7 @@ def test_received_attention_of_a_large_image_is_bounded(monkeypatch):
         sizes.append(out.numel())
         return out
 
-    monkeypatch.setattr(scoring, "_MAX_BLOCK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(received_attention_kernel, "_MAX_BLOCK_ELEMENTS", 1 << 16)
     monkeypatch.setattr(torch, "matmul", spy)
     received_attention(torch.randn(2, 900, 4), torch.randn(2, 900, 4), 0.5)
     assert max(sizes) <= 1 << 16

@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from selector_contexts import grid_coordinates, make_context, run
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sparsevlm.kernels.pivoted_cholesky import pivoted_cholesky
 from sparsevlm.selection import greedy, similarity
 from sparsevlm.selection.context import SelectorTraits
 from sparsevlm.selection.decide import checked_selection
@@ -84,6 +86,31 @@ def test_a_batch_is_answered_like_its_samples(name):
         assert same(checked_selection(result, context.hidden_states, 9, name), run(name, context, 9))
 
 
+@pytest.mark.parametrize("name", ["cdpruner", "span-joint"])
+def test_determinants_come_from_the_products_where_that_pays(name, monkeypatch):
+    contexts = [make_context(30, seed, 40, n_text=3) for seed in range(3)]
+    wanted = [run(name, context, 9) for context in contexts]
+    asked = []
+
+    def noted(gram, *given):
+        asked.append(gram.shape)
+        return pivoted_cholesky(gram, *given)
+
+    monkeypatch.setattr(greedy, "gram_pays", lambda rows: True)
+    monkeypatch.setattr(greedy, "pivoted_cholesky", noted)
+    results = SELECTORS[name]().select_batch(contexts, 9)
+    for context, result, one in zip(contexts, results, wanted, strict=True):
+        assert same(checked_selection(result, context.hidden_states, 9, name), one)
+    assert asked == [(3, 30, 30)]
+
+
+def test_products_pay_on_a_gpu_up_to_twice_the_memory_of_the_rows():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for n, pays in ((80, True), (81, False)):
+            assert greedy.gram_pays(torch.empty(2, n, 40, device="cuda")) == pays
+            assert not greedy.gram_pays(torch.empty(2, n, 40))
+
+
 @pytest.mark.parametrize("name", [*BY_SCORE, *GREEDY])
 @pytest.mark.parametrize("kind", ["identical", "zeros"])
 def test_ties_go_to_the_lower_index(name, kind):
@@ -145,6 +172,17 @@ def test_everything_stays_on_the_device(name):
     for tensor in dataclasses.astuple(selection) if dataclasses.is_dataclass(selection) else [selection]:
         assert tensor is None or tensor.is_cuda
     assert same(run(name, on_device, 90), run(name, on_device, 90))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*GREEDY, "span-joint", "visionzip", "hiprune"])
+def test_the_device_chooses_nearly_as_the_host(name):
+    """At least 97 of 100 rows: what is nearly tied may fall on either side."""
+    context = make_context(400, dim=256)
+    tensors = {f.name: getattr(context, f.name) for f in dataclasses.fields(context)}
+    moved = {field: value.cuda() for field, value in tensors.items() if isinstance(value, torch.Tensor)}
+    chosen = [run(name, one, 100).keep_idx.tolist() for one in (context, dataclasses.replace(context, **moved))]
+    assert len(set(chosen[0]) & set(chosen[1])) >= 97
 
 
 class LargestTensor(TorchDispatchMode):

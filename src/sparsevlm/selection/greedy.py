@@ -1,7 +1,8 @@
 """Greedy subset selection: farthest points, determinantal point process, coverage.
 
 Each step picks ``argmax_i gain_i`` among the tokens that are left, ties to the lower index, and updates the gains by
-what the picked token changes. Memory is bounded: no matrix of all pairs, however many tokens there are.
+what the picked token changes. On a GPU one kernel makes all picks, from a matrix of all pairs, as long as that fits in
+bounded memory; what runs here step by step holds none, however many tokens there are.
 """
 
 from __future__ import annotations
@@ -11,15 +12,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..kernels.coverage import coverage
+from ..kernels.dispatch import use_triton
+from ..kernels.farthest_points import farthest_points as farthest_points_of_gram
 from ..kernels.gram_matrix import gram_matrix
 from ..kernels.pivoted_cholesky import pivoted_cholesky
-from .similarity import row_chunks
+from .similarity import cosines, row_chunks
 
 # Cosines are exact to about 1e-7 in float32: what is nearer to 0 than this is 0, so that identical tokens tie.
 _NOISE = 1e-6
+# Gains of coverage, as a share of the largest: rounding of float64 sums must not rank what has nothing to add.
+_NO_GAIN = 1e-12
 # Values that the coverage keeps at hand: 64 Mi float32 = 256 MiB, all pairs of 8192 tokens.
 _MAX_HELD_ELEMENTS = 1 << 26
-# Products of all rows for the pivots: 256 Mi float32 = 1 GiB, 16384 tokens.
+# Products of all rows: 256 Mi float32 = 1 GiB, 16384 tokens.
 _MAX_GRAM_ELEMENTS = 1 << 28
 
 
@@ -41,6 +47,9 @@ def farthest_points(unit: Tensor, n_keep: int) -> Tensor:
         Sorted.
     """
     n = unit.shape[0]
+    if use_triton(unit) and n**2 <= _MAX_GRAM_ELEMENTS:
+        valid = torch.ones((1, n), dtype=torch.bool, device=unit.device)
+        return farthest_points_of_gram(gram_matrix(unit[None]), valid, n_keep, _NOISE)[0].sort().values
     nearest = []
     for rows in row_chunks(n, n):
         similarity = unit[rows] @ unit.T
@@ -55,8 +64,14 @@ def farthest_points(unit: Tensor, n_keep: int) -> Tensor:
 
 
 def dpp_map(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
-    """The picks of :func:`dpp_order` in the order of the tokens."""
-    return dpp_order(rows, quality, n_keep, rounds).sort(dim=-1).values
+    """The picks of :func:`dpp_order` in the order of the tokens, by :func:`dpp_order_by_gram` where that pays."""
+    search = dpp_order_by_gram if gram_pays(rows) else dpp_order
+    return search(rows, quality, n_keep, rounds).sort(dim=-1).values
+
+
+def gram_pays(rows: Tensor) -> bool:
+    """Tells whether rows are on a GPU, and the products of all take at most twice the memory of the rows."""
+    return rows.is_cuda and rows.shape[-2] <= 2 * rows.shape[-1]
 
 
 def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
@@ -138,8 +153,8 @@ def cover(
     """Greedy facility location: ``gain_i = factor_i · Σ_u max(0, v_ui − cur_u)``, ``cur_u = max(0, max_{j∈S} v_uj)``.
 
     A pick j lowers the gains only through the rows u that it covers better than all before, about n_covered / |S| of
-    them, and only these are looked at: all steps together cost O(n_covered · n · log n_keep). How many they are has
-    to be known on the host, one synchronisation per step, far cheaper than reading all pairs in every step.
+    them, and only these are looked at: all steps together cost O(n_covered · n · log n_keep). Without the kernel, how
+    many they are has to be known on the host: one synchronisation per step, far cheaper than reading all pairs.
 
     Parameters
     ----------
@@ -160,11 +175,17 @@ def cover(
     Tensor of shape (n_keep,), int64
         Sorted.
     """
+    if use_triton(unit) and covered.shape[0] * unit.shape[0] <= _MAX_HELD_ELEMENTS:
+        cosine = cosines(covered, unit)
+        held = (cosine if value is None else value(cosine, slice(None)))[None]
+        weight = (unit.new_ones(unit.shape[0]) if factor is None else factor)[None]
+        valid = torch.ones_like(weight, dtype=torch.bool)
+        return coverage(held, weight, valid, n_keep, _NO_GAIN)[0].sort().values
     values = _Values(covered, unit, value)
     everything = torch.arange(covered.shape[0], device=unit.device)
     current = unit.new_zeros(covered.shape[0])
     gain = values.sum_between(everything, current, current.new_full(current.shape, torch.inf))
-    nothing = 1e-12 * gain.max()  # rounding of float64 sums must not rank candidates that have nothing to add
+    nothing = _NO_GAIN * gain.max()
     picks = _Picks(unit, n_keep)
     for step in range(n_keep):
         score = torch.where(gain > nothing, gain, 0.0)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..kernels.received_attention import received_attention as received_attention_packed
+
 # Upper bound of the elements of one (heads, rows, keys) float32 block: 64 Mi elements = 256 MiB.
 _MAX_BLOCK_ELEMENTS = 1 << 26
 # Heads that the authors' code (v2.0) takes for visual ones: 14 of the 32 of LLaVA's decoder.
@@ -110,8 +112,8 @@ def _visual_blocks(
 def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Attention that each token of an unmasked sequence receives, without the matrix of all pairs.
 
-    ``a_j = mean_h Σ_i softmax_j(q_hi · k_hj · scaling)``, row-chunked; 1 on average. Sums and not means over the
-    queries, which would share out the same amount in every sequence: a token of a long one would hardly count.
+    ``a_j = mean_h Σ_i softmax_j(q_hi · k_hj · scaling)``; 1 on average. Sums and not means over the queries, which
+    would share out the same amount in every sequence: a token of a long one would hardly count.
 
     Parameters
     ----------
@@ -122,14 +124,8 @@ def received_attention(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     -------
     Tensor of shape (n_tokens,), float32
     """
-    n_heads, n_tokens, _ = query.shape
-    total = query.new_zeros(n_tokens, dtype=torch.float32)
-    chunk = max(1, _MAX_BLOCK_ELEMENTS // max(1, n_heads * n_tokens))
-    key_t = key.float().transpose(-1, -2)
-    for start in range(0, n_tokens, chunk):
-        logits = torch.matmul(query[:, start : start + chunk].float() * scaling, key_t)
-        total += torch.softmax(logits, dim=-1).sum(dim=(0, 1))
-    return total / n_heads
+    cu_seqlens = torch.arange(2, dtype=torch.int32, device=query.device) * query.shape[1]
+    return received_attention_packed(query.transpose(0, 1), key.transpose(0, 1), cu_seqlens, scaling)
 
 
 def top_k(scores: Tensor, k: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.gram_matrix import gram_matrix
+
 # Upper bound of the elements of one block of similarities: 16 Mi float32 = 64 MiB.
 _MAX_BLOCK_ELEMENTS = 1 << 24
 
@@ -53,6 +55,11 @@ def min_max(scores: Tensor) -> Tensor:
     # Scores that differ by rounding only are equal: stretched, the rounding would decide.
     differ = high - low > 1e-6 * torch.maximum(high.abs(), low.abs())
     return torch.where(differ, (scores - low) / (high - low), torch.ones_like(scores))
+
+
+def cosines(unit: Tensor, others: Tensor) -> Tensor:
+    """Products of all rows from :func:`unit_rows` with all others, of shape (n, n_others)."""
+    return gram_matrix(unit[None], others[None])[0]
 
 
 def nearest_rows(unit: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """One kernel for all picks: every program owns some rows, and all hear of each other's best before each pick.
 
 A program's best is one number of 64 bits: the gain, in an order that whole numbers have, the row, and the step, so that
-whoever reads it sees whether it is there yet. It lies in one of two places in turn: nobody can be two steps ahead.
+whoever reads it sees whether it is there yet. It lies in one of two places in turn, and so does what is left of each
+row, which others read of the pick: nobody can be two steps ahead.
 The factor of a program's own rows stays in its registers as far as it fits.
 """
 
@@ -12,25 +13,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Programs of one launch, if there are as many multiprocessors: waiting for each other takes that all run at once.
-_MOST_PROGRAMS = 128
-_LEAST_ROWS, _TILE, _WARPS = 16, 8192, 8
+from .exchange import hear_all, programs_at_once, share_rows
+
+_TILE, _WARPS = 8192, 8
 
 
 @triton.jit
-def _agree(gain, rows, tag, slots, program, others, known):
+def _agree(gain, residual, free, rows, n, tag, residual_ptr, slots_ptr, n_programs, others):
     """Publish the best of a program's rows, the lower one of equals, and wait for what all the others publish; a row
-    takes 16 bits, and so does the step. Gives the best row of all, and the upper bits, which hold its gain."""
-    bits = gain.to(tl.int32, bitcast=True)
+    takes 16 bits, and so does the step. Gives the best row of all, what is left of it, and the upper bits, which hold
+    its gain."""
+    turn = (tag % 2) * tl.num_programs(1) + tl.program_id(1)
+    left_of = residual_ptr + turn * n
+    tl.store(left_of + rows, residual, mask=rows < n)
+    bits = tl.where(free, gain, float("-inf")).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     own = tl.max((ordered << 16) + (65535 - rows.to(tl.int64)), axis=0)
-    tl.debug_barrier()  # the program's part of the factor is written
-    tl.atomic_xchg(slots + program, (own << 16) + tag, sem="release", scope="gpu")
-    heard = tl.load(slots + others, mask=known, other=0, volatile=True)
-    while tl.max(tl.where(known & ((heard & 65535) != tag), 1, 0), axis=0) > 0:
-        heard = tl.load(slots + others, mask=known, other=0, volatile=True)
-    best = tl.max(tl.where(known, heard >> 16, -(1 << 47)), axis=0)
-    return 65535 - (best & 65535), best >> 16
+    known = others < n_programs
+    heard = hear_all(own, tag, slots_ptr + turn * n_programs, tl.program_id(0), others, known, 16)
+    best = tl.max(tl.where(known, heard, -(1 << 47)), axis=0)
+    pick = 65535 - (best & 65535)
+    return pick, tl.load(left_of + pick, volatile=True), best >> 16
 
 
 @triton.jit
@@ -40,7 +43,6 @@ def _pick_all(
 ):  # fmt: skip
     program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     gram, factor = gram_ptr + sample * n * n, factor_ptr + sample * n * n_keep
-    left_of = residual_ptr + sample * n
     rows = program * ROWS + tl.arange(0, ROWS)
     inside = rows < n
     long_rows = rows.to(tl.int64)
@@ -48,23 +50,17 @@ def _pick_all(
     quality = tl.load(quality_ptr + sample * n + rows, mask=inside, other=0.0)
     residual, free = length, inside
     others, columns = tl.arange(0, PROGRAMS), tl.arange(0, CHUNK)
-    known = others < n_programs
     tile = tl.zeros([ROWS, CHUNK], tl.float32)
     step, start, tag = n_keep * 0, n_keep * 0, n_keep * 0
     while step < n_keep:
         gain = tl.where(residual <= NOISE * length, quality - 2.0, quality * quality * residual)
-        tl.store(left_of + rows, residual, mask=inside)
         tag += 1
-        slots = slots_ptr + ((tag % 2) * tl.num_programs(1) + sample) * n_programs
-        pick, best = _agree(tl.where(free, gain, float("-inf")), rows, tag, slots, program, others, known)
+        pick, left, best = _agree(gain, residual, free, rows, n, tag, residual_ptr, slots_ptr, n_programs, others)
         if (best < 0) & ROUNDS:  # the picks so far span all that is left: go on as if none had been picked
             residual, start = length, step
             gain = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
-            tl.store(left_of + rows, residual, mask=inside)
             tag += 1
-            slots = slots_ptr + ((tag % 2) * tl.num_programs(1) + sample) * n_programs
-            pick, best = _agree(tl.where(free, gain, float("-inf")), rows, tag, slots, program, others, known)
-        left = tl.load(left_of + pick, volatile=True)
+            pick, left, best = _agree(gain, residual, free, rows, n, tag, residual_ptr, slots_ptr, n_programs, others)
         pick_length = tl.load(gram + pick * n + pick)
         column = tl.load(gram + pick * n + rows, mask=inside, other=0.0)
         near = (columns >= start) & (columns < step)
@@ -95,21 +91,18 @@ def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, n
     batch = quality.shape[0]
     order = torch.empty((batch, n_keep), dtype=torch.int64, device=gram.device)
     gram, quality = gram.contiguous(), quality.float().contiguous()
-    at_once = 1  # Triton's interpreter runs one after the other
-    if gram.is_cuda:
-        at_once = min(_MOST_PROGRAMS, torch.cuda.get_device_properties(gram.device).multi_processor_count)
+    at_once = programs_at_once(gram)
     for first in range(0, batch, at_once):
         some = slice(first, min(batch, first + at_once))
-        _launch(gram[some], quality[some], order[some], at_once, rounds, noise)
+        with torch.cuda.device_of(gram):  # hooks ask from whatever device is current
+            _launch(gram[some], quality[some], order[some], at_once, rounds, noise)
     return order
 
 
 def _launch(gram: Tensor, quality: Tensor, order: Tensor, at_once: int, rounds: bool, noise: float) -> None:
     (batch, n), n_keep, device = quality.shape, order.shape[1], gram.device
-    n_programs = max(1, min(at_once // batch, triton.cdiv(n, _LEAST_ROWS)))
-    n_rows = max(16, triton.next_power_of_2(triton.cdiv(n, n_programs)))
-    n_programs = triton.cdiv(n, n_rows)
-    factor, residual = torch.empty((batch, n, n_keep), device=device), torch.empty((batch, n), device=device)
+    n_programs, n_rows = share_rows(n, batch, at_once)
+    factor, residual = torch.empty((batch, n, n_keep), device=device), torch.empty((2, batch, n), device=device)
     slots = torch.zeros((2, batch, n_programs), dtype=torch.int64, device=device)
     chunk = max(16, min(triton.next_power_of_2(n_keep), _TILE // n_rows))
     _pick_all[(n_programs, batch)](

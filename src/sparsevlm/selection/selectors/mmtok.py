@@ -15,7 +15,7 @@ import torch
 from ...config import check_above_zero
 from ..context import BEFORE_DECODER, SelectionContext
 from ..greedy import cover
-from ..similarity import row_chunks, unit_rows
+from ..similarity import cosines, row_chunks, unit_rows
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class MMTokSelector:
         offset = covered.new_full((n_text + n_visual,), math.log(n_visual / self.alpha))
         offset[:n_text] = math.log(max(1, n_text))
         for rows in row_chunks(n_text + n_visual, n_visual):
-            offset[rows] += torch.logsumexp(covered[rows] @ unit.T * sharpness[rows, None], dim=-1)
+            offset[rows] += torch.logsumexp(cosines(covered[rows], unit) * sharpness[rows, None], dim=-1)
 
         def value(cosine: torch.Tensor, rows: torch.Tensor | slice) -> torch.Tensor:
             return torch.exp(cosine * sharpness[rows, None] - offset[rows, None])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...config import check_unit_interval
 from ..context import TARGET_LAYERS, Selection, SelectionContext
-from ..greedy import dpp_map, dpp_order, dpp_order_by_gram
+from ..greedy import dpp_map, dpp_order, dpp_order_by_gram, gram_pays
 from ..padded import PaddedContext, PaddedSelection
 from ..places import indices_of
 from ..similarity import finite, nearest_rows, row_chunks, unit_rows
@@ -44,8 +44,7 @@ class SpanSelector:
         """The same for several samples with as many tokens each, in as many steps as for one."""
         states = torch.stack([context.hidden_states for context in contexts]).detach().float()
         valid = torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
-        n, size = states.shape[1:]
-        if states.is_cuda and n > 2 * size:  # products of all rows would take more than twice their states
+        if states.is_cuda and not gram_pays(states):
             order = dpp_order(_centre(states, valid), valid.float(), n_keep, True)
         else:
             order = self.order(states, valid, n_keep)

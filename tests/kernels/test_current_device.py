@@ -1,0 +1,41 @@
+"""Kernels that hooks call run on the device of their tensors, whichever is current: a model may lie on several."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsevlm.kernels.triton import coverage, farthest_points, pivoted_cholesky, received_attention
+
+CALLS = {
+    "coverage": lambda x: coverage.coverage(x, x[:, 0], x[:, 0] > -1, 3, 1e-12),
+    "farthest points": lambda x: farthest_points.farthest_points(x, x[:, 0], x[:, 0] > -1, 3, 1e-6),
+    "pivoted cholesky": lambda x: pivoted_cholesky.pivoted_cholesky(x, x[:, 0], 3, True, 1e-6),
+    "received attention": lambda x: received_attention.received_attention(
+        x, x, torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device), 0.25
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_the_device_is_entered(call, device, monkeypatch):
+    entered, kept = [], torch.cuda.device_of
+
+    def noted(tensor):
+        entered.append(tensor.device)
+        return kept(tensor)
+
+    monkeypatch.setattr(torch.cuda, "device_of", noted)
+    tensor = torch.eye(16, device=device).repeat(2, 1, 1)
+    CALLS[call](tensor)
+    assert set(entered) == {tensor.device}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("call", CALLS)
+def test_another_device_than_the_current(call):
+    tensors = [torch.eye(16, device=f"cuda:{index}").repeat(2, 1, 1) for index in range(2)]
+    here, there = (CALLS[call](tensor) for tensor in tensors)
+    assert there.device == tensors[1].device
+    assert torch.equal(here.cpu(), there.cpu())
