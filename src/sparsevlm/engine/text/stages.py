@@ -110,7 +110,8 @@ def chooses_on_device(request: Request, adapter: ModelAdapter) -> bool:
     if all(sample.plan is not None for sample in request.samples):
         return True
     weight = adapter.decoder.embed.weight
-    ranks = not weight.is_cuda or energy_rank.is_quick(weight, (text_capacity(request), most), config.rank_tolerance)
+    n_text = text_capacity(request)
+    ranks = not weight.is_cuda or energy_rank.is_quick(weight, (n_text, n_text), config.rank_tolerance)
     return ranks and not (has_floors and config.strict)
 
 

@@ -11,23 +11,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..energy_rank import gram_matrices
+from ..energy_rank import LARGEST, gram_matrices
 
 # Points within each interval, and how often they are set: intervals shrink to (_POINTS + 1) ** -_ROUNDS < 1e-8.
 _POINTS, _ROUNDS = 8, 9
+# Rows that programs hold, and their warps.
+_SIZES = ((16, 4), (32, 4), (64, 4), (LARGEST, 8))
 # Sums of equal terms must not miss a threshold that they meet exactly: relative, in float32.
 _ROUNDING = 2e-6
 
 
-@triton.jit(do_not_specialize=["n"])
-def _tridiagonal(gram_ptr, energy_ptr, diagonal_ptr, beside_ptr, n, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["stride"])
+def _tridiagonal(
+    gram_ptr, order_ptr, counts_ptr, energy_ptr, diagonal_ptr, beside_ptr, stride, LEAST: tl.constexpr,
+    SIZE: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
     """Diagonal and squares of what stands beside it, of the Gram matrix by its trace, which is the energy."""
     sample = tl.program_id(0)
+    n = tl.load(counts_ptr + sample).to(tl.int32)
+    if (n < LEAST) | (n > SIZE):  # of another size
+        return
     rows, columns = tl.arange(0, SIZE), tl.arange(0, SIZE)
     inside = (rows < n)[:, None] & (columns < n)[None, :]
-    gram = tl.load(
-        gram_ptr + sample.to(tl.int64) * n * n + rows[:, None] * n + columns[None, :], mask=inside, other=0.0
-    )
+    from_rows = tl.load(order_ptr + sample * stride + rows, mask=rows < n, other=0)
+    from_columns = tl.load(order_ptr + sample * stride + columns, mask=columns < n, other=0)
+    at = sample.to(tl.int64) * stride * stride + from_rows[:, None] * stride + from_columns[None, :]
+    gram = tl.load(gram_ptr + at, mask=inside, other=0.0)
     on_diagonal = rows[:, None] == columns[None, :]
     energy = tl.sum(tl.sum(tl.where(on_diagonal, gram, 0.0), axis=1), axis=0)
     tl.store(energy_ptr + sample, energy)
@@ -49,16 +58,19 @@ def _tridiagonal(gram_ptr, energy_ptr, diagonal_ptr, beside_ptr, n, SIZE: tl.con
         a -= v[:, None] * w[None, :] + w[:, None] * v[None, :]
         k += 1
     below = tl.sum(tl.where(rows[:, None] == columns[None, :] + 1, a, 0.0), axis=1)
-    tl.store(diagonal_ptr + sample * SIZE + rows, tl.sum(tl.where(on_diagonal, a, 0.0), axis=1))
-    tl.store(beside_ptr + sample * SIZE + rows, below * below)
+    tl.store(diagonal_ptr + sample * LARGEST + rows, tl.sum(tl.where(on_diagonal, a, 0.0), axis=1))
+    tl.store(beside_ptr + sample * LARGEST + rows, below * below)
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit
 def _rank(
-    energy_ptr, diagonal_ptr, beside_ptr, rank_ptr, wanted, n,
-    SIZE: tl.constexpr, POINTS: tl.constexpr, ROUNDS: tl.constexpr,
+    counts_ptr, energy_ptr, diagonal_ptr, beside_ptr, rank_ptr, wanted,
+    LEAST: tl.constexpr, SIZE: tl.constexpr, POINTS: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0)
+    n = tl.load(counts_ptr + sample).to(tl.int32)
+    if (n < LEAST) | (n > SIZE):
+        return
     place, point = tl.arange(0, SIZE), tl.arange(0, POINTS)
     low, high = tl.zeros([SIZE], tl.float32), tl.full([SIZE], 1.0001, tl.float32)
     for _ in range(ROUNDS):
@@ -67,7 +79,7 @@ def _rank(
         pivot = tl.full([SIZE, POINTS], 1.0, tl.float32)
         i = 0
         while i < n:
-            at = sample * SIZE + i
+            at = sample * LARGEST + i
             pivot = tl.load(diagonal_ptr + at) - x - tl.load(beside_ptr + at) / pivot
             pivot = tl.where(tl.abs(pivot) < 1e-30, -1e-30, pivot)
             n_below += (pivot < 0.0).to(tl.int32)
@@ -88,13 +100,23 @@ def sketch_rank(matrices: Tensor, tolerance: float) -> Tensor:
     """See :func:`sparsevlm.kernels.energy_rank.sketch_rank`."""
     gram = gram_matrices(matrices)
     batch, n = gram.shape[:2]
-    size = max(16, triton.next_power_of_2(n))
+    # Rows of zeros, of text that does not vote, change no eigenvalue that counts: each matrix is taken by a program of
+    # the size that the others fit in, those of other sizes end at once.
+    is_zero = gram.diagonal(dim1=1, dim2=2) == 0.0
+    order, counts = torch.argsort(is_zero, dim=1, stable=True), (~is_zero).sum(dim=1)
     energy = torch.empty(batch, dtype=torch.float64, device=gram.device)
-    diagonal, beside = torch.empty((2, batch, size), dtype=torch.float32, device=gram.device)
-    ranks = torch.empty(batch, dtype=torch.int64, device=gram.device)
-    warps = 4 if size <= 64 else 8
+    diagonal, beside = torch.empty((2, batch, LARGEST), dtype=torch.float32, device=gram.device)
+    ranks = torch.zeros(batch, dtype=torch.int64, device=gram.device)
     wanted = (1.0 - tolerance) * (1.0 - _ROUNDING)
+    least = 1
     with torch.cuda.device_of(gram):  # the plain path asks from whatever device is current
-        _tridiagonal[(batch,)](gram, energy, diagonal, beside, n, size, num_warps=warps)
-        _rank[(batch,)](energy, diagonal, beside, ranks, wanted, n, size, _POINTS, _ROUNDS, num_warps=warps)
+        for size, warps in _SIZES:
+            sizes = (least, size)
+            _tridiagonal[(batch,)](gram, order, counts, energy, diagonal, beside, n, *sizes, LARGEST, num_warps=warps)
+            _rank[(batch,)](
+                counts, energy, diagonal, beside, ranks, wanted, *sizes, _POINTS, _ROUNDS, LARGEST, num_warps=warps
+            )
+            if size >= n:
+                break
+            least = size + 1
     return ranks
