@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 # Up to this many rows capacities are multiples of the step, above there are eight to an octave.
-_STEP, _STEPPED = 64, 1024
+_STEP, STEPPED = 64, 1024
 # Requests of more rows are left to the plain path.
 MOST_ROWS = 1 << 16
 
 
 def row_capacity(n_rows: int) -> int:
     """The smallest capacity of at least ``n_rows``: at most 63 rows, or an eighth, are left empty."""
-    step = max(_STEP, 1 << max(0, (n_rows - 1).bit_length() - 4)) if n_rows > _STEPPED else _STEP
+    step = max(_STEP, 1 << max(0, (n_rows - 1).bit_length() - 4)) if n_rows > STEPPED else _STEP
     return max(step, -(-n_rows // step) * step)
 
 

@@ -13,7 +13,7 @@ from ...request.request import Request
 from ...request.step import Readout, choose_embedding_raters, prune_step, reads, reads_text
 from ...selection.padded import draw_seed
 from ..call import Prompt
-from ..capacities import power_of_two, row_capacity
+from ..capacities import STEPPED, power_of_two, row_capacity
 from ..cuda_graphs import GraphPool
 from ..fused_weights import FusedWeights
 from .embed import PromptPrograms
@@ -219,8 +219,8 @@ def _shape(request: Request, packed: PackedRows, is_on_device: bool) -> PromptSh
     batch = power_of_two(request.batch)
     rows = row_capacity(packed.n_rows + 1)  # one row of padding at least
     most = max(sample.alive.shape[0] for sample in request.samples)
-    # Of one sample nearly all rows are visual tokens: so there are no more programs than capacities of rows.
-    n_visual = rows if batch == 1 else min(rows, visual_capacity(most, batch))
+    # Of one sample nearly all rows are visual tokens: so there are hardly more programs than capacities of rows.
+    n_visual = rows if batch == 1 and rows <= STEPPED else min(rows, visual_capacity(most, batch))
     n_text = 0
     if is_on_device and reads_text(request):
         n_text = text_capacity(request)

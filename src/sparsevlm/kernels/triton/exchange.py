@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 # Programs of one launch, if there are as many multiprocessors: waiting for each other takes that all run at once.
-_MOST_PROGRAMS = 128
-_LEAST_ROWS = 16
+MOST_PROGRAMS = 128
+LEAST_ROWS = 16
 
 
 @triton.jit
@@ -31,7 +31,7 @@ def programs_at_once(tensor: Tensor) -> int:
     """How many programs of a launch may wait for each other; Triton's interpreter runs one after the other."""
     if not tensor.is_cuda:
         return 1
-    return min(_MOST_PROGRAMS, torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+    return min(MOST_PROGRAMS, torch.cuda.get_device_properties(tensor.device).multi_processor_count)
 
 
 def share_rows(n: int, n_samples: int, at_once: int) -> tuple[int, int]:
@@ -44,6 +44,6 @@ def share_rows(n: int, n_samples: int, at_once: int) -> tuple[int, int]:
     n_rows : int
         Of a program, a power of two.
     """
-    n_programs = max(1, min(at_once // n_samples, triton.cdiv(n, _LEAST_ROWS)))
-    n_rows = max(_LEAST_ROWS, triton.next_power_of_2(triton.cdiv(n, n_programs)))
+    n_programs = max(1, min(at_once // n_samples, triton.cdiv(n, LEAST_ROWS)))
+    n_rows = max(LEAST_ROWS, triton.next_power_of_2(triton.cdiv(n, n_programs)))
     return triton.cdiv(n, n_rows), n_rows

@@ -13,19 +13,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .exchange import hear_all, programs_at_once, share_rows
+from .exchange import LEAST_ROWS, MOST_PROGRAMS, hear_all, programs_at_once
 
 _TILE, _WARPS = 8192, 8
+# Picks for which a smaller tile is enough: there are only two sizes, since each is compiled.
+_FEW = 64
 
 
 @triton.jit
-def _agree(gain, residual, free, rows, n, tag, residual_ptr, slots_ptr, n_programs, others):
+def _agree(gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others):
     """Publish the best of a program's rows, the lower one of equals, and wait for what all the others publish; a row
     takes 16 bits, and so does the step. Gives the best row of all, what is left of it, and the upper bits, which hold
     its gain."""
     turn = (tag % 2) * tl.num_programs(1) + tl.program_id(1)
     left_of = residual_ptr + turn * n
-    tl.store(left_of + rows, residual, mask=rows < n)
+    tl.store(left_of + rows, residual, mask=inside)
     bits = tl.where(free, gain, float("-inf")).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     own = tl.max((ordered << 16) + (65535 - rows.to(tl.int64)), axis=0)
@@ -38,13 +40,13 @@ def _agree(gain, residual, free, rows, n, tag, residual_ptr, slots_ptr, n_progra
 
 @triton.jit
 def _pick_all(
-    gram_ptr, quality_ptr, factor_ptr, residual_ptr, order_ptr, slots_ptr, n, n_keep, n_programs,
+    gram_ptr, quality_ptr, factor_ptr, residual_ptr, order_ptr, slots_ptr, n, n_keep, n_programs, n_own,
     ROUNDS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     gram, factor = gram_ptr + sample * n * n, factor_ptr + sample * n * n_keep
-    rows = program * ROWS + tl.arange(0, ROWS)
-    inside = rows < n
+    rows = program * n_own + tl.arange(0, ROWS)
+    inside = (tl.arange(0, ROWS) < n_own) & (rows < n)
     long_rows = rows.to(tl.int64)
     length = tl.load(gram + long_rows * n + rows, mask=inside, other=0.0)
     quality = tl.load(quality_ptr + sample * n + rows, mask=inside, other=0.0)
@@ -55,12 +57,16 @@ def _pick_all(
     while step < n_keep:
         gain = tl.where(residual <= NOISE * length, quality - 2.0, quality * quality * residual)
         tag += 1
-        pick, left, best = _agree(gain, residual, free, rows, n, tag, residual_ptr, slots_ptr, n_programs, others)
+        pick, left, best = _agree(
+            gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others
+        )  # fmt: skip
         if (best < 0) & ROUNDS:  # the picks so far span all that is left: go on as if none had been picked
             residual, start = length, step
             gain = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
             tag += 1
-            pick, left, best = _agree(gain, residual, free, rows, n, tag, residual_ptr, slots_ptr, n_programs, others)
+            pick, left, best = _agree(
+                gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others
+            )  # fmt: skip
         pick_length = tl.load(gram + pick * n + pick)
         column = tl.load(gram + pick * n + rows, mask=inside, other=0.0)
         near = (columns >= start) & (columns < step)
@@ -101,11 +107,13 @@ def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, n
 
 def _launch(gram: Tensor, quality: Tensor, order: Tensor, at_once: int, rounds: bool, noise: float) -> None:
     (batch, n), n_keep, device = quality.shape, order.shape[1], gram.device
-    n_programs, n_rows = share_rows(n, batch, at_once)
+    n_programs = max(1, min(at_once // batch, triton.cdiv(n, LEAST_ROWS)))
+    n_own = triton.cdiv(n, n_programs)  # a block holds more than that, of which nothing is read
+    n_programs, n_rows = triton.cdiv(n, n_own), max(LEAST_ROWS, triton.next_power_of_2(n_own))
     factor, residual = torch.empty((batch, n, n_keep), device=device), torch.empty((2, batch, n), device=device)
     slots = torch.zeros((2, batch, n_programs), dtype=torch.int64, device=device)
-    chunk = max(16, min(triton.next_power_of_2(n_keep), _TILE // n_rows))
+    chunk = max(16, _TILE // n_rows)
     _pick_all[(n_programs, batch)](
-        gram, quality, factor, residual, order, slots, n, n_keep, n_programs,
-        rounds, noise, n_rows, chunk, triton.next_power_of_2(n_programs), num_warps=_WARPS,
+        gram, quality, factor, residual, order, slots, n, n_keep, n_programs, n_own,
+        rounds, noise, n_rows, chunk if n_keep > _FEW else min(chunk, _FEW), MOST_PROGRAMS, num_warps=_WARPS,
     )  # fmt: skip
