@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsevlm.kernels.pivoted_cholesky import pivoted_cholesky_reference
+from sparsevlm.kernels.triton import pivoted_cholesky as module
 from sparsevlm.kernels.triton.pivoted_cholesky import pivoted_cholesky
 from sparsevlm.selection import greedy
 from sparsevlm.selection.greedy import dpp_order
@@ -45,6 +46,20 @@ def test_twin(batch, n, size, n_keep, fillers, rounds, device):
 
 
 @pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("most_blocked", [0, 8192])
+@pytest.mark.parametrize(("batch", "n", "size", "n_keep"), [(2, 40, 60, 37), (1, 40, 9, 37), (1, 36, 20, 35)])
+def test_blocks_of_picks_are_as_one(batch, n, size, n_keep, most_blocked, rounds, monkeypatch, device):
+    """Sixteen picks a block, or one block that reads its factor in parts; with few columns all begins anew within."""
+    monkeypatch.setattr(module, "_TILE", 16 * 64)
+    monkeypatch.setattr(module, "_FEW", 16)
+    monkeypatch.setattr(module, "_MOST_BLOCKED", most_blocked)
+    rows, quality = make(batch, n, size, device)
+    gram = rows @ rows.mT
+    found = pivoted_cholesky(gram, quality, n_keep, rounds, NOISE)
+    assert torch.equal(found, pivoted_cholesky_reference(gram, quality, n_keep, rounds, NOISE))
+
+
+@pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("kind", ["ones", "drawn"])
 def test_the_plain_function_searches_as_the_rows_do(kind, rounds):
     rows, quality = make(2, 40, 60, "cpu", seed=3)
@@ -59,6 +74,17 @@ def test_equal_rows_are_taken_in_order(n, n_keep, rounds, device):
     rows = torch.full((1, n, 8), 0.5, device=device)
     order = pivoted_cholesky(rows @ rows.mT, torch.ones(1, n, device=device), n_keep, rounds, NOISE)
     assert order[0].tolist() == list(range(n_keep))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "n_keep"), [(1024, 700), (2304, 1200)])
+def test_many_picks(n, n_keep, device):
+    """Of well-separated rows: otherwise rounding decides among thousands."""
+    rows, quality = make(1, n, 3000, device)
+    gram = rows @ rows.mT
+    quality = (1.0 - torch.arange(n, device=device) * 4e-4 * (1 + quality / 8)).clamp_min(1e-3)
+    found = pivoted_cholesky(gram, quality, n_keep, True, NOISE)
+    assert torch.equal(found, pivoted_cholesky_reference(gram, quality, n_keep, True, NOISE))
 
 
 @pytest.mark.gpu
