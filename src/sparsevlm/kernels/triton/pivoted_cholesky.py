@@ -66,7 +66,7 @@ def _column_of(
     return column
 
 
-@triton.jit(do_not_specialize=["first", "stop", "n_keep", "width", "n_programs", "n_own"])
+@triton.jit(do_not_specialize=["first", "stop"])
 def _pick_block(
     gram_ptr, work_ptr, quality_ptr, factor_ptr, residual_ptr, left_ptr, state_ptr, order_ptr, slots_ptr, first, stop,
     n, n_keep, width, n_programs, n_own,
