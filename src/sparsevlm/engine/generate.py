@@ -22,6 +22,7 @@ from .call import Call, Prompt, leave_out
 from .runner import ModelRunner
 from .support import unsupported_arguments, unsupported_call, unsupported_mode, unsupported_request
 from .text.decode_graph import DecodeGraph
+from .text.kept_cache import fill_cache
 from .vision.tables import Grids
 
 _FLOAT8 = "; new tokens by float8 copies of the weights"
@@ -112,28 +113,41 @@ class Engine:
         )
         if self.reason:
             return None
-        with self._runner.open():
-            self._runner.quick_check()
-            call = Call.of(self._adapter, arguments, settings["num_return_sequences"] or 1)
-            if call.grids:
-                check_mask(call.on_host.get("attention_mask"))
-            self.reason = ("no image or video" if not call.grids else call.misfit(self._adapter)) or ""
-            if self.reason:
-                return None
-            if self._may_encode():
-                try:
-                    config = self._session.options.config
-                    call.prefetch_vision(self._adapter, self._runner.vision, config, self._runner.stream)
-                except torch.OutOfMemoryError:
-                    self._runner.release_memory()
-            if not self._runner.look():
-                call.pending = None
-            self.reason = self._runner.unsupported() or ""
+        try:
+            with self._runner.open():
+                call = self._read(arguments, settings["num_return_sequences"] or 1)
+        except torch.OutOfMemoryError:
+            self._release_memory()
         if self.reason:
             return None
         call.position_on_host(self._adapter.model, self._adapter.base_model)
         call.arguments = compat.with_generation_config(self._adapter.model, call.arguments)
         return call
+
+    def _read(self, arguments: dict[str, Any], copies: int) -> Call:
+        """Read a call, and begin to encode its images; where it is not for the engine, say so."""
+        self._runner.quick_check()
+        call = Call.of(self._adapter, arguments, copies)
+        if call.grids:
+            check_mask(call.on_host.get("attention_mask"))
+        self.reason = ("no image or video" if not call.grids else call.misfit(self._adapter)) or ""
+        if self.reason:
+            return call
+        if self._may_encode():
+            try:
+                config = self._session.options.config
+                call.prefetch_vision(self._adapter, self._runner.vision, config, self._runner.stream)
+            except torch.OutOfMemoryError:
+                self._runner.release_memory()
+        if not self._runner.look():
+            call.pending = None
+        self.reason = self._runner.unsupported() or ""
+        return call
+
+    def _release_memory(self) -> None:
+        with self._runner.open():
+            self._runner.release_memory()
+        self.reason = "out of memory"
 
     def _may_encode(self) -> bool:
         """Tells whether the tower's program may take the place of its modules, if nothing is hooked to them."""
@@ -152,8 +166,8 @@ class Engine:
         stopping_criteria: Any,
         generation_config: Any,
         **prepared: Any,
-    ) -> Tensor:
-        """Run a call that transformers has prepared.
+    ) -> Any:
+        """Run a call that transformers has prepared; a tensor or a dictionary, as it asks for.
 
         Raises
         ------
@@ -168,14 +182,16 @@ class Engine:
             with self._runner.open():
                 logits, decoding = self._prefill(call, input_ids, prepared, capacity)
         except torch.OutOfMemoryError as error:
-            with self._runner.open():
-                self._runner.release_memory()
-            self.reason = "out of memory"
+            self._release_memory()
             raise UnsupportedByEngineError from error
 
         def step(tokens: Tensor) -> Tensor:
-            with self._runner.open():
-                return decoding.step(tokens)
+            try:
+                with self._runner.open():
+                    return decoding.step(tokens)
+            except torch.OutOfMemoryError:  # the answer is lost, but not the next one
+                self._release_memory()
+                raise
 
         def check() -> None:
             if self._runner.prefill.is_faulty:
@@ -183,7 +199,7 @@ class Engine:
                     "what the visual tokens are judged by holds NaN or infinity; check the model's inputs and dtype."
                 )
 
-        return sample(
+        sequences, scores, raw = sample(
             input_ids,
             logits,
             step,
@@ -193,6 +209,11 @@ class Engine:
             modes.get("streamer"),
             check,
         )
+        wants_dict, cache = generation_config.return_dict_in_generate, compat.cache_of(prepared)
+        if wants_dict or compat.cache_of(call.arguments) is not None:
+            with self._runner.open():
+                fill_cache(cache, decoding.request, decoding.decode_graph.caches, decoding.decode_graph.n_new)
+        return compat.generation_output(sequences, scores, raw, cache) if wants_dict else sequences
 
     def _refuse(self, reason: str) -> UnsupportedByEngineError:
         self.reason = reason
@@ -284,7 +305,7 @@ def sample(
     generation_config: Any,
     streamer: Any,
     check: Callable[[], None] = lambda: None,
-) -> Tensor:
+) -> tuple[Tensor, tuple[Tensor, ...] | None, tuple[Tensor, ...] | None]:
     """Greedy and sampled decoding, token for token as transformers' ``_sample``.
 
     Parameters
@@ -303,14 +324,21 @@ def sample(
 
     Returns
     -------
-    Tensor of shape (batch, length + n_new), int64
+    sequences : Tensor of shape (batch, length + n_new), int64
+    scores, logits : tuple of Tensor of shape (batch, vocab_size), float32, or None
+        By new token, as processed and as they came, where ``generation_config`` asks for them.
     """
-    pad = generation_config._pad_token_tensor
+    pad, wants_dict = generation_config._pad_token_tensor, generation_config.return_dict_in_generate
     pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+    all_scores: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_scores else None
+    all_logits: tuple[Tensor, ...] | None = () if wants_dict and generation_config.output_logits else None
     unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
     first = input_ids.shape[1] + 1
     while True:
-        scores = logits_processor(input_ids, logits.to(copy=True, dtype=torch.float32, device=input_ids.device))
+        logits = logits.to(copy=True, dtype=torch.float32, device=input_ids.device)
+        scores = logits_processor(input_ids, logits)
+        all_scores = None if all_scores is None else (*all_scores, scores)
+        all_logits = None if all_logits is None else (*all_logits, logits)
         if generation_config.do_sample:
             tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
@@ -318,7 +346,7 @@ def sample(
         if pads:
             tokens = tokens * unfinished + pad.to(input_ids.device) * (1 - unfinished)
         input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
+        unfinished = unfinished & ~stopping_criteria(input_ids, all_scores)
         if streamer is not None:
             if input_ids.shape[1] == first:
                 check()
@@ -331,4 +359,4 @@ def sample(
         logits = step(tokens)
     if streamer is not None:
         streamer.end()
-    return input_ids
+    return input_ids, all_scores, all_logits

@@ -10,13 +10,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of, check_layer_arguments
 from ..request.inputs import check_call, check_inputs, check_mode, check_packing, visual_masks
+from ..request.kv_cache import cache_bytes, check_cache, static_note
 from ..request.opening import open_request
 from ..request.request import Request
 from ..request.session import Session
 from ..request.step import choose_embedding_raters
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
-from .kv_cache import cache_bytes, check_cache, static_note
 from .pruning import ForwardPass, before_layer
 from .vision_hooks import VisionHooks, bound_arguments
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..models import ModelAdapter
+from ..request.kv_cache import PAD_SLOT, SlotTable, adopt, stack_rows
 from ..request.request import Request
 from ..request.step import Readout, Survivors, prune_step, reads
 from ..request.timing import Mark
 from .attention_probe import AttentionProbe
-from .kv_cache import PAD_SLOT, SlotTable, adopt
 from .masks import pruned_mask
 from .readout import read_target_layer
 
@@ -238,9 +238,3 @@ def _gather(forward: ForwardPass, request: Request, survivors: list[Survivors], 
     request.place(stack_rows(rows))
     forward.begin_stage(has_padding=min(lengths) < width)
     return torch.stack([torch.nn.functional.pad(states, (0, 0, width - len(states), 0)) for states in gathered])
-
-
-def stack_rows(rows: list[Tensor]) -> Tensor:
-    """Rows of unequal numbers as one tensor, fillers on the left (transformers pads on the left when generating)."""
-    width = max(row.shape[0] for row in rows)
-    return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=PAD_SLOT) for row in rows])

@@ -98,6 +98,12 @@ class Sample:
         """Positions of all tokens that are left, ascending."""
         return torch.cat([self.other, self.positions]).sort().values
 
+    def positions_before(self, layer_idx: int) -> Tensor:
+        """Positions of all tokens that have reached a layer, ascending, by what was recorded."""
+        kept = [stage.kept for stage in self.stages if stage.layer < layer_idx and stage.kept is not None]
+        visual = self.visual if not kept else self.visual[kept[-1].to(self.visual.device)]
+        return torch.cat([self.other, visual]).sort().values
+
     def keep(self, keep_idx: Tensor) -> None:
         """Leave out all visual tokens but these, given as indices into what is left."""
         self.alive = self.alive[keep_idx]

@@ -203,6 +203,12 @@ class PrunedStaticLayer(PrunedLayer, StaticLayer):
     """A :class:`PrunedLayer` of a ``StaticCache``; its buffers keep their full length."""
 
 
+def stack_rows(rows: list[Tensor]) -> Tensor:
+    """Rows of unequal numbers as one tensor, fillers on the left (transformers pads on the left when generating)."""
+    width = max(row.shape[0] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=PAD_SLOT) for row in rows])
+
+
 _PRUNED_CLASSES: dict[type, type[PrunedLayer]] = {DynamicLayer: PrunedDynamicLayer, StaticLayer: PrunedStaticLayer}
 
 
