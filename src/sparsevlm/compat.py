@@ -167,6 +167,11 @@ def samples_or_greedy(generation_config: Any, modes: Mapping[str, Any]) -> bool:
     return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
+def mask_length(generation_config: Any) -> int:
+    """Length of an attention mask of ones, which transformers leaves out since 5.24; -1: it left none out."""
+    return getattr(generation_config, "_mask_length", -1)
+
+
 def generation_output(
     sequences: Tensor, scores: tuple[Tensor, ...] | None, logits: tuple[Tensor, ...] | None, cache: Cache
 ) -> GenerateDecoderOnlyOutput:

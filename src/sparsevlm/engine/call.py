@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import cache_of
 from ..config import SparseVLMConfig
 from ..models import Grid, ModelAdapter
 from ..request.inputs import visual_grids
@@ -77,6 +78,8 @@ class Call:
         Of its images in visual tokens, by kind, where they are known.
     copies : int
         Answers to each prompt: how often transformers repeats every row.
+    past_len : int
+        Tokens that its cache holds.
     pending : PendingVision or None
     """
 
@@ -85,6 +88,7 @@ class Call:
     on_host: dict[str, Tensor]
     grids: dict[str, list[Grid] | None]
     copies: int
+    past_len: int
     pending: PendingVision | None = None
 
     @classmethod
@@ -105,7 +109,14 @@ class Call:
             for kind, modality in modalities.items()
             if modality.pixels in visual or encoded.get(kind) is not None
         }
-        return cls(arguments, visual, on_host, grids, copies)
+        cache = cache_of(given)
+        return cls(arguments, visual, on_host, grids, copies, 0 if cache is None else cache.get_seq_length())
+
+    @property
+    def ids(self) -> Tensor:
+        """Tokens that its cache does not hold, (batch, q_len)."""
+        ids, mask = self.on_host["input_ids"], self.on_host.get("attention_mask")
+        return ids[:, self.past_len :] if mask is None or mask.shape == ids.shape else ids
 
     def encoded(self, kind: str) -> Any:
         """Features that the caller has encoded already, if any."""
@@ -166,7 +177,7 @@ class Call:
         """How many tokens of each image the tower computes; ``None``: all."""
         if config.vision_keep >= 1.0:
             return None
-        by_sample = visual_grids(adapter, self.grids, self.on_host["input_ids"])
+        by_sample = visual_grids(adapter, self.grids, self.ids)
         if sum(map(len, by_sample)) != len(grids):
             by_sample = [[grid] for grid in grids]  # placeholders that do not fit, which is refused later
         return tuple(number for own in by_sample for number in _computed(own, config))

@@ -76,7 +76,7 @@ def unsupported_cache(cache: Any) -> str | None:
         return "an offloaded cache"
     if kinds := {type(layer) for layer in cache.layers} - {DynamicLayer, PrunedDynamicLayer}:
         return f"a cache with {min(kind.__name__ for kind in kinds)}"
-    return "a cache that is not empty" if cache.get_seq_length() else None
+    return None
 
 
 def unsupported_mode(adapter: ModelAdapter) -> str | None:
@@ -204,8 +204,6 @@ def unsupported_request(request: Request) -> str | None:
     """Why a request is not for the engine."""
     if missing := sorted(request.traits.needs & NOT_PROVIDED):
         return f"selector {request.traits.name!r} needs {', '.join(missing)}"
-    if request.past_len:
-        return "a cache that is not empty"
     if any(int(sample.last) != request.q_len - 1 for sample in request.samples):
         return "a prompt whose last token is masked"
     return None

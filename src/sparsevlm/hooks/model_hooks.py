@@ -157,6 +157,7 @@ class ModelHooks:
         request = self._session.request
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
             request.begin_decode_step()
+            request.goes_on("plain")
             return
         running = self._session.running
         if self._session.in_generate and running is not None and running.samples:

@@ -309,8 +309,14 @@ class Request:
         self.path, self.path_reason = path, reason
 
     def remark(self, remark: str) -> None:
-        """Add to the reason."""
-        self.path_reason += remark
+        """Add to the reason what it does not say yet."""
+        if remark not in self.path_reason:
+            self.path_reason += remark
+
+    def goes_on(self, path: str) -> None:
+        """Note the path that a later turn runs on, if it is another."""
+        if path != self.path:
+            self.remark(f"; a later turn on the path {path}")
 
     def clamp(self, sample: Sample, reason: str) -> None:
         """Note that a floor of a sample, or what a floor was put in the place of, could not hold.
