@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,13 @@ from ..request.request import Request, StageRecord
 from ..request.timing import Mark
 from .cuda_graphs import to_device
 from .vision.patch_pruning import n_kept
-from .vision.program import VisionOutput, VisionPrograms
+from .vision.program import VisionOutput
 from .vision.tables import Grids
 
 _READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
 _ENCODED = "mm_encoder_outputs"
+
+Encode = Callable[[Tensor, Grids, tuple[int, ...] | None, int], VisionOutput]
 
 
 @dataclass
@@ -154,9 +156,19 @@ class Call:
         self.arguments["position_ids"] = to_device(positions, device)
 
     def prefetch_vision(
-        self, adapter: ModelAdapter, programs: VisionPrograms, config: SparseVLMConfig, stream: torch.cuda.Stream | None
+        self, adapter: ModelAdapter, encode: Encode, config: SparseVLMConfig, stream: torch.cuda.Stream | None
     ) -> None:
-        """Encode its images, or the share of their tokens that an option asks for, if they are of one kind."""
+        """Encode its images, or the share of their tokens that an option asks for, if they are of one kind.
+
+        Parameters
+        ----------
+        adapter : ModelAdapter
+        encode : callable
+            See :meth:`~.runner.ModelRunner.encode`.
+        config : SparseVLMConfig
+        stream : torch.cuda.Stream, optional
+            That the tower runs on.
+        """
         kind = next(iter(self.grids))
         grids = self.grids[kind]
         if len(self.grids) != 1 or _ENCODED in self.visual or grids is None:
@@ -170,7 +182,7 @@ class Call:
             patches.record_stream(stream)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             begin = Mark.now(device)
-            seen = programs(patches, tuple(grids), self._numbers(adapter, config, grids))
+            seen = encode(patches, tuple(grids), self._numbers(adapter, config, grids), config.image_cache)
             self.pending = PendingVision(tuple(grids), seen, begin, Mark.now(device), stream)
 
     def _numbers(self, adapter: ModelAdapter, config: SparseVLMConfig, grids: Sequence[Grid]) -> tuple[int, ...] | None:

@@ -27,6 +27,7 @@ from .text.decode_graph import DecodeGraph
 from .text.kept_cache import Left, fill_cache, unsupported_past
 from .turn import Turn
 from .vision.features import encode_now
+from .vision.program import VisionOutput
 
 _FLOAT8 = "; new tokens by float8 copies of the weights"
 _NOT_FLOAT8 = f"; new tokens by the model's own weights, as float8 copies serve {MOST_ROWS} samples at most"
@@ -102,6 +103,11 @@ class Engine:
             with self._made.open():
                 self._made.clear()
 
+    def forget_images(self) -> None:
+        """Free what is kept of images."""
+        if self._made is not None:
+            self._made.images = None
+
     def begin(self, arguments: dict[str, Any], modes: Mapping[str, Any], *, is_nested: bool) -> Call | None:
         """Begin a call: encode its images while transformers prepares the rest.
 
@@ -154,7 +160,7 @@ class Engine:
         if call.grids and self._may_encode():
             try:
                 config = self._session.options.config
-                call.prefetch_vision(self._adapter, self._runner.vision, config, self._runner.stream)
+                call.prefetch_vision(self._adapter, self._runner.encode, config, self._runner.stream)
             except torch.OutOfMemoryError:
                 self._runner.release_memory()
         if not self._runner.look():
@@ -306,19 +312,23 @@ class Engine:
             prompt = prompt.only(kept)
             leave_out(adapter, request, prompt)
             warn_clamped(self._session, request)
-        features = self._features(call)
+        seen = self._encoded(call)
+        features = seen.tokens
         if features.shape[0] != prompt.n_features:
             raise self._refuse("placeholders and features that differ in number")  # the model's own error follows
         request.run_on("engine", "packed samples")
         if prompt.kept is None and request.config.vision_keep < 1.0:
             request.remark("; the tower computed all: images and videos in one call, or images given encoded")
+        if request.config.image_cache:
+            request.count_cached(seen.n_cached)
         if call.pending is not None:
             request.add_time("vision", call.pending.begin, call.pending.end)
         return request, prompt, features
 
-    def _features(self, call: Call) -> Tensor:
+    def _encoded(self, call: Call) -> VisionOutput:
         """Rows of the vision tower: images before videos."""
         if call.pending is not None:
             call.pending.wait()
-            return call.pending.seen.tokens
-        return encode_now(call, self._adapter, self._runner, self._may_encode)
+            return call.pending.seen
+        cache_bytes = self._session.options.config.image_cache
+        return encode_now(call, self._adapter, self._runner, self._may_encode, cache_bytes)

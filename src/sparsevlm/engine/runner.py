@@ -18,7 +18,9 @@ from .fused_weights import FusedWeights
 from .support import unsupported_classes, unsupported_decoder, unsupported_tower
 from .text.decode_graph import DecodeGraphs
 from .text.prefill import Prefill
-from .vision.program import VisionPrograms
+from .vision.image_cache import ImageCache
+from .vision.program import VisionOutput, VisionPrograms
+from .vision.tables import Grids
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ class ModelRunner:
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter
         self._made = False
+        self.images: ImageCache | None = None
         self.weights: FusedWeights | None = None
         self._quick_fingerprint = self._tower_fingerprint = self._decoder_fingerprint = ModelFingerprint(())
         self.decoder_unsupported: str | None = None
@@ -126,7 +129,20 @@ class ModelRunner:
         if self._made:
             for kept in (self.decode_graphs, self.prefill, self.vision):
                 kept.clear()
+        self.images = None
         self._made = False
+
+    def encode(
+        self, patches: Tensor, grids: Grids, numbers: tuple[int, ...] | None = None, cache_bytes: int = 0
+    ) -> VisionOutput:
+        """Encode images, or some of their visual tokens, see :class:`VisionPrograms`; whole ones that were encoded
+        before are taken from a cache of ``cache_bytes``."""
+        if not cache_bytes or numbers is not None:
+            return self.vision(patches, grids, numbers)
+        if self.images is None:
+            self.images = ImageCache(self.adapter.vision.module)
+        patches = patches.to(next(self.adapter.vision.module.parameters()).device)
+        return self.images.encode(self.vision, patches, grids, self.adapter.vision.patches_per_token, cache_bytes)
 
     def clear(self) -> None:
         """Free everything, and give every weight a place of its own again."""

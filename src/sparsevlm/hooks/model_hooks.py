@@ -149,6 +149,8 @@ class ModelHooks:
             request.remark("; the tower computed all, vision_keep is the engine's")
         if request.config.weights == "fp8" and request.first is None:
             request.remark("; the model's own weights were read, weights='fp8' is the engine's")
+        if request.config.image_cache and request.first is None:
+            request.remark("; images were encoded anew, image_cache is the engine's")
         self._forward = ForwardPass(cache, request, masks, is_flash=self._is_flash)
 
     def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:

@@ -193,6 +193,8 @@ class Request:
         Which implementation runs, and why.
     failed : str, optional
         The error that the call ended in.
+    images_cached : int
+        Images and videos that were encoded in earlier calls.
     unsettled : callable, optional
         Brings samples and records up to date with what the device has chosen, when somebody asks.
     serial : int
@@ -225,6 +227,7 @@ class Request:
     path: str = "plain"
     path_reason: str = "hooks on the model's own modules"
     failed: str | None = None
+    images_cached: int = 0
     unsettled: Callable[[], None] | None = None
     serial: int = field(default_factory=itertools.count().__next__)
 
@@ -312,6 +315,12 @@ class Request:
         """Add to the reason what it does not say yet."""
         if remark not in self.path_reason:
             self.path_reason += remark
+
+    def count_cached(self, n_images: int | None) -> None:
+        """Note how many images were taken from those kept; ``None``: nobody looked for them."""
+        self.images_cached = n_images or 0
+        if n_images is None:
+            self.remark("; image_cache was not asked: vision_keep, encoded images, or a tower by its own modules")
 
     def goes_on(self, path: str) -> None:
         """Note the path that a later turn runs on, if it is another."""
