@@ -56,6 +56,7 @@ NUMPY = {
     "tau": [(np.float16(0.5), 0.5), (np.array(0.5), 0.5)],
     "rank_tolerance": [(np.float32(0.5), 0.5)],
     "vision_keep": [(np.float32(0.5), 0.5)],
+    "image_cache": [(np.int64(1 << 40), 1 << 40)],
     "timeout": [(np.float32(2), 2.0), (np.int64(2), 2)],
     "recycle": [(np.bool_(False), False)],
     "strict": [(np.bool_(True), True)],

@@ -73,14 +73,14 @@ def check(report, said):
 def test_in_a_logits_processor(engine, path, error, said, steps):
     model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
     state = apply_sparsevlm(model, **OPTIONS, engine=engine)
-    model.generate(**inputs, **GREEDY)
+    wanted = model.generate(**inputs, **GREEDY)
     before = state.report
     fails(model, inputs, error, logits_processor=[FusedProcessor(error, steps + 1)])
     check(state.report, said)
     assert (state.report.path, state.report.decode_steps) == (path, steps)
     assert state.report.samples == before.samples
     assert state.report.flops == before.flops
-    model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
     assert state.report.failed is None
     assert "failed" not in str(state.report)
 
@@ -110,12 +110,12 @@ def test_in_a_streamer(engine, path, error, said, at):
     """The first that it gets is the prompt, before anything runs."""
     model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
     state = apply_sparsevlm(model, **OPTIONS, engine=engine)
-    model.generate(**inputs, **GREEDY)
+    wanted = model.generate(**inputs, **GREEDY)
     fails(model, inputs, error, streamer=FusedStreamer(error, at))
     check(state.report, said)
     assert state.report.path == ("none" if at == 1 else path)
     assert len(state.report.samples) == (at > 1)
-    model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
     assert state.report.failed is None
 
 

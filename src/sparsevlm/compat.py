@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import logging
@@ -11,9 +12,10 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
+from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList, StopStringCriteria
-from transformers.generation.utils import GENERATION_MODES_MAPPING
+from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
 
 OLDEST, NEWEST = "5.17.0", "5.24.0"  # both ends of the range that the tests run on
 logger = logging.getLogger(__name__)
@@ -163,6 +165,29 @@ def samples_or_greedy(generation_config: Any, modes: Mapping[str, Any]) -> bool:
     """Tells whether a call generates greedily or by sampling, one token at a time."""
     mode = generation_config.get_generation_mode(modes.get("assistant_model"))
     return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def mask_length(generation_config: Any) -> int:
+    """Length of an attention mask of ones, which transformers leaves out since 5.24; -1: it left none out."""
+    return getattr(generation_config, "_mask_length", -1)
+
+
+def generation_output(
+    sequences: Tensor, scores: tuple[Tensor, ...] | None, logits: tuple[Tensor, ...] | None, cache: Cache
+) -> GenerateDecoderOnlyOutput:
+    """What ``generate`` gives under ``return_dict_in_generate``.
+
+    Parameters
+    ----------
+    sequences : Tensor of shape (batch, length), int64
+    scores, logits : tuple of Tensor of shape (batch, vocab_size), optional
+        By new token.
+    cache : Cache
+    """
+    names = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}
+    values: dict[str, Any] = {"sequences": sequences, "scores": scores, "logits": logits}
+    values["cache" if "cache" in names else "past_key_values"] = cache
+    return GenerateDecoderOnlyOutput(**values)
 
 
 class GenerationSettings:

@@ -90,6 +90,9 @@ class SparseVLMConfig:
         Share of the visual tokens, in (0, 1], that the vision tower computes under the engine: squares of patches that
         look like all their neighbours are left out before its first block, and never reach the decoder. No fewer are
         computed than ``min_keep`` and ``min_keep_per_image`` allow. A path without the engine computes all.
+    image_cache : int
+        Bytes of encoded images that the engine keeps over calls, those used last: an image or video that comes again,
+        with the same pixels, is not encoded anew. 0: none. Under a ``vision_keep`` below 1 all are encoded anew.
     timeout : float, optional
         Seconds that a call waits for the call of another thread to end before it raises ``TimeoutError``; ``None``: as
         long as it takes. A model serves one call at a time, in the order in which they came.
@@ -118,6 +121,7 @@ class SparseVLMConfig:
     preset: str | None = None
     engine: bool | None = None
     vision_keep: float = 1.0
+    image_cache: int = 0
     timeout: float | None = None
     min_keep_per_image: int = 4
     weights: str | None = "model"
@@ -131,6 +135,7 @@ class SparseVLMConfig:
             check_whole("n_vis", self.n_vis, 0)
         check_whole("min_keep", self.min_keep, 1)
         check_whole("min_keep_per_image", self.min_keep_per_image, 0)
+        check_whole("image_cache", self.image_cache, 0)
         check_whole("seed", self.seed, 0, MAX_SEED)
         for name in ("tau", "theta", "rank_lambda", "vision_keep"):
             check_unit_interval(name, getattr(self, name))

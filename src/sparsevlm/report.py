@@ -121,6 +121,8 @@ class Report:
     decode_steps : int
     logit_positions : tuple of tuple of int
         Prompt position of each row of logits (-1: padding), per sample, where rows were dropped.
+    images_cached : int
+        Images and videos whose encoding was kept from earlier calls (``image_cache``).
     failed : str or None
         The error that ended the request. The rest tells how far it came; the costs of an unfinished prompt are 0.
     """
@@ -138,6 +140,7 @@ class Report:
     decode_steps: int = 0
     logit_positions: tuple[tuple[int, ...], ...] = ()
     failed: str | None = None
+    images_cached: int = 0
 
     @property
     def average_in(self) -> float:
@@ -221,7 +224,7 @@ class Report:
             raise ValueError(f"not a sparsevlm report of version {REPORT_VERSION} (got {found!r}).")
         try:
             samples = tuple(_sample_from_dict(sample) for sample in data["samples"])
-            data = {"failed": None, **data}  # reports of older releases do not say it
+            data = {"failed": None, "images_cached": 0, **data}  # reports of older releases do not say it
             values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             values.update(
                 samples=samples,
@@ -325,6 +328,8 @@ def _summary_lines(report: Report) -> list[str]:
         f"decoder prefill: {report.flops.sparse / 1e9:.2f} of {report.flops.dense / 1e9:.2f} GFLOP (estimate); "
         f"KV cache: {report.kv_bytes.sparse / 1e6:.2f} of {report.kv_bytes.dense / 1e6:.2f} MB"
     )
+    if report.images_cached:
+        lines.append(f"images that were kept from earlier calls: {report.images_cached}")
     if report.kv_note:
         lines.append(report.kv_note)
     if report.wall_ms:

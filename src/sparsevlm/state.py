@@ -152,6 +152,21 @@ class SparseVLMState:
         self._check_attached()
         self._session.expect_n_visual(n_vis)
 
+    def clear_image_cache(self) -> None:
+        """Forget the images that the option ``image_cache`` has kept, once the request that runs has ended.
+
+        The engine does so by itself where weights are replaced, or written into as torch counts it.
+
+        Raises
+        ------
+        RuntimeError
+            If it is the calling thread's own request.
+        TimeoutError
+            If another thread's lasts longer than the option ``timeout``.
+        """
+        with self._session.between_requests():
+            self._engine.forget_images()
+
     def _check_attached(self) -> None:
         if not self.attached:
             raise RuntimeError(

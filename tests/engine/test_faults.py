@@ -9,8 +9,9 @@ import torch
 from test_parity import run
 from transformers.generation.streamers import BaseStreamer
 
-from sparsevlm import apply_sparsevlm
-from sparsevlm.engine.text import prefill, prune_program, segments
+from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm.engine.fused_weights import FusedWeights
+from sparsevlm.engine.text import decode_graph, prefill, prune_program, segments
 from sparsevlm.engine.vision import program
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
@@ -39,6 +40,60 @@ def test_want_of_memory_is_the_plain_path(where, monkeypatch, caplog):
             assert state.report.path == ("plain" if where == "prompt" else "engine")
             assert ("out of memory" in state.report.path_reason) == (where == "prompt")
         assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+        assert state.report.path == "engine"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), KeyboardInterrupt()])
+@pytest.mark.parametrize("where", ["weights", "programs"])
+def test_what_is_broken_off_while_it_is_made_is_made_anew(where, error, monkeypatch):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    state = apply_sparsevlm(model, **OPTIONS)
+    wanted, calls = model.generate(**inputs, **GREEDY), []
+    place, name = {"weights": (FusedWeights, "_fuse"), "programs": (prefill.Prefill, "make_room")}[where]
+    made = getattr(place, name)
+
+    def breaks_off(*args, **kwargs):
+        calls.append(made(*args, **kwargs))
+        if len(calls) == (5 if where == "weights" else 1):
+            raise error
+        return calls[-1]
+
+    with state.options(engine=True):
+        monkeypatch.setattr(place, name, breaks_off)
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                model.generate(**inputs, **GREEDY)
+        else:
+            assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+            assert "out of memory" in state.report.path_reason
+        storages = [weight.untyped_storage().data_ptr() for weight in model.parameters()]
+        assert len(set(storages)) == len(storages)  # no weight lies beside another any more
+        assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+        assert state.report.path == "engine"
+    remove_sparsevlm(model)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_want_of_memory_for_a_new_token_leaves_the_next_answer_right(monkeypatch):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    state, options = apply_sparsevlm(model, **OPTIONS), {"max_new_tokens": 12, "do_sample": False}
+    wanted = model.generate(**inputs, **options)
+    monkeypatch.setattr(decode_graph, "_LEAST_CAPACITY", 2)
+    monkeypatch.setattr(decode_graph, "_FIRST_CAPACITY", 2)
+    begin, calls = decode_graph.begin_decode, []
+
+    def wanting(*args, **kwargs):
+        calls.append(1)
+        return full() if len(calls) == 2 else begin(*args, **kwargs)
+
+    with state.options(engine=True):
+        with monkeypatch.context() as patch:
+            patch.setattr(decode_graph, "begin_decode", wanting)
+            with pytest.raises(torch.OutOfMemoryError):
+                model.generate(**inputs, **options)
+        assert state.report.failed
+        assert torch.equal(model.generate(**inputs, **options), wanted)
         assert state.report.path == "engine"
 
 

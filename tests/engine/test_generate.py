@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from sparsevlm.hooks import vision_attention
@@ -61,7 +60,6 @@ def test_a_sample_that_ends_early_is_padded():
 
 REFUSED = {
     "beams": ({"num_beams": 2}, "no greedy or sampling call"),
-    "a dict": ({"return_dict_in_generate": True}, "handed out"),
     "attentions": ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
     "static cache": ({"cache_implementation": "static"}, "cache_implementation='static'"),
     "no cache": ({"use_cache": False}, "no cache"),
@@ -107,17 +105,6 @@ def test_hooks_of_others_run():
     handle.remove()
     answers(model, inputs, **GREEDY)
     assert state.report.path == "engine"
-
-
-def test_a_cache_of_the_user_goes_on_in_a_second_turn():
-    model, inputs = tiny_model(), make_inputs(*BATCH)
-    state = apply_sparsevlm(model, **OPTIONS, engine=True)
-    cache = DynamicCache(config=model.config)
-    first = answers(model, inputs, **GREEDY, past_key_values=cache)
-    assert "a cache of the user's" in state.report.path_reason
-    with state.options(engine=False):
-        other = DynamicCache(config=model.config)
-        assert torch.equal(answers(model, inputs, **GREEDY, past_key_values=other), first)
 
 
 def test_text_alone_and_direct_calls_are_dense():

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparsevlm.hooks import masks
-from sparsevlm.hooks.kv_cache import PAD_SLOT
 from sparsevlm.hooks.masks import pruned_mask
+from sparsevlm.request.kv_cache import PAD_SLOT
 
 X = PAD_SLOT
 LEAST = torch.finfo(torch.float32).min

@@ -6,7 +6,13 @@ import torch
 from PIL import Image
 from transformers import AutoProcessor
 
-from sparsevlm.inputs import ImageTextProcessor, torchvision_works
+from sparsevlm.inputs import (
+    ImageTextProcessor,
+    image_processor,
+    image_text_processor,
+    torchvision_works,
+    video_processor,
+)
 from tiny_checkpoint import save_tiny_checkpoint
 
 if not torchvision_works():
@@ -129,3 +135,13 @@ def test_conversations(both):
     options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "add_generation_prompt": True}
     options["processor_kwargs"] = {"padding": True}
     compare(ours.apply_chat_template(messages, **options), theirs.apply_chat_template(messages, **options))
+
+
+def test_on_a_device(both, monkeypatch):
+    """The CPU in the place of one."""
+    for module in (image_processor, image_text_processor, video_processor):
+        monkeypatch.setattr(module, "is_elsewhere", lambda device: device is not None)
+    ours, theirs = both
+    visuals = {"images": noise(112, 84), "videos": [[noise(112, 84, seed) for seed in range(9)]]}
+    got = ours(text=TEXT, **visuals, device="cpu")
+    compare(got, theirs(text=TEXT, **visuals, device="cpu", return_tensors="pt"))

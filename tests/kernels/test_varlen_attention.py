@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from sparsevlm.kernels.attention import equal_attention, varlen_attention
+from sparsevlm.kernels.attention import continued_attention, equal_attention, varlen_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -37,3 +38,18 @@ def test_against_exact(heads, kv_heads, head_dim, lengths, causal, dtype, device
         found.append(equal_attention(*parts, lengths[0], scaling, causal))
     for one in found:
         assert (one.double() - wanted).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("lengths", [[(1, 1)], [(3, 20), (17, 17), (1, 65)], [(30, 611)]])
+def test_the_last_rows_against_exact(lengths, dtype, device):
+    generator = torch.Generator().manual_seed(len(lengths))
+    n_queries, n_keys = ([pair[i] for pair in lengths] for i in (0, 1))
+    parts = [torch.randn(sum(n_keys), n, 128, generator=generator).to(device, dtype) for n in (6, 2, 2)]
+    whole = exact(*parts, n_keys, 0.1, True)
+    own = torch.cat([torch.arange(end - n, end) for end, n in zip(np.cumsum(n_keys), n_queries, strict=True)]).to(
+        device
+    )
+    bounds = [torch.tensor([0, *n], device=device).cumsum(0).to(torch.int32) for n in (n_queries, n_keys)]
+    found = continued_attention(parts[0][own], *parts[1:], *bounds, (max(n_queries), max(n_keys)), 0.1)
+    assert (found.double() - whole[own]).abs().max() < TOLERANCE[dtype]

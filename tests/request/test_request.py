@@ -9,8 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from made_requests import make_request, make_sample
-from sparsevlm.hooks.kv_cache import PAD_SLOT
-from sparsevlm.hooks.pruning import stack_rows
+from sparsevlm.request.kv_cache import PAD_SLOT, stack_rows
 from sparsevlm.request.request import StageRecord
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..compat import cache_of
 from ..config import SparseVLMConfig
 from ..models import Grid, ModelAdapter
 from ..request.inputs import visual_grids
@@ -18,11 +19,13 @@ from ..request.request import Request, StageRecord
 from ..request.timing import Mark
 from .cuda_graphs import to_device
 from .vision.patch_pruning import n_kept
-from .vision.program import VisionOutput, VisionPrograms
+from .vision.program import VisionOutput
 from .vision.tables import Grids
 
 _READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
 _ENCODED = "mm_encoder_outputs"
+
+Encode = Callable[[Tensor, Grids, tuple[int, ...] | None, int], VisionOutput]
 
 
 @dataclass
@@ -77,6 +80,8 @@ class Call:
         Of its images in visual tokens, by kind, where they are known.
     copies : int
         Answers to each prompt: how often transformers repeats every row.
+    past_len : int
+        Tokens that its cache holds.
     pending : PendingVision or None
     """
 
@@ -85,6 +90,7 @@ class Call:
     on_host: dict[str, Tensor]
     grids: dict[str, list[Grid] | None]
     copies: int
+    past_len: int
     pending: PendingVision | None = None
 
     @classmethod
@@ -105,7 +111,14 @@ class Call:
             for kind, modality in modalities.items()
             if modality.pixels in visual or encoded.get(kind) is not None
         }
-        return cls(arguments, visual, on_host, grids, copies)
+        cache = cache_of(given)
+        return cls(arguments, visual, on_host, grids, copies, 0 if cache is None else cache.get_seq_length())
+
+    @property
+    def ids(self) -> Tensor:
+        """Tokens that its cache does not hold, (batch, q_len)."""
+        ids, mask = self.on_host["input_ids"], self.on_host.get("attention_mask")
+        return ids[:, self.past_len :] if mask is None or mask.shape == ids.shape else ids
 
     def encoded(self, kind: str) -> Any:
         """Features that the caller has encoded already, if any."""
@@ -143,9 +156,19 @@ class Call:
         self.arguments["position_ids"] = to_device(positions, device)
 
     def prefetch_vision(
-        self, adapter: ModelAdapter, programs: VisionPrograms, config: SparseVLMConfig, stream: torch.cuda.Stream | None
+        self, adapter: ModelAdapter, encode: Encode, config: SparseVLMConfig, stream: torch.cuda.Stream | None
     ) -> None:
-        """Encode its images, or the share of their tokens that an option asks for, if they are of one kind."""
+        """Encode its images, or the share of their tokens that an option asks for, if they are of one kind.
+
+        Parameters
+        ----------
+        adapter : ModelAdapter
+        encode : callable
+            See :meth:`~.runner.ModelRunner.encode`.
+        config : SparseVLMConfig
+        stream : torch.cuda.Stream, optional
+            That the tower runs on.
+        """
         kind = next(iter(self.grids))
         grids = self.grids[kind]
         if len(self.grids) != 1 or _ENCODED in self.visual or grids is None:
@@ -159,14 +182,14 @@ class Call:
             patches.record_stream(stream)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             begin = Mark.now(device)
-            seen = programs(patches, tuple(grids), self._numbers(adapter, config, grids))
+            seen = encode(patches, tuple(grids), self._numbers(adapter, config, grids), config.image_cache)
             self.pending = PendingVision(tuple(grids), seen, begin, Mark.now(device), stream)
 
     def _numbers(self, adapter: ModelAdapter, config: SparseVLMConfig, grids: Sequence[Grid]) -> tuple[int, ...] | None:
         """How many tokens of each image the tower computes; ``None``: all."""
         if config.vision_keep >= 1.0:
             return None
-        by_sample = visual_grids(adapter, self.grids, self.on_host["input_ids"])
+        by_sample = visual_grids(adapter, self.grids, self.ids)
         if sum(map(len, by_sample)) != len(grids):
             by_sample = [[grid] for grid in grids]  # placeholders that do not fit, which is refused later
         return tuple(number for own in by_sample for number in _computed(own, config))

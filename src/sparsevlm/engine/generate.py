@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from .. import compat
 from ..kernels.skinny_linear import MOST_ROWS
@@ -20,9 +21,13 @@ from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
 from .call import Call, Prompt, leave_out
 from .runner import ModelRunner
+from .sampling import sample
 from .support import unsupported_arguments, unsupported_call, unsupported_mode, unsupported_request
 from .text.decode_graph import DecodeGraph
-from .vision.tables import Grids
+from .text.kept_cache import Left, fill_cache, unsupported_past
+from .turn import Turn
+from .vision.features import encode_now
+from .vision.program import VisionOutput
 
 _FLOAT8 = "; new tokens by float8 copies of the weights"
 _NOT_FLOAT8 = f"; new tokens by the model's own weights, as float8 copies serve {MOST_ROWS} samples at most"
@@ -34,11 +39,12 @@ class UnsupportedByEngineError(Exception):
 
 @dataclass
 class Decoding:
-    """New tokens of a request."""
+    """New tokens of a request; of a turn on a kept cache, if it is one."""
 
     decode_graph: DecodeGraph
     request: Request
     begin: Mark
+    turn: Turn | None = None
 
     def step(self, tokens: Tensor) -> Tensor:
         """Logits after one more token of every sample, (batch, vocab_size)."""
@@ -48,6 +54,15 @@ class Decoding:
         self.request.add_time("decode", self.begin, end)
         self.begin = end
         return logits
+
+    def keep(self, cache: DynamicCache) -> None:
+        """Leave all keys and values in a cache."""
+        caches, n_new = self.decode_graph.caches, self.decode_graph.n_new
+        if self.turn is not None:
+            self.turn.keep(self.request, caches, n_new)
+        else:
+            fill_cache(cache, self.request, [Left(own) for own in caches], n_new)
+        self.request.finish(cache, self.request.kv_bytes)
 
 
 class Engine:
@@ -88,6 +103,11 @@ class Engine:
             with self._made.open():
                 self._made.clear()
 
+    def forget_images(self) -> None:
+        """Free what is kept of images."""
+        if self._made is not None:
+            self._made.images = None
+
     def begin(self, arguments: dict[str, Any], modes: Mapping[str, Any], *, is_nested: bool) -> Call | None:
         """Begin a call: encode its images while transformers prepares the rest.
 
@@ -112,28 +132,46 @@ class Engine:
         )
         if self.reason:
             return None
-        with self._runner.open():
-            self._runner.quick_check()
-            call = Call.of(self._adapter, arguments, settings["num_return_sequences"] or 1)
-            if call.grids:
-                check_mask(call.on_host.get("attention_mask"))
-            self.reason = ("no image or video" if not call.grids else call.misfit(self._adapter)) or ""
-            if self.reason:
-                return None
-            if self._may_encode():
-                try:
-                    config = self._session.options.config
-                    call.prefetch_vision(self._adapter, self._runner.vision, config, self._runner.stream)
-                except torch.OutOfMemoryError:
-                    self._runner.release_memory()
-            if not self._runner.look():
-                call.pending = None
-            self.reason = self._runner.unsupported() or ""
+        try:
+            with self._runner.open():
+                call = self._read(arguments, settings["num_return_sequences"] or 1)
+        except torch.OutOfMemoryError:
+            self._release_memory()
         if self.reason:
             return None
-        call.position_on_host(self._adapter.model, self._adapter.base_model)
+        if not call.past_len:
+            call.position_on_host(self._adapter.model, self._adapter.base_model)
         call.arguments = compat.with_generation_config(self._adapter.model, call.arguments)
         return call
+
+    def _read(self, arguments: dict[str, Any], copies: int) -> Call:
+        """Read a call, and begin to encode its images; where it is not for the engine, say so."""
+        self._runner.quick_check()
+        call = Call.of(self._adapter, arguments, copies)
+        if call.grids:
+            check_mask(call.on_host.get("attention_mask"))
+        past_len = call.past_len
+        self.reason = ("no image or video" if not call.grids and not past_len else call.misfit(self._adapter)) or ""
+        if past_len and not self.reason:
+            self.reason = unsupported_past(self._adapter, compat.cache_of(arguments), len(call.ids)) or ""
+            self.reason = self.reason or ("several answers on a kept cache" if copies > 1 else "")
+        if self.reason:
+            return call
+        if call.grids and self._may_encode():
+            try:
+                config = self._session.options.config
+                call.prefetch_vision(self._adapter, self._runner.encode, config, self._runner.stream)
+            except torch.OutOfMemoryError:
+                self._runner.release_memory()
+        if not self._runner.look():
+            call.pending = None
+        self.reason = self._runner.unsupported() or ""
+        return call
+
+    def _release_memory(self) -> None:
+        with self._runner.open():
+            self._runner.release_memory()
+        self.reason = "out of memory"
 
     def _may_encode(self) -> bool:
         """Tells whether the tower's program may take the place of its modules, if nothing is hooked to them."""
@@ -152,8 +190,8 @@ class Engine:
         stopping_criteria: Any,
         generation_config: Any,
         **prepared: Any,
-    ) -> Tensor:
-        """Run a call that transformers has prepared.
+    ) -> Any:
+        """Run a call that transformers has prepared; a tensor or a dictionary, as it asks for.
 
         Raises
         ------
@@ -161,29 +199,38 @@ class Engine:
             If it is not for the engine after all.
         """
         self.reason = unsupported_call(prepared, generation_config, modes) or ""
+        positions = prepared.get("position_ids")
+        if not isinstance(positions, Tensor) or positions.ndim != 3:
+            self.reason = self.reason or f"position_ids of {getattr(positions, 'ndim', 0)} dimensions"
         if self.reason:
             raise UnsupportedByEngineError
         capacity = max(1, generation_config.max_length - input_ids.shape[1])
         try:
             with self._runner.open():
-                logits, decoding = self._prefill(call, input_ids, prepared, capacity)
+                if call.past_len:
+                    length = compat.mask_length(generation_config)
+                    logits, decoding = self._continue(call, input_ids, prepared, capacity, length)
+                else:
+                    logits, decoding = self._prefill(call, input_ids, prepared, capacity)
         except torch.OutOfMemoryError as error:
-            with self._runner.open():
-                self._runner.release_memory()
-            self.reason = "out of memory"
+            self._release_memory()
             raise UnsupportedByEngineError from error
 
         def step(tokens: Tensor) -> Tensor:
-            with self._runner.open():
-                return decoding.step(tokens)
+            try:
+                with self._runner.open():
+                    return decoding.step(tokens)
+            except torch.OutOfMemoryError:  # the answer is lost, but not the next one
+                self._release_memory()
+                raise
 
         def check() -> None:
-            if self._runner.prefill.is_faulty:
+            if decoding.turn is None and self._runner.prefill.is_faulty:
                 raise ValueError(
                     "what the visual tokens are judged by holds NaN or infinity; check the model's inputs and dtype."
                 )
 
-        return sample(
+        sequences, scores, raw = sample(
             input_ids,
             logits,
             step,
@@ -193,6 +240,11 @@ class Engine:
             modes.get("streamer"),
             check,
         )
+        wants_dict, cache = generation_config.return_dict_in_generate, compat.cache_of(prepared)
+        if wants_dict or compat.cache_of(call.arguments) is not None:
+            with self._runner.open():
+                decoding.keep(cache)
+        return compat.generation_output(sequences, scores, raw, cache) if wants_dict else sequences
 
     def _refuse(self, reason: str) -> UnsupportedByEngineError:
         self.reason = reason
@@ -202,14 +254,53 @@ class Engine:
         self, call: Call, input_ids: Tensor, prepared: Mapping[str, Any], capacity: int
     ) -> tuple[Tensor, Decoding]:
         """Run a prompt."""
-        adapter = self._adapter
         ids = call.prepared("input_ids", input_ids)
-        positions = prepared.get("position_ids")
-        if not isinstance(positions, Tensor) or positions.ndim != 3:
-            raise self._refuse(f"position_ids of {getattr(positions, 'ndim', 0)} dimensions")
-        positions = call.prepared("position_ids", positions, dim=1)
+        positions = call.prepared("position_ids", prepared["position_ids"], dim=1)
         mask = call.prepared("attention_mask", prepared.get("attention_mask"))
-        inputs = {"input_ids": ids, "attention_mask": mask, **call.visual}
+        request, prompt, features = self._open(call, {"input_ids": ids, "attention_mask": mask}, positions)
+        begin = Mark.now(features.device)
+        logits = self._runner.prefill.run(request, prompt, features)
+        end = Mark.now(features.device)
+        request.add_time("prefill", begin, end)
+        space = self._runner.prefill.space
+        assert space is not None  # since the prompt
+        request.place(torch.stack([sample.last for sample in request.samples]))
+        request.finish(None, request.kv_bytes)
+        return logits, self._decode(request, prompt, capacity, end)
+
+    def _continue(
+        self, call: Call, input_ids: Tensor, prepared: Mapping[str, Any], capacity: int, mask_length: int
+    ) -> tuple[Tensor, Decoding]:
+        """Run a turn on a kept cache."""
+        try:
+            turn = Turn.of(call, self._adapter, input_ids, prepared, mask_length)
+        except ValueError as error:
+            raise self._refuse(str(error)) from error
+        if call.grids:
+            request, prompt, features = self._open(call, turn.inputs, turn.positions)
+        else:
+            request, prompt, features = turn.open_text(self._session), turn.prompt(self._adapter), None
+        begin = Mark.now(input_ids.device)
+        logits = turn.run(self._adapter, self._runner, request, prompt, features)
+        end = Mark.now(input_ids.device)
+        request.add_time("decode" if request.decode_steps else "prefill", begin, end)
+        return logits, self._decode(request, prompt, capacity, end, turn)
+
+    def _decode(
+        self, request: Request, prompt: Prompt, capacity: int, begin: Mark, turn: Turn | None = None
+    ) -> Decoding:
+        space = self._runner.prefill.space
+        assert space is not None  # since the prompt
+        batch, wants_float8 = prompt.ids.shape[0], self._session.options.config.weights == "fp8"
+        decode_graph = self._runner.decode_graphs.over(space, batch, wants_float8 and batch <= MOST_ROWS)
+        if wants_float8:
+            request.remark(_FLOAT8 if batch <= MOST_ROWS else _NOT_FLOAT8)
+        decode_graph.start(prompt.next_positions, capacity)
+        return Decoding(decode_graph, request, begin, turn)
+
+    def _open(self, call: Call, inputs: Mapping[str, Any], positions: Tensor) -> tuple[Request, Prompt, Tensor]:
+        """Begin the request of a prompt with images: its tokens, and the rows of the vision tower."""
+        adapter, ids, inputs = self._adapter, inputs["input_ids"], {**inputs, **call.visual}
         request = open_request(self._session, inputs, visual_masks(adapter, inputs), call.grids)
         if (refused := unsupported_request(request)) is not None:
             raise self._refuse(refused)
@@ -221,114 +312,23 @@ class Engine:
             prompt = prompt.only(kept)
             leave_out(adapter, request, prompt)
             warn_clamped(self._session, request)
-        features = self._features(call)
+        seen = self._encoded(call)
+        features = seen.tokens
         if features.shape[0] != prompt.n_features:
             raise self._refuse("placeholders and features that differ in number")  # the model's own error follows
         request.run_on("engine", "packed samples")
         if prompt.kept is None and request.config.vision_keep < 1.0:
             request.remark("; the tower computed all: images and videos in one call, or images given encoded")
-        begin = Mark.now(features.device)
-        logits = self._runner.prefill.run(request, prompt, features)
-        end = Mark.now(features.device)
-        request.add_time("prefill", begin, end)
+        if request.config.image_cache:
+            request.count_cached(seen.n_cached)
         if call.pending is not None:
             request.add_time("vision", call.pending.begin, call.pending.end)
-        space = self._runner.prefill.space
-        assert space is not None  # since the prompt
-        is_float8 = request.config.weights == "fp8" and request.batch <= MOST_ROWS
-        decode_graph = self._runner.decode_graphs.over(space, request.batch, is_float8)
-        if request.config.weights == "fp8":
-            request.remark(_FLOAT8 if is_float8 else _NOT_FLOAT8)
-        decode_graph.start(prompt.next_positions, capacity)
-        request.place(torch.stack([sample.last for sample in request.samples]))
-        request.finish(None, request.kv_bytes)
-        return logits, Decoding(decode_graph, request, end)
+        return request, prompt, features
 
-    def _features(self, call: Call) -> Tensor:
+    def _encoded(self, call: Call) -> VisionOutput:
         """Rows of the vision tower: images before videos."""
         if call.pending is not None:
             call.pending.wait()
-            return call.pending.seen.tokens
-        found: list[Tensor] = []
-        for kind, grids in call.grids.items():
-            output, modality = call.encoded(kind), self._adapter.modalities[kind]
-            if output is None:
-                pixels = call.visual[modality.pixels]
-                if grids is not None and (tokens := self._encode_images(pixels, tuple(grids))) is not None:
-                    found.append(tokens)
-                    continue
-                sizes = {name: call.arguments.get(name) for name in modality.size_inputs}
-                output = getattr(self._adapter.base_model, f"get_{kind}_features")(pixels, **sizes)
-            found += output.pooler_output
-        return torch.cat(found)
-
-    def _encode_images(self, pixels: Tensor, grids: Grids) -> Tensor | None:
-        """Images by the tower's program, if it can run."""
-        try:
-            self._runner.look()
-            if not self._may_encode() or self._runner.foreign_tower_hook():
-                return None
-            return self._runner.vision(pixels, grids).tokens.clone()
-        except torch.OutOfMemoryError:
-            self._runner.release_memory()
-            self._runner.look()
-            return None
-
-
-def sample(
-    input_ids: Tensor,
-    logits: Tensor,
-    step: Callable[[Tensor], Tensor],
-    logits_processor: Any,
-    stopping_criteria: Any,
-    generation_config: Any,
-    streamer: Any,
-    check: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """Greedy and sampled decoding, token for token as transformers' ``_sample``.
-
-    Parameters
-    ----------
-    input_ids : Tensor of shape (batch, length), int64
-        Prompts.
-    logits : Tensor of shape (batch, vocab_size)
-        Of the first new token.
-    step : callable
-        ``step(tokens)`` with tokens of shape (batch,) gives the logits of the next.
-    logits_processor, stopping_criteria, generation_config
-        As transformers has prepared them.
-    streamer : BaseStreamer, optional
-    check : callable
-        Raises where the prompt has failed; called when the first token is there.
-
-    Returns
-    -------
-    Tensor of shape (batch, length + n_new), int64
-    """
-    pad = generation_config._pad_token_tensor
-    pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    unfinished = torch.ones(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-    first = input_ids.shape[1] + 1
-    while True:
-        scores = logits_processor(input_ids, logits.to(copy=True, dtype=torch.float32, device=input_ids.device))
-        if generation_config.do_sample:
-            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-        else:
-            tokens = scores.argmax(dim=-1)
-        if pads:
-            tokens = tokens * unfinished + pad.to(input_ids.device) * (1 - unfinished)
-        input_ids = torch.cat([input_ids, tokens[:, None]], dim=-1)
-        unfinished = unfinished & ~stopping_criteria(input_ids, None)
-        if streamer is not None:
-            if input_ids.shape[1] == first:
-                check()
-            streamer.put(tokens.cpu())
-        goes_on = bool(unfinished.max())
-        if input_ids.shape[1] == first:
-            check()
-        if not goes_on:
-            break
-        logits = step(tokens)
-    if streamer is not None:
-        streamer.end()
-    return input_ids
+            return call.pending.seen
+        cache_bytes = self._session.options.config.image_cache
+        return encode_now(call, self._adapter, self._runner, self._may_encode, cache_bytes)

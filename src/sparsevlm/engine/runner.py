@@ -18,7 +18,9 @@ from .fused_weights import FusedWeights
 from .support import unsupported_classes, unsupported_decoder, unsupported_tower
 from .text.decode_graph import DecodeGraphs
 from .text.prefill import Prefill
-from .vision.program import VisionPrograms
+from .vision.image_cache import ImageCache
+from .vision.program import VisionOutput, VisionPrograms
+from .vision.tables import Grids
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,8 @@ class ModelRunner:
     def __init__(self, adapter: ModelAdapter) -> None:
         self.adapter = adapter
         self._made = False
+        self.images: ImageCache | None = None
+        self.weights: FusedWeights | None = None
         self._quick_fingerprint = self._tower_fingerprint = self._decoder_fingerprint = ModelFingerprint(())
         self.decoder_unsupported: str | None = None
         self.tower_unsupported: str | None = None
@@ -96,20 +100,21 @@ class ModelRunner:
         adapter = self.adapter = self.adapter.refreshed()
         device = self.device = adapter.decoder.embed.weight.device
         self.decoder_unsupported, self.tower_unsupported = unsupported_decoder(adapter), unsupported_tower(adapter)
-        self.weights, pool = FusedWeights(adapter), GraphPool(device)
+        weights, pool = FusedWeights(adapter), GraphPool(device)
+        self.weights = weights  # from now on to be unfused, even if memory ends or the user does
         if self.decoder_unsupported is None:
-            self.weights.fuse_decoder()
+            weights.fuse_decoder()
         if self.tower_unsupported is None:
-            self.weights.fuse_tower()
+            weights.fuse_tower()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        shared = (adapter, self.weights, pool)
+        shared = (adapter, weights, pool)
         self.prefill, self.decode_graphs, self.vision = Prefill(*shared), DecodeGraphs(*shared), VisionPrograms(*shared)
         self._decoder_fingerprint = ModelFingerprint(
             [adapter.model, adapter.base_model, adapter.decoder.head, *adapter.decoder.module.modules()]
         )
         self._tower_fingerprint = ModelFingerprint(adapter.vision.module.modules())
         self._classes = {type(adapter.vision.module), type(adapter.decoder.layers[0])}
-        for block in self.weights.blocks[:1]:
+        for block in weights.blocks[:1]:
             self._classes |= {type(block.attention), type(block.mlp), type(block.attention_norm)}
         if adapter.vision.program is not None:
             self._classes.add(type(adapter.vision.program.blocks[0].module))
@@ -120,17 +125,37 @@ class ModelRunner:
         self._quick_fingerprint = ModelFingerprint(ends)
         self._made = True
 
-    def clear(self) -> None:
-        """Free everything, and give every weight a place of its own again."""
+    def _forget_programs(self) -> None:
         if self._made:
             for kept in (self.decode_graphs, self.prefill, self.vision):
                 kept.clear()
-            self.weights.unfuse()
+        self.images = None
         self._made = False
+
+    def encode(
+        self, patches: Tensor, grids: Grids, numbers: tuple[int, ...] | None = None, cache_bytes: int = 0
+    ) -> VisionOutput:
+        """Encode images, or some of their visual tokens, see :class:`VisionPrograms`; whole ones that were encoded
+        before are taken from a cache of ``cache_bytes``."""
+        if not cache_bytes or numbers is not None:
+            return self.vision(patches, grids, numbers)
+        if self.images is None:
+            self.images = ImageCache(self.adapter.vision.module)
+        patches = patches.to(next(self.adapter.vision.module.parameters()).device)
+        return self.images.encode(self.vision, patches, grids, self.adapter.vision.patches_per_token, cache_bytes)
+
+    def clear(self) -> None:
+        """Free everything, and give every weight a place of its own again."""
+        self._forget_programs()
+        if self.weights is not None:
+            self.weights.unfuse()
+        self.weights = None
 
     def release_memory(self) -> None:
         """Give back the memory of all programs where it is wanting; the model's own modules take less."""
         logger.warning("out of memory: the engine forgets its programs, the model's own modules run.")
+        self._forget_programs()
+        torch.cuda.empty_cache()  # weights that get a place of their own need room
         self.clear()
         torch.cuda.empty_cache()
 
@@ -171,8 +196,17 @@ class ModelRunner:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Context of programs: on their device, with tensors that live on outside of inference mode."""
+        """Context of programs: on their device, with tensors that live on outside of inference mode.
+
+        Ctrl-C inside forgets them all, as it may have come while one was made.
+        """
         device = self.adapter.decoder.embed.weight.device
         on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with torch.inference_mode(False), torch.no_grad(), on_device:
-            yield
+            try:
+                yield
+            except KeyboardInterrupt:
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                self.clear()
+                raise

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import GenerationSettings, cache_of, samples_or_greedy
 from ..kernels.dispatch import triton_problem
 from ..models import ModelAdapter
+from ..request.kv_cache import PrunedDynamicLayer
 from ..request.request import Request
 from .text.readout import NOT_PROVIDED
 
@@ -52,21 +53,29 @@ def unsupported_arguments(
         "no cache": settings["use_cache"] is False,
         "output_attentions": bool(settings["output_attentions"]),
         "output_hidden_states": bool(settings["output_hidden_states"]),
-        "a cache that is handed out (return_dict_in_generate)": bool(settings["return_dict_in_generate"]),
-        "a cache of the user's": cache is not None,
         f"cache_implementation={implementation!r}": implementation not in (None, "dynamic"),
         _UNSUITED: (settings["num_beams"] or 1) > 1 or settings["prompt_lookup_num_tokens"] is not None,
         "generating in step on several devices (synced_gpus)": bool(modes.get("synced_gpus")),
     }
-    return next((reason for reason, holds in reasons.items() if holds), None)
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    return reason or (None if cache is None else unsupported_cache(cache))
 
 
 def unsupported_call(prepared: Mapping[str, Any], generation_config: Any, modes: Mapping[str, Any]) -> str | None:
     """Why a call is not for the engine, by what transformers has made of it."""
     if not samples_or_greedy(generation_config, modes) or generation_config.prefill_chunk_size is not None:
         return _UNSUITED
-    if type(cache := cache_of(prepared)) is not DynamicCache:
+    return unsupported_cache(cache_of(prepared))
+
+
+def unsupported_cache(cache: Any) -> str | None:
+    """Why what a request leaves cannot be put into a cache."""
+    if type(cache) is not DynamicCache:
         return f"a {type(cache).__name__}"
+    if cache.offloading:
+        return "an offloaded cache"
+    if kinds := {type(layer) for layer in cache.layers} - {DynamicLayer, PrunedDynamicLayer}:
+        return f"a cache with {min(kind.__name__ for kind in kinds)}"
     return None
 
 
@@ -195,8 +204,6 @@ def unsupported_request(request: Request) -> str | None:
     """Why a request is not for the engine."""
     if missing := sorted(request.traits.needs & NOT_PROVIDED):
         return f"selector {request.traits.name!r} needs {', '.join(missing)}"
-    if request.past_len:
-        return "a cache that is not empty"
     if any(int(sample.last) != request.q_len - 1 for sample in request.samples):
         return "a prompt whose last token is masked"
     return None

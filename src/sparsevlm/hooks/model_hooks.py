@@ -10,13 +10,13 @@ from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of, check_layer_arguments
 from ..request.inputs import check_call, check_inputs, check_mode, check_packing, visual_masks
+from ..request.kv_cache import cache_bytes, check_cache, static_note
 from ..request.opening import open_request
 from ..request.request import Request
 from ..request.session import Session
 from ..request.step import choose_embedding_raters
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
-from .kv_cache import cache_bytes, check_cache, static_note
 from .pruning import ForwardPass, before_layer
 from .vision_hooks import VisionHooks, bound_arguments
 
@@ -149,6 +149,8 @@ class ModelHooks:
             request.remark("; the tower computed all, vision_keep is the engine's")
         if request.config.weights == "fp8" and request.first is None:
             request.remark("; the model's own weights were read, weights='fp8' is the engine's")
+        if request.config.image_cache and request.first is None:
+            request.remark("; images were encoded anew, image_cache is the engine's")
         self._forward = ForwardPass(cache, request, masks, is_flash=self._is_flash)
 
     def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
@@ -157,6 +159,7 @@ class ModelHooks:
         request = self._session.request
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
             request.begin_decode_step()
+            request.goes_on("plain")
             return
         running = self._session.running
         if self._session.in_generate and running is not None and running.samples:

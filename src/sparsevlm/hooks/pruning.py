@@ -11,11 +11,11 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..models import ModelAdapter
+from ..request.kv_cache import SlotTable, adopt, next_table, stack_rows
 from ..request.request import Request
 from ..request.step import Readout, Survivors, prune_step, reads
 from ..request.timing import Mark
 from .attention_probe import AttentionProbe
-from .kv_cache import PAD_SLOT, SlotTable, adopt
 from .masks import pruned_mask
 from .readout import read_target_layer
 
@@ -199,14 +199,9 @@ def _placed_table(
     before = layer.table
     owns = before not in forward.tables
     if owns:
-        absolute = torch.where(rows == PAD_SLOT, PAD_SLOT, rows + past_len)
-        if before is not None:
-            old = before.slots(forward.appended[before]).to(rows.device)
-        else:
-            old = torch.arange(past_len, device=rows.device).expand(rows.shape[0], -1)
-        has_padding = forward.rows_padded or (before is not None and before.has_padding)
         tail = min(sample.tail for sample in forward.request.samples) if forward.request else 0
-        table = SlotTable(torch.cat([old, absolute], dim=1), past_len + q_len, tail, has_padding)
+        appended = 0 if before is None else forward.appended[before]
+        table = next_table(before, appended, rows, past_len, q_len, tail, forward.rows_padded)
         forward.tables[before] = table
     layer.place(forward.tables[before], owns)
     return forward.tables[before]
@@ -238,9 +233,3 @@ def _gather(forward: ForwardPass, request: Request, survivors: list[Survivors], 
     request.place(stack_rows(rows))
     forward.begin_stage(has_padding=min(lengths) < width)
     return torch.stack([torch.nn.functional.pad(states, (0, 0, width - len(states), 0)) for states in gathered])
-
-
-def stack_rows(rows: list[Tensor]) -> Tensor:
-    """Rows of unequal numbers as one tensor, fillers on the left (transformers pads on the left when generating)."""
-    width = max(row.shape[0] for row in rows)
-    return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=PAD_SLOT) for row in rows])

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, BatchFeature, Qwen2_5_VLProcessor, Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer, BatchFeature, Qwen2_5_VLProcessor
 from transformers.image_utils import SizeDict
 from transformers.utils.chat_template_utils import _get_template_variables
 
 from .chat import read_conversations
 from .checkpoint import checkpoint_folder, read_json
+from .image_processor import PilImageProcessor, is_elsewhere
 from .options import (
     IMAGES,
     VIDEOS,
@@ -111,7 +112,7 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
         folder = Path(folder)
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            image_processor = Qwen2VLImageProcessorPil.from_pretrained(folder, local_files_only=True)
+            image_processor = PilImageProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{folder} has no usable tokenizer and image processor: {error}") from error
         files = [read_json(folder / name) for name in ("processor_config.json", "config.json")]
@@ -164,6 +165,8 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
             As of transformers' processor, flat or in ``text_kwargs``, ``images_kwargs`` and ``videos_kwargs``:
             ``padding``, ``truncation``, ``max_length``, ``size``, ``min_pixels``, ``max_pixels``, ``do_resize``,
             ``video_metadata`` (one dict per video with ``fps``; 24 frames per second where omitted), ...
+            ``device``: where images and videos are resized, normalised and cut, to the same values as on the CPU;
+            their patches stay there.
             ``return_tensors`` is ``"pt"`` and ``padding_side`` is ``"left"`` where omitted.
 
         Returns
@@ -204,6 +207,10 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
             raise TypeError(" ".join(str(error).split())) from error
         if not self.returns_seconds:
             inputs.pop("second_per_grid_ts", None)
+        for modality, name in ((IMAGES, "pixel_values"), (VIDEOS, "pixel_values_videos")):
+            device = effective(options, modality, "device", None)
+            if name in inputs and is_elsewhere(device):  # an image processor of transformers' leaves it on the host
+                inputs[name] = inputs[name].to(device)
         return inputs
 
     def apply_chat_template(  # type: ignore[override]

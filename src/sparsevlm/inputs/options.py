@@ -6,6 +6,8 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from .device import pick_device
+
 TEXT, IMAGES, VIDEOS, COMMON = "text_kwargs", "images_kwargs", "videos_kwargs", "common_kwargs"
 # transformers accepts these for any image processor, and those of Qwen2-VL pass over them without a word.
 _WITHOUT_EFFECT = ("do_center_crop", "crop_size", "do_pad", "pad_size")
@@ -191,8 +193,5 @@ def _check_obeyed(name: str, value: Any) -> None:
         raise ValueError(
             f"{name}={value!r} has no effect on the image processor of this model; crop or pad beforehand."
         )
-    if name == "device" and value is not None and str(value) != "cpu":
-        raise ValueError(
-            f"device={value!r} needs torchvision, which is missing here; process on the CPU, and move the inputs with "
-            f".to({str(value)!r})."
-        )
+    if name == "device" and value is not None:
+        pick_device(str(value))

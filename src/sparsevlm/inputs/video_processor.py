@@ -3,9 +3,12 @@
 from typing import Any
 
 import numpy as np
-from transformers import BatchFeature, Qwen2VLImageProcessorPil
+import torch
+from transformers import BatchFeature
 from transformers.processing_utils import VideosKwargs
 from transformers.video_utils import VideoMetadata, make_batched_metadata, make_batched_videos
+
+from .image_processor import PilImageProcessor, check_tensors, is_elsewhere
 
 
 # transformers reads the types of these fields: annotations in this file must not be put off.
@@ -27,7 +30,7 @@ _SAMPLING = ("do_sample_frames", "num_frames", "fps", "min_frames", "max_frames"
 _CAPPING = ("cap_pixels_per_frame", "max_video_tokens")
 
 
-class PilVideoProcessor(Qwen2VLImageProcessorPil):
+class PilVideoProcessor(PilImageProcessor):
     """Cuts videos into patches as transformers' ``Qwen2VLVideoProcessor`` does, with Pillow in place of torchvision.
 
     Options and their defaults are those of that class, and so is what ``to_dict`` and ``save_pretrained`` write.
@@ -71,6 +74,8 @@ class PilVideoProcessor(Qwen2VLImageProcessorPil):
             If videos and metadata differ in number, or frames cannot be sampled as asked.
         """
         return_tensors = options.pop("return_tensors", None)
+        if is_elsewhere(device := options.get("device")):
+            check_tensors(device, return_tensors)
         return_metadata = self._option(options, "return_metadata")
         clips: list[Any] = make_batched_videos(videos)
         metadata = _metadata_of(clips, options.pop("video_metadata", None))
@@ -79,7 +84,9 @@ class PilVideoProcessor(Qwen2VLImageProcessorPil):
             depth = options.get("temporal_patch_size") or self.temporal_patch_size
             clips = [_sampled(clip, one, depth, **sampling) for clip, one in zip(clips, metadata, strict=True)]
         cut = [self._cut(clip, dict(options)) for clip in clips]
-        patches = np.concatenate([patches for patches, _ in cut])
+        patches: Any = torch.cat([patches for patches, _ in cut])
+        if not is_elsewhere(options.get("device")):
+            patches = patches.numpy()
         data = {"pixel_values_videos": patches, "video_grid_thw": np.array([grid for _, grid in cut], dtype=np.int64)}
         inputs = BatchFeature(data, tensor_type=return_tensors)
         if return_metadata:
@@ -110,7 +117,7 @@ class PilVideoProcessor(Qwen2VLImageProcessorPil):
         value = options.pop(name, None)
         return getattr(self, name) if value is None else value
 
-    def _cut(self, clip: np.ndarray, options: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int, int]]:
+    def _cut(self, clip: np.ndarray, options: dict[str, Any]) -> tuple[torch.Tensor, tuple[int, int, int]]:
         """Patches of one video, and its grid (t, h, w)."""
         depth = options.get("temporal_patch_size") or self.temporal_patch_size
         patch_size = options.get("patch_size") or self.patch_size
@@ -120,12 +127,12 @@ class PilVideoProcessor(Qwen2VLImageProcessorPil):
             factor = patch_size * (options.get("merge_size") or self.merge_size)
             options["size"] = _capped(options.get("size") or self.size, budget * factor**2, depth, len(clip))
         # One temporal copy per frame: the copies that make up a patch are frames here, not repetitions of one image.
-        options.update(temporal_patch_size=1, return_tensors="np")
+        options.update(temporal_patch_size=1, return_tensors="pt")
         cut = super().preprocess(frames, **options)
         _, height, width = (int(length) for length in cut["image_grid_thw"][0])
         steps = len(frames) // depth
         pixels = cut["pixel_values"].reshape(steps, depth, height * width, -1, patch_size**2)
-        patches = pixels.transpose(0, 2, 3, 1, 4).reshape(steps * height * width, -1)
+        patches = pixels.permute(0, 2, 3, 1, 4).reshape(steps * height * width, -1)
         return patches, (steps, height, width)
 
 

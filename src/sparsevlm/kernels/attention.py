@@ -60,6 +60,54 @@ def varlen_attention(
     return varlen_attention_reference(query, key, value, cu_seqlens, scaling, causal)
 
 
+def continued_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_queries: Tensor, cu_keys: Tensor, most: tuple[int, int],
+    scaling: float,
+) -> Tensor:  # fmt: skip
+    """Causal softmax attention of the last rows of every sequence to the whole of it.
+
+    On a CUDA device, in half precision, this is FlashAttention as torch carries it, in one call; elsewhere
+    :func:`continued_attention_reference`.
+
+    Parameters
+    ----------
+    query : Tensor of shape (n_queries, heads, head_dim)
+        Query head h reads key head ``h // (heads / kv_heads)``.
+    key, value : Tensor of shape (n_keys, kv_heads, head_dim)
+    cu_queries, cu_keys : Tensor of shape (n_sequences + 1,), int32
+        Sequence i has the keys ``cu_keys[i]`` to ``cu_keys[i + 1]``; the last of them are those of its queries.
+    most : tuple of int
+        No sequence has more queries, and more keys.
+    scaling : float
+
+    Returns
+    -------
+    Tensor of shape (n_queries, heads, head_dim)
+    """
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and flash_runs():
+        out = torch.ops.aten._flash_attention_forward(
+            query, key, value, cu_queries, cu_keys, *most, 0.0, True, False, scale=scaling
+        )
+        return out[0]
+    return continued_attention_reference(query, key, value, cu_queries, cu_keys, scaling)
+
+
+def continued_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, cu_queries: Tensor, cu_keys: Tensor, scaling: float
+) -> Tensor:
+    """Reference in plain torch: sequence by sequence."""
+    mixed = []
+    spans = (itertools.pairwise(bounds.tolist()) for bounds in (cu_queries, cu_keys))
+    for queries, keys in zip(*spans, strict=True):
+        q, k, v = (x[None, slice(*rows)].transpose(1, 2) for x, rows in ((query, queries), (key, keys), (value, keys)))
+        sees = torch.ones((q.shape[2], k.shape[2]), dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=sees, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        mixed.append(out[0].transpose(0, 1))
+    return torch.cat(mixed)
+
+
 def equal_attention(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float, causal: bool) -> Tensor:
     """:func:`varlen_attention` for sequences of ``length`` rows each.
 

@@ -39,6 +39,7 @@ def make_report(adapter: ModelAdapter, request: Request) -> Report:
         decode_steps=request.decode_steps,
         logit_positions=rows,
         failed=request.failed,
+        images_cached=request.images_cached,
     )
 
 

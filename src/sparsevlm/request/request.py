@@ -98,6 +98,12 @@ class Sample:
         """Positions of all tokens that are left, ascending."""
         return torch.cat([self.other, self.positions]).sort().values
 
+    def positions_before(self, layer_idx: int) -> Tensor:
+        """Positions of all tokens that have reached a layer, ascending, by what was recorded."""
+        kept = [stage.kept for stage in self.stages if stage.layer < layer_idx and stage.kept is not None]
+        visual = self.visual if not kept else self.visual[kept[-1].to(self.visual.device)]
+        return torch.cat([self.other, visual]).sort().values
+
     def keep(self, keep_idx: Tensor) -> None:
         """Leave out all visual tokens but these, given as indices into what is left."""
         self.alive = self.alive[keep_idx]
@@ -187,6 +193,8 @@ class Request:
         Which implementation runs, and why.
     failed : str, optional
         The error that the call ended in.
+    images_cached : int
+        Images and videos that were encoded in earlier calls.
     unsettled : callable, optional
         Brings samples and records up to date with what the device has chosen, when somebody asks.
     serial : int
@@ -219,6 +227,7 @@ class Request:
     path: str = "plain"
     path_reason: str = "hooks on the model's own modules"
     failed: str | None = None
+    images_cached: int = 0
     unsettled: Callable[[], None] | None = None
     serial: int = field(default_factory=itertools.count().__next__)
 
@@ -303,8 +312,20 @@ class Request:
         self.path, self.path_reason = path, reason
 
     def remark(self, remark: str) -> None:
-        """Add to the reason."""
-        self.path_reason += remark
+        """Add to the reason what it does not say yet."""
+        if remark not in self.path_reason:
+            self.path_reason += remark
+
+    def count_cached(self, n_images: int | None) -> None:
+        """Note how many images were taken from those kept; ``None``: nobody looked for them."""
+        self.images_cached = n_images or 0
+        if n_images is None:
+            self.remark("; image_cache was not asked: vision_keep, encoded images, or a tower by its own modules")
+
+    def goes_on(self, path: str) -> None:
+        """Note the path that a later turn runs on, if it is another."""
+        if path != self.path:
+            self.remark(f"; a later turn on the path {path}")
 
     def clamp(self, sample: Sample, reason: str) -> None:
         """Note that a floor of a sample, or what a floor was put in the place of, could not hold.

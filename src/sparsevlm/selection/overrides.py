@@ -12,7 +12,7 @@ from .context import SelectorTraits
 # What a method decides for itself; how many tokens are kept, and where, stays the user's.
 OVERRIDABLE = ("raters", "heads", "recycle", "merge", "tau", "theta")
 # Options that only some selectors or budgets read.
-_OF_SOME = (*OVERRIDABLE, "schedule", "rank_lambda", "rank_tolerance", "seed", "vision_keep")
+_OF_SOME = (*OVERRIDABLE, "schedule", "rank_lambda", "rank_tolerance", "seed", "vision_keep", "image_cache")
 
 
 def effective_config(config: SparseVLMConfig, selector: Any) -> SparseVLMConfig:
@@ -83,6 +83,6 @@ def unused_options(config: SparseVLMConfig, traits: SelectorTraits, given: Colle
     if "rater_attention" in traits.needs:
         read |= {"raters", "heads"}
     if config.engine is not False:
-        read |= {"vision_keep"}
+        read |= {"vision_keep", "image_cache"}
     defaults = {f.name: f.default for f in dataclasses.fields(config)}
     return [name for name in _OF_SOME if name in given and name not in read and getattr(config, name) != defaults[name]]

@@ -144,6 +144,12 @@ class DecodeGraph:
         self._state: DecodeState | None = None
         self._step: Callable[[], Tensor] | None = None
 
+    @property
+    def caches(self) -> list[RaggedCache]:
+        """Keys and values by layer; ``n_new`` of the new ones count."""
+        assert self._state is not None  # since the start
+        return self._state.caches
+
     def _widen(self, capacity: int) -> None:
         """Make room for new tokens, and keep those that there are."""
         before, n_new = self._state, self.n_new

@@ -204,7 +204,7 @@ class Prefill:
                 sample.enter_layer()
             if is_target:
                 scaling = self._weights.blocks[stop - 1].scaling if stop else 0.0
-                packed = _prune(request, space, packed, stop - 1, scaling, shape.batch)
+                packed = prune(request, space, packed, stop - 1, scaling, shape.batch)
                 rows = min(rows, row_capacity(packed.n_rows + 1))
             first = stop
         assert logits is not None
@@ -269,7 +269,7 @@ def fill(given: PromptInputs, request: Request, prompt: Prompt, packed: PackedRo
             given.seeds[stage, : request.batch] = torch.tensor(seeds)
 
 
-def _prune(
+def prune(
     request: Request, space: Workspace, packed: PackedRows, target: int, scaling: float, batch: int
 ) -> PackedRows:
     """Decide for every sample what goes on, and gather it."""

@@ -108,7 +108,7 @@ def shared_options(config: SparseVLMConfig) -> SparseVLMConfig:
     """Options without what belongs to one request alone."""
     return dataclasses.replace(
         config, n_vis=None, keep=None, selector=None, schedule=None, target_layers=None, seed=0, strict=False,
-        preset=None, engine=None, vision_keep=1.0, timeout=None,
+        preset=None, engine=None, vision_keep=1.0, image_cache=0, timeout=None,
     )  # fmt: skip
 
 

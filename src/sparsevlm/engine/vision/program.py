@@ -96,11 +96,14 @@ class VisionOutput:
     kept : Tensor of shape (n_tokens,), int64, or None
         Which visual tokens these are, in reading order, if not all; on the host, once ``ready`` is over.
     ready : torch.cuda.Event or None
+    n_cached : int or None
+        Images that were encoded before; ``None``: nobody looked for them.
     """
 
     tokens: Tensor
     kept: Tensor | None = None
     ready: torch.cuda.Event | None = None
+    n_cached: int | None = None
 
 
 class VisionSpace:

@@ -107,6 +107,35 @@ class SlotTable:
         self.positions = self.positions.repeat_interleave(repeats, dim=0)
 
 
+def next_table(
+    before: SlotTable | None, appended: int, rows: Tensor, past_len: int, q_len: int, tail: int, has_padding: bool
+) -> SlotTable:
+    """Table of layers that have dropped something of a pass: what they held before, then the rows that are left.
+
+    Parameters
+    ----------
+    before : SlotTable or None
+        Theirs when the pass began; ``None``: they held everything.
+    appended : int
+        Tokens that it had counted then.
+    rows : Tensor of shape (batch, n_rows), int64
+        Position within the pass of every row that is left; -1 for fillers, on the left.
+    past_len, q_len : int
+        Logical length of the cache before the pass, and of the pass.
+    tail : int
+        Rows at the end that are contiguous in every sample.
+    has_padding : bool
+        Whether any row is a filler.
+    """
+    absolute = torch.where(rows == PAD_SLOT, PAD_SLOT, rows + past_len)
+    if before is not None:
+        old = before.slots(appended).to(rows.device)
+    else:
+        old = torch.arange(past_len, device=rows.device).expand(rows.shape[0], -1)
+    has_padding = has_padding or (before is not None and before.has_padding)
+    return SlotTable(torch.cat([old, absolute], dim=1), past_len + q_len, tail, has_padding)
+
+
 class PrunedLayer:
     """Mixin of a cache layer that holds only the tokens that reached it, yet reports logical lengths.
 
@@ -201,6 +230,12 @@ class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
 
 class PrunedStaticLayer(PrunedLayer, StaticLayer):
     """A :class:`PrunedLayer` of a ``StaticCache``; its buffers keep their full length."""
+
+
+def stack_rows(rows: list[Tensor]) -> Tensor:
+    """Rows of unequal numbers as one tensor, fillers on the left (transformers pads on the left when generating)."""
+    width = max(row.shape[0] for row in rows)
+    return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=PAD_SLOT) for row in rows])
 
 
 _PRUNED_CLASSES: dict[type, type[PrunedLayer]] = {DynamicLayer: PrunedDynamicLayer, StaticLayer: PrunedStaticLayer}

@@ -1,0 +1,132 @@
+"""What a call gives, and what it is given, beside its tokens: dictionaries, caches, processors, criteria, streamers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from sparsevlm import apply_sparsevlm
+from sparsevlm.compat import cache_of
+from sparsevlm.engine.support import unsupported_cache
+from toys import PROMPTS, make_inputs, relative_error, tiny_model
+
+OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
+GREEDY = {"max_new_tokens": 5, "do_sample": False}
+EVERYTHING = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
+CHOICES = {
+    "on the device": {},
+    "on the host": {"selector": "fastv", "target_layers": None},
+    "before the decoder": {"selector": "divprune", "target_layers": None},
+    "by rank": {"keep": None},
+    "nothing dropped": {"keep": 1.0},
+}
+
+
+def on_both(model, inputs, choice, **options):
+    """Outputs of the hooks and of the engine."""
+    state, found = apply_sparsevlm(model, **{**OPTIONS, **CHOICES[choice]}), []
+    for engine in (False, True):
+        torch.manual_seed(0)
+        with state.options(engine=engine):
+            found.append(model.generate(**inputs, **options))
+            assert state.report.path == ("engine" if engine else "plain"), state.report.path_reason
+    return found
+
+
+def assert_near(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [GREEDY, {"max_new_tokens": 3, "do_sample": True, "num_return_sequences": 2}])
+def test_a_dictionary_holds_what_was_asked_for(options):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, left padding"])
+    wanted, found = on_both(model, inputs, "on the device", **options, **EVERYTHING, repetition_penalty=1.3)
+    assert type(found) is type(wanted)
+    assert found.keys() == wanted.keys()
+    assert torch.equal(found.sequences, wanted.sequences)
+    assert_near(found.scores, wanted.scores)
+    assert_near(found.logits, wanted.logits)
+    assert not torch.equal(found.scores[0], found.logits[0])
+    _, found = on_both(model, inputs, "on the device", **GREEDY, return_dict_in_generate=True)
+    assert (found.scores, found.logits) == (None, None)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("prompt", ["one image", "batch, left padding", "batch, unequal counts", "two images"])
+def test_a_cache_is_what_the_hooks_give(prompt, choice):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
+    wanted, found = (cache_of(output) for output in on_both(model, inputs, choice, **GREEDY, **EVERYTHING))
+    assert found.get_seq_length() == wanted.get_seq_length()
+    padding = ~inputs["attention_mask"].bool()
+    for mine, theirs in zip(found.layers, wanted.layers, strict=True):
+        assert mine.get_seq_length() == theirs.get_seq_length()
+        assert mine.keys.shape == theirs.keys.shape
+        tables = mine.table, theirs.table = getattr(mine, "table", None), getattr(theirs, "table", None)
+        assert (tables[0] is None) == (tables[1] is None)
+        if tables[0] is None:
+            hidden = torch.nn.functional.pad(padding, (0, mine.keys.shape[2] - padding.shape[1]))
+        else:
+            assert torch.equal(*(table.slots(table.appended) for table in tables))
+            assert tables[0].has_padding == tables[1].has_padding
+            hidden = tables[0].slots(tables[0].appended) < 0
+        for one, other in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            assert relative_error(*(x.masked_fill(hidden[:, None, :, None], 0) for x in (one, other))) < 1e-5
+
+
+class Halving(LogitsProcessor):
+    """Works in place, and reads the tokens so far."""
+
+    def __call__(self, input_ids, scores):
+        return scores.div_(2).scatter_(1, input_ids[:, -1:], -torch.inf)
+
+
+class Unsure(StoppingCriteria):
+    """Reads scores; ends a sample by itself."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.seen.append(None if scores is None else len(scores))
+        best = torch.zeros(len(input_ids)) if scores is None else scores[-1].max(dim=-1).values
+        return best > best.min() if len(self.seen) > 1 else torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("options", [EVERYTHING, {"return_dict_in_generate": True}])
+def test_processors_and_criteria_see_what_transformers_shows_them(options):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, unequal counts"])
+    criteria = [Unsure(), Unsure()]
+    state, found = apply_sparsevlm(model, **OPTIONS), []
+    for engine, criterion in zip((False, True), criteria, strict=True):
+        with state.options(engine=engine):
+            own = {"logits_processor": [Halving()], "stopping_criteria": [criterion], "pad_token_id": 95}
+            found.append(model.generate(**inputs, **GREEDY, **own, **options))
+    assert state.report.path == "engine"
+    assert criteria[0].seen == criteria[1].seen
+    assert criteria[0].seen[0] == (1 if options is EVERYTHING else None)
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    if options is EVERYTHING:
+        assert_near(found[1].scores, found[0].scores)
+        assert_near(found[1].logits, found[0].logits)  # those that the processor has written into
+
+
+def test_a_cache_of_the_user_is_filled():
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, left padding"])
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    cache = DynamicCache(config=model.config)
+    first = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    assert state.report.path == "engine"
+    assert cache.get_seq_length() == first.shape[1] - 1
+    model.generate(**inputs, **GREEDY, past_key_values=StaticCache(model.config.get_text_config(), 60))
+    assert "a StaticCache" in state.report.path_reason
+
+
+def test_caches_that_are_not_filled():
+    offloaded, sliding = DynamicCache(), DynamicCache()
+    offloaded.offloading = True
+    sliding.layers.append(DynamicSlidingWindowLayer(8))
+    assert unsupported_cache(DynamicCache()) is None
+    assert unsupported_cache(offloaded) == "an offloaded cache"
+    assert unsupported_cache(sliding) == "a cache with DynamicSlidingWindowLayer"
