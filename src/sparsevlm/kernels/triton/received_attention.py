@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 _BLOCK_N, _WARPS = 64, 8
-_BEHIND_ALL = 2**31 - 1
+# Behind all rows; a loop that looks some blocks ahead of it must not come out below 0.
+_BEHIND_ALL = 2**30
 
 
 @triton.jit
