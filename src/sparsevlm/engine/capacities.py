@@ -6,8 +6,6 @@ from collections.abc import Iterator
 
 # Up to this many rows capacities are multiples of the step, above there are eight to an octave.
 _STEP, STEPPED = 64, 1024
-# Requests of more rows are left to the plain path.
-MOST_ROWS = 1 << 16
 
 
 def row_capacity(n_rows: int) -> int:

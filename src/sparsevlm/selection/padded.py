@@ -24,11 +24,11 @@ class PaddedContext:
     Attributes
     ----------
     layer : int
-        Target layer, or ``-1`` before the decoder.
+        Target layer.
     config : SparseVLMConfig
         What belongs to one request alone has its default: budgets, ``seed``, ``selector``.
     hidden_states : Tensor of shape (batch, n_visual, hidden_size)
-        Visual rows of the target layer's output (before the decoder: of the input embeddings).
+        Visual rows of the target layer's output.
     valid : Tensor of shape (batch, n_visual), bool
         False for rows that only fill a sample up; these come last.
     n_keep : Tensor of shape (batch,), int64
@@ -36,9 +36,6 @@ class PaddedContext:
     most_kept : int
     seeds : Tensor of shape (batch,), int64
         For selectors that draw: another number for every sample, target layer and ``config.seed``; below 2**31.
-    text_features : Tensor of shape (batch, n_text, hidden_size), optional
-    is_text : Tensor of shape (batch, n_text), bool, optional
-        False for rows of ``text_features`` that only fill a sample up.
     rater_attention : Tensor of shape (batch, n_raters, n_visual), float32, optional
         0 for text that does not vote.
     last_attention : Tensor of shape (batch, n_visual), float32, optional
@@ -54,8 +51,6 @@ class PaddedContext:
     n_keep: Tensor
     most_kept: int
     seeds: Tensor
-    text_features: Tensor | None = None
-    is_text: Tensor | None = None
     rater_attention: Tensor | None = None
     last_attention: Tensor | None = None
     previous_hidden_states: Tensor | None = None

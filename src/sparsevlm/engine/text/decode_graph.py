@@ -153,8 +153,9 @@ class DecodeGraph:
     def _widen(self, capacity: int) -> None:
         """Make room for new tokens, and keep those that there are."""
         before, n_new = self._state, self.n_new
-        self._step, self._capacity = None, power_of_two(max(_LEAST_CAPACITY, capacity))
-        state = self._state = begin_decode(self._space, self._batch, self._capacity)
+        capacity = power_of_two(max(_LEAST_CAPACITY, capacity))
+        state = begin_decode(self._space, self._batch, capacity)
+        self._step, self._state, self._capacity = None, state, capacity
         state.n_new.fill_(n_new)
         for old, new in zip(before.caches if before else (), state.caches, strict=False):
             new.new_keys[:, :n_new].copy_(old.new_keys[:, :n_new])
