@@ -168,4 +168,5 @@ def _launch(gram: Tensor, quality: Tensor, order: Tensor, at_once: int, rounds: 
             gram, work if first else gram, quality, factor, residual, left, state, order, slots, first,
             min(first + width, n_keep), n, n_keep, width, n_programs, n_own,
             rounds, noise, n_rows, chunk, MOST_PROGRAMS, num_warps=_WARPS,
+            launch_cooperative_grid=True,
         )  # fmt: skip
