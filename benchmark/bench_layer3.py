@@ -98,7 +98,7 @@ class GraphBenchmark:
         requests = iter([self._request(host) for _ in range(_REPEATS)])
         values = self._repeat(lambda: prefill.run(next(requests), prompt, features))
         self._keep("prompt", values, cost, bounds["prefill"], note)
-        decode_graph = decode_graphs.over(space, case.batch)
+        decode_graph = decode_graphs.over(space, case.batch, is_float8=False)
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=self.bench.device)
 
         def begin() -> None:

@@ -33,7 +33,7 @@ class Pictures:
 
     def __init__(self, folder: Path, device: Any, case: PictureCase, seed: int) -> None:
         self._device, self._case, self._generator = device, case, np.random.default_rng(seed)
-        # transformers' own where torchvision is there, else ours. Ours would take its place on the device here.
+        # transformers' own where torchvision is there, else ours; ours cuts pictures on the model's device.
         self._theirs, self._ours = load_processor(folder), ImageTextProcessor.from_folder(folder)
 
     def processor_of(self, provider: Provider) -> Any:
@@ -50,7 +50,8 @@ class Pictures:
 
         def made_by(provider: Provider) -> Callable[[], Inputs]:
             processor = self.processor_of(provider)
-            return lambda: dict(processor(images=images, text=texts, return_tensors="pt").to(self._device))
+            where = {} if provider.state is None else {"device": self._device}
+            return lambda: dict(processor(images=images, text=texts, return_tensors="pt", **where).to(self._device))
 
         return made_by
 
