@@ -6,14 +6,17 @@ import pytest
 import torch
 from test_parity import run
 
+from made_requests import make_request, make_sample
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.text import prefill
-from sparsevlm.engine.text.stages import record
+from sparsevlm.engine.text.stages import chooses_on_device, record
 from sparsevlm.selection.context import SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
-PADDED = [name for name, make in SELECTORS.items() if SelectorTraits.of(make()).padded]
+TRAITS = {name: SelectorTraits.of(make()) for name, make in SELECTORS.items()}
+PADDED = [name for name, traits in TRAITS.items() if traits.padded and traits.placement == "target_layers"]
+BEFORE = [name for name, traits in TRAITS.items() if traits.padded and traits.placement == "before_decoder"]
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 
 
@@ -31,6 +34,7 @@ OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
         {"schedule": "geometric"},
         *({"selector": selector, "keep": 0.5} for selector in PADDED),
         *({"selector": selector, "keep": None} for selector in ("span", *PADDED)),
+        *({"selector": selector, "keep": keep} for selector in BEFORE for keep in (0.5, 0.2)),
         {"selector": "sparsevlm", "keep": None, "heads": "visual", "raters": "all", "merge": "sum"},
         {"selector": "sparsevlm", "keep": 0.5, "raters": "embedding", "tau": 1.0, "theta": 0.1},
         {"selector": "sparsevlm", "keep": None, "tau": 1.0, "theta": 1.0},
@@ -49,7 +53,8 @@ def test_steps_on_the_device_do_what_the_prune_step_does(prompt, options, monkey
     model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
     records = []
     monkeypatch.setattr(prefill, "record", lambda *given: records.append(given) or record(*given))
-    state = apply_sparsevlm(model, **{**OPTIONS, **options}, engine=True)
+    before = {"target_layers": None} if options.get("selector") in BEFORE else {}
+    state = apply_sparsevlm(model, **{**OPTIONS, **options, **before}, engine=True)
     said, found = run(model, inputs, 4)
     report = state.report
     n_steps = len(records)
@@ -106,3 +111,23 @@ def test_a_selector_of_the_users_may_be_captured(prompt):
                 assert state.report.samples == report.samples
                 assert state.report.path == "engine"
         assert selector.n_calls == (0 if kind is Anew else n_samples + 4)  # all samples at once
+
+
+@pytest.mark.parametrize("selector", [name for name in BEFORE if "text_features" in TRAITS[name].needs])
+def test_text_that_is_no_number_is_found_before_the_decoder(selector):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    state = apply_sparsevlm(model, keep=0.5, min_keep=3, selector=selector, engine=True)
+    model.generate(**inputs, max_new_tokens=1)
+    assert state.report.path == "engine"
+    with torch.no_grad():
+        model.model.language_model.embed_tokens.weight[inputs["input_ids"][0, 0]] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(("selector", "most"), [("divprune", 1 << 14), ("mmtok", 1 << 13)])
+def test_very_many_tokens_are_chosen_from_by_the_prune_step(selector, most):
+    for n_visual in (most, most + 1):
+        sample = make_sample(range(n_visual), [n_visual, n_visual + 1], counts=(n_visual // 4,))
+        request = make_request(sample, target_layers=(-1,), selector=SELECTORS[selector]())
+        assert chooses_on_device(request, None) is (n_visual == most)

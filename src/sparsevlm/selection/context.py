@@ -18,8 +18,14 @@ PLACEMENTS = (BEFORE_DECODER, TARGET_LAYERS, EVERYWHERE)
 VISION_NEEDS = frozenset({"vision_attention", "vision_keys"})
 # What only a decoder layer has.
 _LATE_NEEDS = frozenset({"rater_attention", "last_attention", "previous_hidden_states"})
-# What padded samples can be given.
-_PADDED_NEEDS = _LATE_NEEDS
+# What padded samples can be given, by placement.
+_PADDED_NEEDS = {
+    TARGET_LAYERS: _LATE_NEEDS,
+    BEFORE_DECODER: frozenset({"features", "text_features"}) | VISION_NEEDS,
+}
+# Visual tokens of a sample that a program chooses from, at most: what selectors hold for all pairs grows with the
+# square.
+_MOST_PADDED = 1 << 14
 _OF_RECYCLING = frozenset({"recycle", "merge", "tau", "theta"})
 NEEDS = ("features", "text_features", *sorted(VISION_NEEDS), *sorted(_LATE_NEEDS))
 
@@ -139,7 +145,8 @@ class Selector(Protocol):
     answers one or several samples with as many rows each, in their order, and is then called in place of ``select``,
     unless a subclass of its class has defined ``select`` anew. So are optional methods that let the engine capture the
     choice: ``order(states, valid, n_keep)``, see :class:`OrderedSelector`, and ``select_padded(context)``, see
-    :class:`~sparsevlm.selection.padded.PaddedSelector`."""
+    :class:`~sparsevlm.selection.padded.PaddedSelector`; for samples of at most ``most_padded`` (16384) visual
+    tokens."""
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
         """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""
@@ -182,6 +189,7 @@ class SelectorTraits:
     batched: bool
     ordered: bool
     padded: bool
+    most_padded: int
 
     @classmethod
     def of(cls, selector: Any) -> SelectorTraits:
@@ -216,8 +224,10 @@ class SelectorTraits:
         reads = frozenset(getattr(selector, "reads", ())) | (_OF_RECYCLING if recycles else frozenset())
         ordered = placement == TARGET_LAYERS and not needs and _has_method(type(selector), "order")
         batched = _has_method(type(selector), "select_batch")
-        padded = placement == TARGET_LAYERS and needs <= _PADDED_NEEDS and _has_method(type(selector), "select_padded")
-        return cls(str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered, padded)
+        padded = placement != EVERYWHERE and needs <= _PADDED_NEEDS[placement]
+        padded = padded and _has_method(type(selector), "select_padded")
+        most = min(_MOST_PADDED, getattr(selector, "most_padded", _MOST_PADDED))
+        return cls(str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered, padded, most)
 
 
 def _has_method(selector: type, name: str) -> bool:

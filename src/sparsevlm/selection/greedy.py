@@ -63,6 +63,35 @@ def farthest_points(unit: Tensor, n_keep: int) -> Tensor:
     return picks.sorted()
 
 
+def farthest_points_padded(unit: Tensor, valid: Tensor, n_keep: int) -> Tensor:
+    """:func:`farthest_points` of samples filled up to one size, without waiting for any value of the device.
+
+    Parameters
+    ----------
+    unit : Tensor of shape (batch, n, size)
+        From :func:`~sparsevlm.selection.similarity.padded_unit_rows`.
+    valid : Tensor of shape (batch, n), bool
+    n_keep : int
+        In [1, n].
+
+    Returns
+    -------
+    Tensor of shape (batch, n_keep), int64
+        In the order of the picks, rows that fill up behind.
+    """
+    orders = [
+        farthest_points_of_gram(gram_matrix(unit[some]), valid[some], n_keep, _NOISE)
+        for some in _samples_at_once(unit.shape[0], unit.shape[1] ** 2, _MAX_GRAM_ELEMENTS)
+    ]
+    return torch.cat(orders)
+
+
+def _samples_at_once(batch: int, n_elements: int, most: int) -> list[slice]:
+    """Slices of a batch, each sample of which takes ``n_elements`` out of ``most``."""
+    at_once = max(1, most // n_elements)
+    return [slice(first, first + at_once) for first in range(0, batch, at_once)]
+
+
 def dpp_map(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
     """The picks of :func:`dpp_order` in the order of the tokens, by :func:`dpp_order_by_gram` where that pays."""
     search = dpp_order_by_gram if gram_pays(rows) else dpp_order
@@ -135,10 +164,9 @@ def dpp_order_by_gram(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool =
     if n**2 > _MAX_GRAM_ELEMENTS:
         return dpp_order(rows, quality, n_keep, rounds)
     flat, ratings = rows.reshape(-1, n, rows.shape[-1]), quality.reshape(-1, n)
-    at_once = max(1, _MAX_GRAM_ELEMENTS // n**2)
     orders = [
         pivoted_cholesky(gram_matrix(flat[some]), ratings[some], n_keep, rounds, _NOISE)
-        for some in (slice(first, first + at_once) for first in range(0, flat.shape[0], at_once))
+        for some in _samples_at_once(flat.shape[0], n**2, _MAX_GRAM_ELEMENTS)
     ]
     return torch.cat(orders).reshape(*rows.shape[:-2], n_keep)
 
@@ -195,6 +223,47 @@ def cover(
         gain -= values.sum_between(better, current[better], reached[better])
         current = torch.maximum(current, reached)
     return picks.sorted()
+
+
+def cover_padded(
+    covered: Tensor,
+    unit: Tensor,
+    valid: Tensor,
+    n_keep: int,
+    factor: Tensor | None = None,
+    value: Callable[[Tensor, slice], Tensor] | None = None,
+) -> Tensor:
+    """:func:`cover` of samples filled up to one size, without waiting for any value of the device.
+
+    All values are held, whatever memory they take; those of several samples, where these fit.
+
+    Parameters
+    ----------
+    covered : Tensor of shape (batch, n_covered, size)
+        What is to be covered; rows that fill up are 0.
+    unit : Tensor of shape (batch, n, size)
+        From :func:`~sparsevlm.selection.similarity.padded_unit_rows`.
+    valid : Tensor of shape (batch, n), bool
+    n_keep : int
+        In [1, n].
+    factor : Tensor of shape (batch, n), float32, optional
+    value : callable, optional
+        ``value(cosine, samples)`` makes v, 0 for rows that fill up, from cosines of shape (n_samples, n_covered, n),
+        which it may overwrite.
+
+    Returns
+    -------
+    Tensor of shape (batch, n_keep), int64
+        In the order of the picks, rows that fill up behind.
+    """
+    orders = []
+    weight = valid.float() if factor is None else factor
+    for some in _samples_at_once(unit.shape[0], covered.shape[1] * unit.shape[1], _MAX_HELD_ELEMENTS):
+        rows = unit[some]
+        cosine = gram_matrix(rows if covered is unit else covered[some], rows)
+        values = cosine if value is None else value(cosine, some)
+        orders.append(coverage(values, weight[some], valid[some], n_keep, _NO_GAIN))
+    return torch.cat(orders)
 
 
 class _Values:

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import SparseVLMConfig
 from .context import Selection, SelectionContext, Selector
 from .image_floor import choose_by_order
+from .places import first_picks
 from .recycle import count_clusters_of
 from .similarity import finite
 
@@ -24,11 +25,12 @@ class PaddedContext:
     Attributes
     ----------
     layer : int
-        Target layer.
+        Target layer; -1: before the decoder.
     config : SparseVLMConfig
         What belongs to one request alone has its default: budgets, ``seed``, ``selector``.
     hidden_states : Tensor of shape (batch, n_visual, hidden_size)
-        Visual rows of the target layer's output.
+        Visual rows of the target layer's output; before the decoder of its input embeddings, which are the
+        ``features`` of :class:`~.context.SelectionContext`.
     valid : Tensor of shape (batch, n_visual), bool
         False for rows that only fill a sample up; these come last.
     n_keep : Tensor of shape (batch,), int64
@@ -40,6 +42,13 @@ class PaddedContext:
         0 for text that does not vote.
     last_attention : Tensor of shape (batch, n_visual), float32, optional
     previous_hidden_states : Tensor of shape (batch, n_visual, hidden_size), optional
+    text_features : Tensor of shape (batch, n_text, hidden_size), optional
+    is_text : Tensor of shape (batch, n_text), bool, optional
+        False for rows that only fill ``text_features`` up; these come last.
+    vision_attention : Tensor of shape (batch, 2, n_visual), float32, optional
+    vision_keys : Tensor of shape (batch, n_visual, head_dim), float32, optional
+    coordinates : Tensor of shape (batch, 3, n_visual), int64, optional
+        Given before the decoder, to every selector.
     n_clusters : Tensor of shape (batch,), int64, optional
         As in :class:`~.context.SelectionContext`, where the rank decides.
     """
@@ -54,6 +63,11 @@ class PaddedContext:
     rater_attention: Tensor | None = None
     last_attention: Tensor | None = None
     previous_hidden_states: Tensor | None = None
+    text_features: Tensor | None = None
+    is_text: Tensor | None = None
+    vision_attention: Tensor | None = None
+    vision_keys: Tensor | None = None
+    coordinates: Tensor | None = None
     n_clusters: Tensor | None = None
 
     @property
@@ -102,7 +116,7 @@ def padded_sample(context: SelectionContext, n_keep: int) -> PaddedContext:
     def batched(values: Tensor | None) -> Tensor | None:
         return None if values is None else finite(values)[None]
 
-    states = context.hidden_states
+    states, text = context.hidden_states, context.text_features
     return PaddedContext(
         layer=context.layer,
         config=context.config,
@@ -114,6 +128,11 @@ def padded_sample(context: SelectionContext, n_keep: int) -> PaddedContext:
         rater_attention=batched(context.rater_attention),
         last_attention=batched(context.last_attention),
         previous_hidden_states=batched(context.previous_hidden_states),
+        text_features=batched(text),
+        is_text=None if text is None else torch.ones((1, text.shape[0]), dtype=torch.bool, device=states.device),
+        vision_attention=batched(context.vision_attention),
+        vision_keys=batched(context.vision_keys),
+        coordinates=context.coordinates[None] if context.layer < 0 else None,
         n_clusters=None if context.n_clusters is None else torch.tensor([context.n_clusters], device=states.device),
     )
 
@@ -187,9 +206,7 @@ def select_padded(
             assert min_keep is not None
             is_kept = choose_by_order(picks, image_idx, valid, n_keep, min_keep, n_images)
         else:
-            late = torch.arange(picks.shape[1], device=picks.device) >= n_keep[:, None]
-            is_kept = valid.new_zeros((valid.shape[0], valid.shape[1] + 1))
-            is_kept = is_kept.scatter_(1, torch.where(late, valid.shape[1], picks), True)[:, :-1]
+            is_kept = first_picks(picks, n_keep, valid.shape[1])
         return PaddedSelection(torch.where(keeps_all, valid, is_kept))
     found: PaddedSelection = selector.select_padded(context)
     is_kept = torch.where(keeps_all, valid, found.is_kept)

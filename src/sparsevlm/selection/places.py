@@ -25,6 +25,20 @@ def place_by_score(scores: Tensor, valid: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, places)
 
 
+def first_picks(order: Tensor, n_keep: Tensor, n: int) -> Tensor:
+    """Mask, (batch, n), of the first ``n_keep`` rows of every sample in the order of their picks.
+
+    Parameters
+    ----------
+    order : Tensor of shape (batch, most_kept), int64
+    n_keep : Tensor of shape (batch,), int64
+    n : int
+    """
+    late = torch.arange(order.shape[1], device=order.device) >= n_keep[:, None]
+    mask = torch.zeros((order.shape[0], n + 1), dtype=torch.bool, device=order.device)
+    return mask.scatter_(1, torch.where(late, n, order), True)[:, :-1]
+
+
 def indices_of(mask: Tensor, most: int) -> Tensor:
     """Indices of the True values of every row, ascending, at most ``most``; 0 behind them. (batch, most), int64."""
     indices = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)

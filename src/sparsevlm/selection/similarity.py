@@ -57,6 +57,57 @@ def min_max(scores: Tensor) -> Tensor:
     return torch.where(differ, (scores - low) / (high - low), torch.ones_like(scores))
 
 
+def padded_unit_rows(states: Tensor, valid: Tensor) -> Tensor:
+    """:func:`unit_rows` of samples filled up to one size, 0 for what fills up; NaN and infinity stay what they are.
+
+    Parameters
+    ----------
+    states : Tensor of shape (batch, n, size)
+    valid : Tensor of shape (batch, n), bool
+
+    Returns
+    -------
+    Tensor of shape (batch, n, size), float32
+    """
+    return torch.nn.functional.normalize(torch.where(valid[..., None], states.float(), 0.0), dim=-1)
+
+
+def padded_min_max(scores: Tensor, valid: Tensor) -> Tensor:
+    """:func:`min_max` of samples filled up to one size, 0 for what fills up.
+
+    Parameters
+    ----------
+    scores : Tensor of shape (batch, n), float32
+    valid : Tensor of shape (batch, n), bool
+    """
+    low = scores.masked_fill(~valid, torch.inf).amin(dim=1, keepdim=True)
+    high = scores.masked_fill(~valid, -torch.inf).amax(dim=1, keepdim=True)
+    differ = high - low > 1e-6 * torch.maximum(high.abs(), low.abs())
+    return torch.where(valid, torch.where(differ, (scores - low) / (high - low), 1.0), 0.0)
+
+
+def padded_nearest(unit: Tensor, targets: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`nearest_rows` of samples filled up to one size; samples without targets have cosines of -inf.
+
+    Parameters
+    ----------
+    unit : Tensor of shape (batch, n, size)
+    targets : Tensor of shape (batch, n_targets, size)
+    counts : Tensor of shape (batch, n_targets), bool
+        False for targets that only fill a sample up.
+
+    Returns
+    -------
+    cosine : Tensor of shape (batch, n), float32
+    idx : Tensor of shape (batch, n), int64
+    """
+    found = [
+        (unit[:, rows] @ targets.mT).masked_fill_(~counts[:, None], -torch.inf).max(dim=-1)
+        for rows in row_chunks(unit.shape[1], targets.shape[0] * targets.shape[1])
+    ]
+    return torch.cat([best.values for best in found], dim=1), torch.cat([best.indices for best in found], dim=1)
+
+
 def cosines(unit: Tensor, others: Tensor) -> Tensor:
     """Products of all rows from :func:`unit_rows` with all others, of shape (n, n_others)."""
     return gram_matrix(unit[None], others[None])[0]

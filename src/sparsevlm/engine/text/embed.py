@@ -37,6 +37,9 @@ def embed_prompt(adapter: ModelAdapter, space: Workspace, shape: PromptShape, ch
     space.visual_rows[:batch, : shape.n_visual] = given.visual_rows
     space.alive[:batch, : shape.n_visual] = torch.arange(shape.n_visual, device=hidden.device)
     space.image_idx[:batch, : shape.n_visual] = given.image_idx
+    space.feature_rows[:rows] = given.feature_rows
+    if shape.has_coordinates:
+        space.coordinates[:batch, :, : shape.n_visual] = given.coordinates
     space.min_keep_per_image[:batch] = given.min_keep_per_image
     space.counts[:, :batch], space.seeds[:, :batch] = given.counts, given.seeds
     space.n_visual[:batch], space.n_text[:batch] = given.n_visual, given.n_text

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...models import ModelAdapter
 from ...request.request import Request
 from ...request.step import Readout, choose_embedding_raters, prune_step, reads, reads_text
+from ...selection.context import BEFORE_DECODER
 from ...selection.padded import draw_seed
 from ..call import Prompt
 from ..capacities import STEPPED, power_of_two, row_capacity
@@ -20,7 +21,7 @@ from .embed import PromptPrograms
 from .prune_program import PrunePrograms, PruneShape, PruneStep, visual_capacity
 from .readout import read
 from .segments import Segment, Segments
-from .stages import Choice, TokenCounts, chooses_on_device, record, text_capacity
+from .stages import Choice, TokenCounts, chooses_on_device, record, text_capacity, text_read
 from .workspace import PromptInputs, PromptShape, Workspace, n_integers, workspace_size
 
 
@@ -169,7 +170,7 @@ class Prefill:
             if stop < n_layers:
                 most_left = counts.most[stage + 1]
                 prune = PruneShape.of(rows, shape, n_visual, max(most_left), request)
-                scaling = self._weights.blocks[stop - 1].scaling
+                scaling = self._weights.blocks[stop - 1].scaling if stop else 0.0
                 step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank)
                 packed.append((self.prune_programs.run(request.selector, step).clone(), prune.n_keep))
                 first, n_visual = stop, prune.n_keep
@@ -222,9 +223,10 @@ def _shape(request: Request, packed: PackedRows, is_on_device: bool) -> PromptSh
     # Of one sample nearly all rows are visual tokens: so there are hardly more programs than capacities of rows.
     n_visual = rows if batch == 1 and rows <= STEPPED else min(rows, visual_capacity(most, batch))
     n_text = 0
-    if is_on_device and reads_text(request):
+    if is_on_device and (reads_text(request) or "text_features" in request.traits.needs):
         n_text = text_capacity(request)
-    return PromptShape(rows, batch, n_visual, min(rows, n_text))
+    is_before = is_on_device and request.traits.placement == BEFORE_DECODER
+    return PromptShape(rows, batch, n_visual, min(rows, n_text), is_before)
 
 
 def _segment(layers: tuple[int, int], rows: int, batch: int, sizes: list[int], n_filled: int, is_read: bool) -> Segment:
@@ -255,8 +257,11 @@ def fill(given: PromptInputs, request: Request, prompt: Prompt, packed: PackedRo
         given.min_keep_per_image[b] = request.config.min_keep_per_image if len(sample.image_sizes) > 1 else 0
         given.n_visual[b] = n_visual
         if given.text_rows.shape[1]:
-            given.n_text[b] = n_text = sample.rater_candidates.shape[0] if n_visual else 0
-            given.text_rows[b, :n_text] = packed.local(b, sample.rater_candidates[:n_text])
+            text = text_read(request, sample)
+            given.n_text[b] = n_text = text.shape[0] if n_visual else 0
+            given.text_rows[b, :n_text] = packed.local(b, text[:n_text])
+        if given.coordinates.numel():
+            given.coordinates[b, :, :n_visual] = sample.coordinates_on(sample.alive.device)
     given.cu_seqlens[: len(starts)] = torch.tensor(starts)
     given.cu_seqlens[len(starts) :] = starts[-1]
     if counts is None:

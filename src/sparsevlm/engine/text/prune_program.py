@@ -76,7 +76,7 @@ class PruneStep:
     ----------
     shape : PruneShape
     target : int
-        Layer that is read; -1: none.
+        Layer that is read; -1: none, before the decoder for one.
     scaling : float
         Of the logits of its attention.
     needs : frozenset of str
@@ -129,6 +129,7 @@ def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
     space.is_faulty |= ~(torch.isfinite(states) | ~valid[..., None]).all()
     with no_autocast(hidden.device):
         readout = read_padded(space, step, visual_rows, valid)
+        space.is_faulty |= ~readout.is_finite(valid)
         context, ranks = _context(space, step, states, valid, n_visual, readout)
         image_idx, floors = space.image_idx[:batch, : shape.n_visual], space.min_keep_per_image[:batch]
         selection = select_padded(selector, context, image_idx, floors, shape.n_images)
@@ -158,6 +159,7 @@ def _context(
         n_keep, n_clusters = rank_adaptive_counts(
             n_visual, ranks.clamp_min(0), step.shape.n_visual, config, step.recycles
         )
+    coordinates = space.coordinates[:batch, :, : step.shape.n_visual] if step.target < 0 else None
     return PaddedContext(
         layer=step.target,
         config=config,
@@ -169,6 +171,11 @@ def _context(
         rater_attention=readout.raters,
         last_attention=readout.last,
         previous_hidden_states=readout.previous,
+        text_features=readout.text,
+        is_text=readout.is_text,
+        vision_attention=readout.vision_attention,
+        vision_keys=readout.vision_keys,
+        coordinates=coordinates,
         n_clusters=n_clusters if step.recycles else None,
     ), ranks
 

@@ -102,12 +102,33 @@ class PaddedReadout:
     is_rater : Tensor of shape (batch, n_text), bool
     last : Tensor of shape (batch, n_visual), float32
     previous : Tensor of shape (batch, n_visual, hidden_size)
+    text : Tensor of shape (batch, n_text, hidden_size)
+        Embeddings of all text, and of what fills it up.
+    is_text : Tensor of shape (batch, n_text), bool
+    vision_attention : Tensor of shape (batch, 2, n_visual), float32
+    vision_keys : Tensor of shape (batch, n_visual, head_dim), float32
     """
 
     raters: Tensor | None = None
     is_rater: Tensor | None = None
     last: Tensor | None = None
     previous: Tensor | None = None
+    text: Tensor | None = None
+    is_text: Tensor | None = None
+    vision_attention: Tensor | None = None
+    vision_keys: Tensor | None = None
+
+    def is_finite(self, valid: Tensor) -> Tensor:
+        """Tells whether what was read before the decoder holds no NaN or infinity, as a tensor of shape ()."""
+        found = torch.ones((), dtype=torch.bool, device=valid.device)
+        for read, counts in (
+            (self.text, None if self.is_text is None else self.is_text[..., None]),
+            (self.vision_attention, valid[:, None]),
+            (self.vision_keys, valid[..., None]),
+        ):
+            if read is not None and counts is not None:
+                found = found & (torch.isfinite(read) | ~counts).all()
+        return found
 
 
 def read_padded(space: Workspace, step: PruneStep, visual_rows: Tensor, valid: Tensor) -> PaddedReadout:
@@ -121,6 +142,8 @@ def read_padded(space: Workspace, step: PruneStep, visual_rows: Tensor, valid: T
     visual_rows : Tensor of shape (batch, n_visual), int64
     valid : Tensor of shape (batch, n_visual), bool
     """
+    if step.target < 0:
+        return _read_before(space, step, visual_rows)
     needs, shape, config = step.needs, step.shape, step.config
     raters = is_rater = last = None
     if step.by_rank or "rater_attention" in needs:
@@ -140,6 +163,21 @@ def read_padded(space: Workspace, step: PruneStep, visual_rows: Tensor, valid: T
         last = last[:, 0]
     previous = space.previous[visual_rows] if "previous_hidden_states" in needs else None
     return PaddedReadout(raters, is_rater, last, previous)
+
+
+def _read_before(space: Workspace, step: PruneStep, visual_rows: Tensor) -> PaddedReadout:
+    """What there is before the decoder."""
+    needs, shape = step.needs, step.shape
+    text = is_text = attention = keys = None
+    if "text_features" in needs:
+        text = space.hidden[space.text_rows[: shape.batch, : shape.n_text]]
+        is_text = torch.arange(shape.n_text, device=text.device) < space.n_text[: shape.batch, None]
+    encoded = space.feature_rows[visual_rows].clamp_min(0)
+    if "vision_attention" in needs:
+        attention = space.vision_attention[:, encoded].transpose(0, 1)
+    if "vision_keys" in needs:
+        keys = space.vision_keys[encoded]
+    return PaddedReadout(text=text, is_text=is_text, vision_attention=attention, vision_keys=keys)
 
 
 def _padded_attention(

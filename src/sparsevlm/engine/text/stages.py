@@ -17,9 +17,6 @@ from ...selection.budget import clamped_floors, nothing_by_rank, nothing_to_drop
 from ..capacities import power_of_two
 from .workspace import MOST_STAGES
 
-# Visual tokens of a sample that a program chooses from, at most: what selectors hold for all pairs grows with the
-# square.
-_MOST_VISUAL = 1 << 14
 # Room for the text of a sample that is read, at least.
 _LEAST_TEXT = 64
 
@@ -95,14 +92,19 @@ def _by_rank(request: Request, n_visual: int, rank: int) -> tuple[int, int]:
 
 def text_capacity(request: Request) -> int:
     """Room for the text of every sample that is read."""
-    return power_of_two(max(_LEAST_TEXT, *(sample.rater_candidates.shape[0] for sample in request.samples)))
+    return power_of_two(max(_LEAST_TEXT, *(text_read(request, sample).shape[0] for sample in request.samples)))
+
+
+def text_read(request: Request, sample: Sample) -> Tensor:
+    """Positions of the text of a sample that is read: what may vote, or all that a selector compares."""
+    return sample.text if "text_features" in request.traits.needs else sample.rater_candidates
 
 
 def chooses_on_device(request: Request, adapter: ModelAdapter) -> bool:
     """Tells whether neither counts nor choices of a request wait for the device."""
     config, traits = request.config, request.traits
     most = max(sample.alive.shape[0] for sample in request.samples)
-    if not (traits.ordered or traits.padded) or most > _MOST_VISUAL or len(request.target_layers) > MOST_STAGES:
+    if not (traits.ordered or traits.padded) or most > traits.most_padded or len(request.target_layers) > MOST_STAGES:
         return False
     has_floors = config.min_keep_per_image > 0 and any(len(sample.image_sizes) > 1 for sample in request.samples)
     if has_floors and not traits.ordered:
@@ -203,5 +205,5 @@ def _record_stage(request: Request, b: int, target: int, choice: Choice | None, 
     sample.keep_only(first[left])
     stage.kept = sample.alive
     recycled = choice.is_recycled[b, :n_left].bool()
-    if request.traits.recycles and bool(recycled.any()):
+    if bool(recycled.any()):
         stage.recycled = sample.alive[recycled]

@@ -32,12 +32,15 @@ class PromptShape:
         Visual tokens of the sample with the most.
     n_text : int
         Likewise, of the text that is read; 0: none is.
+    has_coordinates : bool
+        Whether the coordinates of visual tokens are read.
     """
 
     rows: int
     batch: int
     n_visual: int
     n_text: int = 0
+    has_coordinates: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class PromptInputs:
         Packed rows of the text that is read.
     seeds : Tensor of shape (MOST_STAGES, batch), int64
         For selectors that draw.
+    coordinates : Tensor of shape (batch, 3, n_visual), int64
+        Of every visual token; empty where they are not read.
     """
 
     ids: Tensor
@@ -78,6 +83,7 @@ class PromptInputs:
     n_text: Tensor
     text_rows: Tensor
     seeds: Tensor
+    coordinates: Tensor
 
     @classmethod
     def of(cls, shape: PromptShape, n_axes: int, integers: Tensor) -> PromptInputs:
@@ -92,7 +98,8 @@ def _shapes(shape: PromptShape, n_axes: int) -> list[tuple[int, ...]]:
     visual: tuple[int, ...] = (batch, shape.n_visual)
     stages, one_each = (MOST_STAGES, batch), (batch,)
     per_row = [(rows,), (n_axes, rows), (rows,), visual, (batch + 1,)]
-    return [*per_row, stages, visual, one_each, one_each, one_each, (batch, shape.n_text), stages]
+    coordinates = (batch, 3, shape.n_visual if shape.has_coordinates else 0)
+    return [*per_row, stages, visual, one_each, one_each, one_each, (batch, shape.n_text), stages, coordinates]
 
 
 def n_integers(shape: PromptShape, n_axes: int) -> int:
@@ -116,6 +123,10 @@ class Workspace:
         What the prompt brings, see :class:`PromptInputs`.
     features : Tensor of shape (rows, hidden_size)
         Of the vision tower.
+    feature_rows : Tensor of shape (rows,), int64
+        Where each row of the prompt is among them; -1: nowhere.
+    vision_attention, vision_keys : Tensor of shape (2, rows) and (rows, head_dim), float32
+        Readings of the vision tower, in the order of ``features``.
     hidden, previous : Tensor of shape (rows, hidden_size)
         Output and input of the last layer that ran.
     query : Tensor of shape (rows, heads, head_dim)
@@ -131,6 +142,8 @@ class Workspace:
         Packed row of every visual token that is left, and its index among those that the prompt brought; ascending.
     image_idx : Tensor of shape (batch, rows), int64
         Image of every visual token that is left.
+    coordinates : Tensor of shape (batch, 3, rows), int64
+        Of every visual token of the prompt.
     text_rows : Tensor of shape (batch, rows), int64
     is_rater : Tensor of shape (batch, rows), bool
         Which of the text that is read votes, where that is known before the decoder.
@@ -152,8 +165,13 @@ class Workspace:
         def indices(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.integers = indices(n_integers(PromptShape(rows, batch, rows, rows), self.n_axes))
+        self.integers = indices(n_integers(PromptShape(rows, batch, rows, rows, True), self.n_axes))
         self.features, self.hidden, self.previous = (weight.new_zeros((rows, size)) for _ in range(3))
+        tower = adapter.vision.program
+        of_keys = 0 if tower is None else tower.blocks[-1].qkv.weight.shape[0] // (3 * tower.blocks[-1].n_heads)
+        self.vision_attention, self.vision_keys = (
+            indices(*shape, dtype=torch.float32) for shape in ((2, rows), (rows, of_keys))
+        )
         self.query = weight.new_zeros((rows, heads, block.head_dim))
         cos, _ = adapter.decoder.rotary(self.hidden[None, :1], indices(self.n_axes, 1, 1))
         self.cos, self.sin = (cos.new_zeros((rows, cos.shape[-1])) for _ in range(2))
@@ -163,6 +181,7 @@ class Workspace:
         self.keys = [weight.new_zeros(shape) for _ in weights.blocks]
         self.values = [weight.new_zeros(shape) for _ in weights.blocks]
         self.visual_rows, self.alive, self.image_idx, self.text_rows = (indices(batch, rows) for _ in range(4))
+        self.feature_rows, self.coordinates = indices(rows), indices(batch, 3, rows)
         self.min_keep_per_image, self.n_visual, self.n_text = (indices(batch) for _ in range(3))
         self.counts, self.seeds = (indices(MOST_STAGES, batch) for _ in range(2))
         self.is_rater, self.stage = indices(batch, rows, dtype=torch.bool), indices(1)

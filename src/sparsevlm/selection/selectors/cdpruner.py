@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ..context import BEFORE_DECODER, SelectionContext
-from ..greedy import dpp_map
-from ..similarity import min_max, unit_rows
+from ..greedy import dpp_map, dpp_order, dpp_order_by_gram
+from ..padded import PaddedContext, PaddedSelection
+from ..places import first_picks
+from ..similarity import min_max, padded_min_max, padded_unit_rows, unit_rows
 
 
 @dataclass(frozen=True)
@@ -45,3 +47,14 @@ class CDPrunerSelector:
             units.append(unit)
             qualities.append(min_max(unit @ text.sum(dim=0) / max(1, text.shape[0])))
         return dpp_map(torch.stack(units), torch.stack(qualities), n_keep).unbind()
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        assert context.text_features is not None  # declared in needs
+        assert context.is_text is not None
+        unit, valid = padded_unit_rows(context.hidden_states, context.valid), context.valid
+        text = padded_unit_rows(context.text_features, context.is_text).sum(dim=1)
+        likeness = (unit @ text[..., None])[..., 0] / context.is_text.sum(dim=1, keepdim=True).clamp_min(1)
+        search = dpp_order_by_gram if unit.is_cuda else dpp_order
+        order = search(unit, padded_min_max(likeness, valid), context.most_kept)
+        return PaddedSelection(first_picks(order, context.n_keep, valid.shape[1]))

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from ..context import BEFORE_DECODER, SelectionContext
-from ..greedy import farthest_points
-from ..similarity import unit_rows
+from ..greedy import farthest_points, farthest_points_padded
+from ..padded import PaddedContext, PaddedSelection
+from ..places import first_picks
+from ..similarity import padded_unit_rows, unit_rows
 
 
 @dataclass(frozen=True)
@@ -28,3 +30,9 @@ class DivPruneSelector:
         """Choose ``n_keep`` rows that are far from each other."""
         assert context.features is not None  # declared in needs
         return farthest_points(unit_rows(context.features), n_keep)
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        unit, valid = padded_unit_rows(context.hidden_states, context.valid), context.valid
+        order = farthest_points_padded(unit, valid, context.most_kept)
+        return PaddedSelection(first_picks(order, context.n_keep, valid.shape[1]))

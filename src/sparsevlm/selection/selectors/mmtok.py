@@ -14,8 +14,10 @@ import torch
 
 from ...config import check_above_zero
 from ..context import BEFORE_DECODER, SelectionContext
-from ..greedy import cover
-from ..similarity import cosines, row_chunks, unit_rows
+from ..greedy import cover, cover_padded
+from ..padded import PaddedContext, PaddedSelection
+from ..places import first_picks
+from ..similarity import cosines, padded_unit_rows, row_chunks, unit_rows
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class MMTokSelector:
     placement = BEFORE_DECODER
     needs = frozenset({"features", "text_features"})
     default_schedule = "single"
+    most_padded = 1 << 13  # of which all values are held
     text_temperature: float = 0.02
     visual_temperature: float = 0.2
     alpha: float = 0.5
@@ -64,3 +67,28 @@ class MMTokSelector:
             return torch.exp(cosine * sharpness[rows, None] - offset[rows, None])
 
         return cover(covered, unit, n_keep, value=value)
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        assert context.text_features is not None  # declared in needs
+        assert context.is_text is not None
+        valid, is_text = context.valid, context.is_text
+        unit = padded_unit_rows(context.hidden_states, valid)
+        covered = torch.cat([padded_unit_rows(context.text_features, is_text), unit], dim=1)
+
+        def value(cosine: torch.Tensor, some: slice) -> torch.Tensor:
+            return self._shares(cosine, is_text[some], valid[some])
+
+        order = cover_padded(covered, unit, valid, context.most_kept, value=value)
+        return PaddedSelection(first_picks(order, context.n_keep, valid.shape[1]))
+
+    def _shares(self, cosine: torch.Tensor, is_text: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        """P and Q one below the other, in the place of their cosines, (batch, n_text + n_visual, n_visual)."""
+        cosine[:, : is_text.shape[1]] *= 1.0 / self.text_temperature
+        cosine[:, is_text.shape[1] :] *= 1.0 / self.visual_temperature
+        cosine.masked_fill_(~valid[:, None], -torch.inf)
+        per_text = is_text.sum(dim=1, keepdim=True).clamp_min(1).double().log().expand_as(is_text)
+        per_visual = (valid.sum(dim=1, keepdim=True).double() / self.alpha).log().expand_as(valid)
+        offset = torch.cat([per_text, per_visual], dim=1).float() + torch.logsumexp(cosine, dim=-1)
+        outside = ~torch.cat([is_text, valid], dim=1)
+        return cosine.sub_(offset[..., None]).exp_().masked_fill_(outside[..., None], 0.0)

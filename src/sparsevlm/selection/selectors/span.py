@@ -19,8 +19,8 @@ from ...config import check_unit_interval
 from ..context import TARGET_LAYERS, Selection, SelectionContext
 from ..greedy import dpp_map, dpp_order, dpp_order_by_gram, gram_pays
 from ..padded import PaddedContext, PaddedSelection
-from ..places import indices_of
-from ..similarity import finite, nearest_rows, row_chunks, unit_rows
+from ..places import first_picks, indices_of
+from ..similarity import finite, nearest_rows, padded_nearest, unit_rows
 
 
 @dataclass(frozen=True)
@@ -110,8 +110,7 @@ class SpanJointSelector:
         quality = torch.where(valid, relative.clamp_min(1e-6) ** self.alpha, 0.0)
         search = dpp_order_by_gram if states.is_cuda else dpp_order
         order = search(states, quality, context.most_kept, True)
-        place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-        is_kept = torch.zeros_like(valid).scatter_(1, order, place < context.n_keep[:, None])
+        is_kept = first_picks(order, context.n_keep, valid.shape[1])
         if not context.config.recycle:
             return PaddedSelection(is_kept)
         target = self._joined(states, valid, is_kept, context.most_kept)
@@ -126,12 +125,8 @@ class SpanJointSelector:
         unit = torch.nn.functional.normalize(states, dim=-1)
         kept = indices_of(is_kept, most_kept)
         counts = torch.arange(most_kept, device=kept.device) < is_kept.sum(dim=1, keepdim=True)
-        targets = unit.gather(1, kept[..., None].expand(-1, -1, unit.shape[-1])).mT
-        found = [
-            (unit[:, rows] @ targets).masked_fill_(~counts[:, None], -torch.inf).max(dim=-1)
-            for rows in row_chunks(unit.shape[1], unit.shape[0] * most_kept)
-        ]
-        cosine, nearest = (torch.cat([one[i] for one in found], dim=1) for i in (0, 1))
+        targets = unit.gather(1, kept[..., None].expand(-1, -1, unit.shape[-1]))
+        cosine, nearest = padded_nearest(unit, targets, counts)
         joins = torch.where((cosine >= self.nearest) & valid, kept.gather(1, nearest), -1)
         return torch.where(is_kept, torch.arange(unit.shape[1], device=kept.device), joins)
 
