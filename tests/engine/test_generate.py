@@ -81,17 +81,31 @@ def test_what_the_engine_does_not_do_runs_on_the_plain_path(case):
     assert state.report.path == "engine"
 
 
-@pytest.mark.parametrize(
-    ("options", "reason"),
-    [
-        ({"selector": "visionzip", "target_layers": None}, "needs vision_attention, vision_keys"),
-    ],
-)
-def test_what_cannot_be_read_runs_on_the_plain_path(options, reason):
+VISIONZIP = {**OPTIONS, "selector": "visionzip", "target_layers": None}
+
+
+def test_parts_of_a_picture_are_read_on_the_plain_path():
     model, inputs = tiny_model(), make_inputs(*BATCH)
-    state = apply_sparsevlm(model, **{**OPTIONS, **options}, engine=True)
+    state = apply_sparsevlm(model, **VISIONZIP, vision_keep=0.5, engine=True)
     answers(model, inputs, **GREEDY)
-    assert (state.report.path, reason in state.report.path_reason) == ("plain", True)
+    assert state.report.path == "plain"
+    assert "needs vision_attention, vision_keys of all patches" in state.report.path_reason
+
+
+def test_a_tower_that_others_hook_is_read_on_the_plain_path():
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    state = apply_sparsevlm(model, **VISIONZIP, engine=True)
+    answers(model, inputs, **GREEDY)
+    assert state.report.path == "engine"
+    calls = []
+    handle = model.model.visual.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    answers(model, inputs, **GREEDY)
+    assert (state.report.path, len(calls)) == ("plain", 1)
+    assert "needs vision_attention, vision_keys of a tower that is not the engine's" in state.report.path_reason
+    with state.options(keep=1.0):  # nothing is asked of the selector
+        answers(model, inputs, **GREEDY)
+        assert (state.report.path, len(calls)) == ("engine", 2)
+    handle.remove()
 
 
 def test_hooks_of_others_run():
@@ -226,6 +240,7 @@ def test_selectors_that_look_into_the_vision_tower_see_the_same(selector):
     kept = [sample.stages[0].kept for sample in state.report.samples]
     with state.options(engine=True):
         answers(model, inputs, **GREEDY)
+    assert state.report.path == "engine"
     assert [sample.stages[0].kept for sample in state.report.samples] == kept
 
 

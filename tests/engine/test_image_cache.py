@@ -23,9 +23,9 @@ def encoded(monkeypatch):
     """Grids of the images that the tower has encoded."""
     seen, call = [], VisionPrograms.__call__
 
-    def counted(self, patches, grids, numbers=None):
+    def counted(self, patches, grids, *rest):
         seen.extend(grids)
-        return call(self, patches, grids, numbers)
+        return call(self, patches, grids, *rest)
 
     monkeypatch.setattr(VisionPrograms, "__call__", counted)
     return seen
@@ -161,7 +161,11 @@ def test_what_clears_them(what, monkeypatch):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"vision_keep": 0.5}, "image_cache was not asked"), ({"engine": False}, "image_cache is the engine's")],
+    [
+        ({"vision_keep": 0.5}, "image_cache was not asked"),
+        ({"selector": "hiprune", "target_layers": None, "keep": 0.5}, "image_cache was not asked"),
+        ({"engine": False}, "image_cache is the engine's"),
+    ],
 )
 def test_where_they_are_not_used_the_report_says_so(options, said):
     state, inputs = applied(**options), make_inputs(*ONE)

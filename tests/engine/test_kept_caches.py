@@ -28,6 +28,7 @@ LATER = {
     "the same": {},
     "other layers": {"selector": "span", "target_layers": [1, 3], "keep": 0.7},
     "before the decoder": {"selector": "divprune", "target_layers": None, "keep": 0.5},
+    "by the tower": {"selector": "visionzip", "target_layers": None, "keep": 0.5},
     "dense": {"keep": 1.0},
 }
 TURNS = {

@@ -102,9 +102,17 @@ def test_vision_tower(prompt, family, vision_attention, placement, place):
         torch.backends.cuda.matmul.allow_tf32 = False
     wanted = vision_reference.references_of_samples(model, inputs)
     options = spied(placement)
-    apply_sparsevlm(model, **options)
+    state = apply_sparsevlm(model, **options, engine=False)
     contexts = options["selector"].seen
-    for call in (lambda: model.generate(**inputs, max_new_tokens=2), lambda: model(**inputs)):
+    runs = vision_attention != vision_reference.FLASH and (place.device == "cpu" or place.dtype != torch.float32)
+
+    def on_engine():
+        with state.options(engine=True):
+            model.generate(**inputs, max_new_tokens=2)
+            assert state.report.path == "engine"
+
+    calls = [lambda: model.generate(**inputs, max_new_tokens=2), lambda: model(**inputs), *[on_engine] * runs]
+    for call in calls:
         contexts.clear()
         call()
         layers = {"target_layers": {1, 3}, "before_decoder": {-1}, "both": {-1, 1, 3}}[placement]
@@ -112,7 +120,8 @@ def test_vision_tower(prompt, family, vision_attention, placement, place):
         assert with_picture
         assert {(c.layer, c.sample) for c in contexts} == {(layer, b) for layer in layers for b in with_picture}
         for context in contexts:
-            assert_vision_is(context, wanted[context.sample], 1e-5 if place.dtype == torch.float32 else 0.1)
+            exact = 1e-5 if call is not on_engine else 5e-5  # rounding of the whole tower is among it
+            assert_vision_is(context, wanted[context.sample], exact if place.dtype == torch.float32 else 0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

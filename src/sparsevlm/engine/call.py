@@ -16,6 +16,7 @@ from ..models import Grid, ModelAdapter
 from ..request.inputs import visual_grids
 from ..request.opening import plan_samples
 from ..request.request import Request, StageRecord
+from ..request.step import VisionRows
 from ..request.timing import Mark
 from .cuda_graphs import to_device
 from .vision.patch_pruning import n_kept
@@ -25,7 +26,7 @@ from .vision.tables import Grids
 _READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
 _ENCODED = "mm_encoder_outputs"
 
-Encode = Callable[[Tensor, Grids, tuple[int, ...] | None, int], VisionOutput]
+Encode = Callable[[Tensor, Grids, tuple[int, ...] | None, int, frozenset[str]], VisionOutput]
 
 
 @dataclass
@@ -156,7 +157,12 @@ class Call:
         self.arguments["position_ids"] = to_device(positions, device)
 
     def prefetch_vision(
-        self, adapter: ModelAdapter, encode: Encode, config: SparseVLMConfig, stream: torch.cuda.Stream | None
+        self,
+        adapter: ModelAdapter,
+        encode: Encode,
+        config: SparseVLMConfig,
+        stream: torch.cuda.Stream | None,
+        needs: frozenset[str],
     ) -> None:
         """Encode its images, or the share of their tokens that an option asks for, if they are of one kind.
 
@@ -168,6 +174,8 @@ class Call:
         config : SparseVLMConfig
         stream : torch.cuda.Stream, optional
             That the tower runs on.
+        needs : frozenset of str
+            What is read of the tower.
         """
         kind = next(iter(self.grids))
         grids = self.grids[kind]
@@ -182,7 +190,8 @@ class Call:
             patches.record_stream(stream)
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             begin = Mark.now(device)
-            seen = encode(patches, tuple(grids), self._numbers(adapter, config, grids), config.image_cache)
+            numbers = self._numbers(adapter, config, grids)
+            seen = encode(patches, tuple(grids), numbers, config.image_cache, needs)
             self.pending = PendingVision(tuple(grids), seen, begin, Mark.now(device), stream)
 
     def _numbers(self, adapter: ModelAdapter, config: SparseVLMConfig, grids: Sequence[Grid]) -> tuple[int, ...] | None:
@@ -261,14 +270,19 @@ class Prompt:
         """Of the first new token, of shape (3, batch)."""
         return self.positions[:, :, -1] + 1
 
+    def vision_rows(self, request: Request, read: VisionRows, device: torch.device) -> list[VisionRows]:
+        """What was read of the vision tower, for the visual tokens of every sample of a request on the host."""
+        of_samples = zip(self.feature_rows, request.samples, strict=True)
+        return [read.at(to_device(own[sample.visual], device)) for own, sample in of_samples]
+
     def embeddings(self, adapter: ModelAdapter, features: Tensor) -> Tensor:
         """Of shape (batch, q_len, hidden_size), on the device of ``features``."""
         device = features.device
-        embeds: Tensor = adapter.decoder.embed(self.ids.to(device))
+        embeds: Tensor = adapter.decoder.embed(to_device(self.ids, device))
         rows = self.feature_rows.flatten()
         visual = (rows >= 0).nonzero()[:, 0]
         flat = embeds.flatten(0, 1)
-        flat[visual.to(device)] = features[rows[visual].to(device)].to(flat.dtype)
+        flat[to_device(visual, device)] = features[to_device(rows[visual], device)].to(flat.dtype)
         return flat.view_as(embeds)
 
 

@@ -160,7 +160,8 @@ class Engine:
         if call.grids and self._may_encode():
             try:
                 config = self._session.options.config
-                call.prefetch_vision(self._adapter, self._runner.encode, config, self._runner.stream)
+                needs = self._session.options.traits.needs & VISION_NEEDS
+                call.prefetch_vision(self._adapter, self._runner.encode, config, self._runner.stream, needs)
             except torch.OutOfMemoryError:
                 self._runner.release_memory()
         if not self._runner.look():
@@ -175,9 +176,10 @@ class Engine:
 
     def _may_encode(self) -> bool:
         """Tells whether the tower's program may take the place of its modules, if nothing is hooked to them."""
-        if self._session.options.traits.needs & VISION_NEEDS or self._adapter.vision.module.training:
+        options = self._session.options
+        if options.traits.needs & VISION_NEEDS and options.config.vision_keep < 1.0:  # refused by the request
             return False
-        return self._runner.tower_unsupported is None
+        return self._runner.tower_unsupported is None and not self._adapter.vision.module.training
 
     def run(
         self,
@@ -257,10 +259,10 @@ class Engine:
         ids = call.prepared("input_ids", input_ids)
         positions = call.prepared("position_ids", prepared["position_ids"], dim=1)
         mask = call.prepared("attention_mask", prepared.get("attention_mask"))
-        request, prompt, features = self._open(call, {"input_ids": ids, "attention_mask": mask}, positions)
-        begin = Mark.now(features.device)
-        logits = self._runner.prefill.run(request, prompt, features)
-        end = Mark.now(features.device)
+        request, prompt, seen = self._open(call, {"input_ids": ids, "attention_mask": mask}, positions)
+        begin = Mark.now(seen.tokens.device)
+        logits = self._runner.prefill.run(request, prompt, seen.tokens, seen.rows)
+        end = Mark.now(seen.tokens.device)
         request.add_time("prefill", begin, end)
         space = self._runner.prefill.space
         assert space is not None  # since the prompt
@@ -277,11 +279,11 @@ class Engine:
         except ValueError as error:
             raise self._refuse(str(error)) from error
         if call.grids:
-            request, prompt, features = self._open(call, turn.inputs, turn.positions)
+            request, prompt, seen = self._open(call, turn.inputs, turn.positions)
         else:
-            request, prompt, features = turn.open_text(self._session), turn.prompt(self._adapter), None
+            request, prompt, seen = turn.open_text(self._session), turn.prompt(self._adapter), None
         begin = Mark.now(input_ids.device)
-        logits = turn.run(self._adapter, self._runner, request, prompt, features)
+        logits = turn.run(self._adapter, self._runner, request, prompt, seen)
         end = Mark.now(input_ids.device)
         request.add_time("decode" if request.decode_steps else "prefill", begin, end)
         return logits, self._decode(request, prompt, capacity, end, turn)
@@ -298,7 +300,7 @@ class Engine:
         decode_graph.start(prompt.next_positions, capacity)
         return Decoding(decode_graph, request, begin, turn)
 
-    def _open(self, call: Call, inputs: Mapping[str, Any], positions: Tensor) -> tuple[Request, Prompt, Tensor]:
+    def _open(self, call: Call, inputs: Mapping[str, Any], positions: Tensor) -> tuple[Request, Prompt, VisionOutput]:
         """Begin the request of a prompt with images: its tokens, and the rows of the vision tower."""
         adapter, ids, inputs = self._adapter, inputs["input_ids"], {**inputs, **call.visual}
         request = open_request(self._session, inputs, visual_masks(adapter, inputs), call.grids)
@@ -312,9 +314,12 @@ class Engine:
             prompt = prompt.only(kept)
             leave_out(adapter, request, prompt)
             warn_clamped(self._session, request)
-        seen = self._encoded(call)
-        features = seen.tokens
-        if features.shape[0] != prompt.n_features:
+        needs = frozenset() if request.drops_nothing else request.traits.needs & VISION_NEEDS
+        seen = self._encoded(call, needs)
+        if seen is None:
+            reading = ", ".join(sorted(needs))
+            raise self._refuse(f"selector {request.traits.name!r} needs {reading} of a tower that is not the engine's")
+        if seen.tokens.shape[0] != prompt.n_features:
             raise self._refuse("placeholders and features that differ in number")  # the model's own error follows
         request.run_on("engine", "packed samples")
         if prompt.kept is None and request.config.vision_keep < 1.0:
@@ -323,12 +328,12 @@ class Engine:
             request.count_cached(seen.n_cached)
         if call.pending is not None:
             request.add_time("vision", call.pending.begin, call.pending.end)
-        return request, prompt, features
+        return request, prompt, seen
 
-    def _encoded(self, call: Call) -> VisionOutput:
+    def _encoded(self, call: Call, needs: frozenset[str]) -> VisionOutput | None:
         """Rows of the vision tower: images before videos."""
         if call.pending is not None:
             call.pending.wait()
             return call.pending.seen
         cache_bytes = self._session.options.config.image_cache
-        return encode_now(call, self._adapter, self._runner, self._may_encode, cache_bytes)
+        return encode_now(call, self._adapter, self._runner, self._may_encode, cache_bytes, needs)

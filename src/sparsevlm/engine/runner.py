@@ -133,12 +133,17 @@ class ModelRunner:
         self._made = False
 
     def encode(
-        self, patches: Tensor, grids: Grids, numbers: tuple[int, ...] | None = None, cache_bytes: int = 0
+        self,
+        patches: Tensor,
+        grids: Grids,
+        numbers: tuple[int, ...] | None = None,
+        cache_bytes: int = 0,
+        needs: frozenset[str] = frozenset(),
     ) -> VisionOutput:
         """Encode images, or some of their visual tokens, see :class:`VisionPrograms`; whole ones that were encoded
-        before are taken from a cache of ``cache_bytes``."""
-        if not cache_bytes or numbers is not None:
-            return self.vision(patches, grids, numbers)
+        before, and of which nothing is read, are taken from a cache of ``cache_bytes``."""
+        if not cache_bytes or numbers is not None or needs:
+            return self.vision(patches, grids, numbers, needs)
         if self.images is None:
             self.images = ImageCache(self.adapter.vision.module)
         patches = patches.to(next(self.adapter.vision.module.parameters()).device)

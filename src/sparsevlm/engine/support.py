@@ -16,7 +16,7 @@ from ..kernels.dispatch import triton_problem
 from ..models import ModelAdapter
 from ..request.kv_cache import PrunedDynamicLayer
 from ..request.request import Request
-from .text.readout import NOT_PROVIDED
+from ..selection.context import VISION_NEEDS
 
 _UNSUITED = "no greedy or sampling call of generate"
 # Methods that the engine calls none of, or goes past.
@@ -202,8 +202,8 @@ def _is_stock(function: Any) -> bool:
 
 def unsupported_request(request: Request) -> str | None:
     """Why a request is not for the engine."""
-    if missing := sorted(request.traits.needs & NOT_PROVIDED):
-        return f"selector {request.traits.name!r} needs {', '.join(missing)}"
+    if request.config.vision_keep < 1.0 and (read := sorted(request.traits.needs & VISION_NEEDS)):
+        return f"selector {request.traits.name!r} needs {', '.join(read)} of all patches, vision_keep computes some"
     if any(int(sample.last) != request.q_len - 1 for sample in request.samples):
         return "a prompt whose last token is masked"
     return None

@@ -22,6 +22,7 @@ from .runner import ModelRunner
 from .text.kept_cache import Left, fill_cache
 from .text.prefill import PackedRows
 from .text.second_turn import SecondTurn
+from .vision.program import VisionOutput
 
 
 @dataclass
@@ -98,7 +99,7 @@ class Turn:
         return request
 
     def run(
-        self, adapter: ModelAdapter, runner: ModelRunner, request: Request, prompt: Prompt, features: Tensor | None
+        self, adapter: ModelAdapter, runner: ModelRunner, request: Request, prompt: Prompt, encoded: VisionOutput | None
     ) -> Tensor:
         """Run it.
 
@@ -108,7 +109,7 @@ class Turn:
         runner : ModelRunner
         request : Request
         prompt : Prompt
-        features : Tensor of shape (n_features, hidden_size), optional
+        encoded : VisionOutput, optional
             ``None``: of text.
 
         Returns
@@ -117,7 +118,9 @@ class Turn:
             Logits of every sample's last row.
         """
         weight, positions = adapter.decoder.embed.weight, self.text
-        if features is not None:
+        if encoded is not None and encoded.rows is not None:
+            request.see_vision(prompt.vision_rows(request, encoded.rows, weight.device))
+        if encoded is not None:
             request.to(weight.device)
             positions = [sample.all_positions for sample in request.samples]
         packed = PackedRows([own.to(weight.device) for own in positions], self.ids.shape[1])
@@ -125,13 +128,13 @@ class Turn:
         space = runner.prefill.make_room(
             row_capacity(seen.numel() + packed.n_rows + 1), power_of_two(self.ids.shape[0])
         )
-        embeds = prompt.embeddings(adapter, weight[:0] if features is None else features)
+        embeds = prompt.embeddings(adapter, weight[:0] if encoded is None else encoded.tokens)
         axes = to_device(prompt.positions, weight.device)
         of_rows = [axes[:, b, own] for b, own in enumerate(packed.positions)]
         rows = [embeds[b, own] for b, own in enumerate(packed.positions)]
         assert runner.weights is not None  # since it was looked at
         turn = SecondTurn(adapter, runner.weights, space, self.cache, to_device(seen, weight.device))
-        pruned = None if features is None else request
+        pruned = None if encoded is None else request
         if pruned is not None:
             request.see_embeddings(embeds)
         logits = turn.run(pruned, packed, torch.cat(rows), torch.cat(of_rows, dim=1))

@@ -33,9 +33,7 @@ class VisionProbe:
 
     def __init__(self, vision: Vision, needs: frozenset[str], order: Tensor | None):
         self._vision, self._order = vision, order
-        from_middle = [abs(2 * index - vision.n_blocks) for index, _ in vision.readable]
-        middle = vision.readable[from_middle.index(min(from_middle))][1]
-        self._last = vision.readable[-1][1]
+        (_, middle), (_, self._last) = vision.read_blocks
         self._scored = (middle, self._last) if "vision_attention" in needs else ()
         self._received: dict[Any, list[Tensor]] = {block: [] for block in self._scored}
         self._keys: list[Tensor] | None = [] if "vision_keys" in needs else None
@@ -117,15 +115,5 @@ def hand_out(
         rows = first.repeat_interleave(copies)[:, None] + mask.cumsum(dim=1) - 1 + n_before
         index = torch.where(mask, rows, index)
         n_before += n_read
-    parts = [read[kind] for kind in masks]
-    joined = VisionRows(
-        _joined([part.vision_attention for part in parts], dim=1) if "vision_attention" in needs else None,
-        _joined([part.vision_keys for part in parts], dim=0) if "vision_keys" in needs else None,
-    )
+    joined = VisionRows.joined([read[kind].only(needs) for kind in masks])
     return [joined.at(index[b, found]) for b, found in enumerate(positions)]
-
-
-def _joined(parts: list[Tensor | None], dim: int) -> Tensor:
-    """Images first, then videos, on one device."""
-    tensors = [part for part in parts if part is not None]
-    return torch.cat([tensor.to(tensors[0].device) for tensor in tensors], dim=dim)

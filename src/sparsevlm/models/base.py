@@ -221,6 +221,12 @@ class Vision:
     n_prefix: int = 0
     program: PackedTower | None = None
 
+    @property
+    def read_blocks(self) -> tuple[tuple[int, Any], tuple[int, Any]]:
+        """Of ``readable``, which selectors read: the one nearest to the middle of the tower (of two as near, the
+        earlier) and the last."""
+        return min(self.readable, key=lambda block: abs(2 * block[0] - self.n_blocks)), self.readable[-1]
+
 
 class Family:
     """A model family: subclassed once per family, without state; all answers come from the model that is given."""

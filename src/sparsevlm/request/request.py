@@ -8,6 +8,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from ..report import StageReport
 from ..selection.budget import Plan
 from ..selection.context import Selection, Selector, SelectorTraits
 from .timing import Clock, Mark
+
+if TYPE_CHECKING:
+    from .step import VisionRows
 
 
 @dataclass
@@ -175,6 +179,8 @@ class Request:
         What was in force when the request began.
     rows : Tensor of shape (batch, n_rows), int64, or None
         Position of each row that is left in the hidden states, -1 for fillers; ``None``: nothing was dropped yet.
+    vision : list of VisionRows
+        By sample, what the engine's vision tower told of its visual tokens, while the prompt runs.
     finished : bool
         Whether the first pass is over.
     cache : weak reference, optional
@@ -213,6 +219,7 @@ class Request:
     n_valid: list[int] = field(default_factory=list)
     rows: Tensor | None = None
     features: Tensor | None = None
+    vision: list[VisionRows] = field(default_factory=list)
     clock: Clock = field(default_factory=Clock)
     decode_steps: int = 0
     finished: bool = False
@@ -278,9 +285,13 @@ class Request:
         if {"features", "text_features"} & self.traits.needs:
             self.features = embeds
 
+    def see_vision(self, rows: list[VisionRows]) -> None:
+        """Take what the vision tower told of all visual tokens of every sample."""
+        self.vision = rows
+
     def forget_embeddings(self) -> None:
         """Drop what only the prompt needs."""
-        self.features = None
+        self.features, self.vision = None, []
 
     def place(self, rows: Tensor) -> None:
         """Take the position of each row that is left in the hidden states, (batch, n_rows); -1: a filler."""
@@ -320,7 +331,10 @@ class Request:
         """Note how many images were taken from those kept; ``None``: nobody looked for them."""
         self.images_cached = n_images or 0
         if n_images is None:
-            self.remark("; image_cache was not asked: vision_keep, encoded images, or a tower by its own modules")
+            self.remark(
+                "; image_cache was not asked: vision_keep, encoded images, a selector that looks into the tower, or a "
+                "tower by its own modules"
+            )
 
     def goes_on(self, path: str) -> None:
         """Note the path that a later turn runs on, if it is another."""

@@ -42,12 +42,31 @@ class VisionRows:
         """Tells whether all of ``needs`` were read."""
         return all(getattr(self, need) is not None for need in needs)
 
-    def at(self, index: Tensor) -> VisionRows:
-        """Rows of the given indices, on the device of the index."""
+    def only(self, needs: frozenset[str]) -> VisionRows:
+        """Without what ``needs`` does not name."""
+        return VisionRows(**{need: getattr(self, need) for need in needs})
+
+    def each(self, change: Callable[[Tensor, int], Tensor]) -> VisionRows:
+        """What ``change(tensor, dim)`` makes of each, ``dim`` being that of the tokens."""
         attention, keys = self.vision_attention, self.vision_keys
         return VisionRows(
-            None if attention is None else attention.to(index.device)[:, index],
-            None if keys is None else keys.to(index.device)[index],
+            None if attention is None else change(attention, 1), None if keys is None else change(keys, 0)
+        )
+
+    def at(self, index: Tensor) -> VisionRows:
+        """Rows of the given indices, on the device of the index."""
+        return self.each(lambda rows, dim: rows.to(index.device).index_select(dim, index))
+
+    @staticmethod
+    def joined(parts: Sequence[VisionRows]) -> VisionRows:
+        """Rows one behind the other, on the device of the first."""
+
+        def join(read: list[Tensor | None], dim: int) -> Tensor | None:
+            tensors = [tensor for tensor in read if tensor is not None]
+            return torch.cat([tensor.to(tensors[0].device) for tensor in tensors], dim=dim) if tensors else None
+
+        return VisionRows(
+            join([part.vision_attention for part in parts], 1), join([part.vision_keys for part in parts], 0)
         )
 
 

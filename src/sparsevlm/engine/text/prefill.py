@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...models import ModelAdapter
 from ...request.request import Request
-from ...request.step import Readout, choose_embedding_raters, prune_step, reads, reads_text
+from ...request.step import Readout, VisionRows, choose_embedding_raters, prune_step, reads, reads_text
 from ...selection.context import BEFORE_DECODER
 from ...selection.padded import draw_seed
 from ..call import Prompt
@@ -113,7 +113,7 @@ class Prefill:
             self.prompts = PromptPrograms(self._adapter, self._pool, self.space)
         return self.space
 
-    def run(self, request: Request, prompt: Prompt, features: Tensor) -> Tensor:
+    def run(self, request: Request, prompt: Prompt, features: Tensor, vision: VisionRows | None = None) -> Tensor:
         """Run a prompt.
 
         Parameters
@@ -122,6 +122,8 @@ class Prefill:
             Its samples are on the host; they and its records are brought up to date.
         prompt : Prompt
         features : Tensor of shape (n_features, hidden_size)
+        vision : VisionRows, optional
+            What was read of the tower, by the rows of ``features``.
 
         Returns
         -------
@@ -139,9 +141,12 @@ class Prefill:
         space.features[: features.shape[0]].copy_(features)
         self.prompts.run(shape, bool(shape.n_text) and request.config.raters == "embedding")
         if counts is not None:
+            space.take_readings(vision)
             return self._on_device(request, shape, counts)[: request.batch]
         if {"features", "text_features"} & request.traits.needs:
             request.see_embeddings(prompt.embeddings(self._adapter, features))
+        if vision is not None:
+            request.see_vision(prompt.vision_rows(request, vision, space.hidden.device))
         logits = self._on_host(request, shape)
         request.forget_embeddings()
         request.count_cache(_cache_bytes(request, space.bytes_per_row, self._adapter.n_layers))
@@ -279,6 +284,7 @@ def prune(
 ) -> PackedRows:
     """Decide for every sample what goes on, and gather it."""
     readout = Readout() if target < 0 else read(request, space, packed, target, scaling)
+    readout.vision = request.vision
     visual = [packed.local(b, sample.positions) for b, sample in enumerate(request.samples)]
     survivors = prune_step(request, target, lambda b: space.hidden[visual[b]], readout)
     if survivors is None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from ...kernels.rater_attention import Columns, Rows, row_attention, row_statistics
 from ...request.request import Request
 from ...request.step import Readout, reads_text
-from ...selection.context import VISION_NEEDS
 from ...selection.places import highest
 from ...selection.raters import padded_attention_raters
 from ...selection.scoring import top_k, visual_head_count
@@ -22,9 +21,6 @@ if TYPE_CHECKING:
     from .prefill import PackedRows
     from .prune_program import PruneStep
     from .workspace import Workspace
-
-# Selectors that need this run on the plain path, which looks into the tower.
-NOT_PROVIDED = VISION_NEEDS
 
 
 def read(request: Request, space: Workspace, packed: PackedRows, target: int, scaling: float) -> Readout:

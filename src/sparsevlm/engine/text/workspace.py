@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...models import ModelAdapter
+from ...request.step import VisionRows
 from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import to_device
 from ..fused_weights import FusedWeights
@@ -206,6 +207,13 @@ class Workspace:
             torch._foreach_copy_(tensors, before)
 
         return rewind
+
+    def take_readings(self, read: VisionRows | None) -> None:
+        """Take what was read of the vision tower."""
+        if read is not None and read.vision_attention is not None:
+            self.vision_attention[:, : read.n_visual] = read.vision_attention
+        if read is not None and read.vision_keys is not None:
+            self.vision_keys[: read.n_visual] = read.vision_keys
 
     def gather(self, rows: Tensor) -> None:
         """Let only some rows go on."""

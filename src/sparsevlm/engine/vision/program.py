@@ -12,8 +12,10 @@ from torch.nn.functional import linear
 
 from ...kernels.attention import padded_attention, varlen_attention
 from ...kernels.elementwise import rms_norm, rotate, swiglu
+from ...kernels.received_attention import received_attention
 from ...models import ModelAdapter
 from ...models.base import PackedTower, TowerBlock
+from ...request.step import VisionRows
 from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
 from ..text.layer import summed
@@ -23,10 +25,55 @@ from .tables import Grids, VisionInputs, VisionShape, host_tables, n_integers
 # Programs that are kept; they share their memory, a graph itself is small.
 _MOST_GRAPHS = 256
 _LEAST_PATCHES = 4096
+# Capacities, whether only some tokens are computed, and what is read.
+_Key = tuple[VisionShape, bool, frozenset[str]]
+
+
+class VisionReadings:
+    """Reads what selectors need of the tower while it runs; waits for nothing.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    needs : frozenset of str
+        Out of ``vision_attention`` and ``vision_keys``.
+    given : VisionInputs
+    """
+
+    def __init__(self, adapter: ModelAdapter, needs: frozenset[str], given: VisionInputs) -> None:
+        self._per_token, self._back = adapter.vision.patches_per_token, given.back
+        self._blocks = [index for index, _ in adapter.vision.read_blocks] if needs else []
+        self._needs, self._received = needs, dict[int, Tensor]()
+        self._keys: Tensor | None = None
+        frames = given.frames
+        if frames.shape[0] == 1:  # a single one, which begins with the first patch
+            frames = torch.cat([frames, given.n_patches])
+        self._frames = frames.to(torch.int32)
+
+    def read(self, index: int, block: TowerBlock, query: Tensor, key: Tensor) -> None:
+        """Read a block, given its rotated queries and keys, (patches, heads, head_dim)."""
+        if index in self._blocks and "vision_attention" in self._needs:
+            self._received[index] = self._of_tokens(received_attention(query, key, self._frames, block.scaling))
+        if index in self._blocks[1:] and "vision_keys" in self._needs:
+            self._keys = self._of_tokens(key.float().mean(dim=1))
+
+    def _of_tokens(self, of_patches: Tensor) -> Tensor:
+        """Mean over what forms a visual token, in reading order."""
+        return of_patches.unflatten(0, (-1, self._per_token)).mean(dim=1)[self._back]
+
+    def rows(self) -> VisionRows:
+        """What was read, padding behind."""
+        attention = torch.stack([self._received[i] for i in self._blocks]) if self._received else None
+        return VisionRows(attention, self._keys)
 
 
 def encode_images(
-    tower: PackedTower, weights: FusedWeights, shape: VisionShape, given: VisionInputs, patches: Tensor
+    tower: PackedTower,
+    weights: FusedWeights,
+    shape: VisionShape,
+    given: VisionInputs,
+    patches: Tensor,
+    readings: VisionReadings,
 ) -> Tensor:
     """Encode images; waits for nothing.
 
@@ -38,6 +85,7 @@ def encode_images(
     given : VisionInputs
     patches : Tensor of shape (n_patches, channels · frames · side²)
         In the dtype of the tower, in reading order of their tokens.
+    readings : VisionReadings
 
     Returns
     -------
@@ -56,10 +104,11 @@ def encode_images(
         return varlen_attention(query, key, value, starts, longest, block.scaling, causal=False)
 
     residual: Tensor | None = None
-    for block in tower.blocks:
+    for index, block in enumerate(tower.blocks):
         normed, hidden = _normed(block.attention_norm, hidden, residual)
         query, key, value = block.qkv(normed).unflatten(-1, (3, block.n_heads, -1)).unbind(1)
         query, key = rotate(query, key, cos, sin)
+        readings.read(index, block, query, key)
         mixed = attend(block, query, key, value)
         normed, hidden = _normed(block.mlp_norm, block.output(mixed.flatten(1)), hidden)
         residual = _mlp(block, weights, normed)
@@ -98,12 +147,15 @@ class VisionOutput:
     ready : torch.cuda.Event or None
     n_cached : int or None
         Images that were encoded before; ``None``: nobody looked for them.
+    rows : VisionRows or None
+        What was read of the tower, by token.
     """
 
     tokens: Tensor
     kept: Tensor | None = None
     ready: torch.cuda.Event | None = None
     n_cached: int | None = None
+    rows: VisionRows | None = None
 
 
 class VisionSpace:
@@ -147,7 +199,7 @@ class VisionPrograms:
     def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
         self._adapter, self._weights, self._pool = adapter, weights, pool
         self._space: VisionSpace | None = None
-        self._encoders: LRUCache[tuple[VisionShape, bool], Callable[[], Tensor]] = LRUCache(_MOST_GRAPHS)
+        self._encoders: LRUCache[_Key, Callable[[], tuple[Tensor, VisionRows]]] = LRUCache(_MOST_GRAPHS)
         self._choosers: LRUCache[tuple[VisionShape, VisionShape, int], Callable[[], Tensor]] = LRUCache(_MOST_GRAPHS)
 
     def clear(self) -> None:
@@ -174,7 +226,13 @@ class VisionPrograms:
             self._space = space = VisionSpace(self._tower, patches, max(8 * patches, before[1], 2 * integers), size)
         return space
 
-    def __call__(self, patches: Tensor, grids: Grids, numbers: tuple[int, ...] | None = None) -> VisionOutput:
+    def __call__(
+        self,
+        patches: Tensor,
+        grids: Grids,
+        numbers: tuple[int, ...] | None = None,
+        needs: frozenset[str] = frozenset(),
+    ) -> VisionOutput:
         """Encode images, or some of their visual tokens.
 
         Parameters
@@ -184,6 +242,8 @@ class VisionPrograms:
             In visual tokens.
         numbers : tuple of int, optional
             Visual tokens of each image that are computed; ``None``: all.
+        needs : frozenset of str
+            What is read of the tower, where all are computed: out of ``vision_attention`` and ``vision_keys``.
         """
         tower = self._tower
         per_token = tower.side**2
@@ -200,26 +260,33 @@ class VisionPrograms:
         space.integers[: on_host.shape[0]].copy_(on_host, non_blocking=True)
         space.patches[: patches.shape[0]].copy_(patches)
         if numbers is None:
-            return VisionOutput(self._encode(space, shape, False)[: tables.order.shape[0]])
+            n_tokens = tables.order.shape[0]
+            tokens, rows = self._encode(space, shape, False, needs)
+            read = rows.each(lambda tensor, dim: tensor.narrow(dim, 0, n_tokens)) if needs else None
+            return VisionOutput(tokens[:n_tokens], rows=read)
         kept = self._choose(space, shape, of_kept, grids, numbers)[:number]
         if not kept.is_cuda:
-            return VisionOutput(self._encode(space, of_kept, True)[:number], kept)
+            return VisionOutput(self._encode(space, of_kept, True)[0][:number], kept)
         kept_on_host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
         kept_on_host.copy_(kept, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return VisionOutput(self._encode(space, of_kept, True)[:number], kept_on_host, ready)
+        return VisionOutput(self._encode(space, of_kept, True)[0][:number], kept_on_host, ready)
 
-    def _encode(self, space: VisionSpace, shape: VisionShape, is_chosen: bool) -> Tensor:
+    def _encode(
+        self, space: VisionSpace, shape: VisionShape, is_chosen: bool, needs: frozenset[str] = frozenset()
+    ) -> tuple[Tensor, VisionRows]:
         """Run the tower on what is in the workspace."""
         tower, integers = self._tower, space.chosen if is_chosen else space.integers
         given = VisionInputs.of(shape, tower.side**2, integers)
         patches = space.patches if is_chosen else space.patches[: shape.patches]
 
-        def run() -> Tensor:
-            return encode_images(tower, self._weights, shape, given, patches)
+        def run() -> tuple[Tensor, VisionRows]:
+            readings = VisionReadings(self._adapter, needs, given)
+            tokens = encode_images(tower, self._weights, shape, given, patches, readings)
+            return tokens, readings.rows()
 
-        return self._encoders.get((shape, is_chosen), lambda: self._pool.record(run))()
+        return self._encoders.get((shape, is_chosen, needs), lambda: self._pool.record(run))()
 
     def _choose(
         self, space: VisionSpace, shape: VisionShape, of_kept: VisionShape, grids: Grids, numbers: tuple[int, ...]
