@@ -12,8 +12,10 @@ import torch
 
 from ...config import check_above_zero
 from ..context import BEFORE_DECODER, SelectionContext
-from ..greedy import cover
-from ..similarity import finite, unit_rows
+from ..greedy import cover, cover_padded
+from ..padded import PaddedContext, PaddedSelection
+from ..places import first_picks
+from ..similarity import finite, padded_unit_rows, unit_rows
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class ScopeSelector:
     placement = BEFORE_DECODER
     needs = frozenset({"features", "vision_attention"})
     default_schedule = "single"
+    most_padded = 1 << 13  # of which all values are held
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
@@ -43,3 +46,11 @@ class ScopeSelector:
         assert context.vision_attention is not None
         unit, saliency = unit_rows(context.features), finite(context.vision_attention[1])
         return cover(unit, unit, n_keep, factor=saliency**self.alpha)
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        assert context.vision_attention is not None  # declared in needs
+        unit, valid = padded_unit_rows(context.hidden_states, context.valid), context.valid
+        factor = torch.where(valid, context.vision_attention[:, 1].float() ** self.alpha, 0.0)
+        order = cover_padded(unit, unit, valid, context.most_kept, factor=factor)
+        return PaddedSelection(first_picks(order, context.n_keep, valid.shape[1]))

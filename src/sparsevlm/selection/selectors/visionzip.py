@@ -12,8 +12,10 @@ import torch
 
 from ...config import check_whole
 from ..context import BEFORE_DECODER, Selection, SelectionContext
+from ..padded import PaddedContext, PaddedSelection
+from ..places import highest, indices_of
 from ..scoring import top_k
-from ..similarity import nearest_rows, unit_rows
+from ..similarity import nearest_rows, padded_nearest, padded_unit_rows, unit_rows
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,27 @@ class VisionZipSelector:
         merge_target[targets] = targets
         weight = 1.0 / torch.bincount(merge_target, minlength=n_visual)[merge_target].float()
         return Selection(torch.cat([dominant, targets]).sort().values, merge_target, weight, targets)
+
+    def select_padded(self, context: PaddedContext) -> PaddedSelection:
+        """The same for several samples filled up to one size."""
+        assert context.vision_attention is not None  # declared in needs
+        assert context.vision_keys is not None
+        valid, n_contextual = context.valid, context.n_keep * self.contextual // self.of
+        dominant = highest(context.vision_attention[:, 1].float(), valid, context.n_keep - n_contextual)
+        most = context.most_kept * self.contextual // self.of
+        if most == 0:
+            return PaddedSelection(dominant)
+        rest = valid & ~dominant
+        step = (rest.sum(dim=1) // n_contextual.clamp_min(1)).clamp_min(1)[:, None]
+        place = rest.cumsum(dim=1) - 1
+        is_target = rest & (place % step == 0) & (place // step < n_contextual[:, None])
+        targets, unit = indices_of(is_target, most), padded_unit_rows(context.vision_keys, valid)
+        counts = torch.arange(most, device=targets.device) < n_contextual[:, None]
+        own = unit.gather(1, targets[..., None].expand(-1, -1, unit.shape[-1]))
+        nearest = targets.gather(1, padded_nearest(unit, own, counts)[1])
+        joins = rest & ~is_target & (n_contextual > 0)[:, None]
+        itself = torch.arange(valid.shape[1], device=targets.device).expand_as(nearest)
+        merge_target = torch.where(joins, nearest, torch.where(dominant | is_target, itself, -1))
+        sizes = torch.zeros_like(unit[..., 0]).scatter_add_(1, merge_target.clamp_min(0), (merge_target >= 0).float())
+        weight = 1.0 / sizes.gather(1, merge_target.clamp_min(0)).clamp_min(1.0)
+        return PaddedSelection(dominant | is_target, merge_target, weight, is_target)
