@@ -94,7 +94,7 @@ def test_selectors_that_read_attention_choose_the_same(prompt, case, family):
 class Spy:
     """Keeps what is first, whatever it is given, and remembers it."""
 
-    needs = Reads.needs
+    needs = Reads.needs | {"vision_attention", "vision_keys"}
 
     def __init__(self):
         self.seen = []

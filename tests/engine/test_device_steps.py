@@ -69,6 +69,31 @@ def test_steps_on_the_device_do_what_the_prune_step_does(prompt, options, monkey
         assert relative_error(one, other) < 5e-6
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("selector", BEFORE)
+def test_recorded_steps_choose_as_the_prune_step(selector, monkeypatch):
+    """On a GPU, where programs are replayed: what differs is nearly tied."""
+    model = tiny_model().to("cuda", torch.bfloat16)
+    state = apply_sparsevlm(model, keep=0.5, min_keep=3, min_keep_per_image=0, selector=selector, engine=True)
+    n_kept = n_alike = 0
+    for prompt in PROMPTS:
+        inputs = {name: value.to("cuda") for name, value in make_inputs(*PROMPTS[prompt]).items()}
+        kept = []
+        for on_device in (True, True, False):
+            with monkeypatch.context() as patch:
+                if not on_device:
+                    patch.setattr(prefill, "chooses_on_device", lambda request, adapter: False)
+                model.generate(**inputs, max_new_tokens=1)
+            assert state.report.path == "engine"
+            stages = [sample.stages[0] for sample in state.report.samples if sample.n_visual]
+            kept.append([{*stage.kept, *stage.recycled} for stage in stages])
+        assert kept[0] == kept[1]
+        assert [len(one) for one in kept[0]] == [len(one) for one in kept[2]]
+        n_kept += sum(map(len, kept[0]))
+        n_alike += sum(len(one & other) for one, other in zip(kept[0], kept[2], strict=True))
+    assert n_alike >= 0.95 * n_kept
+
+
 class Ordered:
     """A selector of the user's that the engine can capture: by the length of the states, shortest or longest first."""
 

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 import torch
 from selector_contexts import grid_coordinates, make_context
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsevlm.config import SparseVLMConfig
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
@@ -101,3 +102,45 @@ def test_one_sample_as_a_batch(name):
 def test_a_selector_may_say_how_many_tokens_it_takes():
     assert {TRAITS[name].most_padded for name in ("divprune", "cdpruner")} == {1 << 14}
     assert TRAITS["mmtok"].most_padded == 1 << 13
+
+
+def everything(fill):
+    """The padded context of all samples, with what selectors of target layers read."""
+    context = joined(contexts(), fill)
+    batch, n = context.valid.shape
+    return dataclasses.replace(
+        context,
+        rater_attention=torch.rand((batch, 3, n)),
+        last_attention=torch.rand((batch, n)),
+        previous_hidden_states=torch.rand_like(context.hidden_states),
+        n_clusters=torch.ones(batch, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize("name", [name for name, traits in TRAITS.items() if traits.padded])
+def test_nothing_is_waited_for(name):
+    """Tensors without values: what asks for one, or for a shape that depends on some, raises."""
+    given = everything(0.5)
+    with FakeTensorMode() as mode:
+        tensors = {
+            key: mode.from_tensor(value) for key, value in vars(given).items() if isinstance(value, torch.Tensor)
+        }
+        found = SELECTORS[name]().select_padded(dataclasses.replace(given, **tensors))
+    assert found.is_kept.shape == given.valid.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BEFORE)
+def test_the_kernels_choose_as_for_each_sample(name):
+    """At the sizes of real pictures: what differs is nearly tied."""
+    selector, n_keep = SELECTORS[name](), 150
+    for seed, size in enumerate([(30, 30), (1, 160), (24, 25)]):
+        coordinates = grid_coordinates(size)
+        one = make_context(coordinates.shape[1], seed, 256, 20 + seed, coordinates=coordinates, layer=-1)
+        wanted = checked_selection(selector.select(one, n_keep), one.features, n_keep, name)
+        on_gpu = {key: value.cuda() for key, value in vars(one).items() if isinstance(value, torch.Tensor)}
+        given = dataclasses.replace(one, **on_gpu)
+        given = dataclasses.replace(given, hidden_states=given.features)
+        found = unpadded(selector.select_padded(padded_sample(given, n_keep)))
+        assert found.keep_idx.shape == wanted.keep_idx.shape
+        assert len({*found.keep_idx.tolist()} & {*wanted.keep_idx.tolist()}) >= 0.95 * n_keep
