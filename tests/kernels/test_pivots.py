@@ -60,6 +60,21 @@ def test_blocks_of_picks_are_as_one(batch, n, size, n_keep, most_blocked, rounds
 
 
 @pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("counts", [(0, 37, 5), (20, 0, 37), (0, 0, 0)])
+def test_samples_stop_after_the_picks_that_are_looked_at(counts, rounds, monkeypatch, device):
+    monkeypatch.setattr(module, "_TILE", 16 * 64)
+    monkeypatch.setattr(module, "_FEW", 16)
+    rows, quality = make(3, 40, 30, device)
+    gram = rows @ rows.mT
+    stops = torch.tensor(counts, device=device)
+    found = pivoted_cholesky(gram, quality, 37, rounds, NOISE, stops)
+    wanted = pivoted_cholesky_reference(gram, quality, 37, rounds, NOISE)
+    for one, other, count in zip(found, wanted, counts, strict=True):
+        assert torch.equal(one[:count], other[:count])
+        assert ((one >= 0) & (one < 40)).all()
+
+
+@pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("kind", ["ones", "drawn"])
 def test_the_plain_function_searches_as_the_rows_do(kind, rounds):
     rows, quality = make(2, 40, 60, "cpu", seed=3)

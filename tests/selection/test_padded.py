@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ BEFORE = [name for name, traits in TRAITS.items() if traits.placement == BEFORE_
 # Visual tokens, text tokens and tokens that go on, by sample; an empty one, and one that keeps all.
 GRIDS = {"one": [(5, 8)], "two": [(3, 4), (2, 3, 4)], "a row": [(1, 7)], "whole": [(3, 5)]}
 SAMPLES = [("one", 3, 17), ("two", 1, 20), (None, 0, 0), ("a row", 5, 1), ("whole", 4, 15), ("one", 0, 33)]
+MOST_OF = {name: sum(math.prod(grid) for grid in grids) for name, grids in GRIDS.items()}
 MOST, MOST_TEXT, MOST_KEPT = 48, 8, 40
 
 
@@ -102,6 +104,24 @@ def test_one_sample_as_a_batch(name):
 def test_a_selector_may_say_how_many_tokens_it_takes():
     assert {TRAITS[name].most_padded for name in ("divprune", "cdpruner")} == {1 << 14}
     assert TRAITS["mmtok"].most_padded == 1 << 13
+
+
+class Ordered:
+    """In order, and remembers what it was told of the picks."""
+
+    def order(self, states, valid, n_keep, counts=None):
+        self.counts = counts
+        return torch.arange(n_keep).expand(states.shape[0], -1)
+
+
+@pytest.mark.parametrize("n_images", [0, 4])
+def test_a_search_is_told_which_picks_are_looked_at(n_images):
+    """None of samples that keep all; all, where every image has a floor."""
+    context, selector = joined(contexts(), 0.5), Ordered()
+    none = torch.zeros_like(context.valid, dtype=torch.int64)
+    select_padded(selector, context, none, torch.zeros_like(context.n_keep), n_images)
+    wanted = [n_keep if name is not None and n_keep < MOST_OF[name] else 0 for name, _, n_keep in SAMPLES]
+    assert (selector.counts is None) if n_images else (selector.counts.tolist() == wanted)
 
 
 def everything(fill):

@@ -8,7 +8,9 @@ from torch import Tensor
 from .dispatch import use_triton
 
 
-def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
+def pivoted_cholesky(
+    gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float, counts: Tensor | None = None
+) -> Tensor:
     """``argmax_i r_i² δ_i``, δ_i the diagonal of what the picks leave of the Gram matrix; ties to the lower index.
 
     A row of which less than ``noise`` of its length is left is spanned: it comes after all others, by its quality.
@@ -24,6 +26,8 @@ def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, n
         Once all rows are spanned, go on as if none had been picked.
     noise : float
         Share of the squared length.
+    counts : Tensor of shape (batch,), int64, optional
+        Picks of each sample that are looked at; those behind may be any rows.
 
     Returns
     -------
@@ -33,7 +37,7 @@ def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, n
     if use_triton(gram):
         from .triton.pivoted_cholesky import pivoted_cholesky as triton_version
 
-        return triton_version(gram, quality, n_keep, rounds, noise)
+        return triton_version(gram, quality, n_keep, rounds, noise, counts)
     return pivoted_cholesky_reference(gram, quality, n_keep, rounds, noise)
 
 

@@ -160,6 +160,9 @@ class OrderedSelector(Selector, Protocol):
     def order(self, states: Tensor, valid: Tensor, n_keep: int) -> Tensor:
         """Rows in the order in which they are picked: fewer are a part from the left.
 
+        A fourth parameter named ``counts``, a Tensor of shape (n_samples,), int64, or None, may be there: picks of each
+        sample that are looked at; those behind may be any rows.
+
         Parameters
         ----------
         states : Tensor of shape (n_samples, n_visual, hidden_size)

@@ -155,17 +155,23 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) 
     return picks.order
 
 
-def dpp_order_by_gram(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
+def dpp_order_by_gram(
+    rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False, counts: Tensor | None = None
+) -> Tensor:
     """As :func:`dpp_order`, from the products of all rows: one kernel for all picks where Triton runs.
 
-    For more tokens than their products fit in memory this is :func:`dpp_order` itself.
+    For more tokens than their products fit in memory this is :func:`dpp_order` itself. ``counts``, of shape (...,),
+    int64: picks of each sample that are looked at; those behind may be any rows.
     """
     n = rows.shape[-2]
     if n**2 > _MAX_GRAM_ELEMENTS:
         return dpp_order(rows, quality, n_keep, rounds)
     flat, ratings = rows.reshape(-1, n, rows.shape[-1]), quality.reshape(-1, n)
+    stops = None if counts is None else counts.reshape(-1)
     orders = [
-        pivoted_cholesky(gram_matrix(flat[some]), ratings[some], n_keep, rounds, _NOISE)
+        pivoted_cholesky(
+            gram_matrix(flat[some]), ratings[some], n_keep, rounds, _NOISE, None if stops is None else stops[some]
+        )
         for some in _samples_at_once(flat.shape[0], n**2, _MAX_GRAM_ELEMENTS)
     ]
     return torch.cat(orders).reshape(*rows.shape[:-2], n_keep)

@@ -3,8 +3,10 @@ device."""
 
 from __future__ import annotations
 
+import inspect
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -74,6 +76,11 @@ class PaddedContext:
     def n_visual(self) -> Tensor:
         """Visual tokens of every sample, (batch,)."""
         return self.valid.sum(dim=1)
+
+    @property
+    def n_picks(self) -> Tensor:
+        """Picks of every sample that decide anything, (batch,): none where all tokens are kept."""
+        return torch.where(self.n_keep < self.n_visual, self.n_keep, 0)
 
 
 @dataclass(frozen=True)
@@ -200,7 +207,8 @@ def select_padded(
     valid, n_keep = context.valid, context.n_keep
     keeps_all = (n_keep >= context.n_visual)[:, None]
     if not is_padded(selector):
-        picks = selector.order(context.hidden_states, valid, context.most_kept)
+        looked_at = {"counts": context.n_picks} if not n_images and _takes_counts(type(selector)) else {}
+        picks = selector.order(context.hidden_states, valid, context.most_kept, **looked_at)
         if n_images:
             assert image_idx is not None
             assert min_keep is not None
@@ -214,6 +222,11 @@ def select_padded(
         return PaddedSelection(is_kept)
     recycled = None if found.is_recycled is None else found.is_recycled & ~keeps_all
     return PaddedSelection(is_kept, found.merge_target.masked_fill(keeps_all, -1), found.weight, recycled)
+
+
+@lru_cache
+def _takes_counts(kind: Any) -> bool:
+    return "counts" in inspect.signature(kind.order).parameters
 
 
 def is_padded(selector: Any) -> bool:

@@ -68,9 +68,10 @@ def _column_of(
 
 @triton.jit(do_not_specialize=["first", "stop"])
 def _pick_block(
-    gram_ptr, work_ptr, quality_ptr, factor_ptr, residual_ptr, left_ptr, state_ptr, order_ptr, slots_ptr, first, stop,
-    n, n_keep, width, n_programs, n_own,
+    gram_ptr, work_ptr, quality_ptr, factor_ptr, residual_ptr, left_ptr, state_ptr, order_ptr, slots_ptr, counts_ptr,
+    first, stop, n, n_keep, width, n_programs, n_own,
     ROUNDS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PROGRAMS: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Picks ``first`` to ``stop - 1``; ``work_ptr`` are the products without what earlier blocks have picked."""
     program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -81,6 +82,8 @@ def _pick_block(
     length = tl.load(gram + long_rows * n + rows, mask=inside, other=0.0)
     quality = tl.load(quality_ptr + sample * n + rows, mask=inside, other=0.0)
     tag = tl.load(state_ptr + sample * 2)
+    if COUNTED:
+        stop = tl.minimum(stop, tl.load(counts_ptr + sample).to(tl.int32))
     step, start, anew, base = tag * 0 + first, tag * 0, tag * 0, work
     goes_on = tl.full([ROWS], 0, tl.int32) + step > 0
     before = tl.load(left_ptr + sample * n + rows, mask=inside & goes_on, other=0.0)
@@ -132,20 +135,25 @@ def _begin_anew(gram_ptr, work_ptr, state_ptr, n_elements, BLOCK: tl.constexpr):
     tl.store(work_ptr + sample * n_elements + at, values, mask=at < n_elements)
 
 
-def pivoted_cholesky(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:
+def pivoted_cholesky(
+    gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float, counts: Tensor | None = None
+) -> Tensor:
     """See :func:`sparsevlm.kernels.pivoted_cholesky.pivoted_cholesky`."""
     batch = quality.shape[0]
-    order = torch.empty((batch, n_keep), dtype=torch.int64, device=gram.device)
+    order = torch.zeros((batch, n_keep), dtype=torch.int64, device=gram.device)
     gram, quality = gram.contiguous(), quality.float().contiguous()
     at_once = programs_at_once(gram)
     for first in range(0, batch, at_once):
         some = slice(first, min(batch, first + at_once))
         with torch.cuda.device_of(gram):  # hooks ask from whatever device is current
-            _launch(gram[some], quality[some], order[some], at_once, rounds, noise)
+            stops = None if counts is None else counts[some].contiguous()
+            _launch(gram[some], quality[some], order[some], stops, at_once, rounds, noise)
     return order
 
 
-def _launch(gram: Tensor, quality: Tensor, order: Tensor, at_once: int, rounds: bool, noise: float) -> None:
+def _launch(
+    gram: Tensor, quality: Tensor, order: Tensor, counts: Tensor | None, at_once: int, rounds: bool, noise: float
+) -> None:
     (batch, n), n_keep, device = quality.shape, order.shape[1], gram.device
     n_programs = max(1, min(at_once // batch, triton.cdiv(n, LEAST_ROWS)))
     n_own = triton.cdiv(n, n_programs)  # a block holds more than that, of which nothing is read
@@ -165,8 +173,8 @@ def _launch(gram: Tensor, quality: Tensor, order: Tensor, at_once: int, rounds: 
                 _begin_anew[grid](gram, work, state, n * n, _COPIED, num_warps=4)
             torch.baddbmm(gram if first == width else work, factor, factor.mT, alpha=-1.0, out=work)
         _pick_block[(n_programs, batch)](
-            gram, work if first else gram, quality, factor, residual, left, state, order, slots, first,
-            min(first + width, n_keep), n, n_keep, width, n_programs, n_own,
-            rounds, noise, n_rows, chunk, MOST_PROGRAMS, num_warps=_WARPS,
+            gram, work if first else gram, quality, factor, residual, left, state, order, slots,
+            slots if counts is None else counts, first, min(first + width, n_keep), n, n_keep, width, n_programs, n_own,
+            rounds, noise, n_rows, chunk, MOST_PROGRAMS, counts is not None, num_warps=_WARPS,
             launch_cooperative_grid=True,
         )  # fmt: skip

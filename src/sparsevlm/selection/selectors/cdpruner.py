@@ -55,6 +55,9 @@ class CDPrunerSelector:
         unit, valid = padded_unit_rows(context.hidden_states, context.valid), context.valid
         text = padded_unit_rows(context.text_features, context.is_text).sum(dim=1)
         likeness = (unit @ text[..., None])[..., 0] / context.is_text.sum(dim=1, keepdim=True).clamp_min(1)
-        search = dpp_order_by_gram if unit.is_cuda else dpp_order
-        order = search(unit, padded_min_max(likeness, valid), context.most_kept)
+        quality = padded_min_max(likeness, valid)
+        if unit.is_cuda:
+            order = dpp_order_by_gram(unit, quality, context.most_kept, counts=context.n_picks)
+        else:
+            order = dpp_order(unit, quality, context.most_kept)
         return PaddedSelection(first_picks(order, context.n_keep, valid.shape[1]))

@@ -50,14 +50,16 @@ class SpanSelector:
             order = self.order(states, valid, n_keep)
         return order.sort(dim=-1).values.unbind()
 
-    def order(self, states: Tensor, valid: Tensor, n_keep: int) -> Tensor:
+    def order(self, states: Tensor, valid: Tensor, n_keep: int, counts: Tensor | None = None) -> Tensor:
         """The search itself: see :class:`~sparsevlm.selection.context.OrderedSelector`.
 
         On a GPU it works on the products of all rows, in one kernel; states in float32 are overwritten, so that a whole
         batch of them is not held twice.
         """
-        search = dpp_order_by_gram if states.is_cuda else dpp_order
-        return search(_centre(states.float(), valid), valid.float(), n_keep, True)
+        centred, quality = _centre(states.float(), valid), valid.float()
+        if states.is_cuda:
+            return dpp_order_by_gram(centred, quality, n_keep, True, counts)
+        return dpp_order(centred, quality, n_keep, True)
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,10 @@ class SpanJointSelector:
         states = _centre(context.hidden_states.to(torch.float32, copy=True), valid)
         relative = attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
         quality = torch.where(valid, relative.clamp_min(1e-6) ** self.alpha, 0.0)
-        search = dpp_order_by_gram if states.is_cuda else dpp_order
-        order = search(states, quality, context.most_kept, True)
+        if states.is_cuda:
+            order = dpp_order_by_gram(states, quality, context.most_kept, True, context.n_picks)
+        else:
+            order = dpp_order(states, quality, context.most_kept, True)
         is_kept = first_picks(order, context.n_keep, valid.shape[1])
         if not context.config.recycle:
             return PaddedSelection(is_kept)
