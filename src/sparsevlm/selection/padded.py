@@ -6,7 +6,6 @@ from __future__ import annotations
 import inspect
 import random
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -224,7 +223,6 @@ def select_padded(
     return PaddedSelection(is_kept, found.merge_target.masked_fill(keeps_all, -1), found.weight, recycled)
 
 
-@lru_cache
 def _takes_counts(kind: Any) -> bool:
     return "counts" in inspect.signature(kind.order).parameters
 
