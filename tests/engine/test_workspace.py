@@ -10,7 +10,7 @@ from test_parity import run
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine import capacities
-from sparsevlm.engine.text import decode_graph, workspace
+from sparsevlm.engine.text import decode_graph, layer, workspace
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -47,9 +47,11 @@ def test_requests_share_programs_by_capacities():
 
 
 @pytest.mark.parametrize("selector", ["span", "random"])
-def test_the_last_request_leaves_no_trace(selector, monkeypatch):
-    """Nor does one that the workspace has to grow for."""
+@pytest.mark.parametrize("most_even", [0, 8192])
+def test_the_last_request_leaves_no_trace(selector, most_even, monkeypatch):
+    """Nor does one that the workspace has to grow for, or one of whose layers."""
     monkeypatch.setattr(workspace, "_LEAST_ROWS", 64)
+    monkeypatch.setattr(workspace, "_MOST_EVEN", most_even)
     monkeypatch.setattr(workspace, "_LEAST_BATCH", 1)
     model = tiny_model()
     prompts = [make_inputs([("text", 3), ("image", 4, 6), ("text", n)], seed=n) for n in (7, 5, 80, 8, 150, 7)]
@@ -60,6 +62,50 @@ def test_the_last_request_leaves_no_trace(selector, monkeypatch):
         for _ in range(2):
             for inputs, answer in zip(prompts, wanted, strict=True):
                 assert torch.equal(model.generate(**inputs, **GREEDY), answer)
+            with state.options(keep=1.0):
+                model.generate(**prompts[-1], **GREEDY)
+
+
+def test_later_layers_of_a_large_workspace_have_room_for_what_is_left(monkeypatch):
+    monkeypatch.setattr(workspace, "_LEAST_ROWS", 64)
+    monkeypatch.setattr(workspace, "_MOST_EVEN", 256)
+    model = tiny_model()
+    state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], engine=True)
+
+    def rows_by_layer(n_text, **options):
+        with state.options(**options):
+            model.generate(**make_inputs([("text", 3), ("image", 16, 16), ("text", n_text)]), **GREEDY)
+        space = state._engine._runner.prefill.space
+        assert [own.shape[0] for own in space.keys] == [own.shape[0] for own in space.values]
+        return [own.shape[0] for own in space.keys]
+
+    first = rows_by_layer(9)
+    assert first[0] >= 268 > first[1] == first[2] == first[3]
+    assert rows_by_layer(20) == first
+    whole = rows_by_layer(20, keep=1.0)
+    assert min(whole) >= 279
+    assert rows_by_layer(20) == whole
+
+
+def test_a_quarter_of_many_tokens_frees_most_of_their_keys():
+    """At 16384 visual tokens: 72 % of what all layers would hold."""
+    drops_at_2 = (16448,) * 3 + (2688,) * 25
+    room = workspace.NO_ROOM.grown(workspace.Room(16448, 1, drops_at_2))
+    assert sum(room.by_layer) <= 0.28 * 28 * 16426
+    assert workspace.NO_ROOM.grown(workspace.Room(4608, 1, (4608,) * 3 + (704,) * 25)).by_layer == (4608,) * 28
+
+
+def test_an_mlp_in_parts_is_the_same(monkeypatch):
+    rows, seen = torch.randn(150, 8), []
+
+    def run(some):
+        seen.append(some.shape[0])
+        return some * 2
+
+    whole = layer.in_parts(run, rows, 100)
+    monkeypatch.setattr(layer, "_MOST_HELD", 6000)
+    assert torch.equal(layer.in_parts(run, rows, 100), whole)
+    assert seen == [150, 64, 64, 22]
 
 
 @pytest.mark.parametrize("selector", ["span", "random"])

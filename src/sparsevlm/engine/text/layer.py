@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ...kernels.elementwise import rms_norm, swiglu
 from ...kernels.skinny_linear import Norm, skinny_linear
 from ...models.base import BlockModules
 from ..fused_weights import DecodeWeights, FusedWeights
+
+# Elements of gate and up that are there at once: products of fewer rows than that take as long for each.
+_MOST_HELD = 1 << 28
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,8 +49,13 @@ def run_layer(
     norm = block.mlp_norm
     normed, hidden = rms_norm(mixed, norm.weight, norm.variance_epsilon, residual=hidden)
     fused = weights.of(block.mlp)
-    gate, up = fused(normed) if fused else (block.gate(normed), block.up(normed))
-    return hidden, block.down(swiglu(gate, up))
+
+    def mlp(rows: Tensor) -> Tensor:
+        gate, up = fused(rows) if fused else (block.gate(rows), block.up(rows))
+        out: Tensor = block.down(swiglu(gate, up))
+        return out
+
+    return hidden, in_parts(mlp, normed, 2 * block.gate.weight.shape[0])
 
 
 def run_decode_layer(block: BlockModules, weights: DecodeWeights, hidden: Tensor, attend: Attend) -> Tensor:
@@ -80,6 +89,26 @@ def run_decode_layer(block: BlockModules, weights: DecodeWeights, hidden: Tensor
     else:
         activated = swiglu(*(skinny_linear(hidden, one, norm) for one in products))
     return skinny_linear(activated, down, residual=hidden)
+
+
+def in_parts(run: Callable[[Tensor], Tensor], rows: Tensor, width: int) -> Tensor:
+    """``run(rows)``, of the same shape, part by part where what it holds for all rows would take much memory.
+
+    Parameters
+    ----------
+    run : callable
+        Takes each row by itself.
+    rows : Tensor of shape (n_rows, size)
+    width : int
+        Elements that it holds for a row.
+    """
+    n_parts = -(-rows.shape[0] * width // _MOST_HELD)
+    if n_parts <= 1:
+        return run(rows)
+    out, most = torch.empty_like(rows), -(-rows.shape[0] // (64 * n_parts)) * 64
+    for part, given in zip(out.split(most), rows.split(most), strict=True):
+        part.copy_(run(given))
+    return out
 
 
 def summed(hidden: Tensor, residual: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from .prune_program import PrunePrograms, PruneShape, PruneStep, visual_capacity
 from .readout import read
 from .segments import Segment, Segments
 from .stages import Choice, TokenCounts, chooses_on_device, record, text_capacity, text_read
-from .workspace import PromptInputs, PromptShape, Workspace, n_integers, workspace_size
+from .workspace import NO_ROOM, PromptInputs, PromptShape, Room, Workspace, n_integers
 
 
 @dataclass
@@ -101,13 +101,19 @@ class Prefill:
         """Free everything."""
         self.space = self.segments = self.prune_programs = self.prompts = None
 
-    def make_room(self, rows: int, batch: int) -> Workspace:
-        """The workspace, with programs of its own, made anew where it has no room for a request."""
-        if self.space is None or not self.space.holds(rows, batch):
-            before = (0, 0) if self.space is None else (self.space.rows, self.space.batch)
+    def make_room(self, rows: int, batch: int, by_layer: tuple[int, ...] | None = None) -> Workspace:
+        """The workspace, with programs of its own, made anew where it has no room for a request.
+
+        Parameters
+        ----------
+        rows, batch, by_layer :
+            As in :class:`~.workspace.Room`; ``None``: every layer sees all rows.
+        """
+        wanted = Room(rows, batch, by_layer or (rows,) * self._adapter.n_layers)
+        before = NO_ROOM if self.space is None else self.space.room
+        if self.space is None or not before.holds(wanted):
             self.clear()
-            rows, batch = workspace_size(rows, batch, *before)
-            self.space = Workspace(self._adapter, self._weights, rows, batch)
+            self.space = Workspace(self._adapter, self._weights, before.grown(wanted))
             self.segments = Segments(self._adapter, self._weights, self._pool, self.space)
             self.prune_programs = PrunePrograms(self._pool, self.space)
             self.prompts = PromptPrograms(self._adapter, self._pool, self.space)
@@ -133,7 +139,9 @@ class Prefill:
         packed = PackedRows.of(request)
         counts = TokenCounts.of(request) if chooses_on_device(request, self._adapter) else None
         shape = _shape(request, packed, counts is not None)
-        space = self.make_room(max(shape.rows, features.shape[0]), shape.batch)
+        by_stage = [shape.rows] if counts is None else _rows_by_stage(request, shape, counts)
+        by_layer = None if counts is None else counts.by_layer(by_stage, self._adapter.n_layers)
+        space = self.make_room(max(shape.rows, features.shape[0]), shape.batch, by_layer)
         assert self.prompts is not None
         integers = torch.zeros(n_integers(shape, space.n_axes), dtype=torch.int64, pin_memory=space.integers.is_cuda)
         fill(PromptInputs.of(shape, space.n_axes, integers), request, prompt, packed, counts)
@@ -142,7 +150,7 @@ class Prefill:
         self.prompts.run(shape, bool(shape.n_text) and request.config.raters == "embedding")
         if counts is not None:
             space.take_readings(vision)
-            return self._on_device(request, shape, counts)[: request.batch]
+            return self._on_device(request, shape, counts, by_stage)[: request.batch]
         if {"features", "text_features"} & request.traits.needs:
             request.see_embeddings(prompt.embeddings(self._adapter, features))
         if vision is not None:
@@ -157,17 +165,17 @@ class Prefill:
         """Whether choices of the last prompt met NaN or infinity; waits for the device."""
         return self.space is not None and bool(self.space.is_faulty)
 
-    def _on_device(self, request: Request, shape: PromptShape, counts: TokenCounts) -> Tensor:
-        """Choices wait for nothing."""
+    def _on_device(self, request: Request, shape: PromptShape, counts: TokenCounts, by_stage: list[int]) -> Tensor:
+        """Choices wait for nothing; ``by_stage`` are the capacities of rows."""
         assert self.segments is not None
         assert self.prune_programs is not None
         assert self.space is not None
         n_layers, others = self._adapter.n_layers, [sample.other.shape[0] for sample in request.samples]
-        first, n_visual, rows, logits = 0, shape.n_visual, shape.rows, None
+        first, n_visual, logits = 0, shape.n_visual, None
         packed: list[tuple[Tensor, int]] = []
         reads = request.traits.needs or counts.by_rank
         for stage, stop in enumerate((*(target + 1 for target in counts.targets), n_layers)):
-            most = [n + other for n, other in zip(counts.most[stage], others, strict=True)]
+            rows, most = by_stage[stage], [n + other for n, other in zip(counts.most[stage], others, strict=True)]
             n_filled = sum(counts.least[stage]) + sum(others)
             is_read = bool(reads) and stop < n_layers
             if stop > first:
@@ -179,7 +187,6 @@ class Prefill:
                 step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank)
                 packed.append((self.prune_programs.run(request.selector, step).clone(), prune.n_keep))
                 first, n_visual = stop, prune.n_keep
-                rows = min(rows, row_capacity(sum(most_left) + sum(others) + 1))
         bytes_per_row = self.space.bytes_per_row
 
         def settle() -> None:
@@ -232,6 +239,14 @@ def _shape(request: Request, packed: PackedRows, is_on_device: bool) -> PromptSh
         n_text = text_capacity(request)
     is_before = is_on_device and request.traits.placement == BEFORE_DECODER
     return PromptShape(rows, batch, n_visual, min(rows, n_text), is_before)
+
+
+def _rows_by_stage(request: Request, shape: PromptShape, counts: TokenCounts) -> list[int]:
+    """Capacities of the rows before the first target that may drop something, and after each."""
+    n_other, by_stage = sum(sample.other.shape[0] for sample in request.samples), [shape.rows]
+    for most in counts.most[1:]:
+        by_stage.append(min(by_stage[-1], row_capacity(sum(most) + n_other + 1)))
+    return by_stage
 
 
 def _segment(layers: tuple[int, int], rows: int, batch: int, sizes: list[int], n_filled: int, is_read: bool) -> Segment:

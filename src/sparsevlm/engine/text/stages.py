@@ -59,6 +59,10 @@ class TokenCounts:
                 most.append(highs)
         return cls(tuple(targets), most, least, by_rank)
 
+    def by_layer(self, by_stage: Sequence[int], n_layers: int) -> tuple[int, ...]:
+        """For each layer what belongs to its stage."""
+        return tuple(by_stage[sum(target < layer for target in self.targets)] for layer in range(n_layers))
+
     @property
     def asked(self) -> list[list[int]]:
         """What the device is told of each target and sample; -1: the rank decides."""

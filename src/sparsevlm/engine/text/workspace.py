@@ -18,6 +18,47 @@ from ..fused_weights import FusedWeights
 # Target layers that drop something, at most; what a request brings holds counts for so many.
 MOST_STAGES = 16
 _LEAST_ROWS, _LEAST_BATCH = 2048, 8
+# Up to so many rows every layer has room for all of them, whatever is dropped: then options may change.
+_MOST_EVEN = 1 << 13
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a request takes, or a workspace holds.
+
+    Attributes
+    ----------
+    rows, batch : int
+        Rows of all samples together, padding included, and samples.
+    by_layer : tuple of int
+        Rows whose keys and values a layer holds.
+    """
+
+    rows: int
+    batch: int
+    by_layer: tuple[int, ...]
+
+    def holds(self, other: Room) -> bool:
+        """Tells whether a request has room."""
+        layers = zip(self.by_layer, other.by_layer, strict=True)
+        return other.rows <= self.rows and other.batch <= self.batch and all(own >= asked for own, asked in layers)
+
+    def grown(self, wanted: Room) -> Room:
+        """Room that is made for a request which this does not hold: with some to spare, since all programs are captured
+        anew then."""
+        rows = row_capacity(max(_LEAST_ROWS, _grown(wanted.rows, self.rows)))
+        by_layer = (rows,) * len(wanted.by_layer)
+        if rows > _MOST_EVEN:
+            layers = zip(wanted.by_layer, self.by_layer or (0,) * len(by_layer), strict=True)
+            by_layer = tuple(min(rows, row_capacity(max(_LEAST_ROWS, _grown(*layer)))) for layer in layers)
+        return Room(rows, power_of_two(max(_LEAST_BATCH, wanted.batch, self.batch)), by_layer)
+
+
+NO_ROOM = Room(0, 0, ())
+
+
+def _grown(wanted: int, before: int) -> int:
+    return max(wanted, before + before // 4) if wanted > before else before
 
 
 @dataclass(frozen=True)
@@ -115,8 +156,7 @@ class Workspace:
     ----------
     adapter : ModelAdapter
     weights : FusedWeights
-    rows, batch : int
-        Most rows of all samples together, padding included, and most samples.
+    room : Room
 
     Attributes
     ----------
@@ -129,7 +169,7 @@ class Workspace:
     vision_attention, vision_keys : Tensor of shape (2, rows) and (rows, head_dim), float32
         Readings of the vision tower, in the order of ``features``.
     hidden, previous : Tensor of shape (rows, hidden_size)
-        Output and input of the last layer that ran.
+        Output and input of the last layer that ran; the input lies where the features were.
     query : Tensor of shape (rows, heads, head_dim)
         Rotated, of the last layer that ran.
     cos, sin : Tensor of shape (rows, head_dim)
@@ -137,7 +177,7 @@ class Workspace:
         The last sequence is padding.
     layer_cu_seqlens : Tensor of shape (n_layers, batch + 2), int32
         The same as each layer saw it.
-    keys, values : list of Tensor of shape (rows, kv_heads, head_dim)
+    keys, values : list of Tensor of shape (room.by_layer[layer], kv_heads, head_dim)
         By layer: what the prompt left there.
     visual_rows, alive : Tensor of shape (batch, rows), int64
         Packed row of every visual token that is left, and its index among those that the prompt brought; ascending.
@@ -157,17 +197,19 @@ class Workspace:
         Whether a choice met NaN or infinity.
     """
 
-    def __init__(self, adapter: ModelAdapter, weights: FusedWeights, rows: int, batch: int) -> None:
+    def __init__(self, adapter: ModelAdapter, weights: FusedWeights, room: Room) -> None:
         weight, block = adapter.decoder.embed.weight, weights.blocks[0]
         size, device = weight.shape[1], weight.device
-        self.rows, self.batch, self.n_axes = rows, batch, adapter.decoder.n_position_axes
+        self.room, self.n_axes = room, adapter.decoder.n_position_axes
+        rows, batch = room.rows, room.batch
         heads, kv_heads = (one.weight.shape[0] // block.head_dim for one in (block.query, block.key))
 
         def indices(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         self.integers = indices(n_integers(PromptShape(rows, batch, rows, rows, True), self.n_axes))
-        self.features, self.hidden, self.previous = (weight.new_zeros((rows, size)) for _ in range(3))
+        self.features, self.hidden = (weight.new_zeros((rows, size)) for _ in range(2))
+        self.previous = self.features  # which nobody reads once there is a layer
         tower = adapter.vision.program
         of_keys = 0 if tower is None else tower.blocks[-1].qkv.weight.shape[0] // (3 * tower.blocks[-1].n_heads)
         self.vision_attention, self.vision_keys = (
@@ -178,19 +220,15 @@ class Workspace:
         self.cos, self.sin = (cos.new_zeros((rows, cos.shape[-1])) for _ in range(2))
         self.cu_seqlens = indices(batch + 2, dtype=torch.int32)
         self.layer_cu_seqlens = indices(len(weights.blocks), batch + 2, dtype=torch.int32)
-        shape = (rows, kv_heads, block.head_dim)
-        self.keys = [weight.new_zeros(shape) for _ in weights.blocks]
-        self.values = [weight.new_zeros(shape) for _ in weights.blocks]
+        self.keys, self.values = (
+            [weight.new_zeros((n, kv_heads, block.head_dim)) for n in room.by_layer] for _ in range(2)
+        )
         self.visual_rows, self.alive, self.image_idx, self.text_rows = (indices(batch, rows) for _ in range(4))
         self.feature_rows, self.coordinates = indices(rows), indices(batch, 3, rows)
         self.min_keep_per_image, self.n_visual, self.n_text = (indices(batch) for _ in range(3))
         self.counts, self.seeds = (indices(MOST_STAGES, batch) for _ in range(2))
         self.is_rater, self.stage = indices(batch, rows, dtype=torch.bool), indices(1)
         self.is_faulty = indices(1, dtype=torch.bool)
-
-    def holds(self, rows: int, batch: int) -> bool:
-        """Tells whether a request has room."""
-        return rows <= self.rows and batch <= self.batch
 
     @property
     def bytes_per_row(self) -> int:
@@ -226,11 +264,3 @@ class Workspace:
         cu_seqlens = [*starts, *[starts[-1]] * (batch + 1 - len(starts))]
         own = self.cu_seqlens[: len(cu_seqlens)]
         own.copy_(to_device(torch.tensor(cu_seqlens, dtype=torch.int32), own.device))
-
-
-def workspace_size(rows: int, batch: int, rows_before: int, batch_before: int) -> tuple[int, int]:
-    """Room that is made for a request: with some to spare, since all programs are captured anew where it grows."""
-    if rows > rows_before > 0:
-        rows = max(rows, rows_before + rows_before // 4)
-    rows = row_capacity(max(_LEAST_ROWS, rows, rows_before))
-    return rows, power_of_two(max(_LEAST_BATCH, batch, batch_before))

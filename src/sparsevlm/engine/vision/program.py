@@ -18,7 +18,7 @@ from ...models.base import PackedTower, TowerBlock
 from ...request.step import VisionRows
 from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
-from ..text.layer import summed
+from ..text.layer import in_parts, summed
 from .patch_pruning import ChoiceInputs, choose, n_choice_integers
 from .tables import Grids, VisionInputs, VisionShape, host_tables, n_integers
 
@@ -131,7 +131,7 @@ def _mlp(block: TowerBlock, weights: FusedWeights, hidden: Tensor) -> Tensor:
     if fused is None or down is None:
         out = block.down(swiglu(block.gate(hidden), block.up(hidden)))
         return out
-    return down(swiglu(*fused(hidden)))[0]
+    return in_parts(lambda rows: down(swiglu(*fused(rows)))[0], hidden, sum(fused.sizes))
 
 
 @dataclass(frozen=True)
