@@ -27,7 +27,13 @@ class GraphPool:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: Any = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._memory: torch.cuda.MemPool | None = None
+        # One for all, since memory that is given back is only had again by the stream that had it.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def clear(self) -> None:
+        """Give the memory back, as soon as the last program is gone."""
+        self._memory = None
 
     def record(self, run: Callable[[], T], rewind: Callable[[], object] = lambda: None) -> Callable[[], T]:
         """``run`` as a CUDA graph, or itself on another device and where memory for a graph is wanting.
@@ -42,19 +48,24 @@ class GraphPool:
         Returns
         -------
         callable
-            What it gives is overwritten by its next call.
+            What it gives is overwritten by its next call, or by that of anything recorded before it, whose memory it
+            may have.
         """
-        if self._device.type != "cuda":
+        stream = self._stream
+        if stream is None:
             return run
-        side = torch.cuda.Stream(self._device)
-        side.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(side):
+        if self._memory is None:
+            with torch.cuda.device(self._device):
+                self._memory = torch.cuda.MemPool()
+        stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._memory, self._device):
             run()
             rewind()
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
+        pool: Any = self._memory.id
         try:
-            with _no_collection(), torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with _no_collection(), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 result = run()
         except RuntimeError as error:  # out of memory is one
             logger.warning("a CUDA graph could not be recorded, it runs operation by operation: %s", error)

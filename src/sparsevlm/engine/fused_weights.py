@@ -111,6 +111,8 @@ class FusedWeights:
         for block in self.blocks:
             self._fuse(block.attention, [block.query, block.key, block.value])
             self._fuse(block.mlp, [block.gate, block.up])
+            if block.query.weight.is_cuda:
+                torch.cuda.empty_cache()  # pieces that are too small for the next
 
     def fuse_tower(self) -> None:
         """Gate and up, with zeros between and behind them up to a width that fast kernels take."""

@@ -101,6 +101,7 @@ class ModelRunner:
         device = self.device = adapter.decoder.embed.weight.device
         self.decoder_unsupported, self.tower_unsupported = unsupported_decoder(adapter), unsupported_tower(adapter)
         weights, pool = FusedWeights(adapter), GraphPool(device)
+        self._pool = pool
         self.weights = weights  # from now on to be unfused, even if memory ends or the user does
         if self.decoder_unsupported is None:
             weights.fuse_decoder()
@@ -129,6 +130,7 @@ class ModelRunner:
         if self._made:
             for kept in (self.decode_graphs, self.prefill, self.vision):
                 kept.clear()
+            self._pool.clear()
         self.images = None
         self._made = False
 

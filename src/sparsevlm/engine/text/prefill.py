@@ -146,15 +146,17 @@ class Prefill:
         integers = torch.zeros(n_integers(shape, space.n_axes), dtype=torch.int64, pin_memory=space.integers.is_cuda)
         fill(PromptInputs.of(shape, space.n_axes, integers), request, prompt, packed, counts)
         space.integers[: integers.shape[0]].copy_(integers, non_blocking=True)
+        # All that the tower gave is taken before another program runs, which may have its memory.
         space.features[: features.shape[0]].copy_(features)
-        self.prompts.run(shape, bool(shape.n_text) and request.config.raters == "embedding")
         if counts is not None:
             space.take_readings(vision)
-            return self._on_device(request, shape, counts, by_stage)[: request.batch]
-        if {"features", "text_features"} & request.traits.needs:
+        elif {"features", "text_features"} & request.traits.needs:
             request.see_embeddings(prompt.embeddings(self._adapter, features))
-        if vision is not None:
+        if counts is None and vision is not None:
             request.see_vision(prompt.vision_rows(request, vision, space.hidden.device))
+        self.prompts.run(shape, bool(shape.n_text) and request.config.raters == "embedding")
+        if counts is not None:
+            return self._on_device(request, shape, counts, by_stage)[: request.batch]
         logits = self._on_host(request, shape)
         request.forget_embeddings()
         request.count_cache(_cache_bytes(request, space.bytes_per_row, self._adapter.n_layers))

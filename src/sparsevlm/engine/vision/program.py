@@ -103,14 +103,17 @@ def encode_images(
             return padded_attention(query, key, value, given.n_patches, block.scaling)
         return varlen_attention(query, key, value, starts, longest, block.scaling, causal=False)
 
-    residual: Tensor | None = None
-    for index, block in enumerate(tower.blocks):
-        normed, hidden = _normed(block.attention_norm, hidden, residual)
+    def mix(index: int, block: TowerBlock, normed: Tensor) -> Tensor:
         query, key, value = block.qkv(normed).unflatten(-1, (3, block.n_heads, -1)).unbind(1)
         query, key = rotate(query, key, cos, sin)
         readings.read(index, block, query, key)
-        mixed = attend(block, query, key, value)
-        normed, hidden = _normed(block.mlp_norm, block.output(mixed.flatten(1)), hidden)
+        mixed: Tensor = block.output(attend(block, query, key, value).flatten(1))
+        return mixed
+
+    residual: Tensor | None = None
+    for index, block in enumerate(tower.blocks):
+        normed, hidden = _normed(block.attention_norm, hidden, residual)
+        normed, hidden = _normed(block.mlp_norm, mix(index, block, normed), hidden)
         residual = _mlp(block, weights, normed)
     tokens: Tensor = tower.merger(summed(hidden, residual))
     return tokens[given.back]
