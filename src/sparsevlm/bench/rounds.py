@@ -74,7 +74,7 @@ class Measurement:
     remark : str
         What is to be said of times that count.
     min_warmup : int
-        Warmup calls, at least: the engine records what it has been asked for often.
+        Warmup calls, at least: in the first the engine records what it needs.
     """
 
     times: list[dict[str, float]] = field(default_factory=list)
