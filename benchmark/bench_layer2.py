@@ -18,7 +18,7 @@ from benchmark.timed import Bench, Work
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text.layer import run_layer, summed
-from sparsevlm.engine.vision.program import encode_images
+from sparsevlm.engine.vision.program import VisionReadings, encode_images
 from sparsevlm.engine.vision.tables import Grids, VisionInputs, host_tables, n_integers
 from sparsevlm.kernels.attention import varlen_attention
 from sparsevlm.kernels.elementwise import rotate
@@ -71,8 +71,9 @@ def tower(bench: Bench, model: Any, adapter: ModelAdapter, weights: FusedWeights
         given = VisionInputs.of(capacities, program.side**2, integers.to(bench.device))
         sets = bench.sets(lambda n=n: (bench.random(n, size),))
         padded = [(pad(patches, (0, 0, 0, capacities.patches - n)),) for (patches,) in sets]
+        readings = VisionReadings(adapter, frozenset(), given)  # no selector asks for any
         theirs = partial(vision, grid_thw=torch.tensor(grids, device=bench.device))
-        ours = partial(encode_images, program, weights, capacities, given)
+        ours = partial(encode_images, program, weights, capacities, given, readings=readings)
         n_tokens = n // program.side**2
         _check_equal(theirs(*sets[0]).pooler_output, ours(*padded[0])[:n_tokens], bench.dtype)
         shape, work = f"{what}, {n} patches, {adapter.vision.n_blocks} blocks", Work(2 * n * n_weights)

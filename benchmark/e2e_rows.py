@@ -1,8 +1,10 @@
-"""Stored rows of ``sparsevlm bench``: reading, the last run of each case, Markdown tables."""
+"""Stored rows of ``sparsevlm bench``: reading, the last run of each case at the newest commit, Markdown tables."""
 
 from __future__ import annotations
 
 import csv
+import re
+from collections.abc import Iterable
 from pathlib import Path
 
 E2E = Path(__file__).parent / "results" / "e2e.csv"
@@ -24,11 +26,19 @@ def read_e2e(file: Path = E2E) -> list[StoredRow]:
         return list(csv.DictReader(lines))
 
 
+def of_newest_commit(rows: list[StoredRow]) -> list[StoredRow]:
+    """Selects the rows of the commit that was measured last, so that no table mixes those of several."""
+    if not rows:
+        return []
+    newest = max(rows, key=lambda row: row["timestamp"])["commit"]
+    return [row for row in rows if row["commit"] == newest]
+
+
 def last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[str, StoredRow]]]:
-    """Returns the rows of time of each case's last run, by case, provider with keep, and phase.
+    """Returns the rows of time of each case's last run at the newest commit, by case, provider with keep, and phase.
 
     All rows of a case in one run have the same time stamp, so that what is compared was measured in turn. Of requests
-    of mixed shapes the rows are those of the mean.
+    of mixed shapes the rows are those of the mean. Cases of one kind come by their sizes.
     """
     return {
         case: {
@@ -41,15 +51,26 @@ def last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[str, Stored
 
 def _last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[tuple[str, str], StoredRow]]]:
     """The same with all metrics, by phase and metric."""
+    rows = of_newest_commit(rows)
     last: dict[str, str] = {}
     for row in rows:
         last[row["case"]] = max(last.get(row["case"], ""), row["timestamp"])
-    runs: dict[str, dict[Setting, dict[tuple[str, str], StoredRow]]] = {}
+    runs: dict[str, dict[Setting, dict[tuple[str, str], StoredRow]]] = {case: {} for case in _by_size(last)}
     for row in rows:
         if row["timestamp"] == last[row["case"]]:
-            of_case = runs.setdefault(row["case"], {})
-            of_case.setdefault((row["provider"], row["keep"]), {})[row["phase"], row["metric"]] = row
+            of_setting = runs[row["case"]].setdefault((row["provider"], row["keep"]), {})
+            of_setting[row["phase"], row["metric"]] = row
     return runs
+
+
+def _by_size(cases: Iterable[str]) -> list[str]:
+    """Cases by the numbers in their names; kinds of cases stay in the order in which they come."""
+    kinds = list(dict.fromkeys(map(_kind, cases)))
+    return sorted(cases, key=lambda case: (kinds.index(_kind(case)), [int(n) for n in re.findall(r"\d+", case)]))
+
+
+def _kind(case: str) -> str:
+    return re.split(r"\d", case, maxsplit=1)[0]
 
 
 def _metric(case: str) -> str:
@@ -162,20 +183,41 @@ def memory_table(rows: list[StoredRow], everything: list[StoredRow] | None = Non
 
     Rows of memory have the time stamp of their case's run, as those of time.
     """
-    if not rows:
+    shown = {
+        case: {setting: found["total", "bytes"] for setting, found in settings.items() if ("total", "bytes") in found}
+        for case, settings in _last_runs(rows).items()
+    }
+    shown = {case: of_setting for case, of_setting in shown.items() if of_setting}
+    if not shown:
         return _NO_ROWS
-    last = {case: max(row["timestamp"] for row in rows if row["case"] == case) for case in _cases(rows)}
-    shown = [row for row in rows if row["metric"] == "bytes" and row["timestamp"] == last[row["case"]]]
-    settings = list(dict.fromkeys((row["provider"], row["keep"]) for row in shown))
-    heads = ["case", *(provider if keep == "1.0" else f"{provider} {keep}" for provider, keep in settings)]
-    lines = _lines(heads)
-    for case in _cases(shown):
-        found = {(row["provider"], row["keep"]): row for row in shown if row["case"] == case}
-        cells = [f"{float(found[key]['p50']) / 1e9:.1f}" if key in found else _NONE for key in settings]
+    settings = list(dict.fromkeys(setting for of_setting in shown.values() for setting in of_setting))
+    lines = _lines(["case", *(_label(setting) for setting in settings)])
+    for case, of_setting in shown.items():
+        cells = [f"{float(of_setting[key]['p50']) / 1e9:.1f}" if key in of_setting else _NONE for key in settings]
         lines.append(_line([case, *cells]))
     caption = (
         "GB that torch had taken from the device at most in a first call of a case, weights, recording and compiling "
-        f"included. {_where(shown)}"
+        f"included. {_where([row for of_setting in shown.values() for row in of_setting.values()])}"
+    )
+    return "\n".join([*lines, "", caption]) + "\n"
+
+
+def selectors_table(rows: list[StoredRow], everything: list[StoredRow] | None = None) -> str:
+    """Makes a Markdown table: per provider and case the time of the first token, and the speed-up."""
+    runs = _last_runs(rows)
+    if not runs:
+        return _NO_ROWS
+    ratios = _Ratios(everything or rows)
+    lines = _lines(["provider", *(head for case in runs for head in (f"{case}, ms", "x"))])
+    for setting in dict.fromkeys(setting for settings in runs.values() for setting in settings):
+        cells = [_label(setting)]
+        for case, settings in runs.items():
+            found = settings.get(setting, {})
+            cells += [_figure(found.get(("first_token", "ms"))), ratios.cell(found, case, "first_token")]
+        lines.append(_line(cells))
+    caption = (
+        "First token, medians; x: how many times faster than hf-dense in the same run. Cases: visual tokens, batch, "
+        f"new tokens. {_where(_shown(rows))}"
     )
     return "\n".join([*lines, "", caption]) + "\n"
 
@@ -194,8 +236,9 @@ def figure(rows: list[StoredRow]) -> str:
     return f"{float(found[0]['p50']):.0f}"
 
 
-def _cases(rows: list[StoredRow]) -> list[str]:
-    return list(dict.fromkeys(row["case"] for row in rows))
+def _label(setting: Setting) -> str:
+    provider, keep = setting
+    return provider if keep == "1.0" else f"{provider} {keep}"
 
 
 def _lines(heads: list[str]) -> list[str]:

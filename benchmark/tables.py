@@ -3,8 +3,13 @@
 A document marks the place of a table with ``<!-- accuracy: FILTER -->`` and ``<!-- end of accuracy -->``. The filter
 names columns of ``results/accuracy.csv`` and the values that its rows must have:
 ``suite=demo target_layers=default keep=0.5,0.25``; a value that ends in ``*`` stands for all that begin so, and ``or``
-stands between filters of which one must hold. With ``e2e``, ``mixed`` or ``pictures`` in the place of ``accuracy`` the
-table is one of ``results/e2e.csv``, with ``memory`` one of the bytes in it.
+stands between filters of which one must hold. With ``e2e``, ``selectors``, ``mixed`` or ``pictures`` in the place of
+``accuracy`` the table is one of ``results/e2e.csv``, with ``memory`` one of the bytes in it, with ``ready`` one of
+``results/ready.csv``.
+
+A table of these shows one commit: of the rows that its filter lets through those of the commit that was measured last,
+and of these every case's last run. Older rows stay in the file and are shown nowhere; a filter ``commit=...`` names
+other ones. So measure all cases at one commit, whose name ``SPARSEVLM_COMMIT`` sets where git is not there.
 
 A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds) or ``<!-- accuracy figure: FILTER
 -->`` (retained percent) and ``<!-- end -->``; its filter finds one row.
@@ -15,7 +20,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmark.e2e_rows import e2e_table, figure, memory_table, mixed_table, pictures_table, read_e2e
+from benchmark.e2e_rows import e2e_table, figure, memory_table, mixed_table, pictures_table, read_e2e, selectors_table
+from benchmark.ready_rows import read_ready, ready_table
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
@@ -25,7 +31,8 @@ RESULTS = Path(__file__).parent / "results"
 _PAGES = ("selectors", "ablation", "engine", "accuracy", "memory")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>accuracy|e2e|memory|mixed|pictures):(?P<filter>.*?) -->\n).*?(<!-- end of (?P=kind) -->\n)",
+    r"(<!-- (?P<kind>accuracy|e2e|memory|mixed|pictures|ready|selectors):(?P<filter>.*?) -->\n)"
+    r".*?(<!-- end of (?P=kind) -->\n)",
     re.DOTALL,
 )
 _FIGURE = re.compile(r"(<!-- (?P<kind>accuracy|e2e) figure: (?P<filter>[^>]*?) -->)[^<]*(<!-- end -->)")
@@ -155,12 +162,17 @@ def accuracy_figure(rows: list[StoredRow]) -> str:
 
 def with_tables(text: str) -> str:
     """Replaces the tables and figures in a document's text."""
-    whole_calls, accuracy = read_e2e(), stored_rows()
-    tables = {"e2e": e2e_table, "memory": memory_table, "mixed": mixed_table, "pictures": pictures_table}
+    whole_calls, accuracy, ready = read_e2e(), stored_rows(), read_ready()
+    tables = {
+        "e2e": e2e_table, "memory": memory_table, "mixed": mixed_table, "pictures": pictures_table,
+        "selectors": selectors_table,
+    }  # fmt: skip
 
     def table(match: re.Match[str]) -> str:
         if match["kind"] == "accuracy":
             return match[1] + accuracy_table(chosen(accuracy, match["filter"])) + match[4]
+        if match["kind"] == "ready":
+            return match[1] + ready_table(chosen(ready, match["filter"])) + match[4]
         return match[1] + tables[match["kind"]](chosen(whole_calls, match["filter"]), whole_calls) + match[4]
 
     def sentence(match: re.Match[str]) -> str:

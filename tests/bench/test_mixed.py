@@ -15,6 +15,8 @@ from sparsevlm.bench.roofline import Roofline
 from sparsevlm.bench.rounds import Settings
 from sparsevlm.bench.rows import COLUMNS
 from sparsevlm.models import adapter_for
+from sparsevlm.state import SparseVLMState
+from sparsevlm.warmup import WarmupReport
 from toys import tiny_model
 
 SMALL = MixedCase(6, new_tokens=2, visual=(36, 100), text=(20, 40))
@@ -30,7 +32,7 @@ def measured():
     with pytest.MonkeyPatch.context() as patch:
         draw = mixed.fresh_inputs
         patch.setattr(mixed, "fresh_inputs", lambda model, case, *more: seen.append(case) or draw(model, case, *more))
-        providers = make_providers(model, (0.5,), static=False, selectors=("random",))
+        providers = make_providers(model, (0.5,), static=False, selectors=("random", "sparsevlm"))
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             measurements = measure_mixed(SMALL, providers, SETTINGS, generator)
@@ -44,7 +46,9 @@ def by_metric(rows, provider):
 
 def test_rows(measured):
     measurements, rows, _ = measured
-    assert [provider.name for provider in measurements] == ["hf-dense", "ours-default", "ours-dense", "ours"]
+    assert [provider.name for provider in measurements] == [
+        *("hf-dense", "ours-default", "ours-dense", "ours", "ours-sparsevlm")
+    ]
     assert all(tuple(row) == COLUMNS and row["case"] == "mixed6" and row["batch"] == "1" for row in rows)
     for provider, one in measurements.items():
         found = by_metric(rows, provider.name)
@@ -68,17 +72,43 @@ def test_rows(measured):
     assert float(by_metric(rows, "hf-dense")["total", "x"]["p50"]) == 1
 
 
-def test_every_provider_is_warmed_up_by_other_shapes(measured):
+def test_no_provider_is_warmed_up_by_what_is_measured(measured):
     _, _, seen = measured
     requests, warmup = SMALL.requests(0), SMALL.warmup_requests(0)
     assert not set(requests) & set(warmup)
     seen = seen[1:]  # by which answers were compared
-    for _ in range(3):  # this library's
-        own, seen = seen[: len(warmup) + 6], seen[len(warmup) + 6 :]
-        assert set(own[: len(warmup)]) == set(warmup)
-        assert own[len(warmup) :] == list(requests)
+    for _ in range(4):  # this library's, whose warm-up draws none
+        own, seen = seen[:6], seen[6:]
+        assert own == list(requests)
     assert set(seen[-6:]) == set(requests)
+    assert seen[:-6]
     assert set(seen[:-6]) < set(warmup)
+
+
+def test_this_library_runs_its_ladder(monkeypatch):
+    """Under the options that are measured, before the first request."""
+    seen = []
+
+    def warmup(state, *requests, **options):
+        config = state._session.options.config
+        seen.append((requests, options, config.keep, config.selector, config.engine))
+        return WarmupReport(n_run=5, n_left=2, seconds=0.1, n_bytes=0)
+
+    monkeypatch.setattr(SparseVLMState, "warmup", warmup)
+    model = tiny_model(n_layers=6)
+    providers = make_providers(model, (0.5,), static=False, selectors=("sparsevlm",))
+    with torch.no_grad():
+        measurements = measure_mixed(SMALL, providers, SETTINGS, torch.Generator().manual_seed(0))
+    assert seen == [
+        ((), {"max_new_tokens": 2}, None, None, None),
+        ((), {"max_new_tokens": 2}, 0.5, None, True),
+        ((), {"max_new_tokens": 2}, 0.5, "sparsevlm", True),
+        ((), {"max_new_tokens": 2}, 1.0, None, True),
+    ]
+    rows = mixed_rows(SMALL, measurements, SETTINGS, adapter_for(model), PEAKS, {})
+    notes = {row["provider"]: row["note"] for row in rows if row["phase"] == "warmup"}
+    assert notes.pop("hf-dense") == ""
+    assert set(notes.values()) == {"5 of 7 requests of the ladder"}
 
 
 def test_transformers_answers_as_many_as_there_is_time_for(monkeypatch):

@@ -130,10 +130,37 @@ def test_accuracy_beside_retained_tokens(monkeypatch):
 
 def test_ready(script):
     rows = script("bench_ready")
-    assert [row["timing"] for row in rows] == ["Triton's cache empty"] * 3 + ["Triton's cache filled"] * 3
-    assert [(row["operation"], row["shape"]) for row in rows[:3]] == [
-        ("apply and warm-up", "v64-b1-n8, v36-b1-n8"),
-        ("first request after that", "v64-b1-n8"),
-        ("first request after that", "v36-b1-n8"),
+    assert [(row["provider"], row["timing"]) for row in rows[::7]] == [
+        (provider, f"Triton's cache {cache}") for provider in ("ours-default", "ours") for cache in ("empty", "filled")
     ]
+    assert len(rows) == 28
+    for i in range(0, 28, 7):
+        warmup, *requests = rows[i : i + 7]
+        assert (warmup["operation"], warmup["shape"]) == ("apply and warm-up", "up to 4096 visual tokens")
+        assert warmup["note"] == "0 of 0 requests of the ladder"  # on a CPU nothing is recorded
+        assert [row["operation"] for row in requests] == [
+            f"{which} request of a shape" for _ in range(3) for which in ("first", "second")
+        ]
+        assert len({row["shape"] for row in requests}) == 3
+        assert {row["note"] for row in requests} == {"path plain" if i < 14 else "path engine"}
     assert all(float(row["p50"]) > 0 for row in rows)
+
+
+def test_the_ladder_holds_none_of_the_requests_behind_it(monkeypatch):
+    """Neither their grids nor their numbers of tokens."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmark import bench_ready
+    from sparsevlm.bench.shapes import empty_model
+    from sparsevlm.models import adapter_for
+    from sparsevlm.warmup import ladder
+
+    with torch.device("meta"):
+        model = empty_model("7b", torch.bfloat16, "sdpa")
+        ahead = [rung.make() for rung in ladder(adapter_for(model), 4096)]
+    lengths, patches = {one["input_ids"].shape[1] for one in ahead}, {one["pixel_values"].shape[0] for one in ahead}
+    assert len(lengths) > 25
+    for case in bench_ready.CASES:
+        height, width = case.grid
+        assert case.n_visual == height * width < 4096
+        assert case.n_visual + case.n_text not in lengths
+        assert 4 * case.n_visual not in patches

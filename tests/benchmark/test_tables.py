@@ -145,6 +145,60 @@ def test_what_is_compared_was_measured_in_one_run(tables):
     assert " 20.0 | 10.0 | – |" in lines[2]
 
 
+def test_no_table_mixes_commits(tables):
+    """The commit that was measured last is shown alone, whatever the order of its rows and cases."""
+    of = {"v1024-b1-n1": "5", "v256-b1-n1": "9"}
+    new = [whole_call("ours", keep="0.25", case=case, p50=p50, timestamp="3") for case, p50 in of.items()]
+    new += [whole_call("hf-dense", "total", metric="bytes", case=case, p50="2e9", timestamp="3") for case in of]
+    old = [
+        whole_call(provider, case=case, commit="old", metric=metric, timestamp="2", p50="7e9")
+        for provider in ("hf-dense", "ours-grid")
+        for case in ("v1024-b1-n1", "v4096-b1-n1", "mixed24")
+        for metric in ("ms", "mean_ms", "bytes")
+    ]
+    rows = [new[0], *old, *new[1:]]
+    names = ("e2e_table", "selectors_table", "mixed_table", "memory_table")
+    shown = {name: getattr(tables, name)(rows) for name in names}
+    assert "| v256-b1-n1 | ours | 0.25 | 9.0 |" in shown["e2e_table"].splitlines()[2]
+    assert "| v1024-b1-n1 | ours | 0.25 | 5.0 |" in shown["e2e_table"].splitlines()[4]
+    assert shown["memory_table"].splitlines()[2:4] == ["| v256-b1-n1 | 2.0 |", "| v1024-b1-n1 | 2.0 |"]
+    for name in ("e2e_table", "selectors_table", "memory_table"):
+        assert "commit abc;" in shown[name], name
+        assert "v4096" not in shown[name], name
+        assert "old" not in shown[name], name
+    assert "commit old;" in tables.e2e_table(tables.chosen(rows, "commit=old"), rows)
+
+
+def test_a_table_of_selectors(tables):
+    rows = [whole_call("hf-dense"), whole_call("ours", keep="0.25", p50="8"), whole_call("hf-dense", case="v576-b1-n1")]
+    rows += [whole_call("ours-grid", keep="0.25", case="v576-b1-n1", p50="5")]
+    lines = tables.selectors_table(tables.chosen(rows, "keep=0.25"), rows).splitlines()
+    assert lines[0] == "| provider | v256-b1-n64, ms | x | v576-b1-n1, ms | x |"
+    assert lines[2:4] == ["| ours 0.25 | 8.0 | 2.50 | – | – |", "| ours-grid 0.25 | – | – | 5.0 | 4.00 |"]
+    assert tables.selectors_table([]).startswith("No rows yet")
+
+
+def test_a_table_of_the_warmup(tables):
+    shared = {"dtype": "bfloat16", "gpu": "G", "torch": "2", "triton": "3", "transformers": "5", "provider": "ours"}
+    shared |= {"commit": "new", "timestamp": "2", "shape": "up to 4096", "operation": "warm-up", "metric": "ms"}
+    rows = [
+        {**shared, "timing": "Triton's cache empty", "p50": "31400", "note": "58 of 58 requests of the ladder"},
+        {**shared, "timing": "Triton's cache filled", "p50": "9100", "note": "58 of 58 requests of the ladder"},
+        {**shared, "timing": "Triton's cache filled", "p50": "2.5e9", "metric": "bytes", "note": ""},
+        {**shared, "timing": "Triton's cache filled", "p50": "48.3", "operation": "first request", "note": ""},
+        {**shared, "timing": "Triton's cache filled", "p50": "9", "commit": "old", "timestamp": "1", "note": ""},
+    ]
+    lines = tables.ready_table(rows).splitlines()
+    assert lines[2:5] == [
+        "| ours | warm-up, up to 4096 | 9.1 s | 31.4 s |",
+        "| ours | warm-up, up to 4096 | 2.5 GB | – |",
+        "| ours | first request, up to 4096 | 48 ms | – |",
+    ]
+    assert lines[-1].startswith("One call each. 58 of 58 requests of the ladder; bfloat16, G")
+    assert "commit new;" in lines[-1]
+    assert "bench_ready" in tables.ready_table([])
+
+
 def test_ratios_are_of_rows_that_a_filter_leaves_out(tables):
     rows = [whole_call("hf-dense"), whole_call("ours", keep="0.25", p50="5"), whole_call("hf-dense", timestamp="1")]
     assert " 5.0 | 10.0 | 4.00 |" in tables.e2e_table(rows[1:2], rows)

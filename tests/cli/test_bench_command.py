@@ -49,7 +49,7 @@ def test_table_and_rows(checkpoint, tmp_path):
 
 
 def test_pictures_and_selectors(checkpoint, tmp_path):
-    """A selector that reads the tower runs on hooks, which its rows say."""
+    """A selector that reads the tower runs on the engine like all others."""
     rows = tmp_path / "rows.csv"
     arguments = ["--cases", "v256-b1-n1,picture448-b1-n1", "--selectors", "visionzip", "--append-to", str(rows)]
     result = call("--model", checkpoint, *arguments, *FAST)
@@ -57,9 +57,9 @@ def test_pictures_and_selectors(checkpoint, tmp_path):
     with rows.open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     zipped = [row for row in found if row["provider"] == "ours-visionzip"]
-    assert {row["phase"] for row in zipped} == {"first_token", "total"}
-    assert {row["path"] for row in zipped} == {"plain"}
-    assert all(row["p50"] and "needs vision_attention" in row["note"] for row in zipped)
+    assert {row["phase"] for row in zipped} == {"first_token", "vision", "prefill", "overhead", "total"}
+    assert {row["path"] for row in zipped} == {"engine"}
+    assert all(row["p50"] and not row["note"] for row in zipped)
     pictures = [row for row in found if row["case"] == "picture448-b1-n1"]
     # The checkpoint takes no more than 96 visual tokens of an image.
     assert {int(row["n_visual"]) for row in pictures} == {81}

@@ -46,6 +46,7 @@ def test_a_figure_follows_its_row(tables, monkeypatch):
             "metric": "ms",
             "keep": "1.0",
             "timestamp": "1",
+            "commit": "abc",
             "p50": "12.6",
         }
     ]

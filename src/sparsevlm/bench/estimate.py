@@ -15,6 +15,7 @@ from .rounds import MIN_TIMED, Settings
 # Seconds of a call: so many times its bound, and so many beside.
 _TRANSFORMERS, _OURS = (5.0, 0.05), (2.0, 0.02)
 _CAPTURES, _COMPILATION = 4.0, 40.0  # seconds of a first call
+_LADDER = 20.0  # seconds of this library's warm-up
 _CHECKED = 8  # calls by which answers are compared
 
 
@@ -43,7 +44,7 @@ def estimated_seconds(
         calls = [factor * seconds + beside for seconds in dense]
         first = _COMPILATION if provider.compiles else _CAPTURES if provider.state is not None else 0.0
         if isinstance(case, MixedCase):
-            total += min(sum(calls), DENSE_SECONDS) if provider.state is None else 3 * first + sum(calls)
+            total += min(sum(calls), DENSE_SECONDS) if provider.state is None else _LADDER + sum(calls)
             continue
         timed = min(settings.iterations * calls[0], max(settings.seconds, MIN_TIMED * calls[0]))
         total += first + timed + settings.warmup * calls[0]

@@ -1,4 +1,4 @@
-"""Requests of mixed shapes, one after the other: each provider alone, so that it pays for what it has to capture."""
+"""Requests of mixed shapes, one after the other: each provider alone, so that it pays for what it has to record."""
 
 from __future__ import annotations
 
@@ -35,11 +35,14 @@ class MixedMeasurement(Measurement):
     layers_by_request : dict of int to tuple of int
         Visual tokens at the input of each decoder layer.
     warmup_seconds : float
+    warmup_note : str
+        What was run ahead.
     """
 
     by_request: dict[int, dict[str, float]] = field(default_factory=dict)
     layers_by_request: dict[int, tuple[int, ...]] = field(default_factory=dict)
     warmup_seconds: float = 0.0
+    warmup_note: str = ""
 
 
 def measure_mixed(
@@ -47,8 +50,10 @@ def measure_mixed(
 ) -> dict[Provider, MixedMeasurement]:
     """Measures a case.
 
-    What pruned providers have captured is forgotten before the next begins. Kernels and plans that a process keeps are
-    made by whoever is first: this library's own, pruned before dense, then transformers.
+    Before them this library runs its ladder, which has none of these requests; transformers, and vLLM where it is
+    measured, answer some of other shapes. What a provider has recorded is forgotten before the next begins. Kernels
+    and plans that a process keeps are made by whoever is first: this library's own, pruned before dense, then
+    transformers.
 
     Parameters
     ----------
@@ -74,19 +79,24 @@ def measure_mixed(
     for provider in sorted(taking_part, key=lambda one: (one.state is None, one.name == "ours-dense")):
         begin_peak(providers)
         measured = measurements[provider]
-        few = warmup if provider.state is not None else warmup[:: max(1, len(warmup) // _DENSE_WARMUP)]
-        measured.warmup_seconds = _warmup(provider, [draw(request) for request in few], case.new_tokens)
+        few = [] if provider.state is not None else warmup[:: max(1, len(warmup) // _DENSE_WARMUP)]
+        _warmup(provider, measured, [draw(request) for request in few], case.new_tokens)
         _run(case.requests(settings.seed), provider, measured, settings.seed, draw)
         measured.peak_bytes = end_peak(provider)
     return measurements
 
 
-def _warmup(provider: Provider, requests: Sequence[Inputs], new_tokens: int) -> float:
+def _warmup(provider: Provider, measured: MixedMeasurement, requests: Sequence[Inputs], new_tokens: int) -> None:
+    """This library's own warm-up, which is given no requests; of transformers each request once."""
     begin = time.perf_counter()
-    provider.warmup(requests, new_tokens)
+    if provider.state is not None:
+        found = provider.warmup(new_tokens)
+        measured.warmup_note = f"{found.n_run} of {found.n_run + found.n_left} requests of the ladder"
+    for inputs in requests:
+        provider.generate(inputs, new_tokens)
     if provider.model.device.type == "cuda":
         torch.cuda.synchronize(provider.model.device)
-    return time.perf_counter() - begin
+    measured.warmup_seconds = time.perf_counter() - begin
 
 
 def _run(
@@ -146,7 +156,8 @@ def mixed_rows(
         note = "; ".join(filter(None, (measured.remark, note)))
         rows.append({**own, "phase": "total", "metric": "worst_by_median", "p50": cell(worst), "note": note})
         if measured.warmup_seconds:
-            rows.append({**own, "phase": "warmup", "metric": "seconds", "p50": cell(measured.warmup_seconds)})
+            warmup = {"p50": cell(measured.warmup_seconds), "note": measured.warmup_note}
+            rows.append({**own, "phase": "warmup", "metric": "seconds", **warmup})
         if measured.peak_bytes:
             rows.append({**own, "phase": "total", "metric": "bytes", **spread([measured.peak_bytes])})
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,15 +13,15 @@ from torch import Tensor
 
 from .. import api
 from ..config import SparseVLMConfig
-from ..selection.context import VISION_NEEDS, SelectorTraits
 from ..selection.selectors import DEFAULT, SELECTORS
 from ..state import SparseVLMState
+from ..warmup import WarmupReport
 from .cases import AnyCase, Case
 
 Inputs = dict[str, Tensor]
 PAPER = "sparsevlm"
 # Of requests of mixed shapes and of pictures.
-_MAIN = ("hf-dense", "ours-dense", "ours", "ours-default")
+_MAIN = ("hf-dense", "ours-dense", "ours", "ours-default", f"ours-{PAPER}")
 _OPTIONS = ("keep", "selector", "seed", "vision_keep")
 
 
@@ -76,24 +76,19 @@ class Provider(Setting):
 
     @property
     def may_run_on_hooks(self) -> bool:
-        """True if times count that the engine has not made: of selectors that look into the vision tower, and of the
-        default call where the engine is off by default."""
-        if self.config is None or (self.config.engine is None and self.model.device.type != "cuda"):
-            return True
-        return bool(SelectorTraits.of(SELECTORS[self.config.selector or DEFAULT]()).needs & VISION_NEEDS)
+        """True if times count that the engine has not made: of the default call where the engine is off by default."""
+        return self.config is None or (self.config.engine is None and self.model.device.type != "cuda")
 
-    def warmup(self, requests: Sequence[Inputs], new_tokens: int) -> None:
-        """Run requests ahead: this library as its own warm-up does, transformers each once."""
-        if self.state is None or self.config is None:
-            for inputs in requests:
-                self.generate(inputs, new_tokens)
-            return
+    def warmup(self, new_tokens: int) -> WarmupReport:
+        """Run this library's warm-up, which is given no request: the ladder of capacities."""
+        assert self.state is not None
+        assert self.config is not None
         with self.state.options(**{name: getattr(self.config, name) for name in _OPTIONS}, engine=self.config.engine):
-            self.state.warmup(*requests, max_new_tokens=new_tokens)
+            return self.state.warmup(max_new_tokens=new_tokens)
 
     def supports(self, case: AnyCase) -> bool:
         """True if a case is measured: compiled decoding only with one sample that decodes, of mixed shapes and pictures
-        the main providers."""
+        the main providers and the paper's method, if it was asked for."""
         if not isinstance(case, Case):
             return self.name in _MAIN
         return not self.compiles or (case.batch == 1 and case.new_tokens > 1)

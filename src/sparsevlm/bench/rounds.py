@@ -34,7 +34,7 @@ class Settings:
         Share of the visual tokens that the tower computes in a provider of its own; 1: no such provider.
     seconds : float
         Of each provider and case: for timed calls, of which there are three at least, and a quarter of it for calls
-        before those, of which there is one at least (of the engine as many as it takes until all is recorded).
+        before those, of which there is one at least (of the engine three: the first records).
     iterations, warmup : int
         Timed calls and calls before, at most, but for these.
     static : bool
@@ -74,7 +74,7 @@ class Measurement:
     remark : str
         What is to be said of times that count.
     min_warmup : int
-        Warmup calls, at least: the engine records what it has been asked for often.
+        Warmup calls, at least: in the first the engine records what it needs.
     """
 
     times: list[dict[str, float]] = field(default_factory=list)

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 _DTYPES = ("float32", "float16", "bfloat16")
 ABOUT = (
-    "Milliseconds, median; of mixed shapes the mean. first token: until it is there, of pictures from the processor "
-    "on; /token: of every further one. x: how many times faster than hf-dense in the same run; floor: times the least "
-    "that this device can take for what has to be computed and read; GB: taken from the device, recording included; "
-    "worst: the slowest call by the median of those of like size. hf-static is measured where one sample decodes. The "
-    "weights are {weights}: time depends on the shape, not on them."
+    "Milliseconds, median; of mixed shapes the mean, behind the library's own warm-up. first token: until it is there, "
+    "of pictures from the processor on; /token: of every further one. x: how many times faster than hf-dense in the "
+    "same run; floor: times the least that this device can take for what has to be computed and read; GB: taken from "
+    "the device, recording included; worst: the slowest call by the median of those of like size. hf-static is "
+    "measured where one sample decodes. The weights are {weights}: time depends on the shape, not on them."
 )
 
 
@@ -41,14 +41,20 @@ def bench(
         str | None,
         typer.Option(
             "--cases",
-            help="Such as v1024-b1-n64, mixed24 or picture896-b1-n1, with commas.",
+            help="Such as v1024-b1-n64, picture896-b1-n1 or mixed24 (24 requests of 24 shapes, behind a warm-up that "
+            "saw none of them), with commas.",
             show_default="a core of fourteen",
         ),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="All cases.")] = False,
     keep: Annotated[str, typer.Option("--keep", help="Budgets below 1 with commas.")] = "0.25",
     selectors: Annotated[
-        str, typer.Option("--selectors", help="Selectors beside the default, with commas; all: every one; none.")
+        str,
+        typer.Option(
+            "--selectors",
+            help="Selectors beside the default, with commas; all: every one; none. Of mixed shapes and pictures only "
+            "sparsevlm, the paper's.",
+        ),
     ] = "sparsevlm,random",
     vision_keep: Annotated[
         float, typer.Option("--vision-keep", help="Share that the tower computes in ours-vision; 1: leave that out.")
@@ -57,7 +63,7 @@ def bench(
         float, typer.Option("--seconds", help="For timed calls of each provider in a case; three are made in any case.")
     ] = 8.0,
     iterations: Annotated[int, typer.Option("--iterations", help="Timed calls of each provider, at most.", min=1)] = 10,
-    warmup: Annotated[int, typer.Option("--warmup", help="Calls before those, at most.", min=1)] = 3,
+    warmup: Annotated[int, typer.Option("--warmup", help="Calls before those, at most (three of ours).", min=1)] = 3,
     static: Annotated[
         bool, typer.Option("--static/--no-static", help="Measure transformers' compiled decoding as well (on a GPU).")
     ] = True,
