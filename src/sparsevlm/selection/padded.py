@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..config import SparseVLMConfig
+from ..kernels.places import first_picks
 from .context import Selection, SelectionContext, Selector
 from .image_floor import choose_by_order
-from .places import first_picks
 from .recycle import count_clusters_of
 from .similarity import finite
 
@@ -212,9 +212,10 @@ def select_padded(
             assert image_idx is not None
             assert min_keep is not None
             is_kept = choose_by_order(picks, image_idx, valid, n_keep, min_keep, n_images)
+            is_kept = torch.where(keeps_all, valid, is_kept)
         else:
-            is_kept = first_picks(picks, n_keep, valid.shape[1])
-        return PaddedSelection(torch.where(keeps_all, valid, is_kept))
+            is_kept = first_picks(picks, n_keep, valid)
+        return PaddedSelection(is_kept)
     found: PaddedSelection = selector.select_padded(context)
     is_kept = torch.where(keeps_all, valid, found.is_kept)
     if found.merge_target is None:
@@ -239,7 +240,7 @@ def merged_states(hidden_states: Tensor, kept: Tensor, selection: PaddedSelectio
     ----------
     hidden_states : Tensor of shape (batch, n_visual, hidden_size)
     kept : Tensor of shape (batch, n_keep), int64
-        From :func:`indices_of`.
+        From :func:`~sparsevlm.kernels.places.indices_of`.
     selection : PaddedSelection
         With merges.
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .places import highest, indices_of, place_by_score
+from ..kernels.places import indices_of
+from .places import highest, place_by_score
 
 _CHUNK_ROWS = 512
 # Sums of products are exact to about 1e-7 in float32: squared distances below this share of the lengths are none.
