@@ -151,9 +151,8 @@ def _context(
     if step.by_rank:
         assert readout.raters is not None
         ranks = sketch_rank(readout.raters, config.rank_tolerance)
-        space.is_faulty |= (ranks < 0).any()
         n_keep, n_clusters = rank_adaptive_counts(
-            n_visual, ranks.clamp_min(0), step.shape.n_visual, config, step.recycles
+            n_visual, ranks, step.shape.n_visual, config, step.recycles, space.is_faulty
         )
     coordinates = space.coordinates[:batch, :, : step.shape.n_visual] if step.target < 0 else None
     return PaddedContext(
