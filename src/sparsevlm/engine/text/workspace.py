@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.close_up import gather_rows
 from ...models import ModelAdapter
 from ...request.step import VisionRows
 from ..capacities import power_of_two, row_capacity
@@ -255,9 +256,7 @@ class Workspace:
 
     def gather(self, rows: Tensor) -> None:
         """Let only some rows go on."""
-        n = rows.shape[0]
-        for tensor in (self.hidden, self.cos, self.sin):
-            tensor[:n].copy_(tensor[rows])
+        gather_rows(rows, self.hidden, self.cos, self.sin)
 
     def begin_stage(self, starts: Sequence[int], batch: int) -> None:
         """Take the first row of every sample, and the number of all rows, from the host; further samples are empty."""

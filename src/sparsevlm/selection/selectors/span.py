@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from ...config import check_unit_interval
+from ...kernels.places import first_picks, indices_of
 from ..context import TARGET_LAYERS, Selection, SelectionContext
 from ..greedy import dpp_map, dpp_order, dpp_order_by_gram, gram_pays
 from ..padded import PaddedContext, PaddedSelection
-from ..places import first_picks, indices_of
 from ..similarity import finite, nearest_rows, padded_nearest, unit_rows
 
 
@@ -114,7 +114,7 @@ class SpanJointSelector:
             order = dpp_order_by_gram(states, quality, context.most_kept, True, context.n_picks)
         else:
             order = dpp_order(states, quality, context.most_kept, True)
-        is_kept = first_picks(order, context.n_keep, valid.shape[1])
+        is_kept = first_picks(order, context.n_keep, valid)
         if not context.config.recycle:
             return PaddedSelection(is_kept)
         target = self._joined(states, valid, is_kept, context.most_kept)
