@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -246,15 +247,16 @@ class Prompt:
     ) -> Prompt:
         """Read a prompt that brings images of ``kinds`` ("image", "video"), its rows in groups of ``copies`` equal ones
         that share them."""
-        once = torch.full_like(ids[::copies], -1)
+        tokens = ids[::copies].numpy().ravel()
+        rows = np.full(tokens.shape, -1, dtype=np.int64)
         so_far = 0
         for kind, modality in adapter.modalities.items():
             if kind in kinds:
-                found = ids[::copies] == modality.token_id
-                number = int(found.sum())
-                once[found] = torch.arange(so_far, so_far + number)
-                so_far += number
-        return cls(ids, positions, once.repeat_interleave(copies, dim=0), so_far)
+                found = np.flatnonzero(tokens == modality.token_id)
+                rows[found] = np.arange(so_far, so_far + found.size)
+                so_far += found.size
+        once = torch.from_numpy(rows).view(-1, ids.shape[1])
+        return cls(ids, positions, once if copies == 1 else once.repeat_interleave(copies, dim=0), so_far)
 
     def only(self, kept: Tensor) -> Prompt:
         """The same where the tower computes these rows only."""
