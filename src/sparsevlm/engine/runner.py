@@ -6,14 +6,15 @@ import contextlib
 import itertools
 import logging
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models import ModelAdapter
-from .cuda_graphs import GraphPool
+from .call import Positions
+from .cuda_graphs import GraphPool, LRUCache
 from .fused_weights import FusedWeights
 from .support import unsupported_classes, unsupported_decoder, unsupported_tower
 from .text.decode_graph import DecodeGraphs
@@ -24,6 +25,7 @@ from .vision.tables import Grids
 
 logger = logging.getLogger(__name__)
 
+_MOST_POSITIONS = 16
 _LEFT_BEHIND = "transformers.utils.output_capturing"
 _HOOKS, _PRE_HOOKS = operator.itemgetter("_forward_hooks"), operator.itemgetter("_forward_pre_hooks")
 
@@ -94,6 +96,7 @@ class ModelRunner:
         self.adapter = adapter
         self._made = False
         self.images: ImageCache | None = None
+        self.positions: LRUCache[Hashable, Positions] = LRUCache(_MOST_POSITIONS)
         self.weights: FusedWeights | None = None
         self._quick_fingerprint = self._tower_fingerprint = self._decoder_fingerprint = ModelFingerprint(())
         self.decoder_unsupported: str | None = None

@@ -122,8 +122,7 @@ def make_samples(
     check_mask(seen)
     input_ids = inputs.get("input_ids")
     ids = None if input_ids is None else input_ids.cpu()
-    special_ids = sorted(adapter.special_token_ids | {modality.token_id for modality in adapter.modalities.values()})
-    is_special = None if ids is None else torch.isin(ids, torch.tensor(special_ids, device="cpu")).numpy()
+    is_special = None if ids is None else torch.isin(ids, adapter.token_ids_apart).numpy()
     # Arrays from here on: of so few numbers, operations of torch take ten times as long.
     valid = seen.numpy()
     is_visual = mask.cpu().numpy() & valid
