@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
@@ -385,6 +386,12 @@ class ModelAdapter:
     def name(self) -> str:
         """Class name of the model."""
         return type(self.model).__name__
+
+    @functools.cached_property
+    def token_ids_apart(self) -> Tensor:
+        """Ids that are no words: placeholders and special tokens, (n,), on the host."""
+        placeholders = {modality.token_id for modality in self.modalities.values()}
+        return torch.tensor(sorted(self.special_token_ids | placeholders), device="cpu")
 
     def refreshed(self) -> ModelAdapter:
         """The adapter of the model as it is now, whose modules may have been replaced."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -101,15 +100,7 @@ class PruneStep:
         needs, traits = request.traits.needs, request.traits
         if not (needs or by_rank or traits.padded):  # one program for all layers and options
             return cls(shape, -1, 0.0, needs, False, False, SparseVLMConfig())
-        return cls(shape, target, scaling, needs, by_rank, traits.recycles, shared_options(request.config))
-
-
-def shared_options(config: SparseVLMConfig) -> SparseVLMConfig:
-    """Options without what belongs to one request alone."""
-    return dataclasses.replace(
-        config, n_vis=None, keep=None, selector=None, schedule=None, target_layers=None, seed=0, strict=False,
-        preset=None, engine=None, vision_keep=1.0, image_cache=0, timeout=None,
-    )  # fmt: skip
+        return cls(shape, target, scaling, needs, by_rank, traits.recycles, request.config.shared)
 
 
 def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
