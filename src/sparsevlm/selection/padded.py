@@ -25,13 +25,11 @@ class PaddedContext:
 
     Attributes
     ----------
-    layer : int
-        Target layer; -1: before the decoder.
     config : SparseVLMConfig
         What belongs to one request alone has its default: budgets, ``seed``, ``selector``.
     hidden_states : Tensor of shape (batch, n_visual, hidden_size)
-        Visual rows of the target layer's output; before the decoder of its input embeddings, which are the
-        ``features`` of :class:`~.context.SelectionContext`.
+        Visual rows of the output of the target layer, whichever that is; before the decoder of its input embeddings,
+        which are the ``features`` of :class:`~.context.SelectionContext`.
     valid : Tensor of shape (batch, n_visual), bool
         False for rows that only fill a sample up; these come last.
     n_keep : Tensor of shape (batch,), int64
@@ -54,7 +52,6 @@ class PaddedContext:
         As in :class:`~.context.SelectionContext`, where the rank decides.
     """
 
-    layer: int
     config: SparseVLMConfig
     hidden_states: Tensor
     valid: Tensor
@@ -124,7 +121,6 @@ def padded_sample(context: SelectionContext, n_keep: int) -> PaddedContext:
 
     states, text = context.hidden_states, context.text_features
     return PaddedContext(
-        layer=context.layer,
         config=context.config,
         hidden_states=states.detach()[None],
         valid=torch.ones((1, context.n_visual), dtype=torch.bool, device=states.device),

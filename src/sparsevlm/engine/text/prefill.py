@@ -189,7 +189,9 @@ class Prefill:
                 logits = self.segments.run(_segment((first, stop), rows, shape.batch, most, n_filled, is_read))
             if stop < n_layers:
                 most_left = counts.most[stage + 1]
-                prune = PruneShape.of(rows, shape, n_visual, max(most_left), request)
+                prune = PruneShape.of(
+                    rows, self.space.room.rows, shape, n_visual, max(most_left), request, counts.by_rank
+                )
                 scaling = self._weights.blocks[stop - 1].scaling if stop else 0.0
                 step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank)
                 packed.append((self.prune_programs.run(request.selector, step).clone(), prune.n_keep))

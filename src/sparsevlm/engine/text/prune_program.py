@@ -24,7 +24,7 @@ from ...selection.padded import (
 from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import GraphPool, LRUCache
 from .readout import PaddedReadout, read_padded
-from .stages import Choice
+from .stages import Choice, most_by_rank
 from .workspace import PromptShape, Workspace
 
 _MOST_GRAPHS = 512
@@ -53,13 +53,21 @@ class PruneShape:
     n_images: int = 0
 
     @classmethod
-    def of(cls, rows: int, prompt: PromptShape, n_visual: int, most_left: int, request: Request) -> PruneShape:
+    def of(
+        cls, rows: int, room: int, prompt: PromptShape, n_visual: int, most_left: int, request: Request, by_rank: bool
+    ) -> PruneShape:
         """Of a step into which visual tokens come with the capacity ``n_visual``, ``most_left`` of which a sample
-        keeps."""
+        keeps, over ``rows`` of a workspace of ``room``.
+
+        Where the rank decides, a step keeps what the one before and the capacity of the text let it keep, so that there
+        are few chains of capacities.
+        """
         most = max(len(sample.image_sizes) for sample in request.samples)
         n_images = power_of_two(most) if most > 1 and request.config.min_keep_per_image else 0
+        if by_rank:
+            most_left = max(most_left, most_by_rank(request, n_visual, prompt.n_text))
         n_keep = min(n_visual, visual_capacity(most_left, prompt.batch))
-        return cls(rows, prompt.batch, n_visual, n_keep, prompt.n_text, n_images)
+        return cls(min(power_of_two(rows), room), prompt.batch, n_visual, n_keep, prompt.n_text, n_images)
 
 
 def visual_capacity(n_visual: int, batch: int) -> int:
@@ -74,8 +82,8 @@ class PruneStep:
     Attributes
     ----------
     shape : PruneShape
-    target : int
-        Layer that is read; -1: none, before the decoder for one.
+    is_before : bool
+        Whether it comes before the decoder, where there is no layer that is read.
     scaling : float
         Of the logits of its attention.
     needs : frozenset of str
@@ -87,7 +95,7 @@ class PruneStep:
     """
 
     shape: PruneShape
-    target: int
+    is_before: bool
     scaling: float
     needs: frozenset[str]
     by_rank: bool
@@ -96,11 +104,11 @@ class PruneStep:
 
     @classmethod
     def of(cls, request: Request, shape: PruneShape, target: int, scaling: float, by_rank: bool) -> PruneStep:
-        """Of a target layer of a request."""
+        """Of a target layer of a request; -1: before the decoder."""
         needs, traits = request.traits.needs, request.traits
-        if not (needs or by_rank or traits.padded):  # one program for all layers and options
-            return cls(shape, -1, 0.0, needs, False, False, SparseVLMConfig())
-        return cls(shape, target, scaling, needs, by_rank, traits.recycles, request.config.shared)
+        if not (needs or by_rank or traits.padded):  # one program for all options
+            return cls(shape, False, 0.0, needs, False, False, SparseVLMConfig())
+        return cls(shape, target < 0, scaling, needs, by_rank, traits.recycles, request.config.shared)
 
 
 def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
@@ -145,9 +153,8 @@ def _context(
         n_keep, n_clusters = rank_adaptive_counts(
             n_visual, ranks, step.shape.n_visual, config, step.recycles, space.is_faulty
         )
-    coordinates = space.coordinates[:batch, :, : step.shape.n_visual] if step.target < 0 else None
+    coordinates = space.coordinates[:batch, :, : step.shape.n_visual] if step.is_before else None
     return PaddedContext(
-        layer=step.target,
         config=config,
         hidden_states=states,
         valid=valid,

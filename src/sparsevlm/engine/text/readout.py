@@ -140,12 +140,12 @@ def read_padded(space: Workspace, step: PruneStep, visual_rows: Tensor, valid: T
     Parameters
     ----------
     space : Workspace
-        Holds the layer's input, queries and keys.
+        Holds the layer's input, and its queries and keys that are to be read.
     step : PruneStep
     visual_rows : Tensor of shape (batch, n_visual), int64
     valid : Tensor of shape (batch, n_visual), bool
     """
-    if step.target < 0:
+    if step.is_before:
         return _read_before(space, step, visual_rows)
     needs, shape, config = step.needs, step.shape, step.config
     raters = is_rater = last = None
@@ -190,7 +190,7 @@ def _padded_attention(
     """Attention of every sample's rows that count to its visual tokens, mean over the heads with the most of it, or
     over all; (batch, n_rows, n_visual)."""
     batch, n_rows = step.shape.batch, step.shape.rows
-    key, marked, weight = space.keys[step.target][:n_rows], None, None
+    key, marked, weight = space.read_keys[:n_rows], None, None
     if n_top_heads is not None:
         marked = torch.zeros(n_rows + 1, dtype=torch.bool, device=key.device)
         marked = marked.index_fill_(0, torch.where(valid, visual_rows, n_rows).flatten(), True)[:n_rows]

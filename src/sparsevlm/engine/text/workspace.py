@@ -171,7 +171,7 @@ class Workspace:
         Readings of the vision tower, in the order of ``features``.
     hidden, previous : Tensor of shape (rows, hidden_size)
         Output and input of the last layer that ran; the input lies where the features were.
-    query : Tensor of shape (rows, heads, head_dim)
+    query, read_keys : Tensor of shape (rows, heads, head_dim) and (rows, kv_heads, head_dim)
         Rotated, of the last layer that ran.
     cos, sin : Tensor of shape (rows, head_dim)
     cu_seqlens : Tensor of shape (batch + 2,), int32
@@ -216,7 +216,7 @@ class Workspace:
         self.vision_attention, self.vision_keys = (
             indices(*shape, dtype=torch.float32) for shape in ((2, rows), (rows, of_keys))
         )
-        self.query = weight.new_zeros((rows, heads, block.head_dim))
+        self.query, self.read_keys = (weight.new_zeros((rows, n, block.head_dim)) for n in (heads, kv_heads))
         cos, _ = adapter.decoder.rotary(self.hidden[None, :1], indices(self.n_axes, 1, 1))
         self.cos, self.sin = (cos.new_zeros((rows, cos.shape[-1])) for _ in range(2))
         self.cu_seqlens = indices(batch + 2, dtype=torch.int32)
