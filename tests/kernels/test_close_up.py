@@ -136,7 +136,8 @@ def test_it_can_be_recorded(device, captured):
     """And goes on from what is there when it is replayed."""
     before, is_kept, n_keep = make([(400, 150, 20, 10), (0, 0, 0, 0), (300, 300, 5, 5), (256, 16, 64, 1)], 0)
     room = copied(before, device)
-    graph, chosen = captured(triton_module.close_up, room, is_kept.to(device), n_keep.to(device), 300)
+    on_device = is_kept.to(device), n_keep.to(device)  # the graph reads them
+    graph, chosen = captured(triton_module.close_up, room, *on_device, 300)
     for one, other in zip(vars(room).values(), vars(before).values(), strict=True):
         one.copy_(other)
     graph.replay()
