@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -68,7 +69,7 @@ class PaddedContext:
     coordinates: Tensor | None = None
     n_clusters: Tensor | None = None
 
-    @property
+    @cached_property
     def n_visual(self) -> Tensor:
         """Visual tokens of every sample, (batch,)."""
         return self.valid.sum(dim=1)
@@ -76,7 +77,7 @@ class PaddedContext:
     @property
     def n_picks(self) -> Tensor:
         """Picks of every sample that decide anything, (batch,): none where all tokens are kept."""
-        return torch.where(self.n_keep < self.n_visual, self.n_keep, 0)
+        return self.n_keep * (self.n_keep < self.n_visual)
 
 
 @dataclass(frozen=True)

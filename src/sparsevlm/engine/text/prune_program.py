@@ -12,6 +12,7 @@ from torch import Tensor
 from ...config import SparseVLMConfig
 from ...kernels.close_up import Packed, close_up
 from ...kernels.energy_rank import sketch_rank
+from ...kernels.take_states import take_states
 from ...request.request import Request
 from ...request.step import no_autocast
 from ...selection.padded import (
@@ -120,13 +121,12 @@ def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
         A packed :class:`~.stages.Choice`.
     """
     shape, packed = step.shape, _packed(space, step.shape)
-    batch, hidden, n_visual = shape.batch, packed.hidden, packed.n_visual
-    valid = torch.arange(shape.n_visual, device=hidden.device) < n_visual[:, None]
-    states = hidden[packed.visual_rows]
-    space.is_faulty |= ~(torch.isfinite(states) | ~valid[..., None]).all()
-    with no_autocast(hidden.device):
+    batch, n_visual = shape.batch, packed.n_visual
+    states, valid = take_states(packed.hidden, packed.visual_rows, n_visual, space.is_faulty)
+    with no_autocast(states.device):
         readout = read_padded(space, step, packed.visual_rows, valid)
-        space.is_faulty |= ~readout.is_finite(valid)
+        if step.target < 0:
+            space.is_faulty |= ~readout.is_finite(valid)
         context, ranks = _context(space, step, states, valid, n_visual, readout)
         floors = space.min_keep_per_image[:batch]
         selection = select_padded(selector, context, packed.image_idx, floors, shape.n_images)
@@ -134,10 +134,14 @@ def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
     if selection.merge_target is not None:
         _merge(space, shape, states, selection, chosen)
     space.stage.add_(1)
-    recycled = chosen * 0 if selection.is_recycled is None else selection.is_recycled.gather(1, chosen).long()
-    is_rater = n_visual.new_zeros((batch, shape.n_text)) if readout.is_rater is None else readout.is_rater.long()
-    alive = space.alive[:batch, : shape.n_keep]
-    return Choice(alive, recycled, context.n_keep, n_visual * 0 if ranks is None else ranks, is_rater).packed()
+    recycled = selection.is_recycled
+    return Choice(
+        alive=space.alive[:batch, : shape.n_keep],
+        is_recycled=chosen * 0 if recycled is None else recycled.gather(1, chosen).long(),
+        n_visual=context.n_keep,
+        ranks=n_visual * 0 if ranks is None else ranks,
+        is_rater=n_visual.new_zeros((batch, shape.n_text)) if readout.is_rater is None else readout.is_rater.long(),
+    ).packed()
 
 
 def _context(
@@ -145,9 +149,11 @@ def _context(
 ) -> tuple[PaddedContext, Tensor | None]:
     """What the selector is given, and the ranks that decided."""
     batch, config = step.shape.batch, step.config
-    counts, seeds = (own[:, :batch].index_select(0, space.stage)[0] for own in (space.counts, space.seeds))
-    ranks, n_keep, n_clusters = None, counts, None
-    if step.by_rank:
+    seeds = space.seeds[:, :batch].index_select(0, space.stage)[0]
+    ranks = n_clusters = None
+    if not step.by_rank:
+        n_keep = space.counts[:, :batch].index_select(0, space.stage)[0]
+    else:
         assert readout.raters is not None
         ranks = sketch_rank(readout.raters, config.rank_tolerance)
         n_keep, n_clusters = rank_adaptive_counts(
