@@ -28,6 +28,7 @@ from .stages import Choice
 from .workspace import PromptShape, Workspace
 
 _MOST_GRAPHS = 512
+_NO_OPTIONS = SparseVLMConfig()
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class PruneStep:
         """Of a target layer of a request."""
         needs, traits = request.traits.needs, request.traits
         if not (needs or by_rank or traits.padded):  # one program for all layers and options
-            return cls(shape, -1, 0.0, needs, False, False, SparseVLMConfig())
+            return cls(shape, -1, 0.0, needs, False, False, _NO_OPTIONS)
         return cls(shape, target, scaling, needs, by_rank, traits.recycles, request.config.shared)
 
 
