@@ -66,17 +66,18 @@ def given(requests: Sequence[Mapping[str, Any]]) -> list[Rung]:
     return [Rung(size(request), functools.partial(dict, request)) for request in requests]
 
 
-def ladder(adapter: ModelAdapter, most_visual: int) -> list[Rung]:
+def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Rung]:
     """Requests of one image that need, together, all capacities up to a number of visual tokens.
 
     Texts are short, middling and long, and of the rows of a large capacity all are filled, or as few as it takes, so
-    that what depends on more than the sum of rows is there as well.
+    that what depends on more than the sum of rows is there as well; fewer texts where nobody reads them.
     """
     per_token = adapter.vision.patches_per_token
     sizes: set[tuple[int, int]] = set()
-    before = 0
+    before, step = 0, 2 if reads_text else len(_TEXTS) - 1
+    texts = _TEXTS if reads_text else _TEXTS[::step]
     for rows in capacities(most_visual + _TEXTS[-1]):
-        for n_text in _TEXTS if rows <= STEPPED else _TEXTS[::2]:
+        for n_text in texts if rows <= STEPPED else _TEXTS[::step]:
             least = before - n_text if rows > STEPPED else most_visual
             height = math.isqrt(max(1, least))
             for n_visual in (min(most_visual, rows - 1 - n_text), -(-least // height) * height):  # a grid of no fewer

@@ -326,14 +326,20 @@ class Family:
 
 def grid_coordinates(grids: Iterable[Grid], visual: Tensor) -> Tensor:
     """Coordinates by grids, images one behind the other in time; by the place in the prompt where these are unknown."""
+    grids = tuple(grids)
+    if not grids or sum(t * h * w for t, h, w in grids) != visual.shape[0]:
+        return visual.expand(3, -1)
+    return _coordinates(grids).to(visual.device)
+
+
+@functools.lru_cache(maxsize=32)
+def _coordinates(grids: tuple[Grid, ...]) -> Tensor:
     parts, start = [], 0
     for t, h, w in grids:
-        axes = (torch.arange(start, start + t), torch.arange(h), torch.arange(w))
+        axes = (torch.arange(first, first + n, device="cpu") for first, n in ((start, t), (0, h), (0, w)))
         parts.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
         start += t
-    if sum(part.shape[1] for part in parts) != visual.shape[0]:
-        return visual.expand(3, -1)
-    return torch.cat(parts, dim=1).to(visual.device) if parts else visual.expand(3, -1)
+    return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)

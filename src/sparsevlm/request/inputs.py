@@ -192,7 +192,7 @@ def check_mask(attention_mask: Any) -> None:
     ------
     ValueError
     """
-    if isinstance(attention_mask, Tensor) and not bool((attention_mask != 0).any(dim=-1).all()):
+    if isinstance(attention_mask, Tensor) and not bool(attention_mask.any(dim=-1).all()):
         raise ValueError(
             "attention_mask hides all tokens of a sample; wanted is at least one that is seen. Leave such samples out."
         )

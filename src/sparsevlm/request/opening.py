@@ -133,15 +133,15 @@ def make_samples(
     goes_on[:, prompt_end - 1 :] = True  # what predicts the next token, even if it is hidden from all others
     samples = []
     for b in range(mask.shape[0]):
-        visual = np.flatnonzero(is_visual[b])
-        other = np.flatnonzero(goes_on[b] & ~is_visual[b])
-        text = np.flatnonzero(valid[b, :prompt_end] & ~is_visual[b, :prompt_end])
+        visual = is_visual[b].nonzero()[0]
+        other = (goes_on[b] & ~is_visual[b]).nonzero()[0]
+        text = (valid[b, :prompt_end] & ~is_visual[b, :prompt_end]).nonzero()[0]
         if ids is not None and is_special is not None:
             text = _without_template(text, ids[b].numpy(), template)
             text = text[~is_special[b, text]]
         last_visual = int(visual[-1]) if visual.size else -1
         rater_candidates = text[text > last_visual]
-        last = np.flatnonzero(valid[b, :prompt_end])[-1:]
+        last = valid[b, :prompt_end].nonzero()[0][-1:]
         if visual.size and last_visual == int(last[-1]):
             raise ValueError(
                 f"sample {b} ends in a visual token, whose row has to predict the next token and cannot be judged. End "
@@ -153,7 +153,7 @@ def make_samples(
             text=torch.from_numpy(text if text.size else last),
             rater_candidates=torch.from_numpy(rater_candidates if rater_candidates.size else last),
             last=torch.from_numpy(last),
-            alive=torch.arange(visual.shape[0], device="cpu"),
+            alive=torch.from_numpy(np.arange(visual.size)),
             tail=_tail_length(other[other > last_visual], q_len),
             grids=tuple(by_row[b]) if by_row else (),
             image_sizes=_image_sizes(visual, None if ids is None else ids[b].numpy(), by_row[b] if by_row else ()),
@@ -189,7 +189,7 @@ def _tail_length(tail: IntArray, q_len: int) -> int:
     """Contiguous tokens at the end of the sequence, of those behind the last visual one."""
     if tail.size == 0 or tail[-1] != q_len - 1:
         return 0
-    gaps = np.flatnonzero(np.diff(tail) != 1)
+    gaps = (tail[1:] - tail[:-1] != 1).nonzero()[0]
     return int(tail.size - (gaps[-1] + 1 if gaps.size else 0))
 
 

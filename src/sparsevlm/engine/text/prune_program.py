@@ -29,6 +29,7 @@ from .stages import Choice, most_by_rank
 from .workspace import PromptShape, Workspace
 
 _MOST_GRAPHS = 512
+_NO_OPTIONS = SparseVLMConfig()
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class PruneStep:
         """Of a target layer of a request; -1: before the decoder."""
         needs, traits = request.traits.needs, request.traits
         if not (needs or by_rank or traits.padded):  # one program for all options
-            return cls(shape, False, 0.0, needs, False, False, SparseVLMConfig())
+            return cls(shape, False, 0.0, needs, False, False, _NO_OPTIONS)
         return cls(shape, target < 0, scaling, needs, by_rank, traits.recycles, request.config.shared)
 
 
@@ -125,7 +126,7 @@ def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
     states, valid = take_states(packed.hidden, packed.visual_rows, n_visual, space.is_faulty)
     with no_autocast(states.device):
         readout = read_padded(space, step, packed.visual_rows, valid)
-        if step.target < 0:
+        if step.is_before:
             space.is_faulty |= ~readout.is_finite(valid)
         context, ranks = _context(space, step, states, valid, n_visual, readout)
         floors = space.min_keep_per_image[:batch]

@@ -132,8 +132,9 @@ class PromptInputs:
     def of(cls, shape: PromptShape, n_axes: int, integers: Tensor) -> PromptInputs:
         """Views of the first of ``integers``."""
         shapes = _shapes(shape, n_axes)
-        parts = integers[: sum(map(math.prod, shapes))].split([math.prod(one) for one in shapes])
-        return cls(*(part.view(one) for part, one in zip(parts, shapes, strict=True)))
+        sizes = list(map(math.prod, shapes))
+        parts = integers[: sum(sizes)].split(sizes)
+        return cls(*(part if len(one) == 1 else part.view(one) for part, one in zip(parts, shapes, strict=True)))
 
 
 def _shapes(shape: PromptShape, n_axes: int) -> list[tuple[int, ...]]:
