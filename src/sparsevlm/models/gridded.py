@@ -51,7 +51,8 @@ class GriddedFamily(Family):
         n_visual, side = math.prod(grid), config.vision_config.spatial_merge_size
         ids = torch.full((1, n_visual + n_text), word, dtype=torch.int64, device=device)
         first = n_text // 4 + 1
-        ids[:, first - 1], ids[:, first + n_visual] = config.vision_start_token_id, config.vision_end_token_id
+        for place, name in ((first - 1, "vision_start_token_id"), (first + n_visual, "vision_end_token_id")):
+            ids[:, place] = getattr(config, name, word)
         ids[:, first : first + n_visual] = config.image_token_id
         size = adapter.vision.module.patch_embed.proj.weight[0].numel()
         in_patches = [grid[0], grid[1] * side, grid[2] * side]
