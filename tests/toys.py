@@ -92,6 +92,10 @@ class Family:
         Attributes in which positions outlast a call.
     on_engine : bool
         Whether the engine runs it.
+    positions_need_mask : bool
+        Whether positions are plain ones without an attention mask, which ``generate`` makes and other calls do not.
+    repeats_images : bool
+        Whether ``generate`` repeats images as a whole for beams and returned sequences, not patch by patch.
     """
 
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]
@@ -101,6 +105,8 @@ class Family:
     n_position_axes: int = 1
     remembered: tuple[str, ...] = ()
     on_engine: bool = True
+    positions_need_mask: bool = False
+    repeats_images: bool = True
 
     def decoder_of(self, model) -> nn.Module:
         return operator.attrgetter(self.decoder)(model)
@@ -191,7 +197,11 @@ def _qwen3_omni_moe(text: dict[str, Any], vision_options: dict[str, Any]) -> tup
     vision = {**_QWEN_VISION, "depth": 4, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
     vision |= {**_DEEPSTACK, **vision_options}
     text = {**text, **_EXPERTS, "head_dim": 16, "rope_parameters": {**_MROPE, "mrope_interleaved": True}}
-    parts = {"text_config": text, "vision_config": vision, "audio_config": {**_audio(64), "downsample_hidden_size": 8}}
+    parts = {
+        "text_config": text,
+        "vision_config": vision,
+        "audio_config": {**_audio(64), "n_window": 50, "downsample_hidden_size": 8},
+    }
     return Qwen3OmniMoeThinkerForConditionalGeneration, Qwen3OmniMoeThinkerConfig(**parts, **_OMNI)
 
 
@@ -230,8 +240,10 @@ _TIMED_FRAMES = {
 _OMNI_KINDS = {"image": Kind(IMAGE, _qwen_image, *_AROUND), "video": Kind(VIDEO, _omni_video, *_AROUND)}
 _OF_QWEN = {"n_position_axes": 3, "remembered": ("model.rope_deltas",)}
 # Older transformers have the parts of a thinker on the thinker itself.
-_FLAT = {"decoder": "model", "tower": "visual", "remembered": ("rope_deltas",)}
-_OF_OMNI = _OF_QWEN | ({} if hasattr(modeling_qwen2_5_omni, "Qwen2_5OmniThinkerModel") else _FLAT)
+_FLAT = {"decoder": "model", "tower": "visual", "remembered": ("rope_deltas",), "repeats_images": False}
+_OF_OMNI = {**_OF_QWEN, "positions_need_mask": True} | (
+    {} if hasattr(modeling_qwen2_5_omni, "Qwen2_5OmniThinkerModel") else _FLAT
+)
 FAMILIES = {
     "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **_OF_QWEN),
     "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(_qwen_video), **_OF_QWEN),

@@ -34,8 +34,8 @@ class LateRows:
     @staticmethod
     def are_needed(late: LateFeatures, request: Request, arguments: Mapping[str, Any]) -> bool:
         """Tells whether any token may be dropped before the last addition."""
-        features = arguments.get(late.features)
-        return bool(features) and not request.drops_nothing and min(request.target_layers) < len(features) - 1
+        n_late = len(arguments.get(late.features) or ())
+        return n_late > 0 and not request.drops_nothing and min(request.target_layers) < n_late - 1
 
     def add(self, request: Request, layer: int, hidden_states: Tensor) -> Tensor:
         """Output of a layer, (batch, n_rows, hidden_size), with its features."""

@@ -263,6 +263,7 @@ class Family:
 
     model_types: ClassVar[tuple[str, ...]] = ()
     class_names: ClassVar[tuple[str, ...]] = ()
+    speaks: ClassVar[bool] = False  # another model makes speech of the hidden states that generate returns
 
     def check(self, model: Any) -> None:
         """Refuse a model of the family that cannot be pruned: with sliding-window layers, or tensor-parallel.

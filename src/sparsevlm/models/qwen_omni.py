@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .base import Decoder, Modality
+from torch import Tensor
+
+from .base import Decoder, Grid, Modality, ModelAdapter
 from .gridded import GriddedFamily
 from .qwen3_vl import deepstack_decoder
 
@@ -15,6 +17,7 @@ class OmniFamily(GriddedFamily):
 
     model_types = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker")
     class_names = ("Qwen2_5OmniThinkerForConditionalGeneration", "Qwen3OmniMoeThinkerForConditionalGeneration")
+    speaks = True
 
     def base_model(self, model: Any) -> Any:
         """The thinker itself in older transformers."""
@@ -32,3 +35,9 @@ class OmniFamily(GriddedFamily):
         """Images and videos."""
         found = super().modalities(model)
         return {**found, "video": dataclasses.replace(found["video"], in_parts=True)}
+
+    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
+        """As the processor makes them, which does not mark the tokens of images."""
+        inputs = super().example(adapter, grid, n_text)
+        del inputs["mm_token_type_ids"]
+        return inputs

@@ -34,12 +34,18 @@ def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_l
 
 
 def _weights_per_token(layer: nn.Module, experts_per_token: int) -> int:
-    """Weights of a layer that each token is multiplied with."""
+    """Weights of a layer that each token is multiplied with.
+
+    Experts are parameters of shape (n_experts, out, in), and so is, of shape (n_experts, in), what chooses them.
+    """
     weights = 0
     for module in layer.modules():
         if isinstance(module, nn.Linear):
             weights += module.weight.numel()
-        elif experts_per_token:  # experts are one parameter, (n_experts, out, in), and so is what chooses them, (out, in)
-            for own in module.parameters(recurse=False):
-                weights += {2: own.numel(), 3: own.numel() // own.shape[0] * experts_per_token}.get(own.ndim, 0)
+            continue
+        for own in module.parameters(recurse=False) if experts_per_token else ():
+            if own.ndim == 2:
+                weights += own.numel()
+            elif own.ndim == 3:
+                weights += own[0].numel() * experts_per_token
     return weights

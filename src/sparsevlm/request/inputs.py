@@ -138,6 +138,8 @@ def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generat
     ------
     TypeError, ValueError
         With what was got and what is wanted.
+    NotImplementedError
+        If speech is to be made of a prompt with images.
     """
     name = "inputs" if of_generate and inputs.get("inputs") is not None else "input_ids"
     ids, embeds, mask = inputs.get(name), inputs.get("inputs_embeds"), inputs.get("attention_mask")
@@ -164,6 +166,12 @@ def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generat
                 raise ValueError(f"{modality.pixels} was given without {size}. Pass all that the processor returned.")
             _check_tensor(size, inputs.get(size), "(number of images or videos, 3)", (2,), "integers", n_columns=3)
         brings_pixels |= pixels is not None
+    if brings_pixels and of_generate and adapter.family.speaks and inputs.get("output_hidden_states"):
+        raise NotImplementedError(
+            "output_hidden_states, as speech is made of them, would lack the states of dropped tokens. Ask the model "
+            "that speaks for text alone, with return_audio=False or generation_mode='text', or call remove_sparsevlm "
+            "on its thinker first."
+        )
     tokens = ids if ids is not None else embeds
     if brings_pixels and tokens is not None:
         of_tokens = {"attention_mask": mask, "mm_token_type_ids": inputs.get("mm_token_type_ids")}
