@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import operator
@@ -94,8 +95,9 @@ class Family:
         Whether the engine runs it.
     positions_need_mask : bool
         Whether positions are plain ones without an attention mask, which ``generate`` makes and other calls do not.
-    repeats_images : bool
-        Whether ``generate`` repeats images as a whole for beams and returned sequences, not patch by patch.
+    repeats : str
+        What ``generate`` repeats for beams and returned sequences, one behind the other: visual inputs of whole
+        "samples", as it should, or, in older transformers, single "images" or "patches".
     """
 
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]
@@ -106,7 +108,7 @@ class Family:
     remembered: tuple[str, ...] = ()
     on_engine: bool = True
     positions_need_mask: bool = False
-    repeats_images: bool = True
+    repeats: str = "samples"
 
     def decoder_of(self, model) -> nn.Module:
         return operator.attrgetter(self.decoder)(model)
@@ -240,10 +242,13 @@ _TIMED_FRAMES = {
 _OMNI_KINDS = {"image": Kind(IMAGE, _qwen_image, *_AROUND), "video": Kind(VIDEO, _omni_video, *_AROUND)}
 _OF_QWEN = {"n_position_axes": 3, "remembered": ("model.rope_deltas",)}
 # Older transformers have the parts of a thinker on the thinker itself.
-_FLAT = {"decoder": "model", "tower": "visual", "remembered": ("rope_deltas",), "repeats_images": False}
-_OF_OMNI = {**_OF_QWEN, "positions_need_mask": True} | (
-    {} if hasattr(modeling_qwen2_5_omni, "Qwen2_5OmniThinkerModel") else _FLAT
-)
+_FLAT = {"decoder": "model", "tower": "visual", "remembered": ("rope_deltas",)}
+_OF_OMNI = {**_OF_QWEN, "positions_need_mask": True}
+_OF_OMNI |= {} if hasattr(modeling_qwen2_5_omni, "Qwen2_5OmniThinkerModel") else _FLAT
+# Newer transformers encode images before they are repeated.
+_IS_OLD = "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+_OF_OMNI |= {"repeats": "patches"} if _IS_OLD else {}
+_OF_LLAVA = {"tower": "model.vision_tower"} | ({"repeats": "images"} if _IS_OLD else {})
 FAMILIES = {
     "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **_OF_QWEN),
     "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(_qwen_video), **_OF_QWEN),
@@ -251,9 +256,7 @@ FAMILIES = {
     "qwen3_vl_moe": Family(_qwen3_vl_moe, _TIMED_FRAMES, **_OF_QWEN, on_engine=False),
     "qwen2_5_omni_thinker": Family(_qwen2_5_omni, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
     "qwen3_omni_moe_thinker": Family(_qwen3_omni_moe, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
-    "llava": Family(
-        _llava, {"image": Kind(IMAGE, _llava_image, size=(4, 4))}, tower="model.vision_tower", on_engine=False
-    ),
+    "llava": Family(_llava, {"image": Kind(IMAGE, _llava_image, size=(4, 4))}, **_OF_LLAVA, on_engine=False),
 }
 ON_ENGINE = tuple(name for name, family in FAMILIES.items() if family.on_engine)
 

@@ -158,7 +158,10 @@ def family_takes(case) -> bool:
         return False
     if case["mask"] == "no mask" and family.positions_need_mask and case["way"] != "direct call":
         return False  # the reference would have other positions
-    return family.repeats_images or case["way"] not in ("several sequences", "beams")
+    if case["way"] not in ("several sequences", "beams") or family.repeats == "samples":
+        return True
+    most_images = max(sum(kind != "text" for kind, *_ in row) for row in PROMPTS[case["prompt"]])
+    return family.repeats == "images" and most_images == 1
 
 
 def possible(case) -> bool:
