@@ -9,7 +9,8 @@ from runs import GREEDY, AtRandom, all_dropped, build, check_generated
 from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.hooks.late_rows import LateRows
-from sparsevlm.models import adapter_for
+from sparsevlm.models import LateFeatures, adapter_for
+from sparsevlm.request.request import Request
 from toys import FAMILIES, PROMPTS, make_inputs, relative_error, tiny_model
 
 LATE = tuple(name for name in FAMILIES if adapter_for(tiny_model(name)).decoder.late_features is not None)
@@ -70,7 +71,7 @@ def test_the_reference_tells_wrong_features(family, targets, spoil, place, monke
 
 @pytest.mark.parametrize("targets", ["before the decoder", "0", "1"])
 def test_the_decoder_itself_would_fail(targets, place, monkeypatch):
-    monkeypatch.setattr(LateRows, "are_needed", lambda *given: False)
+    monkeypatch.setattr(LateFeatures, "come_behind", lambda *given: False)
     run = build(PROMPTS["one image"], TARGETS[targets], place, family="qwen3_vl")
     with pytest.raises((IndexError, RuntimeError), match="mask"):
         run.model.generate(**run.inputs, **GREEDY)
@@ -89,11 +90,14 @@ def test_the_decoder_adds_itself_where_it_can(options, monkeypatch):
 @pytest.mark.parametrize("family", LATE)
 def test_what_is_added_is_bit_equal(family, prompt, monkeypatch):
     """With nothing dropped, taken over all the same."""
-    monkeypatch.setattr(LateRows, "are_needed", lambda late, request, arguments: bool(arguments.get(late.features)))
+    monkeypatch.setattr(Request, "drops_nothing", False)
+    made = []
+    monkeypatch.setattr(LateRows, "add", lambda *given, add=LateRows.add: made.append(given) or add(*given))
     model, inputs = tiny_model(family), make_inputs(*PROMPTS[prompt], family=family)
     dense = model.generate(**inputs, **GREEDY)
     apply_sparsevlm(model, keep=1.0, min_keep=2, target_layers=[0, 1, 3])
     pruned = model.generate(**inputs, **GREEDY)
+    assert made
     assert all(torch.equal(a, b) for a, b in zip(pruned.logits, dense.logits, strict=True))
 
 

@@ -125,8 +125,10 @@ def references_of_samples(model, inputs):
             if row[position] not in queues:
                 position += 1
                 continue
-            found.append(queues[row[position]].pop(0))
-            position += found[-1][0].shape[1]
+            token = row[position]
+            found.append(queues[token].pop(0))
+            own = [at for at in range(position, len(row)) if row[at] == token]  # frames may stand apart
+            position = own[found[-1][0].shape[1] - 1] + 1
         attentions, keys = [attention for attention, _ in found], [key for _, key in found]
         samples.append((torch.cat(attentions, dim=1), torch.cat(keys)) if found else None)
     assert not any(queues.values())

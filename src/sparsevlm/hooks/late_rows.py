@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..models import LateFeatures
 from ..request.request import Request
 from ..request.step import Survivors
 
@@ -30,12 +28,6 @@ class LateRows:
         self._left = {
             layer: [all_rows[own.to(all_rows.device)] for own in of_samples] for layer, all_rows in enumerate(features)
         }
-
-    @staticmethod
-    def are_needed(late: LateFeatures, request: Request, arguments: Mapping[str, Any]) -> bool:
-        """Tells whether any token may be dropped before the last addition."""
-        n_late = len(arguments.get(late.features) or ())
-        return n_late > 0 and not request.drops_nothing and min(request.target_layers) < n_late - 1
 
     def add(self, request: Request, layer: int, hidden_states: Tensor) -> Tensor:
         """Output of a layer, (batch, n_rows, hidden_size), with its features."""

@@ -198,7 +198,7 @@ class ModelHooks:
         request.see_embeddings(embeds)
         choose_embedding_raters(request, lambda b, tokens: embeds[b, tokens.to(embeds.device)])
         late = self._adapter.decoder.late_features
-        if late is None or not LateRows.are_needed(late, request, kwargs):
+        if late is None or request.drops_nothing or not late.come_behind(min(request.target_layers), kwargs):
             return None
         forward.late = LateRows(request, kwargs[late.mask], kwargs[late.features])
         return args, {**kwargs, late.mask: None, late.features: None}

@@ -57,6 +57,10 @@ class LateFeatures:
     mask: str
     features: str
 
+    def come_behind(self, layer: int, arguments: Mapping[str, Any]) -> bool:
+        """Tells whether the output of any layer behind a given one gets such, by the decoder's arguments."""
+        return len(arguments.get(self.features) or ()) > layer + 1
+
 
 @dataclass(frozen=True)
 class BlockModules:
