@@ -152,9 +152,21 @@ TOGETHER = (("prompt", "variant", "attention"), ("way", "cache", "attention"), (
 PADDED = tuple(name for name, rows in PROMPTS.items() if not bool(make_inputs(*rows)["attention_mask"].all()))
 
 
+def family_takes(case) -> bool:
+    family = FAMILIES[case["family"]]
+    if not family.takes(PROMPTS[case["prompt"]]):
+        return False
+    if case["mask"] == "no mask" and family.positions_need_mask and case["way"] != "direct call":
+        return False  # the reference would have other positions
+    if case["way"] not in ("several sequences", "beams") or family.repeats == "samples":
+        return True
+    most_images = max(sum(kind != "text" for kind, *_ in row) for row in PROMPTS[case["prompt"]])
+    return family.repeats == "images" and most_images == 1
+
+
 def possible(case) -> bool:
     way, rows = WAYS[case["way"]], PROMPTS[case["prompt"]]
-    if case["cache"] not in way.caches or not FAMILIES[case["family"]].takes(rows):
+    if case["cache"] not in way.caches or not family_takes(case):
         return False
     if case["mask"] == "no mask" and (case["prompt"] in PADDED or not way.mask_may_be_absent):
         return False

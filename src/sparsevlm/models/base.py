@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 
 Grid = tuple[int, int, int]
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id")
+_SPECIAL_TOKENS = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id"),
+    *("audio_start_token_id", "audio_end_token_id"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,35 @@ class Modality:
         Token that stands for one visual token of it in the prompt.
     size_inputs : tuple of str
         Arguments that say how the pixels are divided into images.
+    in_parts : bool
+        Whether other tokens may stand between those of one input: written times before frames, sound.
     """
 
     pixels: str
     token_id: int
     size_inputs: tuple[str, ...] = ()
+    in_parts: bool = False
+
+
+@dataclass(frozen=True)
+class LateFeatures:
+    """Visual features that the decoder adds to the output of its first layers, as by DeepStack.
+
+    Attributes
+    ----------
+    mask : str
+        Argument of the decoder that tells visual tokens, (batch, q_len) bool.
+    features : str
+        Argument of the decoder with a tensor (n_visual, hidden_size) for each of these layers, beginning with the
+        first; rows are those of the mask, one sample behind the other.
+    """
+
+    mask: str
+    features: str
+
+    def come_behind(self, layer: int, arguments: Mapping[str, Any]) -> bool:
+        """Tells whether the output of any layer behind a given one gets such, by the decoder's arguments."""
+        return len(arguments.get(self.features) or ()) > layer + 1
 
 
 @dataclass(frozen=True)
@@ -113,6 +140,10 @@ class Decoder:
         Axes of its rotary positions: 3 for M-RoPE.
     block : DecoderBlock or None
         What the engine has to know of a layer; ``None``: the family runs on hooks only.
+    late_features : LateFeatures or None
+        ``None``: visual features are all in the embeddings.
+    experts_per_token : int
+        Of a layer whose MLP is made of experts, how many of them compute a token; 0: no layer is.
     """
 
     module: Any
@@ -124,6 +155,8 @@ class Decoder:
     head: Any
     n_position_axes: int = 1
     block: DecoderBlock | None = None
+    late_features: LateFeatures | None = None
+    experts_per_token: int = 0
 
     @classmethod
     def of_llama(cls, module: Any, head: Any, n_position_axes: int = 1, block: DecoderBlock | None = None) -> Decoder:
@@ -234,6 +267,7 @@ class Family:
 
     model_types: ClassVar[tuple[str, ...]] = ()
     class_names: ClassVar[tuple[str, ...]] = ()
+    speaks: ClassVar[bool] = False  # another model makes speech of the hidden states that generate returns
 
     def check(self, model: Any) -> None:
         """Refuse a model of the family that cannot be pruned: with sliding-window layers, or tensor-parallel.

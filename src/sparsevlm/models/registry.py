@@ -7,9 +7,11 @@ from typing import Any
 from .base import Family, ModelAdapter
 from .llava import LlavaFamily
 from .qwen2_vl import Qwen2VLFamily
+from .qwen3_vl import Qwen3VLFamily
+from .qwen_omni import OmniFamily
 from .wrapping import check_module, wrapper_hint
 
-FAMILIES: tuple[Family, ...] = (Qwen2VLFamily(), LlavaFamily())
+FAMILIES: tuple[Family, ...] = (Qwen2VLFamily(), Qwen3VLFamily(), OmniFamily(), LlavaFamily())
 
 
 def supported_model_types() -> tuple[str, ...]:

@@ -80,15 +80,18 @@ def visual_grids(
     if input_ids is None:
         return []
     by_token = {modality.token_id: list(grids.get(kind) or ()) for kind, modality in adapter.modalities.items()}
+    in_parts = {modality.token_id for modality in adapter.modalities.values() if modality.in_parts}
     rows = input_ids.tolist()
     for copies in (n for n in range(1, len(rows) + 1) if len(rows) % n == 0):
-        found = _grids_of_rows(rows[::copies], by_token)
+        found = _grids_of_rows(rows[::copies], by_token, in_parts)
         if found is not None:
             return [row for row in found for _ in range(copies)]
     return []
 
 
-def _grids_of_rows(rows: list[list[int]], grids: dict[int, list[Grid]]) -> list[list[Grid]] | None:
+def _grids_of_rows(
+    rows: list[list[int]], grids: dict[int, list[Grid]], in_parts: Collection[int]
+) -> list[list[Grid]] | None:
     """Hand out the grids in order of the placeholders, or ``None`` if the numbers do not fit."""
     queues = {token_id: list(found) for token_id, found in grids.items()}
     per_row: list[list[Grid]] = []
@@ -103,12 +106,21 @@ def _grids_of_rows(rows: list[list[int]], grids: dict[int, list[Grid]]) -> list[
             if not queues[token_id]:
                 return None
             grid = queues[token_id].pop(0)
-            size = grid[0] * grid[1] * grid[2]
-            if row[position : position + size] != [token_id] * size:
+            end = _end_of_input(row, position, grid[0] * grid[1] * grid[2], token_id in in_parts)
+            if end is None:
                 return None
             per_row[-1].append(grid)
-            position += size
+            position = end
     return None if any(queues.values()) else per_row
+
+
+def _end_of_input(row: list[int], start: int, size: int, in_parts: bool) -> int | None:
+    """Where the placeholders of an image or video end that begin at ``start``; ``None`` if there are fewer."""
+    token_id = row[start]
+    if not in_parts:
+        return start + size if row[start : start + size] == [token_id] * size else None
+    own = [position for position in range(start, len(row)) if row[position] == token_id][:size]
+    return own[-1] + 1 if len(own) == size else None
 
 
 def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generate: bool) -> None:
@@ -126,6 +138,8 @@ def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generat
     ------
     TypeError, ValueError
         With what was got and what is wanted.
+    NotImplementedError
+        If speech is to be made of a prompt with images.
     """
     name = "inputs" if of_generate and inputs.get("inputs") is not None else "input_ids"
     ids, embeds, mask = inputs.get(name), inputs.get("inputs_embeds"), inputs.get("attention_mask")
@@ -152,6 +166,12 @@ def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generat
                 raise ValueError(f"{modality.pixels} was given without {size}. Pass all that the processor returned.")
             _check_tensor(size, inputs.get(size), "(number of images or videos, 3)", (2,), "integers", n_columns=3)
         brings_pixels |= pixels is not None
+    if brings_pixels and of_generate and adapter.family.speaks and inputs.get("output_hidden_states"):
+        raise NotImplementedError(
+            "output_hidden_states, as speech is made of them, would lack the states of dropped tokens. Ask the model "
+            "that speaks for text alone, with return_audio=False or generation_mode='text', or call remove_sparsevlm "
+            "on its thinker first."
+        )
     tokens = ids if ids is not None else embeds
     if brings_pixels and tokens is not None:
         of_tokens = {"attention_mask": mask, "mm_token_type_ids": inputs.get("mm_token_type_ids")}

@@ -58,8 +58,10 @@ def open_request(
     request = session.new_request(cache, mask.shape[0], mask.shape[1], logits_to_keep)
     if session.in_generate and cache is None and ids is not None:
         request.comes_again(ids)
-    # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them.
+    # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them, if it can.
     n_drafted = max(0, logits_to_keep - 1) if session.is_drafting else 0
+    if session.is_drafting and not logits_to_keep:
+        n_drafted = request.past_len + mask.shape[1] - session.n_given
     if session.in_generate:
         inputs = {
             **inputs,
