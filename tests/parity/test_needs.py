@@ -386,7 +386,7 @@ def test_an_exception_inside_the_tower_leaves_it_as_it_was(family, error):
     assert len(contexts) == 2
     for got, before in zip(options["selector"].seen, contexts, strict=True):
         assert torch.equal(got.vision_attention, before.vision_attention)
-    handle = blocks[-1].qkv.register_forward_pre_hook(fail)
+    handle = next(blocks[-1].children()).register_forward_pre_hook(fail)
     with pytest.raises(error, match="a block failed"):
         model.generate(**inputs, max_new_tokens=3)
     handle.remove()
