@@ -74,13 +74,14 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Ru
     """
     per_token = adapter.vision.patches_per_token
     sizes: set[tuple[int, int]] = set()
-    before, step = 0, 2 if reads_text else len(_TEXTS) - 1
-    texts = _TEXTS if reads_text else _TEXTS[::step]
+    before, few_texts = 0, _TEXTS[:: 2 if reads_text else len(_TEXTS) - 1]
     for rows in capacities(most_visual + _TEXTS[-1]):
-        for n_text in texts if rows <= STEPPED else _TEXTS[::step]:
-            least = before - n_text if rows > STEPPED else most_visual
-            height = math.isqrt(max(1, least))
-            for n_visual in (min(most_visual, rows - 1 - n_text), -(-least // height) * height):  # a grid of no fewer
+        is_small = rows <= STEPPED
+        for n_text in _TEXTS if is_small and reads_text else few_texts:
+            numbers = [min(most_visual, rows - 1 - n_text)]
+            if not is_small:
+                numbers.append(_of_a_grid(before - n_text))
+            for n_visual in numbers:
                 if 0 < n_visual <= most_visual and row_capacity(n_visual + n_text + 1) == rows:
                     sizes.add((n_visual, n_text))
         before = rows
@@ -101,6 +102,12 @@ def _grid(n_visual: int) -> Grid:
     """A nearly square image of so many visual tokens, or a few less."""
     height = math.isqrt(n_visual)
     return 1, height, n_visual // height
+
+
+def _of_a_grid(least: int) -> int:
+    """Visual tokens of a nearly square image of at least so many."""
+    height = math.isqrt(least)
+    return -(-least // height) * height
 
 
 def warmup(model: Any, rungs: Sequence[Rung], max_new_tokens: int, seconds: float, largest: float) -> WarmupReport:

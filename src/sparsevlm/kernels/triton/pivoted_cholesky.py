@@ -28,32 +28,29 @@ _COPIED = 1024
 
 
 @triton.jit
-def _decide(gain, residual, free, rows):
-    """The same for one program that owns all rows."""
-    tl.debug_barrier()  # what was written of the last pick is read of this one
+def _agree(
+    gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others, ALONE: tl.constexpr
+):  # fmt: skip
+    """Publish the best of a program's rows, the lower one of equals, and wait for what all the others publish; a row
+    takes 16 bits, and so does the step. Gives the best row of all, what is left of it, and the upper bits, which hold
+    its gain. A program that owns all rows hears of nobody."""
     bits = tl.where(free, gain, float("-inf")).to(tl.int32, bitcast=True)
     ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
     best = tl.max((ordered << 16) + (65535 - rows.to(tl.int64)), axis=0)
-    pick = 65535 - (best & 65535)
-    return pick, tl.sum(tl.where(rows == pick, residual, 0.0), axis=0), best >> 16
-
-
-@triton.jit
-def _agree(gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others):
-    """Publish the best of a program's rows, the lower one of equals, and wait for what all the others publish; a row
-    takes 16 bits, and so does the step. Gives the best row of all, what is left of it, and the upper bits, which hold
-    its gain."""
-    turn = (tag % 2) * tl.num_programs(1) + tl.program_id(1)
-    left_of = residual_ptr + turn * n
-    tl.store(left_of + rows, residual, mask=inside)
-    bits = tl.where(free, gain, float("-inf")).to(tl.int32, bitcast=True)
-    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
-    own = tl.max((ordered << 16) + (65535 - rows.to(tl.int64)), axis=0)
-    known = others < n_programs
-    heard = hear_all(own, tag, slots_ptr + turn * n_programs, tl.program_id(0), others, known, 16)
-    best = tl.max(tl.where(known, heard, -(1 << 47)), axis=0)
-    pick = 65535 - (best & 65535)
-    return pick, tl.load(left_of + pick, volatile=True), best >> 16
+    if ALONE:
+        tl.debug_barrier()  # what was written of the last pick is read of this one
+        pick = 65535 - (best & 65535)
+        left = tl.sum(tl.where(rows == pick, residual, 0.0), axis=0)
+    else:
+        turn = (tag % 2) * tl.num_programs(1) + tl.program_id(1)
+        left_of = residual_ptr + turn * n
+        tl.store(left_of + rows, residual, mask=inside)
+        known = others < n_programs
+        heard = hear_all(best, tag, slots_ptr + turn * n_programs, tl.program_id(0), others, known, 16)
+        best = tl.max(tl.where(known, heard, -(1 << 47)), axis=0)
+        pick = 65535 - (best & 65535)
+        left = tl.load(left_of + pick, volatile=True)
+    return pick, left, best >> 16
 
 
 @triton.jit
@@ -107,22 +104,16 @@ def _pick_block(
     while step < stop:
         gain = tl.where(residual <= NOISE * length, quality - 2.0, quality * quality * residual)
         tag += 1
-        if ALONE:
-            pick, left, best = _decide(gain, residual, free, rows)
-        else:
-            pick, left, best = _agree(
-                gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others
-            )  # fmt: skip
+        pick, left, best = _agree(
+            gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others, ALONE
+        )  # fmt: skip
         if (best < 0) & ROUNDS:  # the picks so far span all that is left: go on as if none had been picked
             residual, start, anew, base = length, step - first, tag * 0 + 1, gram
             gain = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
             tag += 1
-            if ALONE:
-                pick, left, best = _decide(gain, residual, free, rows)
-            else:
-                pick, left, best = _agree(
-                    gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others
-                )  # fmt: skip
+            pick, left, best = _agree(
+                gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others, ALONE
+            )  # fmt: skip
         pick_length = tl.load(gram + pick * n + pick)
         column = _column_of(pick, base + pick * n, factor, rows, inside, tile, start, step - first, width, ROWS, CHUNK)
         spanned = left <= NOISE * pick_length
