@@ -11,7 +11,7 @@ from sparsevlm.kernels.merge import merged_states
 from sparsevlm.kernels.places import indices_of
 from sparsevlm.kernels.rank_counts import count_clusters_of
 from sparsevlm.kernels.recycled_rows import clusters_within
-from sparsevlm.selection import recycle as recycle_module
+from sparsevlm.selection import similarity
 from sparsevlm.selection.recycle import (
     assign_to_centres,
     count_clusters,
@@ -80,7 +80,7 @@ def test_one_centre_in_each_blob():
 def test_density_peaks_in_chunks_is_the_same(monkeypatch):
     states = torch.randn(70, 16, generator=torch.Generator().manual_seed(3))
     whole = density_peaks(states, 9)
-    monkeypatch.setattr(recycle_module, "_CHUNK_ROWS", 8)
+    monkeypatch.setattr(similarity, "_MAX_BLOCK_ELEMENTS", 8 * 70)
     assert torch.equal(density_peaks(states, 9), whole)
 
 

@@ -79,7 +79,7 @@ def log_densities_reference(
     """Reference in plain torch."""
     n = products.shape[2]
     k = torch.minimum(n_clusters, valid.sum(dim=1) - 1).clamp_min(1)
-    if n < 2:
+    if n == 1:
         return torch.full_like(products[..., 0], -torch.inf)
     most_near = max(1, min(most, n - 1))
     near = torch.arange(most_near, device=k.device) < k[:, None]
@@ -118,8 +118,6 @@ def peak_scores(products: Tensor, squares: Tensor, valid: Tensor, log_density: T
 def peak_scores_reference(products: Tensor, squares: Tensor, valid: Tensor, log_density: Tensor, first: int) -> Tensor:
     """Reference in plain torch."""
     rows = slice(first, first + products.shape[1])
-    if products.numel() == 0:
-        return log_density[:, rows]
     # Place 0 is the densest; the stable sort breaks ties by index, so that "denser" is a strict order.
     place = place_by_score_reference(log_density, valid)
     distances = _squared_distances(products, squares, first)

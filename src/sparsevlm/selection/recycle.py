@@ -12,9 +12,7 @@ from ..kernels.clusters import nearest_centres, spread_clusters, unit_rows
 from ..kernels.density_peaks import centred_points, log_densities, peak_scores
 from ..kernels.places import indices_of
 from .places import highest
-
-# Products of so many rows with all are held at once.
-_CHUNK_ROWS = 2048
+from .similarity import row_chunks
 
 
 def count_clusters(n_dropped: int, tau: float, theta: float) -> tuple[int, int]:
@@ -45,15 +43,14 @@ def is_density_peak(hidden_states: Tensor, valid: Tensor, n_clusters: Tensor, mo
     Tensor of shape (batch, n), bool
     """
     points, squares = centred_points(hidden_states, valid)
-    n = points.shape[1]
-    whole = points @ points.mT if n <= _CHUNK_ROWS else None
+    batch, n, _ = points.shape
+    chunks = row_chunks(n, batch * n)
+    whole = points @ points.mT if len(chunks) == 1 else None
 
     def of_all(function: Callable[[Tensor, int], Tensor]) -> Tensor:
         if whole is not None:
             return function(whole, 0)
-        starts = range(0, n, _CHUNK_ROWS)
-        found = [function(points[:, start : start + _CHUNK_ROWS] @ points.mT, start) for start in starts]
-        return torch.cat(found, dim=1)
+        return torch.cat([function(points[:, rows] @ points.mT, rows.start) for rows in chunks], dim=1)
 
     log_density = of_all(lambda products, first: log_densities(products, squares, valid, n_clusters, most, first))
     scores = of_all(lambda products, first: peak_scores(products, squares, valid, log_density, first))
