@@ -7,13 +7,25 @@ import torch
 
 from sparsevlm.kernels.triton import (
     centre,
+    clusters,
     coverage,
+    density_peaks,
     farthest_points,
     gram_matrix,
+    merge,
     pivoted_cholesky,
     places,
     received_attention,
+    recycled_rows,
+    score_order,
 )
+
+
+def merged(x):
+    hidden, first = x.flatten(0, 1).clone(), x[:, 0].long()
+    merge.write_merged(hidden, first, first[:, 0] * 3, x, first, first, x[:, 0])
+    return hidden
+
 
 CALLS = {
     "coverage": lambda x: coverage.coverage(x, x[:, 0], x[:, 0] > -1, 3, 1e-12),
@@ -23,6 +35,20 @@ CALLS = {
     "parts of products": lambda x: gram_matrix.split(x, x)[0],
     "first picks": lambda x: places.first_picks(x[:, 0].long(), x[:, 0, 0].long() * 3, x[:, 0] > -1),
     "indices": lambda x: places.indices_of(x[:, 0] > 0, 5),
+    "places": lambda x: score_order.place_by_score(x[:, 0], x[:, 0] > -1),
+    "highest": lambda x: score_order.highest(x[:, 0], x[:, 0] > -1, x[:, 0, 0].long()),
+    "recycled rows": lambda x: recycled_rows.recycled_rows(
+        x[:, 0].long(), x[:, 0, 0].long() * 9, x[:, 0, 0].long() * 4, None, 4, 0.5, 0.5
+    )[1],
+    "points": lambda x: density_peaks.centred_points(x, x[:, 0] > -1)[0],
+    "log densities": lambda x: density_peaks.log_densities(x, x[:, 0], x[:, 0] > -1, x[:, 0, 0].long(), 0),
+    "peak scores": lambda x: density_peaks.peak_scores(x, x[:, 0], x[:, 0] > -1, x[:, 0], 0),
+    "unit rows": lambda x: clusters.unit_rows(x, x[:, 0].long())[0],
+    "nearest centres": lambda x: clusters.nearest_centres(x, x[:, 0].long(), x[:, 0] > 0),
+    "clusters": lambda x: clusters.spread_clusters(
+        x[:, 0].long(), x[:, 0] > 0, x[:, 0] > 0, x[:, 0].long(), 20, "mean"
+    )[1],
+    "merges": merged,
     "received attention": lambda x: received_attention.received_attention(
         x, x, torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device), 0.25
     ),

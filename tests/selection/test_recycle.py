@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsevlm.kernels.merge import merged_states
 from sparsevlm.kernels.places import indices_of
 from sparsevlm.kernels.rank_counts import count_clusters_of
-from sparsevlm.selection import recycle as recycle_module
-from sparsevlm.selection.padded import PaddedSelection, merged_states
+from sparsevlm.kernels.recycled_rows import clusters_within
+from sparsevlm.selection import similarity
 from sparsevlm.selection.recycle import (
     assign_to_centres,
-    clusters_within,
     count_clusters,
     is_density_peak,
     merge_hidden_states,
@@ -80,7 +80,7 @@ def test_one_centre_in_each_blob():
 def test_density_peaks_in_chunks_is_the_same(monkeypatch):
     states = torch.randn(70, 16, generator=torch.Generator().manual_seed(3))
     whole = density_peaks(states, 9)
-    monkeypatch.setattr(recycle_module, "_CHUNK_ROWS", 8)
+    monkeypatch.setattr(similarity, "_MAX_BLOCK_ELEMENTS", 8 * 70)
     assert torch.equal(density_peaks(states, 9), whole)
 
 
@@ -165,7 +165,7 @@ def test_a_padded_merge_is_that_of_each_sample(dtype):
     target = torch.tensor([[0, 1, 1, 1, 4, -1], [-1] * 6])
     weight = torch.tensor([[1.0, 0.5, 0.25, 0.25, 0.5, 0.0], [0.0] * 6])
     kept = indices_of(is_kept, 4)
-    found = merged_states(states, kept, PaddedSelection(is_kept, target, weight))
+    found = merged_states(states, kept, target, weight)
     for b, n in enumerate((3, 2)):
         wanted = merge_hidden_states(states[b], kept[b, :n], target[b], weight[b])
         torch.testing.assert_close(found[b, :n], wanted)

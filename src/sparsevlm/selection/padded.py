@@ -219,38 +219,3 @@ def _takes_counts(kind: Any) -> bool:
 def is_padded(selector: Any) -> bool:
     """Tells whether a selector takes padded samples."""
     return callable(getattr(selector, "select_padded", None))
-
-
-def merged_states(hidden_states: Tensor, kept: Tensor, selection: PaddedSelection) -> Tensor:
-    """:func:`~.recycle.merge_hidden_states` of several samples.
-
-    Parameters
-    ----------
-    hidden_states : Tensor of shape (batch, n_visual, hidden_size)
-    kept : Tensor of shape (batch, n_keep), int64
-        From :func:`~sparsevlm.kernels.places.indices_of`.
-    selection : PaddedSelection
-        With merges.
-
-    Returns
-    -------
-    Tensor of shape (batch, n_keep, hidden_size)
-    """
-    target, weight = selection.merge_target, selection.weight
-    assert target is not None
-    assert weight is not None
-    batch, n, size = hidden_states.shape
-    itself = torch.arange(n, device=target.device)
-    joins = target >= 0
-    moving = joins & (target != itself)
-    # What joins nothing is added to one row behind the end.
-    begins = torch.arange(batch, device=target.device)[:, None] * n
-    flat = torch.where(joins, begins + target.clamp_min(0), batch * n).flatten()
-    changed = torch.zeros(batch * n + 1, dtype=torch.bool, device=target.device)
-    changed.index_fill_(0, torch.where(moving.flatten(), flat, batch * n), True)
-    changed = changed[:-1].view(batch, n) | (joins & ~moving & (weight != 1.0))
-    sums = torch.zeros((batch * n + 1, size), dtype=torch.float32, device=target.device)
-    sums.index_add_(0, flat, (hidden_states.float() * weight[..., None]).flatten(0, 1))
-    own = kept[..., None].expand(-1, -1, size)
-    merged = sums[:-1].view(batch, n, size).gather(1, own).to(hidden_states.dtype)
-    return torch.where(changed.gather(1, kept)[..., None], merged, hidden_states.gather(1, own))

@@ -6,19 +6,18 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...config import SparseVLMConfig
 from ...kernels.close_up import Packed, close_up
 from ...kernels.energy_rank import sketch_rank
+from ...kernels.merge import write_merged
 from ...kernels.take_states import take_states
 from ...request.request import Request
 from ...request.step import no_autocast
 from ...selection.padded import (
     PaddedContext,
     PaddedSelection,
-    merged_states,
     rank_adaptive_counts,
     select_padded,
 )
@@ -203,11 +202,11 @@ def _packed(space: Workspace, shape: PruneShape) -> Packed:
 
 def _merge(space: Workspace, shape: PruneShape, states: Tensor, selection: PaddedSelection, chosen: Tensor) -> None:
     """Write the rows that others were merged into, after all closed up."""
-    merged = merged_states(states, chosen, selection)
-    counts = torch.arange(shape.n_keep, device=chosen.device) < space.n_visual[: shape.batch, None]
-    new_rows = space.visual_rows[: shape.batch, : shape.n_keep]
-    written = torch.where(counts, new_rows, shape.rows - 1)  # the last row is padding
-    space.hidden[: shape.rows].index_copy_(0, written.flatten(), merged.flatten(0, 1))
+    target, weight, batch = selection.merge_target, selection.weight, shape.batch
+    assert target is not None
+    assert weight is not None
+    rows = space.visual_rows[:batch, : shape.n_keep]
+    write_merged(space.hidden[: shape.rows], rows, space.n_visual[:batch], states, chosen, target, weight)
 
 
 class PrunePrograms(LRUCache[tuple[Hashable, PruneStep], Callable[[], Tensor]]):

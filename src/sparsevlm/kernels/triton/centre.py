@@ -77,17 +77,24 @@ def _scale(
                 tl.store(at, tl.where(length <= rounding, 0.0, scaled), mask=column < size)
 
 
+def column_means(states: Tensor, valid: Tensor) -> Tensor:
+    """Means over the valid rows of every sample, (batch, size), float32, for :func:`centre` and its like."""
+    batch, n, size = states.shape
+    mean = torch.empty((batch, size), dtype=torch.float32, device=states.device)
+    _column_means[(triton.cdiv(size, _COLUMNS), batch)](states, valid, mean, n, size, _ROWS, _COLUMNS)
+    return mean
+
+
 def centre(states: Tensor, valid: Tensor) -> Tensor:
     """See :func:`sparsevlm.kernels.centre.centre`."""
     batch, n, size = states.shape
     states, valid = states.contiguous(), valid.contiguous()
     out = states if states.dtype == torch.float32 else torch.empty_like(states, dtype=torch.float32)
-    mean = torch.empty((batch, size), dtype=torch.float32, device=states.device)
     before, length = torch.empty((2, batch, n), dtype=torch.float32, device=states.device)
     columns = min(_MOST_COLUMNS, max(16, triton.next_power_of_2(size)))
     if states.numel():
         with torch.cuda.device_of(states):  # hooks ask from whatever device is current
-            _column_means[(triton.cdiv(size, _COLUMNS), batch)](states, valid, mean, n, size, _ROWS, _COLUMNS)
+            mean = column_means(states, valid)
             _subtract[(n, batch)](states, valid, mean, out, before, length, n, size, columns)
             _scale[(triton.cdiv(n, _SCALED), batch)](
                 out, valid, before, length, n, size, ROUNDING, _LENGTHS, _SCALED, columns

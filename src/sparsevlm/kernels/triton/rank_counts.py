@@ -19,7 +19,7 @@ _BLOCK = 1024
 
 
 @triton.jit
-def _share(bits, number):
+def share(bits, number):
     """``⌊factor · number⌋``, as the host takes it."""
     factor = bits.to(tl.int64).to(tl.float64, bitcast=True)
     return (factor * number.to(tl.float64) + tl.full([], 1e-9, tl.float64)).to(tl.int64)
@@ -29,7 +29,7 @@ def _share(bits, number):
 def _clusters(n_dropped, tau, theta, RECYCLES: tl.constexpr):
     found = n_dropped * 0
     if RECYCLES:
-        found = _share(theta, _share(tau, n_dropped))
+        found = share(theta, share(tau, n_dropped))
     return found
 
 
@@ -42,7 +42,7 @@ def _count(
     n_visual, rank = tl.load(n_visual_ptr + sample), tl.load(ranks_ptr + sample)
     if HAS_FAULTY:
         tl.store(faulty_ptr, True, mask=rank < 0)
-    theirs = _share(rank_lambda, n_visual - tl.maximum(rank, 0))
+    theirs = share(rank_lambda, n_visual - tl.maximum(rank, 0))
     stop = tl.maximum(tl.minimum(theirs, most), 0).to(tl.int32) + 1
     chosen = n_visual * 0
     for start in range(0, stop, BLOCK):
@@ -62,7 +62,7 @@ def rank_counts(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`sparsevlm.kernels.rank_counts.rank_counts`."""
     n_keep, n_clusters = torch.empty((2, *n_visual.shape), dtype=torch.int64, device=n_visual.device)
-    factors = [_bits(factor) for factor in (rule.rank_lambda, rule.tau, rule.theta)]
+    factors = [bits_of(factor) for factor in (rule.rank_lambda, rule.tau, rule.theta)]
     if n_visual.shape[0]:
         _count[(n_visual.shape[0],)](
             n_visual.contiguous(), ranks.contiguous(), n_keep, n_clusters, n_keep if is_faulty is None else is_faulty,
@@ -72,5 +72,5 @@ def rank_counts(
     return n_keep, n_clusters
 
 
-def _bits(number: float) -> int:
+def bits_of(number: float) -> int:
     return int(struct.unpack("<q", struct.pack("<d", number))[0])

@@ -13,11 +13,11 @@ from typing import Any, ClassVar
 import torch
 
 from ...config import check_unit_interval
-from ...kernels.rank_counts import count_clusters_of
+from ...kernels.recycled_rows import recycled_rows
 from ..context import TARGET_LAYERS, Selection, SelectionContext
 from ..padded import PaddedContext, PaddedSelection, padded_sample, unpadded
 from ..places import place_by_score
-from ..recycle import clusters_within, count_clusters, recycle
+from ..recycle import count_clusters, recycle
 from ..scoring import visual_scores
 
 
@@ -25,7 +25,7 @@ from ..scoring import visual_scores
 class SparseVLMSelector:
     """Scores are the raters' attention sums; a part of the output is clusters of dropped tokens.
 
-    Of ``n_keep`` tokens, C = :func:`~sparsevlm.selection.recycle.clusters_within` are recycled, unless the budget
+    Of ``n_keep`` tokens, C = :func:`~sparsevlm.kernels.recycled_rows.clusters_within` are recycled, unless the budget
     policy asks for a number of clusters (the rank-adaptive count, where τ and θ bind in full).
 
     Parameters
@@ -70,16 +70,13 @@ class SparseVLMSelector:
         recycles, n_clusters = config.recycle, context.n_clusters
         if not recycles:
             return PaddedSelection(place < n_keep[:, None])
-        if n_clusters is None:
-            n_clusters = clusters_within(n_visual, n_keep, context.most_kept, tau, theta)
-        n_best = n_keep - n_clusters
-        n_recycled = torch.maximum(count_clusters_of(n_visual - n_best, tau, theta)[0], n_clusters)
+        is_best, is_member, n_clusters = recycled_rows(
+            place, n_visual, n_keep, n_clusters, context.most_kept, tau, theta
+        )
         # Bounds of these numbers that need no value.
         most = context.valid.shape[1]
         most_recycled, most_clusters = count_clusters(most, tau, theta)
         most_clusters = min(max(1, most_clusters), context.most_kept)
-        is_best = place < n_best[:, None]
-        is_member = ~is_best & (place < (n_best + n_recycled)[:, None])
         found = recycle(
             context.hidden_states, is_member, n_clusters, max(most_recycled, most_clusters), most_clusters, config.merge
         )
