@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -176,6 +177,25 @@ def test_nothing_is_hooked_once_the_first_token_is_there():
     model.prepare_inputs_for_generation = prepare
     time_call(make_providers(model, (), static=False)[0], inputs, 4)
     assert hooked == [True, False, False, False]
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_no_garbage_is_collected_in_a_timed_call(collects):
+    model = tiny_model()
+    inputs = fresh_inputs(model, Case(36, 1, 2), torch.Generator().manual_seed(0))
+    seen = []
+    prepare = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = lambda *args, **kwargs: (
+        seen.append(gc.isenabled()) or prepare(*args, **kwargs)
+    )
+    try:
+        if not collects:
+            gc.disable()
+        time_call(make_providers(model, (), static=False)[0], inputs, 2)
+        assert gc.isenabled() == collects
+    finally:
+        gc.enable()
+    assert seen == [False, False]
 
 
 def test_a_provider_that_has_had_its_time_is_done():

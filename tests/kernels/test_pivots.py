@@ -48,13 +48,14 @@ def test_twin(batch, n, size, n_keep, fillers, rounds, most_alone, monkeypatch, 
 
 
 @pytest.mark.parametrize("rounds", [False, True])
-@pytest.mark.parametrize("most_blocked", [0, 8192])
+@pytest.mark.parametrize(("most_blocked", "most_in_a_block"), [(0, 37), (0, 30), (8192, 37)])
 @pytest.mark.parametrize(("batch", "n", "size", "n_keep"), [(2, 40, 60, 37), (1, 40, 9, 37), (1, 36, 20, 35)])
-def test_blocks_of_picks_are_as_one(batch, n, size, n_keep, most_blocked, rounds, monkeypatch, device):
+def test_blocks_of_picks_are_as_one(batch, n, size, n_keep, most_blocked, most_in_a_block, rounds, monkeypatch, device):
     """Sixteen picks a block, or one block that reads its factor in parts; with few columns all begins anew within."""
     monkeypatch.setattr(module, "_TILE", 16 * 64)
     monkeypatch.setattr(module, "_FEW", 16)
     monkeypatch.setattr(module, "_MOST_BLOCKED", most_blocked)
+    monkeypatch.setattr(module, "_MOST_IN_A_BLOCK", most_in_a_block)
     rows, quality = make(batch, n, size, device)
     gram = rows @ rows.mT
     found = pivoted_cholesky(gram, quality, n_keep, rounds, NOISE)

@@ -22,8 +22,9 @@ _TILE, _WARPS = 8192, 8
 _FEW = 64
 # So many rows are picked by one program, which hears of nobody.
 _MOST_ALONE = 256
-# More rows are picked in one block: products of all pairs are not held twice.
-_MOST_BLOCKED = 8192
+# More rows are picked in one block, as products of all pairs are then not held twice, unless so many picks would each
+# read all that came before.
+_MOST_BLOCKED, _MOST_IN_A_BLOCK = 8192, 4096
 _COPIED = 1024
 
 
@@ -171,7 +172,7 @@ def _launch(
     n_programs, n_rows = triton.cdiv(n, n_own), max(LEAST_ROWS, triton.next_power_of_2(n_own))
     chunk = max(16, _TILE // n_rows)
     chunk = min(chunk, _FEW) if n_keep <= _FEW else chunk
-    width = min(n_keep, chunk) if n <= _MOST_BLOCKED else n_keep
+    width = min(n_keep, chunk) if n <= _MOST_BLOCKED or n_keep > _MOST_IN_A_BLOCK else n_keep
     factor, left = torch.empty((batch, n, width), device=device), torch.empty((batch, n), device=device)
     residual = torch.empty((2, batch, n), device=device)
     slots = torch.zeros((2, batch, n_programs), dtype=torch.int64, device=device)
