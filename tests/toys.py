@@ -13,13 +13,22 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3Config,
+    SiglipVisionConfig,
 )
 
 IMAGE, VIDEO, VISION_START, VISION_END, EOS, PAD = 90, 91, 92, 93, 94, 95
@@ -43,6 +52,9 @@ class Kind:
         Its value in ``mm_token_type_ids``; ``None``: the family has no such input.
     size : tuple of int, optional
         Visual tokens of every input by height and width, whatever a prompt asks for; ``None``: as it asks.
+    tokens : callable, optional
+        ``tokens(*size)`` lists the ids between ``before`` and ``after``, where they are not as many placeholders as
+        the size says.
     """
 
     token: int
@@ -52,8 +64,13 @@ class Kind:
     token_type: int | None = None
     size: tuple[int, ...] | None = None
 
+    tokens: Callable[..., list[int]] | None = None
+
     def size_of(self, asked: Sequence[int]) -> Sequence[int]:
         return asked if self.size is None else self.size
+
+    def ids(self, *size: int) -> list[int]:
+        return self.tokens(*size) if self.tokens is not None else [self.token] * math.prod(size)
 
 
 @dataclass(frozen=True)
@@ -74,6 +91,8 @@ class Family:
         Attributes in which positions outlast a call.
     on_engine : bool
         Whether the engine runs it.
+    groups_images : bool
+        Whether every transformers knows which images belong to one prompt when it copies prompts.
     """
 
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]
@@ -83,6 +102,7 @@ class Family:
     n_position_axes: int = 1
     remembered: tuple[str, ...] = ()
     on_engine: bool = True
+    groups_images: bool = False
 
     def decoder_of(self, model) -> nn.Module:
         return operator.attrgetter(self.decoder)(model)
@@ -153,12 +173,71 @@ def _llava_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor
     return {"pixel_values": torch.randn(1, 3, h * PATCH, w * PATCH, generator=generator)}
 
 
-_OF_QWEN = {"n_position_axes": 3, "remembered": ("model.rope_deltas",)}
+# Towers of 3 x 3 patches; pictures of 4 x 6 patches in four tiles, of whose margins two rows are cut off.
+_TILE, _PINPOINTS = 3 * PATCH, [[3 * PATCH, 6 * PATCH], [6 * PATCH, 3 * PATCH], [6 * PATCH, 6 * PATCH]]
+_SMALL_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+_SMALL_TOWER |= {"image_size": _TILE, "patch_size": PATCH}
+
+
+def _llava_next(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = CLIPVisionConfig(**_SMALL_TOWER, projection_dim=32, **vision_options)
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=LlamaConfig(**text), image_token_id=IMAGE, image_grid_pinpoints=_PINPOINTS
+    )
+    return LlavaNextForConditionalGeneration, config
+
+
+def _llava_onevision(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = SiglipVisionConfig(**_SMALL_TOWER, vision_use_head=False, **vision_options)
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=Qwen2Config(**text), image_token_id=IMAGE, video_token_id=VIDEO,
+        image_grid_pinpoints=_PINPOINTS,
+    )  # fmt: skip
+    return LlavaOnevisionForConditionalGeneration, config
+
+
+def _tiles(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    pixels = torch.randn(1, 5, 3, _TILE, _TILE, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[h * PATCH, w * PATCH]])}
+
+
+def _frames(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values_videos": torch.randn(1, t, 3, _TILE, _TILE, generator=generator)}
+
+
+_IN_TILES = Kind(IMAGE, _tiles, size=(4, 6), tokens=lambda h, w: [IMAGE] * (9 + h * (w + 1)))
+_IN_FRAMES = Kind(VIDEO, _frames, size=(3, 2, 2), tokens=lambda t, h, w: [VIDEO] * (t * h * w + 1))
+
+
+def _internvl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    """As in InternVL 3.5; 3 has Qwen2 for a text model."""
+    vision = {**_SMALL_TOWER, "image_size": [4 * PATCH] * 2, "patch_size": [PATCH] * 2, **vision_options}
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen3Config(**text, head_dim=16), image_token_id=IMAGE, image_seq_length=4
+    )
+    return InternVLForConditionalGeneration, config
+
+
+def _three_tiles(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(t, 3, 2 * h * PATCH, 2 * w * PATCH, generator=generator)}
+
+
+_OF_QWEN = {"n_position_axes": 3, "remembered": ("model.rope_deltas",), "groups_images": True}
 FAMILIES = {
     "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **_OF_QWEN),
     "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(_qwen_video), **_OF_QWEN),
     "llava": Family(
         _llava, {"image": Kind(IMAGE, _llava_image, size=(4, 4))}, tower="model.vision_tower", on_engine=False
+    ),
+    "llava_next": Family(_llava_next, {"image": _IN_TILES}, tower="model.vision_tower", on_engine=False),
+    "llava_onevision": Family(
+        _llava_onevision, {"image": _IN_TILES, "video": _IN_FRAMES}, tower="model.vision_tower", on_engine=False
+    ),
+    "internvl": Family(
+        _internvl,
+        {"image": Kind(IMAGE, _three_tiles, (VISION_START,), (VISION_END,), size=(3, 2, 2))},
+        tower="model.vision_tower",
+        on_engine=False,
     ),
 }
 ON_ENGINE = tuple(name for name, family in FAMILIES.items() if family.on_engine)
@@ -223,9 +302,10 @@ def make_inputs(*rows, seed: int = 0, pad: bool = True, family: str = "qwen2_5_v
                 continue
             kind = kinds[name]
             size = kind.size_of(asked)
-            n_tokens = math.prod(size)
-            row_ids += [*kind.before, *[kind.token] * n_tokens, *kind.after]
-            row_types += [0] * len(kind.before) + [kind.token_type] * n_tokens + [0] * len(kind.after)
+            between = kind.ids(*size)
+            row_ids += [*kind.before, *between, *kind.after]
+            of_kind = [kind.token_type if token == kind.token else 0 for token in between]
+            row_types += [0] * len(kind.before) + of_kind + [0] * len(kind.after)
             for key, value in kind.inputs(generator, *size).items():
                 visual.setdefault(key, []).append(value)
         ids.append(row_ids)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sparsevlm.models import adapter_for, supported_model_types
+from sparsevlm.models import adapter_for, n_tokens, supported_model_types
 from sparsevlm.models.registry import FAMILIES as REGISTRY
-from toys import FAMILIES, IMAGE, VIDEO, make_inputs, tiny_model
+from toys import FAMILIES, IMAGE, make_inputs, tiny_model
 
 ROOMS = Path(__file__).parents[2] / "src" / "sparsevlm"
 
@@ -42,18 +42,22 @@ def test_an_adapter_describes_its_model(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_grids_hold_as_many_tokens_as_the_prompt(name):
-    model = tiny_model(name)
+def test_layouts_hold_as_many_tokens_as_the_prompt(name):
+    model, kinds = tiny_model(name), FAMILIES[name].kinds
     adapter = adapter_for(model)
     rows = [("text", 2), ("image", 4, 6), ("text", 3), ("image", 2, 4), ("text", 1)]
     inputs = make_inputs(rows, family=name)
-    grids = adapter.family.grids(adapter, "image", inputs)
-    assert len(grids) == 2
-    assert sum(t * h * w for t, h, w in grids) == int((inputs["input_ids"] == IMAGE).sum())
+    layouts = adapter.family.layouts(adapter, "image", inputs)
+    assert [n_tokens(layout) for layout in layouts] == [
+        kinds["image"].ids(*kinds["image"].size_of(size)).count(IMAGE) for size in ((4, 6), (2, 4))
+    ]
+    assert sum(map(n_tokens, layouts)) == int((inputs["input_ids"] == IMAGE).sum())
     if "video" in adapter.modalities:
         inputs = make_inputs([("video", 2, 3, 4), ("text", 4)], family=name)
-        assert adapter.family.grids(adapter, "video", inputs) == [(2, 3, 4)]
-        assert int((inputs["input_ids"] == VIDEO).sum()) == 24
+        (layout,) = adapter.family.layouts(adapter, "video", inputs)
+        assert n_tokens(layout) == int((inputs["input_ids"] == kinds["video"].token).sum()) > 0
+        if kinds["video"].size is None:
+            assert layout == (2, 3, 4)
 
 
 @pytest.mark.parametrize(("layer", "n_blocks"), [(-2, 3), (-1, 4), (4, 4), (2, 2), ([-2, 1], 3)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -152,6 +154,19 @@ TOGETHER = (("prompt", "variant", "attention"), ("way", "cache", "attention"), (
 PADDED = tuple(name for name, rows in PROMPTS.items() if not bool(make_inputs(*rows)["attention_mask"].all()))
 
 
+@functools.cache
+def takes_encodings(family: str) -> bool:
+    return "mm_encoder_outputs" in inspect.signature(tiny_model(family).forward).parameters
+
+
+def may_be_copied(family: str, rows) -> bool:
+    """Whether transformers gives images to the right copies; where not, it is refused (test_copied_prompts)."""
+    if FAMILIES[family].groups_images or takes_encodings(family):
+        return True
+    pixels = [len(value) for name, value in make_inputs(*rows, family=family).items() if "pixel" in name]
+    return all(n == len(rows) for n in pixels)
+
+
 def possible(case) -> bool:
     way, rows = WAYS[case["way"]], PROMPTS[case["prompt"]]
     if case["cache"] not in way.caches or not FAMILIES[case["family"]].takes(rows):
@@ -159,6 +174,8 @@ def possible(case) -> bool:
     if case["mask"] == "no mask" and (case["prompt"] in PADDED or not way.mask_may_be_absent):
         return False
     if case["way"] == "prompt lookup" and len(rows) > 1:
+        return False
+    if case["way"] in ("several sequences", "beams") and not may_be_copied(case["family"], rows):
         return False
     if case["cache"] == "none" and case["way"] != "direct call":
         return case["way"] != "beams" or case["variant"] != "random"  # a draw is that of the row, which a beam leaves
@@ -180,6 +197,14 @@ def test_pruned_is_masked(case, place):
         cache=case["cache"], mask=case["mask"] == "mask",
     )  # fmt: skip
     WAYS[case["way"]].ask(run)
+
+
+@pytest.mark.parametrize("copies", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if not may_be_copied(name, PROMPTS["two images"])])
+def test_copied_prompts_that_transformers_mixes_up_are_refused(family, copies, place):
+    run = build(PROMPTS["two images"], VARIANTS["random"], place, family=family)
+    with pytest.raises(NotImplementedError, match="to the wrong prompts where each is copied 2 times"):
+        run.model.generate(**run.inputs, max_new_tokens=2, **copies)
 
 
 @pytest.mark.parametrize("variant", ["random", "rank adaptive", "before the decoder", "before and inside"])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of, check_layer_arguments
-from ..request.inputs import check_call, check_inputs, check_mode, check_packing, visual_masks
+from ..request.inputs import check_call, check_copies, check_inputs, check_mode, check_packing, visual_masks
 from ..request.kv_cache import cache_bytes, check_cache, static_note
 from ..request.opening import open_request
 from ..request.request import Request
@@ -142,7 +142,8 @@ class ModelHooks:
         if not masks:
             self._begin_dense(cache, ids, inputs.get("attention_mask"))
             return
-        request = open_request(self._session, inputs, masks, self._vision.grids(inputs, masks), logits_to_keep)
+        check_copies(self._adapter, inputs, self._session.copies)
+        request = open_request(self._session, inputs, masks, self._vision.layouts(inputs, masks), logits_to_keep)
         if cache is not None and not request.drops_nothing:
             check_cache(cache, self._adapter.n_layers)
         if request.config.vision_keep < 1.0 and request.first is None:

@@ -1,6 +1,7 @@
 """Model families as data: where the decoder, the vision tower and the visual tokens of a model are."""
 
-from .base import Decoder, Family, Grid, Modality, ModelAdapter, Vision
+from .base import Decoder, Family, Modality, ModelAdapter, Vision
+from .layout import Grid, Layout, Tiles, n_tokens, separators
 from .registry import FAMILIES, adapter_for, supported_model_types
 from .wrapping import check_module, compiled_parts, unwrap, wrapper_hint
 
@@ -9,12 +10,16 @@ __all__ = [
     "Decoder",
     "Family",
     "Grid",
+    "Layout",
     "Modality",
     "ModelAdapter",
+    "Tiles",
     "Vision",
     "adapter_for",
     "check_module",
     "compiled_parts",
+    "n_tokens",
+    "separators",
     "supported_model_types",
     "unwrap",
     "wrapper_hint",

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from .base import Decoder, DecoderBlock, Family, Grid, Modality, ModelAdapter, PackedTower, TowerBlock, Vision
+from .base import Decoder, DecoderBlock, Family, Modality, ModelAdapter, PackedTower, TowerBlock, Vision
+from .layout import Grid, Layout
 
 # The vision configuration of Qwen2.5-VL has these, that of Qwen2-VL does not.
 _ONLY_IN_2_5 = ("fullatt_block_indexes", "window_size")
@@ -102,10 +103,10 @@ class Qwen2VLFamily(Family):
         )
         return order
 
-    def coordinates(self, grids: Iterable[Grid], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
         """M-RoPE's positions."""
         if position_ids is None or position_ids.shape[0] != 3:
-            return super().coordinates(grids, position_ids, visual)
+            return super().coordinates(layouts, position_ids, visual)
         return position_ids[:, visual]
 
 

@@ -6,10 +6,26 @@ from typing import Any
 
 from .base import Family, ModelAdapter
 from .llava import LlavaFamily
+from .plain import TiledFamily
 from .qwen2_vl import Qwen2VLFamily
 from .wrapping import check_module, wrapper_hint
 
-FAMILIES: tuple[Family, ...] = (Qwen2VLFamily(), LlavaFamily())
+_CUT = "the tokens of a picture in tiles are not those of the tower: margins are cut off, and large pictures scaled"
+FAMILIES: tuple[Family, ...] = (
+    Qwen2VLFamily(),
+    LlavaFamily(("llava",), ("LlavaForConditionalGeneration",)),
+    LlavaFamily(("llava_next",), ("LlavaNextForConditionalGeneration",), unreadable=_CUT),
+    LlavaFamily(
+        ("llava_onevision",), ("LlavaOnevisionForConditionalGeneration",), unreadable=_CUT, video_token="video_token_id"
+    ),
+    TiledFamily(
+        ("internvl",),
+        ("InternVLForConditionalGeneration",),
+        blocks="encoder.layer",
+        attention="attention",
+        merge="downsample_ratio",
+    ),
+)
 
 
 def supported_model_types() -> tuple[str, ...]:

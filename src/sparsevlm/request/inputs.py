@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..compat import cache_of
-from ..models import Grid, ModelAdapter
+from ..models import Layout, ModelAdapter, n_tokens
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -64,50 +64,53 @@ def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, 
 
 
 def visual_grids(
-    adapter: ModelAdapter, grids: Mapping[str, Sequence[Grid] | None], input_ids: Tensor | None
-) -> list[list[Grid]]:
-    """Grid (t, h, w) in tokens of each image or video, per sample in prompt order; empty where it cannot be told.
+    adapter: ModelAdapter, layouts: Mapping[str, Sequence[Layout] | None], input_ids: Tensor | None
+) -> list[list[Layout]]:
+    """Layout of each image or video, per sample in prompt order; empty where it cannot be told.
 
-    Grids may be those of a batch before it was expanded for beams: then every group of equal rows shares them.
+    Layouts may be those of a batch before it was expanded for beams: then every group of equal rows shares them.
 
     Parameters
     ----------
     adapter : ModelAdapter
-    grids : mapping
+    layouts : mapping
         Of all images of the batch in order, by kind.
     input_ids : Tensor of shape (batch, q_len), int64, optional
     """
     if input_ids is None:
         return []
-    by_token = {modality.token_id: list(grids.get(kind) or ()) for kind, modality in adapter.modalities.items()}
+    by_token: dict[int, list[Layout]] = {modality.token_id: [] for modality in adapter.modalities.values()}
+    for kind, found in layouts.items():
+        by_token[adapter.modalities[kind].token_id] += found or ()
     rows = input_ids.tolist()
     for copies in (n for n in range(1, len(rows) + 1) if len(rows) % n == 0):
-        found = _grids_of_rows(rows[::copies], by_token)
-        if found is not None:
-            return [row for row in found for _ in range(copies)]
+        of_rows = _layouts_of_rows(rows[::copies], by_token)
+        if of_rows is not None:
+            return [row for row in of_rows for _ in range(copies)]
     return []
 
 
-def _grids_of_rows(rows: list[list[int]], grids: dict[int, list[Grid]]) -> list[list[Grid]] | None:
-    """Hand out the grids in order of the placeholders, or ``None`` if the numbers do not fit."""
-    queues = {token_id: list(found) for token_id, found in grids.items()}
-    per_row: list[list[Grid]] = []
+def _layouts_of_rows(rows: list[list[int]], layouts: dict[int, list[Layout]]) -> list[list[Layout]] | None:
+    """Hand out the layouts in order of the placeholders, or ``None`` if the numbers do not fit.
+
+    Text may stand among the tokens of an image, such as the ends of its rows, but no other image.
+    """
+    queues = {token_id: list(found) for token_id, found in layouts.items()}
+    per_row: list[list[Layout]] = []
     for row in rows:
         per_row.append([])
-        position = 0
-        while position < len(row):
-            token_id = row[position]
-            if token_id not in queues:
-                position += 1
-                continue
-            if not queues[token_id]:
+        of_token, missing = None, 0
+        for token_id in filter(queues.__contains__, row):
+            if missing and token_id != of_token:
                 return None
-            grid = queues[token_id].pop(0)
-            size = grid[0] * grid[1] * grid[2]
-            if row[position : position + size] != [token_id] * size:
-                return None
-            per_row[-1].append(grid)
-            position += size
+            if not missing:
+                if not queues[token_id]:
+                    return None
+                per_row[-1].append(queues[token_id].pop(0))
+                of_token, missing = token_id, n_tokens(per_row[-1][-1])
+            missing -= 1
+        if missing:
+            return None
     return None if any(queues.values()) else per_row
 
 
@@ -183,6 +186,37 @@ def _check_fits(name: str, value: Any, tokens: Tensor, *, has_cache: bool) -> No
             f"{name} has shape {(n_rows, n_columns)}; wanted is {(batch, length)}, one entry per token. Take what the "
             "processor makes, or leave it out."
         )
+
+
+def check_copies(adapter: ModelAdapter, inputs: Mapping[str, Any], copies: int) -> None:
+    """Refuse copies of prompts with several images each, where transformers gives them to the wrong prompts.
+
+    Older versions repeat every image by itself ([A, A, B, B] for a prompt with A and B), unless the model's class or
+    sizes of images tell them which belong together. Newer ones encode before they repeat.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    inputs : mapping
+        Keyword arguments of the base model.
+    copies : int
+        Rows per prompt: beams or returned sequences.
+
+    Raises
+    ------
+    NotImplementedError
+    """
+    ids = inputs.get("input_ids")
+    for kind, modality in adapter.modalities.items():
+        pixels = inputs.get(modality.pixels)
+        if copies == 1 or ids is None or not isinstance(pixels, Tensor) or modality.size_inputs:
+            continue
+        if pixels.shape[0] != ids.shape[0]:
+            raise NotImplementedError(
+                f"this version of transformers gives the {kind}s of a prompt with several of them (or with several "
+                f"tiles) to the wrong prompts where each is copied {copies} times, with SparseVLM and without. Install "
+                "transformers 5.24, or pass num_beams=1 and num_return_sequences=1."
+            )
 
 
 def check_mask(attention_mask: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..compat import cache_of
-from ..models import Grid, ModelAdapter
+from ..models import Layout, ModelAdapter, Tiles, n_tokens, separators
 from ..selection.budget import Plan, clamped_floors, nothing_to_drop, plan_budget, plan_schedule
 from ..template import Template
 from .inputs import check_mask, visual_grids
@@ -22,7 +22,7 @@ def open_request(
     session: Session,
     inputs: Mapping[str, Any],
     masks: Mapping[str, Tensor],
-    grids: Mapping[str, Sequence[Grid] | None],
+    layouts: Mapping[str, Sequence[Layout] | None],
     logits_to_keep: int = 1,
 ) -> Request:
     """Begin the request of a prompt with images or videos, or go on with it where ``generate`` has no cache.
@@ -34,7 +34,7 @@ def open_request(
         Keyword arguments of the base model.
     masks : mapping
         Placeholders by kind, (batch, q_len), from :func:`~.prompt.visual_masks`.
-    grids : mapping
+    layouts : mapping
         Of all images in order, by kind, where they are known.
     logits_to_keep : int
         Rows at the end that the caller wants logits of; 0: all.
@@ -49,7 +49,7 @@ def open_request(
     if (running := session.running) is not None and cache is None and running.continues_in(ids):
         running.begin_decode_step()
         inputs = {**inputs, "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), 0, mask.shape)}
-        samples = make_samples(session.adapter, inputs, mask, grids, session.template, 0)
+        samples = make_samples(session.adapter, inputs, mask, layouts, session.template, 0)
         return running.step_without_cache(samples, mask.shape[1])
     request = session.new_request(cache, mask.shape[0], mask.shape[1], logits_to_keep)
     if session.in_generate and cache is None and ids is not None:
@@ -61,7 +61,7 @@ def open_request(
             **inputs,
             "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), request.past_len, mask.shape),
         }
-    request.begin_prompt(make_samples(session.adapter, inputs, mask, grids, session.template, n_drafted))
+    request.begin_prompt(make_samples(session.adapter, inputs, mask, layouts, session.template, n_drafted))
     plan_samples(session.adapter, request)
     _warn(session, request)
     return request
@@ -81,7 +81,7 @@ def make_samples(
     adapter: ModelAdapter,
     inputs: Mapping[str, Any],
     mask: Tensor,
-    grids: Mapping[str, Sequence[Grid] | None],
+    layouts: Mapping[str, Sequence[Layout] | None],
     template: Template,
     n_drafted: int,
 ) -> list[Sample]:
@@ -97,7 +97,7 @@ def make_samples(
         Keyword arguments of the base model.
     mask : Tensor of shape (batch, q_len), bool
         Visual tokens.
-    grids : mapping
+    layouts : mapping
         Of all images of the batch in order, by kind, where they are known.
     template : Template
         Token ids that the chat template puts around a prompt.
@@ -123,7 +123,8 @@ def make_samples(
     on_cpu = mask.cpu() & valid
     prompt_end = q_len - n_drafted
     _check_drafts(adapter, on_cpu[:, prompt_end:])
-    by_row = visual_grids(adapter, grids, ids)
+    by_row = visual_grids(adapter, layouts, ids)
+    _protect_separators(adapter, on_cpu, by_row)
     goes_on = valid.clone()
     goes_on[:, prompt_end - 1 :] = True  # what predicts the next token, even if it is hidden from all others
     samples = []
@@ -149,7 +150,7 @@ def make_samples(
             last=last,
             alive=torch.arange(visual.shape[0], device="cpu"),
             tail=_tail_length(visual, other, q_len),
-            grids=tuple(by_row[b]) if by_row else (),
+            layouts=tuple(by_row[b]) if by_row else (),
             image_sizes=_image_sizes(visual, None if ids is None else ids[b], by_row[b] if by_row else ()),
         )
         sample.to(mask.device)
@@ -157,11 +158,21 @@ def make_samples(
     return samples
 
 
-def _image_sizes(visual: Tensor, ids: Tensor | None, grids: Sequence[Grid]) -> tuple[int, ...]:
-    """Visual tokens of each image: by the grids, or by runs of the same token where these are unknown."""
-    sizes = tuple(t * h * w for t, h, w in grids)
-    if sum(sizes) == visual.shape[0]:
-        return sizes
+def _protect_separators(adapter: ModelAdapter, visual: Tensor, by_row: Sequence[Sequence[Layout]]) -> None:
+    """Take what stands for no patch out of a mask of placeholders, (batch, q_len), where the family says so."""
+    for mask, layouts in zip(visual, by_row, strict=False):
+        if any(isinstance(layout, Tiles) for layout in layouts) and adapter.family.protects_separators:
+            mask[mask.clone()] = ~torch.cat([separators(layout) for layout in layouts])
+
+
+def _image_sizes(visual: Tensor, ids: Tensor | None, layouts: Sequence[Layout]) -> tuple[int, ...]:
+    """Visual tokens of each image: by the layouts, or by runs of the same token where these are unknown."""
+    for sizes in (
+        tuple(map(n_tokens, layouts)),
+        tuple(n_tokens(layout) - int(separators(layout).sum()) for layout in layouts),
+    ):
+        if sum(sizes) == visual.shape[0]:
+            return sizes
     begins = visual.diff() != 1
     if ids is not None:
         begins |= ids[visual].diff() != 0

@@ -82,11 +82,18 @@ def check_needs(adapter: ModelAdapter, traits: SelectorTraits) -> None:
     ------
     NotImplementedError
     """
-    if traits.needs & VISION_NEEDS and not adapter.vision.readable:
+    if not traits.needs & VISION_NEEDS or adapter.vision.readable:
+        return
+    needed = f"selector {traits.name!r} needs {', '.join(sorted(traits.needs & VISION_NEEDS))}, which is"
+    if why := adapter.vision.unreadable:
         raise NotImplementedError(
-            f"selector {traits.name!r} needs {', '.join(sorted(traits.needs & VISION_NEEDS))}, which is read in blocks "
-            f"with full attention, and the vision tower of this {adapter.name} has none. Choose another selector."
+            f"{needed} not read in the vision tower of a {adapter.name}: {why}. Choose a selector that does not look "
+            "into the tower, such as 'span', 'sparsevlm' or 'cdpruner'."
         )
+    raise NotImplementedError(
+        f"{needed} read in blocks with full attention, and the vision tower of this {adapter.name} has none. Choose "
+        "another selector."
+    )
 
 
 def check_weights(adapter: ModelAdapter, config: SparseVLMConfig) -> None:

@@ -61,12 +61,15 @@ class Session:
         Rows that the running call makes of every prompt: beams or returned sequences.
     plain_reason : str
         Why the running call is not for the engine; empty without an engine.
+    given : mapping
+        Arguments of the running call; transformers keeps some to itself, such as the sizes of images.
     """
 
     def __init__(self, adapter: ModelAdapter, config: SparseVLMConfig, template: Template) -> None:
         self.adapter, self.template = adapter, template
         self.lock = GenerationLock()
         self.plain_reason, self.copies = "", 1
+        self.given: Mapping[str, Any] = {}
         self.in_generate = self.is_drafting = self._is_open = self._expects_images = False
         self._n_overrides, self._warned = 0, set[str]()
         self._current: Request | None = None
@@ -75,7 +78,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without requests."""
-        return {**vars(self), "_n_overrides": 0, "_current": None, "in_generate": False}
+        return {**vars(self), "_n_overrides": 0, "_current": None, "in_generate": False, "given": {}}
 
     @property
     def options(self) -> Options:
@@ -232,9 +235,12 @@ class Session:
         """Begin a call of ``generate``, or a direct one; ``plain_reason`` tells why the engine does not run it."""
         self.plain_reason, self.copies = plain_reason, 1
         self.is_drafting = self._is_open = self._expects_images = False
+        self.given = {}
 
     def expect_images(self, arguments: Mapping[str, Any]) -> None:
-        """Note whether the running call was given images or videos, under whatever name transformers has for them."""
+        """Note the arguments of the running call, and whether images or videos are among them, under whatever name
+        transformers has for these."""
+        self.given = arguments
         self._expects_images = any("pixel" in name and value is not None for name, value in arguments.items())
 
     def check_mask(self, arguments: Mapping[str, Any]) -> None:
@@ -256,7 +262,8 @@ class Session:
         is_nested : bool
             Whether another call goes on around it: what belongs to that one comes back at the end.
         """
-        names = ("_current", "_is_open", "_expects_images", "is_drafting", "plain_reason", "copies", "in_generate")
+        of_call = ("_current", "_is_open", "_expects_images", "is_drafting", "plain_reason", "copies", "given")
+        names = (*of_call, "in_generate")
         before = {name: getattr(self, name) for name in names}
         self.begin_call()
         self.in_generate = True
