@@ -13,8 +13,24 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    DeepseekV3Config,
+    DeepseekVLConfig,
+    DeepseekVLForConditionalGeneration,
+    GemmaConfig,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
+    Glm46VConfig,
+    Glm46VForConditionalGeneration,
+    GlmOcrConfig,
+    GlmOcrForConditionalGeneration,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    Kimi_K25Config,
+    Kimi_K25ForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -22,6 +38,16 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    Ovis2Config,
+    Ovis2ForConditionalGeneration,
+    PaddleOCRVLConfig,
+    PaddleOCRVLForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
@@ -29,9 +55,12 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
     SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 IMAGE, VIDEO, VISION_START, VISION_END, EOS, PAD = 90, 91, 92, 93, 94, 95
+INDICATORS = (81, 82, 83, 84, 85)  # of Ovis2, around images
 PATCH = 14
 N_LAYERS = 6
 
@@ -91,6 +120,8 @@ class Family:
         Attributes in which positions outlast a call.
     on_engine : bool
         Whether the engine runs it.
+    prefix : bool
+        Whether all of a prompt sees all of it; ``token_type_ids`` say what is prompt.
     groups_images : bool
         Whether every transformers knows which images belong to one prompt when it copies prompts.
     """
@@ -102,6 +133,7 @@ class Family:
     n_position_axes: int = 1
     remembered: tuple[str, ...] = ()
     on_engine: bool = True
+    prefix: bool = False
     groups_images: bool = False
 
     def decoder_of(self, model) -> nn.Module:
@@ -222,6 +254,133 @@ def _three_tiles(generator: torch.Generator, t: int, h: int, w: int) -> dict[str
     return {"pixel_values": torch.randn(t, 3, 2 * h * PATCH, 2 * w * PATCH, generator=generator)}
 
 
+def _smolvlm(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_SMALL_TOWER, "image_size": 4 * PATCH, **vision_options}
+    config = SmolVLMConfig(vision_config=vision, text_config=LlamaConfig(**text), image_token_id=IMAGE)
+    return SmolVLMForConditionalGeneration, config
+
+
+def _idefics3(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_SMALL_TOWER, "image_size": 4 * PATCH, **vision_options}
+    config = Idefics3Config(vision_config=vision, text_config=LlamaConfig(**text), image_token_id=IMAGE)
+    return Idefics3ForConditionalGeneration, config
+
+
+def _apart(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(1, t, 3, 2 * h * PATCH, 2 * w * PATCH, generator=generator)}
+
+
+_TILES_APART = Kind(IMAGE, _apart, size=(3, 2, 2), tokens=lambda t, h, w: [80, *[IMAGE] * h * w] * t + [80])
+
+
+def _paligemma(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = SiglipVisionConfig(**{**_SMALL_TOWER, **vision_options}, projection_dim=64, vision_use_head=False)
+    text = GemmaConfig(**text, head_dim=16)
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, projection_dim=64, hidden_size=64, vocab_size=96
+    )
+    return PaliGemmaForConditionalGeneration, config
+
+
+def _small_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(1, 3, h * PATCH, w * PATCH, generator=generator)}
+
+
+def _ovis2(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_SMALL_TOWER, "image_size": 4 * PATCH, "hidden_stride": 2, "vocab_size": 40, **vision_options}
+    config = Ovis2Config(
+        vision_config=vision, text_config=Qwen2Config(**text), image_token_id=IMAGE, vocab_size=96, hidden_size=64,
+        visual_indicator_token_ids=list(INDICATORS),
+    )  # fmt: skip
+    return Ovis2ForConditionalGeneration, config
+
+
+def _deepseek_vl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = SiglipVisionConfig(**{**_SMALL_TOWER, **vision_options}, vision_use_head=False)
+    config = DeepseekVLConfig(vision_config=vision, text_config=LlamaConfig(**text), image_token_id=IMAGE)
+    return DeepseekVLForConditionalGeneration, config
+
+
+def _mistral3(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = PixtralVisionConfig(**{**_SMALL_TOWER, "image_size": 16 * PATCH, **vision_options})
+    text = MistralConfig(**text, sliding_window=None, head_dim=16)
+    config = Mistral3Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    return Mistral3ForConditionalGeneration, config
+
+
+def _sized_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    """Filled up to one size, as the processor does."""
+    pixels = torch.randn(1, 3, 12 * PATCH, 12 * PATCH, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[2 * h * PATCH, 2 * w * PATCH]])}
+
+
+_ENDED_ROWS = Kind(IMAGE, _sized_image, (), (81,), tokens=lambda h, w: ([*[IMAGE] * w, 80] * h)[:-1])
+
+
+_GLM = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "image_start_token_id": VISION_START,
+    "image_end_token_id": VISION_END,
+    "video_start_token_id": 87,
+    "video_end_token_id": 88,
+}
+
+
+def _glm(config: type, cls: type, more: dict[str, Any]) -> Callable[..., tuple[type, Any]]:
+    def make(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+        vision = {**_QWEN_VISION, "depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+        text = {**text, "rope_parameters": rope, "head_dim": 16, **more}
+        return cls, config(text_config=text, vision_config={**vision, **vision_options}, **_GLM)
+
+    return make
+
+
+# Frames stand apart, each behind a written time, under the placeholder of images.
+_GLM_KINDS = {
+    "image": Kind(IMAGE, _qwen_image, (VISION_START,), (VISION_END,), 1),
+    "video": Kind(
+        IMAGE,
+        _qwen_video,
+        (87,),
+        (88,),
+        2,
+        tokens=lambda t, h, w: [VISION_START, *[IMAGE] * h * w, VISION_END, 80] * t,
+    ),
+}
+
+
+def _paddleocr_vl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_SMALL_TOWER, "image_size": 8 * PATCH, "num_channels": 3, **vision_options}
+    text = {**text, "rope_parameters": _MROPE, "head_dim": 16}
+    config = PaddleOCRVLConfig(text_config=text, vision_config=vision, **_QWEN)
+    return PaddleOCRVLForConditionalGeneration, config
+
+
+def _single_patches(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    pixels = torch.randn(4 * h * w, 3, PATCH, PATCH, generator=generator)
+    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2 * h, 2 * w]])}
+
+
+def _kimi_k25(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"pos_emb_height": 8, "pos_emb_width": 8, **vision_options}
+    text = {**text, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8}
+    text |= {"qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    text |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_shared_experts": 1}
+    config = Kimi_K25Config(
+        text_config=DeepseekV3Config(**text), vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
+        projection_hidden_size=32,
+    )  # fmt: skip
+    return Kimi_K25ForConditionalGeneration, config
+
+
+def _single_frames(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    pixels = torch.randn(t * 4 * h * w, 3, PATCH, PATCH, generator=generator)
+    return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]])}
+
+
 _OF_QWEN = {"n_position_axes": 3, "remembered": ("model.rope_deltas",), "groups_images": True}
 FAMILIES = {
     "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **_OF_QWEN),
@@ -236,6 +395,59 @@ FAMILIES = {
     "internvl": Family(
         _internvl,
         {"image": Kind(IMAGE, _three_tiles, (VISION_START,), (VISION_END,), size=(3, 2, 2))},
+        tower="model.vision_tower",
+        on_engine=False,
+    ),
+    "smolvlm": Family(
+        _smolvlm, {"image": _TILES_APART}, decoder="model.text_model", tower="model.vision_model", on_engine=False
+    ),
+    "idefics3": Family(
+        _idefics3, {"image": _TILES_APART}, decoder="model.text_model", tower="model.vision_model", on_engine=False
+    ),
+    "paligemma": Family(
+        _paligemma,
+        {"image": Kind(IMAGE, _small_image, size=(3, 3))},
+        tower="model.vision_tower",
+        on_engine=False,
+        prefix=True,
+    ),
+    "ovis2": Family(
+        _ovis2,
+        {"image": Kind(IMAGE, _three_tiles, (81,), (82,), size=(3, 2, 2))},
+        tower="model.vision_tower",
+        on_engine=False,
+    ),
+    "deepseek_vl": Family(
+        _deepseek_vl, {"image": Kind(IMAGE, _small_image, size=(3, 3))}, tower="model.vision_model", on_engine=False
+    ),
+    "mistral3": Family(_mistral3, {"image": _ENDED_ROWS}, tower="model.vision_tower", on_engine=False),
+    "glm4v": Family(_glm(Glm4vConfig, Glm4vForConditionalGeneration, {}), _GLM_KINDS, on_engine=False, **_OF_QWEN),
+    "glm46v": Family(_glm(Glm46VConfig, Glm46VForConditionalGeneration, {}), _GLM_KINDS, on_engine=False, **_OF_QWEN),
+    "glm4v_moe": Family(
+        _glm(
+            Glm4vMoeConfig,
+            Glm4vMoeForConditionalGeneration,
+            {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+        ),
+        _GLM_KINDS,
+        on_engine=False,
+        **_OF_QWEN,
+    ),
+    "glm_ocr": Family(_glm(GlmOcrConfig, GlmOcrForConditionalGeneration, {}), _GLM_KINDS, on_engine=False, **_OF_QWEN),
+    "paddleocr_vl": Family(
+        _paddleocr_vl,
+        {"image": Kind(IMAGE, _single_patches, (VISION_START,), (VISION_END,), 1)},
+        on_engine=False,
+        **_OF_QWEN,
+    ),
+    "kimi_k25": Family(
+        _kimi_k25,
+        {
+            "image": Kind(IMAGE, _single_patches, (VISION_START,), (VISION_END,)),
+            "video": Kind(
+                VIDEO, _single_frames, (VISION_START,), (VISION_END,), tokens=lambda t, h, w: [VIDEO] * h * w
+            ),
+        },
         tower="model.vision_tower",
         on_engine=False,
     ),
@@ -318,6 +530,8 @@ def make_inputs(*rows, seed: int = 0, pad: bool = True, family: str = "qwen2_5_v
     inputs = {"input_ids": padded(ids, PAD)}
     if all(kind.token_type is not None for kind in kinds.values()):
         inputs["mm_token_type_ids"] = padded(types, 0)
+    if FAMILIES[family].prefix:
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     if pad:
         inputs["attention_mask"] = padded([[1] * len(row) for row in ids], 0)
     return inputs | {key: torch.cat(values) for key, values in visual.items()}

@@ -14,6 +14,7 @@ from sparsevlm import apply_sparsevlm
 from sparsevlm.selection.scoring import top_k
 from toys import (
     IMAGE,
+    INDICATORS,
     VIDEO,
     equally_long,
     join_visual,
@@ -30,7 +31,11 @@ GREEDY = {
     "do_sample": False,
     "return_dict_in_generate": True,
     "output_logits": True,
-    "suppress_tokens": [IMAGE, VIDEO],  # the reference could not tell a generated placeholder from a real one
+    "suppress_tokens": [
+        *INDICATORS,
+        IMAGE,
+        VIDEO,
+    ],  # the reference could not tell them from real ones
 }
 OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3], "recycle": False}
 # Second turns that keep unequal numbers; a batch takes them one after the other.
@@ -38,7 +43,12 @@ IMAGE_TURNS = (
     [("text", 2), ("image", 4, 5), ("text", 4)],
     [("text", 3), ("image", 3, 4), ("text", 11)],
 )
-OF_TOKENS = {"input_ids": 0, "mm_token_type_ids": 0, "attention_mask": 1}  # and what stands for a generated token
+OF_TOKENS = {
+    "input_ids": 0,
+    "mm_token_type_ids": 0,
+    "token_type_ids": 0,
+    "attention_mask": 1,
+}  # and what stands for a generated token
 
 
 class AtRandom:

@@ -25,7 +25,7 @@ FACTORS = {
     "prompt": ("one image", "batch, left padding", "batch, unequal counts"),
     "cache": ("dynamic", "static"),
     "selector": ("sparsevlm", "random"),
-    "family": tuple(FAMILIES),
+    "family": tuple(name for name, family in FAMILIES.items() if not family.prefix),
 }
 TOGETHER = (("turns", "prompt", "cache"),)  # what meets in the slots of a layer
 CASES = covering_array(FACTORS, factor_groups(FACTORS, 2, *TOGETHER), lambda case: True)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .base import Decoder, Family, Modality, ModelAdapter, Vision
-from .layout import Grid
+from .layout import Grid, Layout
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,78 @@ class TiledFamily(PlainFamily):
         if tile is None or side == 1:
             return None
         return [tile] * arguments["pixel_values"].shape[0]
+
+
+@dataclass(frozen=True)
+class PackedFamily(PlainFamily):
+    """Images as packed patches, whose grids the inputs name as ``image_grid_thw`` and ``video_grid_thw``.
+
+    Attributes
+    ----------
+    by_rows : bool
+        Whether the tower has patches row by row, not those of a visual token together.
+    pools_time : bool
+        Whether the frames of a video become one.
+    """
+
+    merge: str = "vision_config.spatial_merge_size"
+    by_rows: bool = False
+    pools_time: bool = False
+
+    def modalities(self, model: Any) -> dict[str, Modality]:
+        """Images and videos with their grids."""
+        return {
+            kind: replace(modality, size_inputs=(f"{kind}_grid_thw",))
+            for kind, modality in super().modalities(model).items()
+        }
+
+    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
+        """From the grids in patches."""
+        return self._in_tokens(adapter, inputs.get(f"{kind}_grid_thw"))
+
+    def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
+        """From the grids in patches, by which a tower may have the frames of a video apart."""
+        return self._in_tokens(adapter, arguments.get("grid_thw"))
+
+    def _in_tokens(self, adapter: ModelAdapter, grid_thw: Any) -> list[Grid] | None:
+        if grid_thw is None:
+            return None
+        side = self.patches_per_side(adapter.model)
+        return [(1 if self.pools_time else t, h // side, w // side) for t, h, w in grid_thw.tolist()]
+
+    def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
+        """Of each frame."""
+        if not self.by_rows:
+            return None
+        return [(h, w) for t, h, w in arguments["grid_thw"].tolist() for _ in range(t)]
+
+    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+        """M-RoPE's positions, where the family has them."""
+        if position_ids is None or position_ids.shape[0] != 3:
+            return super().coordinates(layouts, position_ids, visual)
+        return position_ids[:, visual]
+
+
+@dataclass(frozen=True)
+class SizedFamily(PlainFamily):
+    """Images of any size, which the inputs name as ``image_sizes`` in pixels; text may end each row of tokens."""
+
+    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
+        """From the sizes."""
+        side = self.patches_per_side(adapter.model)
+        found = self.patch_grids(adapter, inputs)
+        return None if found is None else [(1, height // side, width // side) for height, width in found]
+
+    def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
+        """The same."""
+        return self.grids(adapter, "image", arguments)
+
+    def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
+        """Of each image."""
+        if (sizes := arguments.get("image_sizes")) is None:
+            return None
+        patch = _first(adapter.model.config.vision_config.patch_size)
+        return [(int(height) // patch, int(width) // patch) for height, width in sizes]
 
 
 def drops_class_token(model: Any) -> bool:

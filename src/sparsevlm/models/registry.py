@@ -6,7 +6,7 @@ from typing import Any
 
 from .base import Family, ModelAdapter
 from .llava import LlavaFamily
-from .plain import TiledFamily
+from .plain import PackedFamily, SizedFamily, TiledFamily
 from .qwen2_vl import Qwen2VLFamily
 from .wrapping import check_module, wrapper_hint
 
@@ -24,6 +24,55 @@ FAMILIES: tuple[Family, ...] = (
         blocks="encoder.layer",
         attention="attention",
         merge="downsample_ratio",
+    ),
+    TiledFamily(
+        ("idefics3", "smolvlm"),
+        ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+        text="model.text_model",
+        tower="model.vision_model",
+        merge="scale_factor",
+        unreadable="patches that only fill a tile up would count as well",
+    ),
+    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",)),
+    TiledFamily(
+        ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"
+    ),
+    TiledFamily(("deepseek_vl",), ("DeepseekVLForConditionalGeneration",), tower="model.vision_model"),
+    SizedFamily(
+        ("mistral3",),
+        ("Mistral3ForConditionalGeneration",),
+        blocks="transformer.layers",
+        attention="attention",
+        merge="spatial_merge_size",
+    ),
+    PackedFamily(  # frames of a video have the image's placeholder
+        ("glm4v", "glm46v", "glm4v_moe", "glm_ocr"),
+        (
+            "Glm4vForConditionalGeneration",
+            "Glm46VForConditionalGeneration",
+            "Glm4vMoeForConditionalGeneration",
+            "GlmOcrForConditionalGeneration",
+        ),
+        tower="model.visual",
+        blocks="blocks",
+        attention="attn",
+        n_position_axes=3,
+        video_token="image_token_id",
+    ),
+    PackedFamily(
+        ("paddleocr_vl",),
+        ("PaddleOCRVLForConditionalGeneration",),
+        tower="model.visual",
+        by_rows=True,
+        n_position_axes=3,
+    ),
+    PackedFamily(
+        ("kimi_k25",),
+        ("Kimi_K25ForConditionalGeneration",),
+        merge="vision_config.merge_kernel_size",
+        video_token="video_token_id",
+        pools_time=True,
+        unreadable="it joins the frames of a video",
     ),
 )
 

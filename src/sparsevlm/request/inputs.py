@@ -191,8 +191,8 @@ def _check_fits(name: str, value: Any, tokens: Tensor, *, has_cache: bool) -> No
 def check_copies(adapter: ModelAdapter, inputs: Mapping[str, Any], copies: int) -> None:
     """Refuse copies of prompts with several images each, where transformers gives them to the wrong prompts.
 
-    Older versions repeat every image by itself ([A, A, B, B] for a prompt with A and B), unless the model's class or
-    sizes of images tell them which belong together. Newer ones encode before they repeat.
+    Older versions repeat every image by itself ([A, A, B, B] for a prompt with A and B), unless the model's class
+    knows which belong together. Newer ones encode before they repeat.
 
     Parameters
     ----------
@@ -207,11 +207,13 @@ def check_copies(adapter: ModelAdapter, inputs: Mapping[str, Any], copies: int) 
     NotImplementedError
     """
     ids = inputs.get("input_ids")
+    if copies == 1 or ids is None or "_expand_inputs_for_generation" in vars(type(adapter.model)):
+        return
     for kind, modality in adapter.modalities.items():
         pixels = inputs.get(modality.pixels)
-        if copies == 1 or ids is None or not isinstance(pixels, Tensor) or modality.size_inputs:
+        if not isinstance(pixels, Tensor):
             continue
-        if pixels.shape[0] != ids.shape[0]:
+        if pixels.shape[0] != ids.shape[0] or not bool((ids == modality.token_id).any(dim=1).all()):
             raise NotImplementedError(
                 f"this version of transformers gives the {kind}s of a prompt with several of them (or with several "
                 f"tiles) to the wrong prompts where each is copied {copies} times, with SparseVLM and without. Install "
