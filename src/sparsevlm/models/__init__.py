@@ -2,7 +2,7 @@
 
 from .base import Decoder, Family, Modality, ModelAdapter, Vision
 from .layout import Grid, Layout, Tiles, n_tokens, separators
-from .registry import FAMILIES, adapter_for, supported_model_types
+from .registry import FAMILIES, adapter_for, register_adapter, supported_model_types
 from .wrapping import check_module, compiled_parts, unwrap, wrapper_hint
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "check_module",
     "compiled_parts",
     "n_tokens",
+    "register_adapter",
     "separators",
     "supported_model_types",
     "unwrap",

@@ -239,6 +239,8 @@ class Family:
     class_names: tuple[str, ...] = ()
     # Whether placeholders that stand for no patch, such as the end of a row, are never dropped.
     protects_separators: bool = True
+    # Whether the first request has to show that gathering all rows changes nothing.
+    must_be_proven: bool = False
 
     def check(self, model: Any) -> None:
         """Refuse a model of the family that cannot be pruned: with sliding-window layers, or tensor-parallel.
