@@ -8,7 +8,7 @@ import torch
 from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from sparsevlm.selection.selectors import SELECTORS
-from toys import PROMPTS, make_inputs, tiny_model, use_attention
+from toys import FAMILIES, PROMPTS, make_inputs, tiny_model, use_attention
 
 SIXTEEN = {"max_new_tokens": 17, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -46,6 +46,22 @@ def test_removal_gives_the_untouched_model_back(dtype):
     assert same(model.generate(**inputs, **SIXTEEN), dense)
     assert set(model.__dict__) == set(before)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+@parametrize_pairs(
+    family=list(FAMILIES), prompt=["one image", "two images", "batch, unequal counts"], attn=["sdpa", "eager"]
+)
+def test_every_family_is_bit_equal_with_nothing_pruned_and_after_removal(family, prompt, attn):
+    model, inputs = tiny_model(family, attn=attn), make_inputs(*PROMPTS[prompt], family=family)
+    dense = model.generate(**inputs, **SIXTEEN)
+    apply_sparsevlm(model, keep=1.0, min_keep=2, target_layers=[0, 1, 3])
+    assert same(model.generate(**inputs, **SIXTEEN), dense)
+    state = apply_sparsevlm(model, keep=0.5, min_keep=3, target_layers=[0, 3])
+    assert not same(model.generate(**inputs, **SIXTEEN), dense)
+    assert state.report.final_tokens < state.report.n_visual
+    remove_sparsevlm(model)
+    assert not state.attached
+    assert same(model.generate(**inputs, **SIXTEEN), dense)
 
 
 def test_context_manager_removes():

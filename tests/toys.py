@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import operator
@@ -50,17 +51,27 @@ from transformers import (
     PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5OmniThinkerConfig,
+    Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3Config,
+    Qwen3OmniMoeThinkerConfig,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     SiglipVisionConfig,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni
 
 IMAGE, VIDEO, VISION_START, VISION_END, EOS, PAD = 90, 91, 92, 93, 94, 95
 INDICATORS = (81, 82, 83, 84, 85)  # of Ovis2, around images
+AUDIO, AUDIO_START, AUDIO_END = 87, 88, 89
 PATCH = 14
 N_LAYERS = 6
 
@@ -81,6 +92,8 @@ class Kind:
         Its value in ``mm_token_type_ids``; ``None``: the family has no such input.
     size : tuple of int, optional
         Visual tokens of every input by height and width, whatever a prompt asks for; ``None``: as it asks.
+    time : tuple of int
+        Text before each frame, of which every one stands alone then; empty: one behind the other.
     tokens : callable, optional
         ``tokens(*size)`` lists the ids between ``before`` and ``after``, where they are not as many placeholders as
         the size says.
@@ -92,14 +105,19 @@ class Kind:
     after: tuple[int, ...] = ()
     token_type: int | None = None
     size: tuple[int, ...] | None = None
+    time: tuple[int, ...] = ()
 
     tokens: Callable[..., list[int]] | None = None
 
     def size_of(self, asked: Sequence[int]) -> Sequence[int]:
         return asked if self.size is None else self.size
 
-    def ids(self, *size: int) -> list[int]:
-        return self.tokens(*size) if self.tokens is not None else [self.token] * math.prod(size)
+    def ids(self, size: Sequence[int]) -> list[int]:
+        """Tokens of an image or video in the prompt."""
+        if self.tokens is not None:
+            return [*self.before, *self.tokens(*size), *self.after]
+        n_parts, n_tokens = (size[0], math.prod(size[1:])) if self.time else (1, math.prod(size))
+        return [*self.time, *self.before, *[self.token] * n_tokens, *self.after] * n_parts
 
 
 @dataclass(frozen=True)
@@ -122,8 +140,11 @@ class Family:
         Whether the engine runs it.
     prefix : bool
         Whether all of a prompt sees all of it; ``token_type_ids`` say what is prompt.
-    groups_images : bool
-        Whether every transformers knows which images belong to one prompt when it copies prompts.
+    positions_need_mask : bool
+        Whether positions are plain ones without an attention mask, which ``generate`` makes and other calls do not.
+    repeats : str
+        What ``generate`` repeats for beams and returned sequences, one behind the other: visual inputs of whole
+        "samples", as it should, or, in older transformers, single "images" or "patches".
     """
 
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]
@@ -134,7 +155,8 @@ class Family:
     remembered: tuple[str, ...] = ()
     on_engine: bool = True
     prefix: bool = False
-    groups_images: bool = False
+    positions_need_mask: bool = False
+    repeats: str = "samples"
 
     def decoder_of(self, model) -> nn.Module:
         return operator.attrgetter(self.decoder)(model)
@@ -145,6 +167,9 @@ class Family:
     def takes(self, rows) -> bool:
         """Whether the rows of a prompt hold only what the family knows."""
         return all(kind == "text" or kind in self.kinds for row in rows for kind, *_ in row)
+
+
+_AROUND = ((VISION_START,), (VISION_END,))
 
 
 def _patches(n: int, generator: torch.Generator) -> Tensor:
@@ -170,7 +195,16 @@ _QWEN = {
     "vision_start_token_id": VISION_START,
     "vision_end_token_id": VISION_END,
 }
+_OMNI = {
+    **_QWEN,
+    "audio_token_id": AUDIO,
+    "audio_start_token_id": AUDIO_START,
+    "audio_end_token_id": AUDIO_END,
+    "position_id_per_seconds": 2,
+}
 _QWEN_VISION = {"depth": 2, "num_heads": 2, "patch_size": PATCH, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_DEEPSTACK = {"deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 36}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 _MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
 
 
@@ -187,9 +221,53 @@ def _qwen2_5_vl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[t
     return Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_QWEN)
 
 
+def _qwen3_vl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_QWEN_VISION, "depth": 4, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+    vision |= {**_DEEPSTACK, **vision_options}
+    text = {**text, "head_dim": 16, "rope_parameters": _MROPE}
+    return Qwen3VLForConditionalGeneration, Qwen3VLConfig(text_config=text, vision_config=vision, **_QWEN)
+
+
+def _qwen3_vl_moe(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_QWEN_VISION, "depth": 4, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+    vision |= {**_DEEPSTACK, **vision_options}
+    text = {**text, **_EXPERTS, "head_dim": 16, "rope_parameters": _MROPE, "mlp_only_layers": [4]}
+    return Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeConfig(text_config=text, vision_config=vision, **_QWEN)
+
+
+def _qwen2_5_omni(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "window_size": 56}
+    vision |= {"fullatt_block_indexes": [1], **vision_options}
+    text = {**text, "rope_parameters": _MROPE}
+    parts = {"text_config": text, "vision_config": vision, "audio_config": _audio(64)}
+    return Qwen2_5OmniThinkerForConditionalGeneration, Qwen2_5OmniThinkerConfig(**parts, **_OMNI)
+
+
+def _qwen3_omni_moe(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_QWEN_VISION, "depth": 4, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+    vision |= {**_DEEPSTACK, **vision_options}
+    text = {**text, **_EXPERTS, "head_dim": 16, "rope_parameters": {**_MROPE, "mrope_interleaved": True}}
+    parts = {
+        "text_config": text,
+        "vision_config": vision,
+        "audio_config": {**_audio(64), "n_window": 50, "downsample_hidden_size": 8},
+    }
+    return Qwen3OmniMoeThinkerForConditionalGeneration, Qwen3OmniMoeThinkerConfig(**parts, **_OMNI)
+
+
+def _audio(width: int) -> dict[str, Any]:
+    return {
+        "num_mel_bins": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 32,
+        "n_window": 4, "output_dim": width,
+    }  # fmt: skip
+
+
 def _qwen_kinds(video: Callable[..., dict[str, Tensor]]) -> dict[str, Kind]:
-    around = ((VISION_START,), (VISION_END,))
-    return {"image": Kind(IMAGE, _qwen_image, *around, 1), "video": Kind(VIDEO, video, *around, 2)}
+    return {"image": Kind(IMAGE, _qwen_image, *_AROUND, 1), "video": Kind(VIDEO, video, *_AROUND, 2)}
+
+
+def _omni_video(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    return {**_qwen_video(generator, t, h, w), "video_second_per_grid": torch.ones(1)}
 
 
 def _llava(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
@@ -381,46 +459,63 @@ def _single_frames(generator: torch.Generator, t: int, h: int, w: int) -> dict[s
     return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]])}
 
 
-_OF_QWEN = {"n_position_axes": 3, "remembered": ("model.rope_deltas",), "groups_images": True}
+_TIMED_FRAMES = {
+    "image": Kind(IMAGE, _qwen_image, *_AROUND, 1),
+    "video": Kind(VIDEO, _qwen_video, *_AROUND, 2, time=(81, 82)),
+}
+_OMNI_KINDS = {"image": Kind(IMAGE, _qwen_image, *_AROUND), "video": Kind(VIDEO, _omni_video, *_AROUND)}
+_OF_QWEN = {"n_position_axes": 3, "remembered": ("model.rope_deltas",)}
+# Older transformers have the parts of a thinker on the thinker itself.
+_FLAT = {"decoder": "model", "tower": "visual", "remembered": ("rope_deltas",)}
+_OF_OMNI = {**_OF_QWEN, "positions_need_mask": True}
+_OF_OMNI |= {} if hasattr(modeling_qwen2_5_omni, "Qwen2_5OmniThinkerModel") else _FLAT
+# Newer transformers encode images before they are repeated.
+IS_OLD = "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+_OF_OMNI |= {"repeats": "patches"} if IS_OLD else {}
+_AS_IMAGES: dict[str, Any] = {"on_engine": False, "repeats": "images" if IS_OLD else "samples"}
+_AS_PATCHES: dict[str, Any] = {"on_engine": False, "repeats": "patches" if IS_OLD else "samples"}
+_OF_LLAVA = {"tower": "model.vision_tower"} | ({"repeats": "images"} if IS_OLD else {})
 FAMILIES = {
     "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **_OF_QWEN),
     "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(_qwen_video), **_OF_QWEN),
-    "llava": Family(
-        _llava, {"image": Kind(IMAGE, _llava_image, size=(4, 4))}, tower="model.vision_tower", on_engine=False
-    ),
-    "llava_next": Family(_llava_next, {"image": _IN_TILES}, tower="model.vision_tower", on_engine=False),
+    "qwen3_vl": Family(_qwen3_vl, _TIMED_FRAMES, **_OF_QWEN, on_engine=False),
+    "qwen3_vl_moe": Family(_qwen3_vl_moe, _TIMED_FRAMES, **_OF_QWEN, on_engine=False),
+    "qwen2_5_omni_thinker": Family(_qwen2_5_omni, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
+    "qwen3_omni_moe_thinker": Family(_qwen3_omni_moe, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
+    "llava": Family(_llava, {"image": Kind(IMAGE, _llava_image, size=(4, 4))}, **_OF_LLAVA, on_engine=False),
+    "llava_next": Family(_llava_next, {"image": _IN_TILES}, tower="model.vision_tower", **_AS_IMAGES),
     "llava_onevision": Family(
-        _llava_onevision, {"image": _IN_TILES, "video": _IN_FRAMES}, tower="model.vision_tower", on_engine=False
+        _llava_onevision, {"image": _IN_TILES, "video": _IN_FRAMES}, tower="model.vision_tower", **_AS_IMAGES
     ),
     "internvl": Family(
         _internvl,
         {"image": Kind(IMAGE, _three_tiles, (VISION_START,), (VISION_END,), size=(3, 2, 2))},
         tower="model.vision_tower",
-        on_engine=False,
+        **_AS_IMAGES,
     ),
     "smolvlm": Family(
-        _smolvlm, {"image": _TILES_APART}, decoder="model.text_model", tower="model.vision_model", on_engine=False
+        _smolvlm, {"image": _TILES_APART}, decoder="model.text_model", tower="model.vision_model", **_AS_IMAGES
     ),
     "idefics3": Family(
-        _idefics3, {"image": _TILES_APART}, decoder="model.text_model", tower="model.vision_model", on_engine=False
+        _idefics3, {"image": _TILES_APART}, decoder="model.text_model", tower="model.vision_model", **_AS_IMAGES
     ),
     "paligemma": Family(
         _paligemma,
         {"image": Kind(IMAGE, _small_image, size=(3, 3))},
         tower="model.vision_tower",
-        on_engine=False,
+        **_AS_IMAGES,
         prefix=True,
     ),
     "ovis2": Family(
         _ovis2,
         {"image": Kind(IMAGE, _three_tiles, (81,), (82,), size=(3, 2, 2))},
         tower="model.vision_tower",
-        on_engine=False,
+        **_AS_IMAGES,
     ),
     "deepseek_vl": Family(
-        _deepseek_vl, {"image": Kind(IMAGE, _small_image, size=(3, 3))}, tower="model.vision_model", on_engine=False
+        _deepseek_vl, {"image": Kind(IMAGE, _small_image, size=(3, 3))}, tower="model.vision_model", **_AS_IMAGES
     ),
-    "mistral3": Family(_mistral3, {"image": _ENDED_ROWS}, tower="model.vision_tower", on_engine=False),
+    "mistral3": Family(_mistral3, {"image": _ENDED_ROWS}, tower="model.vision_tower", **_AS_IMAGES),
     "glm4v": Family(_glm(Glm4vConfig, Glm4vForConditionalGeneration, {}), _GLM_KINDS, on_engine=False, **_OF_QWEN),
     "glm46v": Family(_glm(Glm46VConfig, Glm46VForConditionalGeneration, {}), _GLM_KINDS, on_engine=False, **_OF_QWEN),
     "glm4v_moe": Family(
@@ -449,7 +544,7 @@ FAMILIES = {
             ),
         },
         tower="model.vision_tower",
-        on_engine=False,
+        **_AS_PATCHES,
     ),
 }
 ON_ENGINE = tuple(name for name, family in FAMILIES.items() if family.on_engine)
@@ -482,6 +577,8 @@ def tiny_model(
         for name, weight in FAMILIES[family].decoder_of(model).named_parameters():
             if "q_proj.weight" in name or "k_proj.weight" in name:
                 weight.mul_(6)
+            if "q_norm.weight" in name or "k_norm.weight" in name:  # which take the length out again
+                weight.mul_(1.5)
     model.generation_config.eos_token_id = None  # generate exactly as many tokens as asked for
     model.generation_config.pad_token_id = PAD
     return model
@@ -514,10 +611,9 @@ def make_inputs(*rows, seed: int = 0, pad: bool = True, family: str = "qwen2_5_v
                 continue
             kind = kinds[name]
             size = kind.size_of(asked)
-            between = kind.ids(*size)
-            row_ids += [*kind.before, *between, *kind.after]
-            of_kind = [kind.token_type if token == kind.token else 0 for token in between]
-            row_types += [0] * len(kind.before) + of_kind + [0] * len(kind.after)
+            own = kind.ids(size)
+            row_ids += own
+            row_types += [kind.token_type if token == kind.token else 0 for token in own]
             for key, value in kind.inputs(generator, *size).items():
                 visual.setdefault(key, []).append(value)
         ids.append(row_ids)

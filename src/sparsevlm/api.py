@@ -212,5 +212,7 @@ def _refuse_others(model: nn.Module) -> None:
 
 
 def _state_of(model: nn.Module) -> SparseVLMState | None:
-    base_model = getattr(model, "model", None)
-    return getattr(base_model, STATE_ATTRIBUTE, None)
+    own: SparseVLMState | None = vars(model).get(STATE_ATTRIBUTE)
+    if own is not None and own.adapter.model is model:  # it merges the features itself
+        return own
+    return getattr(getattr(model, "model", None), STATE_ATTRIBUTE, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -166,6 +167,14 @@ class SparseVLMConfig:
         self._check_schedule()
         self._check_rank_tolerance()
         self._check_selector()
+
+    @functools.cached_property
+    def shared(self) -> SparseVLMConfig:
+        """The options without what belongs to one request alone."""
+        return dataclasses.replace(
+            self, n_vis=None, keep=None, selector=None, schedule=None, target_layers=None, seed=0, strict=False,
+            preset=None, engine=None, vision_keep=1.0, image_cache=0, timeout=None,
+        )  # fmt: skip
 
     def replace(self, **changes: Any) -> SparseVLMConfig:
         """Return a copy with some options changed.

@@ -119,7 +119,7 @@ class Generate:
         """Decode by transformers' own loops, with the hooks in the model."""
         check_prefill(generation_config)
         decode, is_assisted = compat.decoding_method(model, generation_config, modes)
-        self._session.is_drafting = is_assisted
+        self._session.is_drafting, self._session.n_given = is_assisted, input_ids.shape[1]
         generation_config.disable_compile = True  # hooks would break the graph at every layer
         if is_assisted:
             modes = {**modes, "inputs_tensor": inputs_tensor}

@@ -138,7 +138,7 @@ class SparseVLMState:
         check_whole("most_visual", most_visual, 1)
         rungs = given(requests)
         if not requests and self.adapter.model.device.type == "cuda":  # elsewhere nothing is recorded
-            rungs = ladder(self.adapter, most_visual)
+            rungs = ladder(self.adapter, most_visual, self._session.options.reads_text)
         return warmup(self.adapter.model, rungs, max_new_tokens, seconds, largest)
 
     def expect_n_visual(self, n_vis: int | None) -> None:

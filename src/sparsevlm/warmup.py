@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine.capacities import capacities, row_capacity
+from .engine.capacities import STEPPED, capacities, row_capacity
 from .models import Grid, ModelAdapter
 
 # Tokens of a request that are not visual.
 _TEXTS = (24, 62, 110, 150, 190)
-# Rows up to which texts of all these lengths make a difference; visual tokens of a tiny image.
-_SMALL, _TINY = 1024, 16
+_TINY = 16  # visual tokens of an image of which nothing is dropped
 logger = logging.getLogger(__name__)
 
 
@@ -67,18 +66,24 @@ def given(requests: Sequence[Mapping[str, Any]]) -> list[Rung]:
     return [Rung(size(request), functools.partial(dict, request)) for request in requests]
 
 
-def ladder(adapter: ModelAdapter, most_visual: int) -> list[Rung]:
+def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Rung]:
     """Requests of one image that need, together, all capacities up to a number of visual tokens.
 
-    Texts are short, middling and long, so that what depends on more than the sum of rows is there as well.
+    Texts are short, middling and long, and of the rows of a large capacity all are filled, or as few as it takes, so
+    that what depends on more than the sum of rows is there as well; fewer texts where nobody reads them.
     """
     per_token = adapter.vision.patches_per_token
     sizes: set[tuple[int, int]] = set()
+    before, step = 0, 2 if reads_text else len(_TEXTS) - 1
+    texts = _TEXTS if reads_text else _TEXTS[::step]
     for rows in capacities(most_visual + _TEXTS[-1]):
-        for n_text in _TEXTS if rows <= _SMALL else _TEXTS[:: len(_TEXTS) - 1]:
-            n_visual = min(most_visual, rows - 1 - n_text)
-            if n_visual > 0 and row_capacity(n_visual + n_text + 1) == rows:
-                sizes.add((n_visual, n_text))
+        for n_text in texts if rows <= STEPPED else _TEXTS[::step]:
+            least = before - n_text if rows > STEPPED else most_visual
+            height = math.isqrt(max(1, least))
+            for n_visual in (min(most_visual, rows - 1 - n_text), -(-least // height) * height):  # a grid of no fewer
+                if 0 < n_visual <= most_visual and row_capacity(n_visual + n_text + 1) == rows:
+                    sizes.add((n_visual, n_text))
+        before = rows
         if _TINY < rows <= row_capacity(_TINY + _TEXTS[-1]):  # of which nothing is dropped
             sizes.add((_TINY, rows - 1 - _TINY))
     covered = {row_capacity(per_token * _grid(n)[1] * _grid(n)[2]) for n, _ in sizes}

@@ -18,6 +18,7 @@ from sparsevlm.bench.run import run
 from sparsevlm.bench.timing import time_call
 from sparsevlm.bench.workload import fresh_inputs
 from sparsevlm.engine.text import decode_graph, prune_program
+from sparsevlm.kernels.close_up import close_up
 from sparsevlm.models import adapter_for
 from toys import tiny_model
 
@@ -120,8 +121,11 @@ def test_other_tokens_kept_are_not_timed(monkeypatch):
     model = tiny_model(n_layers=12)
     providers = make_providers(model, (0.5,), static=False)
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
-    first = lambda is_kept, n: torch.arange(n).expand(len(is_kept), -1)  # noqa: E731
-    monkeypatch.setattr(prune_program, "indices_of", first)
+
+    def first(packed, is_kept, n_keep, most):
+        return close_up(packed, torch.arange(is_kept.shape[1]) < n_keep[:, None], n_keep, most)
+
+    monkeypatch.setattr(prune_program, "close_up", first)
     with pytest.raises(RuntimeError, match="that the plain path keeps, the engine keeps"):
         agreement.check(providers, inputs, SMALL.new_tokens)
 

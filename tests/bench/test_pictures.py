@@ -37,11 +37,11 @@ def folder(model, tmp_path_factory):
 
 def test_rows(model):
     rows = run(model, [SMALL], SETTINGS, ORIGIN)
-    assert {row["provider"] for row in rows} == {"hf-dense", "ours-default", "ours-dense", "ours"}
+    assert {row["provider"] for row in rows} == {"hf-dense", "ours-default", "ours-dense", "ours", "ours-sparsevlm"}
     assert {row["case"] for row in rows} == {"picture168-b1-n2"}
     assert {row["n_visual"] for row in rows} == {"36"}
     assert {row["n_text"] for row in rows} == {"42"}  # as in the other cases
-    for provider in ("hf-dense", "ours-dense", "ours"):
+    for provider in ("hf-dense", "ours-dense", "ours", "ours-sparsevlm"):
         by = {row["phase"]: row for row in rows if row["provider"] == provider and row["metric"] == "ms"}
         parts = ("preprocess", "vision", "prefill")
         assert 0 < sum(float(by[phase]["p20"]) for phase in parts) < float(by["first_token"]["p80"])

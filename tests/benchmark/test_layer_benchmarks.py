@@ -156,7 +156,7 @@ def test_the_ladder_holds_none_of_the_requests_behind_it(monkeypatch):
 
     with torch.device("meta"):
         model = empty_model("7b", torch.bfloat16, "sdpa")
-        ahead = [rung.make() for rung in ladder(adapter_for(model), 4096)]
+        ahead = [rung.make() for rung in ladder(adapter_for(model), 4096, True)]
     lengths, patches = {one["input_ids"].shape[1] for one in ahead}, {one["pixel_values"].shape[0] for one in ahead}
     assert len(lengths) > 25
     for case in bench_ready.CASES:

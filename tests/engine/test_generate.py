@@ -47,6 +47,31 @@ def test_generate_says_the_same(prompt, options):
     assert state.report.kv_bytes.dense == report.kv_bytes.dense
 
 
+LAYOUTS = {
+    "as before": ([("text", 3), ("image", 4, 6), ("text", 5)], 0),
+    "the image at another place": ([("text", 5), ("image", 4, 6), ("text", 3)], 1),
+    "another grid": ([("text", 3), ("image", 6, 4), ("text", 5)], 1),
+}
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_positions_are_computed_once_for_prompts_of_one_layout(case, monkeypatch):
+    """Words are nothing of it."""
+    row, n_computed = LAYOUTS[case]
+    model, computed = tiny_model(), []
+    compute = type(model)._prepare_position_ids_for_generation
+    monkeypatch.setattr(
+        type(model), "_prepare_position_ids_for_generation", lambda *args: computed.append(1) or compute(*args)
+    )
+    state, inputs = apply_sparsevlm(model, **OPTIONS), make_inputs(row, seed=1)
+    wanted = answers(model, inputs, **GREEDY)
+    with state.options(engine=True):
+        answers(model, make_inputs(LAYOUTS["as before"][0]), **GREEDY)
+        computed.clear()
+        assert torch.equal(answers(model, inputs, **GREEDY), wanted)
+    assert (state.report.path, len(computed)) == ("engine", n_computed)
+
+
 def test_a_sample_that_ends_early_is_padded():
     model, inputs = tiny_model(), make_inputs(*BATCH)
     state = apply_sparsevlm(model, **OPTIONS)

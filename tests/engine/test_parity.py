@@ -10,9 +10,10 @@ from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.bundled import bundled_path
 from sparsevlm.inputs import load_model, load_processor
+from sparsevlm.kernels.centre import centre
 from sparsevlm.scenes import TASKS, draw_example
 from sparsevlm.selection.greedy import dpp_order, dpp_order_by_gram
-from sparsevlm.selection.selectors.span import SpanSelector, _centre
+from sparsevlm.selection.selectors.span import SpanSelector
 from toys import ON_ENGINE, PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
@@ -128,7 +129,7 @@ def test_the_kernels_choose_as_the_plain_search(orders):
         orders.clear()
         answer(model, inputs.to("cuda"))
         for states, valid, n_keep in list(orders):
-            centred, quality = _centre(states.clone(), valid), valid.float()
+            centred, quality = centre(states.clone(), valid), valid.float()
             plain = dpp_order(centred, quality, n_keep, True)
             found = dpp_order_by_gram(centred, quality, n_keep, True)
             for b in range(len(states)):

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from made_requests import make_request, make_sample
 from sparsevlm.engine.call import Prompt
 from sparsevlm.engine.text.prefill import PackedRows, fill
-from sparsevlm.engine.text.prune_program import compact
 from sparsevlm.engine.text.stages import Choice, TokenCounts, record
 from sparsevlm.engine.text.workspace import PromptInputs, PromptShape, n_integers
+from sparsevlm.kernels.close_up import compact
 from sparsevlm.selection.budget import rank_adaptive_count
 from sparsevlm.selection.padded import rank_adaptive_counts
 from sparsevlm.selection.selectors.sparsevlm import SparseVLMSelector

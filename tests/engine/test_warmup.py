@@ -24,11 +24,13 @@ def n_programs(runner):
 def test_requests_of_other_sizes_need_nothing_new(options):
     model = tiny_model()
     state = apply_sparsevlm(model, **options, target_layers=[0, 2], engine=True)
-    found = warmup(model, ladder(state.adapter, MOST), 4, 600.0, 0.9)
-    assert (found.n_left, found.n_run) == (0, len(ladder(state.adapter, MOST)))
+    rungs = ladder(state.adapter, MOST, state._session.options.reads_text)
+    found = warmup(model, rungs, 4, 600.0, 0.9)
+    assert (found.n_left, found.n_run) == (0, len(rungs))
     assert state.report.path == "engine"
     runner = state._engine._runner
     before, space = n_programs(runner), runner.prefill.space
+    n_small = [len(kind) for kind in (runner.prefill.prompts, runner.prefill.prune_programs)]
     draw = random.Random(0)
     for _ in range(40):
         height, width = draw.randint(6, 17), draw.randint(6, 17)
@@ -36,6 +38,9 @@ def test_requests_of_other_sizes_need_nothing_new(options):
         model.generate(**inputs, max_new_tokens=2, min_new_tokens=2, do_sample=False)
     assert runner.prefill.space is space
     assert n_programs(runner) == before
+    grown = [len(kind) for kind in (runner.prefill.prompts, runner.prefill.prune_programs)]
+    if "selector" not in options:  # else a step's text and budget combine in more ways than the ladder tries
+        assert sum(grown) <= sum(n_small) + 2
 
 
 def test_without_a_gpu_there_is_nothing_to_run_ahead():

@@ -167,6 +167,15 @@ def test_every_pick_gains_nearly_most(n_covered, n, n_keep, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("n", [24, 60, 200])
+def test_it_picks_the_same_each_time(n, device):
+    """Also where there are fewer rows than a program has threads, so that several of them hold each."""
+    given = whole_numbers(n, [n, n - 4], n, device)
+    wanted = coverage_reference(*given, n - 3, NOISE)
+    assert all(torch.equal(coverage(*given, n - 3, NOISE), wanted) for _ in range(300))
+
+
+@pytest.mark.gpu
 def test_it_can_be_captured(captured, device):
     given = whole_numbers(230, [200, 90, 31], 200, device)
     graph, found = captured(lambda *inputs: coverage(*inputs, 64, NOISE), *given)

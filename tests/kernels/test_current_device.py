@@ -5,12 +5,24 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.triton import coverage, farthest_points, pivoted_cholesky, received_attention
+from sparsevlm.kernels.triton import (
+    centre,
+    coverage,
+    farthest_points,
+    gram_matrix,
+    pivoted_cholesky,
+    places,
+    received_attention,
+)
 
 CALLS = {
     "coverage": lambda x: coverage.coverage(x, x[:, 0], x[:, 0] > -1, 3, 1e-12),
     "farthest points": lambda x: farthest_points.farthest_points(x, x[:, 0], x[:, 0] > -1, 3, 1e-6),
     "pivoted cholesky": lambda x: pivoted_cholesky.pivoted_cholesky(x, x[:, 0], 3, True, 1e-6),
+    "centre": lambda x: centre.centre(x, x[:, 0] > -1),
+    "parts of products": lambda x: gram_matrix.split(x, x)[0],
+    "first picks": lambda x: places.first_picks(x[:, 0].long(), x[:, 0, 0].long() * 3, x[:, 0] > -1),
+    "indices": lambda x: places.indices_of(x[:, 0] > 0, 5),
     "received attention": lambda x: received_attention.received_attention(
         x, x, torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device), 0.25
     ),

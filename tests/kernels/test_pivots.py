@@ -23,6 +23,7 @@ def make(batch, n, size, device, seed=0, fillers=0):
     return rows.to(device), quality.to(device)
 
 
+@pytest.mark.parametrize("most_alone", [0, 256])
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize(
     ("batch", "n", "size", "n_keep", "fillers"),
@@ -37,8 +38,9 @@ def make(batch, n, size, device, seed=0, fillers=0):
         pytest.param(1, 577, 64, 20, 100, marks=pytest.mark.gpu),
     ],
 )
-def test_twin(batch, n, size, n_keep, fillers, rounds, device):
+def test_twin(batch, n, size, n_keep, fillers, rounds, most_alone, monkeypatch, device):
     """Where n_keep exceeds the size, the picks span everything before the end."""
+    monkeypatch.setattr(module, "_MOST_ALONE", most_alone)
     rows, quality = make(batch, n, size, device, fillers=fillers)
     gram = rows @ rows.mT
     found = pivoted_cholesky(gram, quality, n_keep, rounds, NOISE)
@@ -59,9 +61,11 @@ def test_blocks_of_picks_are_as_one(batch, n, size, n_keep, most_blocked, rounds
     assert torch.equal(found, pivoted_cholesky_reference(gram, quality, n_keep, rounds, NOISE))
 
 
+@pytest.mark.parametrize("most_alone", [0, 256])
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("counts", [(0, 37, 5), (20, 0, 37), (0, 0, 0)])
-def test_samples_stop_after_the_picks_that_are_looked_at(counts, rounds, monkeypatch, device):
+def test_samples_stop_after_the_picks_that_are_looked_at(counts, rounds, most_alone, monkeypatch, device):
+    monkeypatch.setattr(module, "_MOST_ALONE", most_alone)
     monkeypatch.setattr(module, "_TILE", 16 * 64)
     monkeypatch.setattr(module, "_FEW", 16)
     rows, quality = make(3, 40, 30, device)
@@ -89,6 +93,16 @@ def test_equal_rows_are_taken_in_order(n, n_keep, rounds, device):
     rows = torch.full((1, n, 8), 0.5, device=device)
     order = pivoted_cholesky(rows @ rows.mT, torch.ones(1, n, device=device), n_keep, rounds, NOISE)
     assert order[0].tolist() == list(range(n_keep))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [40, 130, 250])
+def test_it_picks_the_same_each_time(n, device):
+    rows, quality = make(2, n, 300, device)
+    gram = rows @ rows.mT
+    first = pivoted_cholesky(gram, quality, n - 5, True, NOISE)
+    assert torch.equal(first, pivoted_cholesky_reference(gram, quality, n - 5, True, NOISE))
+    assert all(torch.equal(pivoted_cholesky(gram, quality, n - 5, True, NOISE), first) for _ in range(300))
 
 
 @pytest.mark.gpu

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from sparsevlm.kernels import rater_attention
-from sparsevlm.kernels.rater_attention import Columns, Rows
-from sparsevlm.kernels.triton.rater_attention import row_attention, row_statistics
+from sparsevlm.kernels.rater_attention import Columns, PaddedRows, Rows
+from sparsevlm.kernels.triton.rater_attention import (
+    padded_attention,
+    padded_statistics,
+    row_attention,
+    row_statistics,
+)
 from sparsevlm.selection.scoring import text_to_visual_attention
 
 RESOLUTION = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -115,3 +120,67 @@ def test_a_row_sees_no_key_behind_its_end(device):
         torch.testing.assert_close(attention.sum(dim=1), torch.ones(26, device=device))
         assert not attention[0, 35:].any()  # its own end is key 35
         assert attention[0, 34] > 0
+
+
+def make_padded(lengths, n_rows, n_visual, sizes, dtype, device, room=3, seed=0):
+    """Rows and columns anywhere in each sample, in views of larger tensors; what fills up is another sample's."""
+    generator = torch.Generator().manual_seed(seed)
+    heads, kv_heads, head_dim = sizes
+    total = sum(lengths) + 2
+    query, key = (torch.randn(total, n, head_dim, generator=generator).to(device, dtype) for n in (heads, kv_heads))
+    starts = [0, *itertools.accumulate(lengths)]
+
+    def drawn(numbers, most):
+        found = torch.randint(total, (len(lengths), most + 7), generator=generator)
+        for b, n in enumerate(numbers):
+            found[b, :n] = starts[b] + torch.randperm(lengths[b], generator=generator)[:n].sort().values
+        return found.to(device)[:, :most], torch.tensor(numbers, device=device)
+
+    rows = PaddedRows(query, *drawn(n_rows, max(n_rows) + room))
+    columns = Columns(*drawn(n_visual, max(n_visual) + room))
+    marked = torch.zeros(total, dtype=torch.bool, device=device)
+    for own, n in zip(columns.keys, n_visual, strict=True):
+        marked[own[:n]] = True
+    return rows, key, columns, marked, torch.tensor(starts, dtype=torch.int32, device=device)
+
+
+PADDED = [
+    ((9,), (3,), (5,)),
+    ((70, 0, 33, 140), (20, 0, 33, 3), (40, 0, 7, 90)),
+    ((30, 12, 5, 1, 8), (1, 1, 0, 1, 1), (12, 0, 5, 1, 0)),
+]
+
+
+@pytest.mark.parametrize("sizes", [*SIZES, (6, 2, 20)], ids=str)
+@pytest.mark.parametrize("dtype", list(RESOLUTION))
+@pytest.mark.parametrize(("lengths", "n_rows", "n_visual"), PADDED)
+def test_padded_twins(lengths, n_rows, n_visual, dtype, sizes, device):
+    check_padded(*make_padded(lengths, n_rows, n_visual, sizes, dtype, device), RESOLUTION[dtype])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(RESOLUTION))
+@pytest.mark.parametrize(("n_text", "n_visual"), [(60, 256), (128, 4096), (1, 4096)])
+def test_padded_of_a_real_size(n_text, n_visual, dtype, device):
+    numbers = ((n_visual + n_text + 20, 400, 0), (n_text, min(n_text, 9), 0), (n_visual, 0, 0))
+    check_padded(*make_padded(*numbers, (28, 4, 128), dtype, device), RESOLUTION[dtype])
+
+
+def check_padded(rows, key, columns, marked, cu_seqlens, resolution):
+    scaling = rows.query.shape[2] ** -0.5
+    wanted_lse, wanted_mass = rater_attention.padded_statistics_reference(rows, key, cu_seqlens, marked, scaling)
+    lse, mass = padded_statistics(rows, key, cu_seqlens, marked, scaling)
+    torch.testing.assert_close(lse, wanted_lse, rtol=resolution, atol=resolution)
+    torch.testing.assert_close(mass, wanted_mass, rtol=resolution, atol=resolution)
+    alone, nothing = padded_statistics(rows, key, cu_seqlens, None, scaling)
+    assert nothing is None
+    assert torch.equal(alone, lse)
+    for weight in (None, torch.rand(rows.index.shape[0], lse.shape[2], device=key.device).softmax(dim=-1)):
+        given = (rows, key, columns, wanted_lse, weight, scaling)
+        found, wanted = padded_attention(*given), rater_attention.padded_attention_reference(*given)
+        torch.testing.assert_close(found, wanted, rtol=10 * resolution, atol=resolution / 10)
+        counts = (
+            rows.counts[..., None]
+            & (torch.arange(found.shape[2], device=key.device) < columns.numbers[:, None])[:, None]
+        )
+        assert not found[~counts].any()

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sparsevlm.models import adapter_for, n_tokens, supported_model_types
 from sparsevlm.models.registry import FAMILIES as REGISTRY
+from sparsevlm.request.costs import prefill_flops
 from toys import FAMILIES, IMAGE, make_inputs, tiny_model
 
 ROOMS = Path(__file__).parents[2] / "src" / "sparsevlm"
@@ -57,6 +58,27 @@ def test_layouts_hold_as_many_tokens_as_the_prompt(name):
             assert layout == (2, 3, 4)
 
 
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {"kimi_k25"}))  # whose keys and values are no plain heads
+def test_flops_count_the_weights_that_each_token_meets(name):
+    """Of experts, those that compute it, and what chooses them."""
+    model = tiny_model(name)
+    adapter, config = adapter_for(model), FAMILIES[name].decoder_of(model).config
+    layers = adapter.decoder.layers
+    hidden, head_dim = config.hidden_size, 16
+    attention = hidden * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    wanted = 0
+    for layer in layers:
+        has_experts, of_glm = getattr(layer.mlp, "experts", None) is not None, name == "glm4v_moe"
+        n_experts = has_experts and (config.n_routed_experts if of_glm else config.num_experts)
+        width = config.moe_intermediate_size if n_experts else config.intermediate_size
+        share = config.num_experts_per_tok + (config.n_shared_experts if of_glm else 0) if n_experts else 1
+        wanted += 2 * (attention + 3 * hidden * width * share + hidden * n_experts)
+        wanted += 4 * config.num_attention_heads * head_dim
+    assert prefill_flops(adapter, [1] * len(layers), 0) == wanted
+    if "moe" in name:
+        assert any(hasattr(layer.mlp, "experts") for layer in layers)
+
+
 @pytest.mark.parametrize(("layer", "n_blocks"), [(-2, 3), (-1, 4), (4, 4), (2, 2), ([-2, 1], 3)])
 def test_llava_reads_the_tower_up_to_the_block_that_is_taken(layer, n_blocks):
     model = tiny_model("llava")
@@ -76,6 +98,11 @@ def test_llava_with_its_class_token_has_no_grid():
     adapter = adapter_for(model)
     assert adapter.vision.n_prefix == 0
     assert adapter.family.grids(adapter, "image", pixels) is None
+
+
+def test_features_behind_the_last_layer_are_refused():
+    with pytest.raises(NotImplementedError, match=r"name 3 blocks, the decoder has 3 layers"):
+        adapter_for(tiny_model("qwen3_vl", n_layers=3))
 
 
 def test_other_models_are_refused_with_what_is_supported():

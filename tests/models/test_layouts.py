@@ -18,7 +18,7 @@ TWO_PARTS = Tiles(((1, 1, 2), (1, 2, 1)), (False, True), True)
 def test_tiles_by_hand():
     assert (n_tokens((2, 3, 4)), n_tokens(TWO_PARTS)) == (24, 7)
     assert separators(TWO_PARTS).tolist() == [False, False, False, True, False, True, True]
-    time, height, width = places([TWO_PARTS, (1, 1, 1)]).tolist()
+    time, height, width = places((TWO_PARTS, (1, 1, 1))).tolist()
     assert time == [0, 0, 1, 1, 1, 1, 1, 2]
     assert height == [0, 0, 0, 0, 1, 1, 1, 0]
     assert width == [0, 1, 0, 1, 0, 1, 1, 0]

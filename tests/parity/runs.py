@@ -13,9 +13,12 @@ from transformers import StaticCache
 from sparsevlm import apply_sparsevlm
 from sparsevlm.selection.scoring import top_k
 from toys import (
+    AUDIO,
+    AUDIO_START,
     IMAGE,
     INDICATORS,
     VIDEO,
+    VISION_START,
     equally_long,
     join_visual,
     make_inputs,
@@ -31,11 +34,8 @@ GREEDY = {
     "do_sample": False,
     "return_dict_in_generate": True,
     "output_logits": True,
-    "suppress_tokens": [
-        *INDICATORS,
-        IMAGE,
-        VIDEO,
-    ],  # the reference could not tell them from real ones
+    # The reference could not tell generated placeholders, and what stands before them, from real ones.
+    "suppress_tokens": [*INDICATORS, IMAGE, VIDEO, VISION_START, AUDIO, AUDIO_START],
 }
 OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3], "recycle": False}
 # Second turns that keep unequal numbers; a batch takes them one after the other.

@@ -8,6 +8,8 @@ import itertools
 import torch
 from transformers.modeling_utils import AttentionInterface
 
+from toys import family_of
+
 FLASH = "emulated_flash_varlen"
 
 
@@ -27,14 +29,16 @@ def varlen(module, query, key, value, attention_mask, scaling=None, cu_seq_lens_
 def use_vision_attention(model, name: str) -> None:
     """Set the tower's attention by its bare name."""
     AttentionInterface.register(FLASH, varlen)
-    model.model.visual.config._attn_implementation_internal = name
+    family_of(model).tower_of(model).config._attn_implementation_internal = name
 
 
 def sharpen(model) -> None:
     """Make the tower's attention far from uniform."""
     with torch.no_grad():
-        for block in model.model.visual.blocks:
-            block.attn.qkv.weight.mul_(25)
+        for block in family_of(model).tower_of(model).blocks:
+            for name in ("qkv", "q", "k", "v"):
+                if hasattr(block.attn, name):
+                    getattr(block.attn, name).weight.mul_(25)
 
 
 def rotated(x, cos, sin):
@@ -85,9 +89,9 @@ def frame_by_frame(q, k, n_frames):
 def reference(model, pixels, grid):
     """Attention (2, n_visual) and keys (n_visual, head_dim) of one image or video of patch grid (t, h, w)."""
     t, h, w = grid[0], grid[1] // 2, grid[2] // 2
-    tower = model.model.visual
+    tower = family_of(model).tower_of(model)
     blocks = list(tower.blocks)
-    windowed = model.config.model_type == "qwen2_5_vl"
+    windowed = hasattr(tower, "fullatt_block_indexes")
     full = model.config.vision_config.fullatt_block_indexes if windowed else range(len(blocks))
     middle, last = blocks[min(full, key=lambda i: abs(i - len(blocks) / 2))].attn, blocks[full[-1]].attn
     dtype = next(tower.parameters()).dtype
@@ -99,7 +103,10 @@ def reference(model, pixels, grid):
     for row, module in enumerate((middle, last)):
         hidden, (cos, sin) = seen[module]
         with torch.no_grad():
-            q, k, _ = module.qkv(hidden).view(len(hidden), 3, module.num_heads, -1).unbind(1)
+            parts = (
+                module.qkv(hidden).chunk(3, dim=-1) if hasattr(module, "qkv") else (module.q(hidden), module.k(hidden))
+            )
+            q, k = (part.view(len(hidden), module.num_heads, -1) for part in parts[:2])
         q, k = rotated(q, cos, sin).float().cpu(), rotated(k, cos, sin).float().cpu()
         received = frame_by_frame(q, k, t)
         for place, index in enumerate(order):
@@ -125,8 +132,10 @@ def references_of_samples(model, inputs):
             if row[position] not in queues:
                 position += 1
                 continue
-            found.append(queues[row[position]].pop(0))
-            position += found[-1][0].shape[1]
+            token = row[position]
+            found.append(queues[token].pop(0))
+            own = [at for at in range(position, len(row)) if row[at] == token]  # frames may stand apart
+            position = own[found[-1][0].shape[1] - 1] + 1
         attentions, keys = [attention for attention, _ in found], [key for _, key in found]
         samples.append((torch.cat(attentions, dim=1), torch.cat(keys)) if found else None)
     assert not any(queues.values())

@@ -16,7 +16,7 @@ IMG, VID, START, END = 90, 91, 92, 93
 EMBEDDING = torch.nn.Embedding(100, 4)
 ADAPTER = SimpleNamespace(
     modalities={"image": Modality("pixel_values", IMG), "video": Modality("pixel_values_videos", VID)},
-    special_token_ids=frozenset({START, END, 95}),
+    token_ids_apart=torch.tensor([IMG, VID, START, END, 95]),
     model=SimpleNamespace(get_input_embeddings=lambda: EMBEDDING),
 )
 

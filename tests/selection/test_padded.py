@@ -54,7 +54,6 @@ def joined(given, fill):
         attention[b, :, :n], coordinates[b, :, :n] = one.vision_attention, one.coordinates
         valid[b, :n], is_text[b, :n_text] = True, True
     return PaddedContext(
-        layer=-1,
         config=SparseVLMConfig(min_keep=1),
         hidden_states=states,
         valid=valid,

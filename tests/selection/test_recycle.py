@@ -7,14 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsevlm.kernels.places import indices_of
+from sparsevlm.kernels.rank_counts import count_clusters_of
 from sparsevlm.selection import recycle as recycle_module
 from sparsevlm.selection.padded import PaddedSelection, merged_states
-from sparsevlm.selection.places import indices_of
 from sparsevlm.selection.recycle import (
     assign_to_centres,
     clusters_within,
     count_clusters,
-    count_clusters_of,
     is_density_peak,
     merge_hidden_states,
     recycle,

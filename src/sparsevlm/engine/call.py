@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,13 +19,15 @@ from ..request.opening import plan_samples
 from ..request.request import Request, StageRecord
 from ..request.step import VisionRows
 from ..request.timing import Mark
-from .cuda_graphs import to_device
+from .cuda_graphs import LRUCache, to_device
 from .vision.patch_pruning import n_kept
 from .vision.program import VisionOutput
 from .vision.tables import Grids
 
 _READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
 _ENCODED = "mm_encoder_outputs"
+# Positions of a batch, and what a model adds to those of new tokens, if it tells.
+Positions = tuple[Tensor, Tensor | None]
 
 Encode = Callable[[Tensor, Grids, tuple[int, ...] | None, int, frozenset[str]], VisionOutput]
 
@@ -145,16 +148,40 @@ class Call:
             return value.cpu()
         return before if self.copies == 1 else before.repeat_interleave(self.copies, dim=dim)
 
-    def position_on_host(self, model: Any, base_model: Any) -> None:
-        """Compute the positions on the host, where all that they depend on is, and send them to the device."""
+    def position_on_host(self, adapter: ModelAdapter, known: LRUCache[Hashable, Positions]) -> None:
+        """Compute the positions on the host, where all that they depend on is, and send them to the device.
+
+        Parameters
+        ----------
+        adapter : ModelAdapter
+        known : LRUCache
+            Those of the last prompts, by all that they depend on.
+        """
         if "attention_mask" not in self.on_host or self.arguments.get("position_ids") is not None:
             return
-        ids, device = self.on_host["input_ids"], self.arguments["input_ids"].device
-        positions = model._prepare_position_ids_for_generation(ids, {**self.arguments, **self.on_host})
-        if isinstance(deltas := getattr(base_model, "rope_deltas", None), Tensor):
+        ids, device, base_model = self.on_host["input_ids"], self.arguments["input_ids"].device, adapter.base_model
+
+        def compute() -> Positions:
+            arguments = {**self.arguments, **self.on_host}
+            positions = adapter.model._prepare_position_ids_for_generation(ids, arguments)
+            return positions, getattr(base_model, "rope_deltas", None)
+
+        key = self._layout(adapter)
+        positions, deltas = compute() if key is None else known.get(key, compute)
+        if isinstance(deltas, Tensor):
             base_model.rope_deltas = to_device(deltas, device)
         self.on_host["position_ids"] = positions
         self.arguments["position_ids"] = to_device(positions, device)
+
+    def _layout(self, adapter: ModelAdapter) -> Hashable | None:
+        """All that positions depend on: what was read of the arguments, but for the words among the tokens; ``None``:
+        something was given that is no tensor."""
+        given = {name for name, value in self.arguments.items() if name in _READ and value is not None}
+        if not given <= self.on_host.keys():
+            return None
+        words = torch.isin(self.on_host["input_ids"], adapter.token_ids_apart, invert=True)
+        read = {**self.on_host, "input_ids": self.on_host["input_ids"].masked_fill(words, -1)}
+        return tuple((name, one.dtype, one.shape, _bytes(one)) for name, one in read.items())
 
     def prefetch_vision(
         self,
@@ -246,15 +273,16 @@ class Prompt:
     ) -> Prompt:
         """Read a prompt that brings images of ``kinds`` ("image", "video"), its rows in groups of ``copies`` equal ones
         that share them."""
-        once = torch.full_like(ids[::copies], -1)
+        tokens = ids[::copies].numpy().ravel()
+        rows = np.full(tokens.shape, -1, dtype=np.int64)
         so_far = 0
         for kind, modality in adapter.modalities.items():
             if kind in kinds:
-                found = ids[::copies] == modality.token_id
-                number = int(found.sum())
-                once[found] = torch.arange(so_far, so_far + number)
-                so_far += number
-        return cls(ids, positions, once.repeat_interleave(copies, dim=0), so_far)
+                found = np.flatnonzero(tokens == modality.token_id)
+                rows[found] = np.arange(so_far, so_far + found.size)
+                so_far += found.size
+        once = torch.from_numpy(rows).view(-1, ids.shape[1])
+        return cls(ids, positions, once if copies == 1 else once.repeat_interleave(copies, dim=0), so_far)
 
     def only(self, kept: Tensor) -> Prompt:
         """The same where the tower computes these rows only."""
@@ -284,6 +312,10 @@ class Prompt:
         flat = embeds.flatten(0, 1)
         flat[to_device(visual, device)] = features[to_device(rows[visual], device)].to(flat.dtype)
         return flat.view_as(embeds)
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _computed(grids: Sequence[Grid], config: SparseVLMConfig) -> list[int]:

@@ -140,7 +140,7 @@ class Engine:
         if self.reason:
             return None
         if not call.past_len:
-            call.position_on_host(self._adapter.model, self._adapter.base_model)
+            call.position_on_host(self._adapter, self._runner.positions)
         call.arguments = compat.with_generation_config(self._adapter.model, call.arguments)
         return call
 

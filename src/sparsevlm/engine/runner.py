@@ -6,14 +6,15 @@ import contextlib
 import itertools
 import logging
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..models import ModelAdapter
-from .cuda_graphs import GraphPool
+from .call import Positions
+from .cuda_graphs import GraphPool, LRUCache
 from .fused_weights import FusedWeights
 from .support import unsupported_classes, unsupported_decoder, unsupported_tower
 from .text.decode_graph import DecodeGraphs
@@ -24,7 +25,9 @@ from .vision.tables import Grids
 
 logger = logging.getLogger(__name__)
 
+_MOST_POSITIONS = 16
 _LEFT_BEHIND = "transformers.utils.output_capturing"
+_HOOKS, _PRE_HOOKS = operator.itemgetter("_forward_hooks"), operator.itemgetter("_forward_pre_hooks")
 
 
 class ModelFingerprint:
@@ -60,11 +63,13 @@ class ModelFingerprint:
 
     def foreign_hook(self) -> str | None:
         """A module that wants to be called: something of others is hooked to it, or its ``forward`` was replaced."""
-        for module, own in zip(self._modules, self._own, strict=True):
-            if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
-                hooks = (*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values())
-                if "forward" in own or not all(is_idle(hook) for hook in hooks):
-                    return f"something is hooked to {type(module).__name__}, which the engine does not call"
+        has_own = map(operator.contains, self._own, itertools.repeat("forward"))
+        flags = (map(_HOOKS, self._own), map(_PRE_HOOKS, self._own), has_own)
+        # Of hundreds of modules nearly none is flagged.
+        for module in itertools.chain.from_iterable(itertools.compress(self._modules, of_all) for of_all in flags):
+            own = vars(module)
+            if "forward" in own or not all(map(is_idle, (*_HOOKS(own).values(), *_PRE_HOOKS(own).values()))):
+                return f"something is hooked to {type(module).__name__}, which the engine does not call"
         return None
 
 
@@ -91,6 +96,7 @@ class ModelRunner:
         self.adapter = adapter
         self._made = False
         self.images: ImageCache | None = None
+        self.positions: LRUCache[Hashable, Positions] = LRUCache(_MOST_POSITIONS)
         self.weights: FusedWeights | None = None
         self._quick_fingerprint = self._tower_fingerprint = self._decoder_fingerprint = ModelFingerprint(())
         self.decoder_unsupported: str | None = None

@@ -18,6 +18,7 @@ from ..request.session import Session
 from ..request.step import choose_embedding_raters
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
+from .late_rows import LateRows
 from .proof import Proof
 from .pruning import ForwardPass, before_layer
 from .vision_hooks import VisionHooks, bound_arguments
@@ -73,10 +74,11 @@ class ModelHooks:
     def attach(self) -> None:
         """Register the hooks; nothing of the model is replaced."""
         adapter, add = self._adapter, self._handles.append
+        # In an order that holds where both are one module.
         add(adapter.model.register_forward_pre_hook(self._before_model, with_kwargs=True))
-        add(adapter.model.register_forward_hook(self._leave, always_call=True))
         add(adapter.base_model.register_forward_pre_hook(self._before_base, with_kwargs=True))
         add(adapter.base_model.register_forward_hook(self._after_base, always_call=True))
+        add(adapter.model.register_forward_hook(self._leave, always_call=True))
         add(adapter.vision.module.register_forward_pre_hook(self._before_tower, with_kwargs=True))
         add(adapter.vision.module.register_forward_hook(self._after_tower, always_call=True))
         add(adapter.decoder.module.register_forward_pre_hook(self._before_text, with_kwargs=True))
@@ -138,7 +140,8 @@ class ModelHooks:
         if self._proof is not None:
             self._forward = self._proof.forward
             return
-        self._enter(module)
+        if module is not self._adapter.model:  # that has been entered
+            self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
         if self._inside[:1] == [module] and not self._session.in_generate:
             check_inputs(self._adapter, inputs, of_generate=False)
@@ -207,14 +210,14 @@ class ModelHooks:
             "where. Pass input_ids and pixels, or inputs_embeds with placeholders and pixels.",
         )
 
-    def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._proof is not None:
-            return
+            return None
         self._enter(module)
         forward = self._forward
         request = forward.request if forward is not None else None
         if forward is None or request is None:
-            return
+            return None
         if request.traits.needs & VISION_NEEDS and not request.drops_nothing and request.first is None:
             visual = [sample.visual for sample in request.samples]
             forward.readout.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
@@ -225,6 +228,11 @@ class ModelHooks:
         embeds = kwargs["inputs_embeds"]
         request.see_embeddings(embeds)
         choose_embedding_raters(request, lambda b, tokens: embeds[b, tokens.to(embeds.device)])
+        late = self._adapter.decoder.late_features
+        if late is None or request.drops_nothing or not late.come_behind(min(request.target_layers), kwargs):
+            return None
+        forward.late = LateRows(request, kwargs[late.mask], kwargs[late.features])
+        return args, {**kwargs, late.mask: None, late.features: None}
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._proof is not None:

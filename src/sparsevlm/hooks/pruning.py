@@ -16,6 +16,7 @@ from ..request.request import Request
 from ..request.step import Readout, Survivors, prune_step, reads
 from ..request.timing import Mark
 from .attention_probe import AttentionProbe
+from .late_rows import LateRows
 from .masks import pruned_mask
 from .readout import read_target_layer
 
@@ -44,6 +45,8 @@ class ForwardPass:
         Of the target layer that was the last to be read.
     readout : Readout
         What was read at the target layer that has just run, and in the vision tower.
+    late : LateRows or None
+        Features to be added behind the first layers, where the decoder itself is not to do so.
     """
 
     cache: Cache | None
@@ -56,6 +59,7 @@ class ForwardPass:
     is_flash: bool = False
     probe: AttentionProbe | None = None
     readout: Readout = field(default_factory=Readout)
+    late: LateRows | None = None
 
     @property
     def _cache_layers(self) -> Sequence[Any]:
@@ -118,6 +122,8 @@ def before_layer(
         forward.note_tables()
     if request is not None:
         request.to(hidden_states.device)
+        if forward.late is not None:
+            hidden_states = forward.late.add(request, layer_idx - 1, hidden_states)
     if request is not None and layer_idx - 1 in request.target_layers:
         hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
     rows = None if request is None else request.rows
@@ -215,6 +221,8 @@ def _prune(forward: ForwardPass, request: Request, target: int, hidden_states: T
     forward.forget_layer()
     if survivors is not None:
         hidden_states = _gather(forward, request, survivors, hidden_states)
+        if forward.late is not None:
+            forward.late.keep(survivors)
     request.add_time("pruning", begin, Mark.now(hidden_states.device))
     return hidden_states
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .dispatch import use_triton
+
 
 def gram_matrix(rows: Tensor, others: Tensor | None = None) -> Tensor:
     """``x_i · y_j`` for all pairs.
@@ -28,16 +30,35 @@ def gram_matrix(rows: Tensor, others: Tensor | None = None) -> Tensor:
 
 def gram_matrix_split(rows: Tensor, others: Tensor) -> Tensor:
     """The fast way."""
-    high, low = _split(rows)
-    left = torch.cat([high, high, low], dim=-1)
-    high, low = (high, low) if others is rows else _split(others)
-    right = torch.cat([high, low, high], dim=-1).mT
+    left, right = split(rows, others)
     if not rows.is_cuda:  # where no product of bfloat16 gives float32
-        return left.float() @ right.float()
-    found: Tensor = torch.bmm(left, right, out_dtype=torch.float32)
+        return left.float() @ right.float().mT
+    found: Tensor = torch.bmm(left, right.mT, out_dtype=torch.float32)
     return found
 
 
-def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
+def split(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Parts of the rows side by side, of the length 3 · size, so that the product of two is that of three parts.
+
+    Returns
+    -------
+    left, right : Tensor of shape (batch, n, 3 * size) and (batch, n_others, 3 * size), bfloat16
+    """
+    if use_triton(rows):
+        from .triton.gram_matrix import split as triton_version
+
+        return triton_version(rows, others)
+    return split_reference(rows, others)
+
+
+def split_reference(rows: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Reference in plain torch."""
+    high, low = _parts(rows)
+    left = torch.cat([high, high, low], dim=-1)
+    high, low = (high, low) if others is rows else _parts(others)
+    return left, torch.cat([high, low, high], dim=-1)
+
+
+def _parts(rows: Tensor) -> tuple[Tensor, Tensor]:
     high = rows.bfloat16()
     return high, (rows - high.float()).bfloat16()

@@ -56,6 +56,38 @@ class Columns:
     numbers: Tensor
 
 
+@dataclass(frozen=True)
+class PaddedRows:
+    """Query rows out of packed sequences, filled up to as many of each sample; each sees the keys up to its own.
+
+    Attributes
+    ----------
+    query : Tensor of shape (n_keys, heads, head_dim)
+        Rotated, of all rows.
+    index : Tensor of shape (batch, most), int64
+        Packed indices.
+    numbers : Tensor of shape (batch,), int64
+        How many of a sample's count.
+    """
+
+    query: Tensor
+    index: Tensor
+    numbers: Tensor
+
+    @property
+    def counts(self) -> Tensor:
+        """Mask of what counts, (batch, most)."""
+        return torch.arange(self.index.shape[1], device=self.index.device) < self.numbers[:, None]
+
+    @property
+    def packed(self) -> Rows:
+        """The same one after the other; those that fill up see nothing."""
+        batch, most = self.index.shape
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=self.index.device) * most
+        ends = torch.where(self.counts, self.index + 1, 0).flatten().int()
+        return Rows(self.query[self.index.flatten()], starts, ends, most)
+
+
 def row_statistics(
     rows: Rows, key: Tensor, key_offsets: Tensor, marked: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -106,6 +138,56 @@ def row_attention(rows: Rows, key: Tensor, columns: Columns, lse: Tensor, weight
 
         return triton_version(rows, key, columns, lse, weight, scaling)
     return row_attention_reference(rows, key, columns, lse, weight, scaling)
+
+
+def padded_statistics(
+    rows: PaddedRows, key: Tensor, key_offsets: Tensor, marked: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`row_statistics` of rows filled up, each of shape (batch, most, heads); 0 for what fills up.
+
+    The mass is not taken where nothing is marked.
+    """
+    if use_triton(key):
+        from .triton.rater_attention import padded_statistics as triton_version
+
+        return triton_version(rows, key, key_offsets, marked, scaling)
+    return padded_statistics_reference(rows, key, key_offsets, marked, scaling)
+
+
+def padded_statistics_reference(
+    rows: PaddedRows, key: Tensor, key_offsets: Tensor, marked: Tensor | None, scaling: float
+) -> tuple[Tensor, Tensor | None]:
+    """Reference in plain torch."""
+    shape, counts = (*rows.index.shape, rows.query.shape[1]), rows.counts[..., None]
+    all_or_none = key.new_zeros(key.shape[0], dtype=torch.bool) if marked is None else marked
+    found = row_statistics_reference(rows.packed, key, key_offsets, all_or_none, scaling)
+    lse, mass = (torch.where(counts, one.view(shape), 0.0) for one in found)
+    return lse, None if marked is None else mass
+
+
+def padded_attention(
+    rows: PaddedRows, key: Tensor, columns: Columns, lse: Tensor, weight: Tensor | None, scaling: float
+) -> Tensor:
+    """:func:`row_attention` of rows filled up, (batch, most_rows, most_columns), float32; 0 for what fills up.
+
+    ``lse`` is of shape (batch, most_rows, heads). Without ``weight`` all heads have the same share.
+    """
+    if use_triton(key):
+        from .triton.rater_attention import padded_attention as triton_version
+
+        return triton_version(rows, key, columns, lse, weight, scaling)
+    return padded_attention_reference(rows, key, columns, lse, weight, scaling)
+
+
+def padded_attention_reference(
+    rows: PaddedRows, key: Tensor, columns: Columns, lse: Tensor, weight: Tensor | None, scaling: float
+) -> Tensor:
+    """Reference in plain torch."""
+    batch, n_heads = columns.keys.shape[0], rows.query.shape[1]
+    if weight is None:
+        weight = lse.new_full((batch, n_heads), 1 / n_heads)
+    flat = row_attention_reference(rows.packed, key, columns, lse.flatten(0, 1), weight, scaling)
+    return torch.where(rows.counts[..., None], flat.view(*rows.index.shape, -1), 0.0)
 
 
 def row_statistics_reference(

@@ -1,6 +1,6 @@
 """Model families as data: where the decoder, the vision tower and the visual tokens of a model are."""
 
-from .base import Decoder, Family, Modality, ModelAdapter, Vision
+from .base import Decoder, Family, LateFeatures, Modality, ModelAdapter, Vision
 from .layout import Grid, Layout, Tiles, n_tokens, separators
 from .registry import FAMILIES, adapter_for, register_adapter, supported_model_types
 from .wrapping import check_module, compiled_parts, unwrap, wrapper_hint
@@ -10,6 +10,7 @@ __all__ = [
     "Decoder",
     "Family",
     "Grid",
+    "LateFeatures",
     "Layout",
     "Modality",
     "ModelAdapter",

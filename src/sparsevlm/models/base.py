@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .layout import Grid, Layout, grid_coordinates
 
-_AROUND = tuple(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video") for end in ("start", "end"))
+_AROUND = tuple(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video", "audio") for end in ("start", "end"))
 _SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", *_AROUND)
 
 
@@ -28,11 +30,35 @@ class Modality:
         Token that stands for one visual token of it in the prompt.
     size_inputs : tuple of str
         Arguments that say how the pixels are divided into images.
+    in_parts : bool
+        Whether other tokens may stand between those of one input: written times before frames, sound.
     """
 
     pixels: str
     token_id: int
     size_inputs: tuple[str, ...] = ()
+    in_parts: bool = False
+
+
+@dataclass(frozen=True)
+class LateFeatures:
+    """Visual features that the decoder adds to the output of its first layers, as by DeepStack.
+
+    Attributes
+    ----------
+    mask : str
+        Argument of the decoder that tells visual tokens, (batch, q_len) bool.
+    features : str
+        Argument of the decoder with a tensor (n_visual, hidden_size) for each of these layers, beginning with the
+        first; rows are those of the mask, one sample behind the other.
+    """
+
+    mask: str
+    features: str
+
+    def come_behind(self, layer: int, arguments: Mapping[str, Any]) -> bool:
+        """Tells whether the output of any layer behind a given one gets such, by the decoder's arguments."""
+        return len(arguments.get(self.features) or ()) > layer + 1
 
 
 @dataclass(frozen=True)
@@ -113,6 +139,10 @@ class Decoder:
         Axes of its rotary positions: 3 for M-RoPE.
     block : DecoderBlock or None
         What the engine has to know of a layer; ``None``: the family runs on hooks only.
+    late_features : LateFeatures or None
+        ``None``: visual features are all in the embeddings.
+    experts_per_token : int
+        Of a layer whose MLP is made of experts, how many of them compute a token; 0: no layer is.
     """
 
     module: Any
@@ -124,6 +154,8 @@ class Decoder:
     head: Any
     n_position_axes: int = 1
     block: DecoderBlock | None = None
+    late_features: LateFeatures | None = None
+    experts_per_token: int = 0
 
     @classmethod
     def of_llama(cls, module: Any, head: Any, n_position_axes: int = 1, block: DecoderBlock | None = None) -> Decoder:
@@ -241,6 +273,7 @@ class Family:
     protects_separators: bool = True
     # Whether the first request has to show that gathering all rows changes nothing.
     must_be_proven: bool = False
+    speaks: ClassVar[bool] = False  # another model makes speech of the hidden states that generate returns
 
     def check(self, model: Any) -> None:
         """Refuse a model of the family that cannot be pruned: with sliding-window layers, or tensor-parallel.
@@ -396,6 +429,12 @@ class ModelAdapter:
     def name(self) -> str:
         """Class name of the model."""
         return type(self.model).__name__
+
+    @functools.cached_property
+    def token_ids_apart(self) -> Tensor:
+        """Ids that are no words: placeholders and special tokens, (n,), on the host."""
+        placeholders = {modality.token_id for modality in self.modalities.values()}
+        return torch.tensor(sorted(self.special_token_ids | placeholders), device="cpu")
 
     def refreshed(self) -> ModelAdapter:
         """The adapter of the model as it is now, whose modules may have been replaced."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,29 +47,30 @@ def n_tokens(layout: Layout) -> int:
 def separators(layout: Layout) -> Tensor:
     """Mask of the placeholders of an image that stand for no patch, (n,), bool."""
     if not isinstance(layout, Tiles):
-        return torch.zeros(n_tokens(layout), dtype=torch.bool)
+        return torch.zeros(n_tokens(layout), dtype=torch.bool, device="cpu")
     marks = []
     for (t, h, w), ends in zip(layout.parts, layout.ends_rows, strict=True):
-        row = torch.tensor([False] * w + [True] * ends, dtype=torch.bool)
+        row = torch.tensor([False] * w + [True] * ends, dtype=torch.bool, device="cpu")
         marks.append(row.repeat(t * h))
-    return torch.cat([*marks, torch.ones(int(layout.ends_all), dtype=torch.bool)])
+    return torch.cat([*marks, torch.ones(int(layout.ends_all), dtype=torch.bool, device="cpu")])
 
 
-def places(layouts: Iterable[Layout]) -> Tensor:
+@functools.lru_cache(maxsize=32)
+def places(layouts: tuple[Layout, ...]) -> Tensor:
     """Coordinates (time, height, width) of the placeholders of some images, (3, n), int64.
 
     Images, and parts of one, stand one behind the other in time. A separator stands right of its row.
     """
-    found, start = [torch.zeros((3, 0), dtype=torch.int64)], 0
+    found, start = [torch.zeros((3, 0), dtype=torch.int64, device="cpu")], 0
     for layout in layouts:
         tiles = layout if isinstance(layout, Tiles) else Tiles((layout,), (False,))
         for (t, h, w), ends in zip(tiles.parts, tiles.ends_rows, strict=True):
-            axes = (torch.arange(start, start + t), torch.arange(h), torch.arange(w + ends))
+            axes = (torch.arange(*ends_of, device="cpu") for ends_of in ((start, start + t), (0, h), (0, w + ends)))
             found.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
             start += t
         if tiles.ends_all:
             _, h, w = tiles.parts[-1]
-            found.append(torch.tensor([[start - 1], [h - 1], [w]]))
+            found.append(torch.tensor([[start - 1], [h - 1], [w]], device="cpu"))
     return torch.cat(found, dim=1)
 
 
@@ -86,7 +88,7 @@ def grid_coordinates(layouts: Iterable[Layout], visual: Tensor) -> Tensor:
     -------
     Tensor of shape (3, n_visual), int64
     """
-    layouts = list(layouts)
+    layouts = tuple(layouts)
     found = places(layouts)
     if found.shape[1] != visual.shape[0] and any(isinstance(layout, Tiles) for layout in layouts):
         found = found[:, ~torch.cat([separators(layout) for layout in layouts])]

@@ -33,6 +33,9 @@ class PlainFamily(Family):
         Where the configuration has the patches per side that form one visual token; empty: one.
     video_token : str
         Where the configuration has the placeholder of videos; empty: the family has no videos.
+    in_parts : bool
+        Whether text may stand among the tokens of one image or video.
+    n_position_axes : int
     """
 
     model_types: tuple[str, ...] = ()
@@ -45,6 +48,7 @@ class PlainFamily(Family):
     unreadable: str = ""
     merge: str = ""
     video_token: str = ""
+    in_parts: bool = False
     n_position_axes: int = 1
 
     def check(self, model: Any) -> None:
@@ -61,7 +65,8 @@ class PlainFamily(Family):
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
         text = attrgetter(self.text)(model)
-        return Decoder.of_llama(text, model.get_output_embeddings(), self.n_position_axes)
+        decoder = Decoder.of_llama(text, model.get_output_embeddings(), self.n_position_axes)
+        return replace(decoder, experts_per_token=getattr(text.config, "num_experts_per_tok", None) or 0)
 
     def vision(self, model: Any) -> Vision:
         """The vision tower of a model, as far as the block whose output is taken."""
@@ -94,9 +99,10 @@ class PlainFamily(Family):
 
     def modalities(self, model: Any) -> dict[str, Modality]:
         """Images, and videos where the family has them."""
-        kinds = {"image": Modality("pixel_values", model.config.image_token_id)}
+        kinds = {"image": Modality("pixel_values", model.config.image_token_id, in_parts=self.in_parts)}
         if self.video_token:
-            kinds["video"] = Modality("pixel_values_videos", getattr(model.config, self.video_token))
+            token = getattr(model.config, self.video_token)
+            kinds["video"] = Modality("pixel_values_videos", token, in_parts=self.in_parts)
         return kinds
 
 
@@ -183,12 +189,14 @@ class PackedFamily(PlainFamily):
         """M-RoPE's positions, where the family has them."""
         if position_ids is None or position_ids.shape[0] != 3:
             return super().coordinates(layouts, position_ids, visual)
-        return position_ids[:, visual]
+        return position_ids[:, visual].long()
 
 
 @dataclass(frozen=True)
 class SizedFamily(PlainFamily):
     """Images of any size, which the inputs name as ``image_sizes`` in pixels; text may end each row of tokens."""
+
+    in_parts: bool = True
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From the sizes."""

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+import dataclasses
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers.vision_utils import get_vision_window_index
-
-from .base import Decoder, DecoderBlock, Family, Modality, ModelAdapter, PackedTower, TowerBlock, Vision
-from .layout import Grid, Layout
+from .base import Decoder, DecoderBlock, PackedTower, TowerBlock, Vision
+from .gridded import GriddedFamily
 
 # The vision configuration of Qwen2.5-VL has these, that of Qwen2-VL does not.
 _ONLY_IN_2_5 = ("fullatt_block_indexes", "window_size")
@@ -21,8 +16,8 @@ _CLASS_OF_TYPE = {
 }
 
 
-class Qwen2VLFamily(Family):
-    """Qwen2 decoder with M-RoPE, and a tower over packed patches, of Qwen2.5-VL with windows."""
+class Qwen2VLFamily(GriddedFamily):
+    """Qwen2 decoder, and a tower of which that of Qwen2.5-VL has windows."""
 
     model_types = tuple(_CLASS_OF_TYPE)
     class_names = tuple(_CLASS_OF_TYPE.values())
@@ -38,76 +33,20 @@ class Qwen2VLFamily(Family):
 
     def vision(self, model: Any) -> Vision:
         """The vision tower of a model."""
-        tower = model.model.visual
-        named = getattr(tower, "fullatt_block_indexes", None)  # Qwen2-VL has none: every block has full attention
-        full = [i for i in range(len(tower.blocks)) if named is None or i in named]
+        vision = super().vision(model)
+        tower: Any = vision.module
+        full = [i for i, _ in vision.readable]
         side = model.config.vision_config.spatial_merge_size
+        has_windows = hasattr(tower, "fullatt_block_indexes")
         program = PackedTower(
             projection=tower.patch_embed.proj,
             rotary=tower.rotary_pos_emb,
             blocks=tuple(_tower_block(block, i in full) for i, block in enumerate(tower.blocks)),
             merger=tower.merger,
             side=side,
-            window=None if named is None else tower.window_size // side // tower.patch_size,
+            window=tower.window_size // side // tower.patch_size if has_windows else None,
         )
-        return Vision(
-            module=tower,
-            readable=tuple((i, tower.blocks[i].attn) for i in full),
-            n_blocks=len(tower.blocks),
-            patches_per_token=side**2,
-            program=program,
-        )
-
-    def modalities(self, model: Any) -> dict[str, Modality]:
-        """Images and videos."""
-        return {
-            "image": Modality("pixel_values", model.config.image_token_id, ("image_grid_thw",)),
-            "video": Modality("pixel_values_videos", model.config.video_token_id, ("video_grid_thw",)),
-        }
-
-    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
-        """From ``image_grid_thw`` and ``video_grid_thw``."""
-        return _merged(adapter, inputs.get(f"{kind}_grid_thw"))
-
-    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
-        """As the processor makes them."""
-        config, device = adapter.model.config, adapter.model.device
-        tokens = {modality.token_id for modality in adapter.modalities.values()} | adapter.special_token_ids
-        word = next(i for i in range(len(tokens) + 1) if i not in tokens)
-        n_visual, side = math.prod(grid), config.vision_config.spatial_merge_size
-        ids = torch.full((1, n_visual + n_text), word, dtype=torch.int64, device=device)
-        first = n_text // 4 + 1
-        ids[:, first - 1], ids[:, first + n_visual] = config.vision_start_token_id, config.vision_end_token_id
-        ids[:, first : first + n_visual] = config.image_token_id
-        size = adapter.vision.module.patch_embed.proj.weight[0].numel()
-        in_patches = [grid[0], grid[1] * side, grid[2] * side]
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == config.image_token_id).long(),
-            "pixel_values": torch.zeros((math.prod(in_patches), size), device=device),
-            "image_grid_thw": torch.tensor([in_patches], device=device),
-        }
-
-    def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
-        """From ``grid_thw``."""
-        return _merged(adapter, arguments.get("grid_thw"))
-
-    def reading_order(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Tensor | None:
-        """Windows of Qwen2.5-VL come one behind the other."""
-        tower: Any = adapter.vision.module
-        if not hasattr(tower, "fullatt_block_indexes"):
-            return None
-        order, _ = get_vision_window_index(
-            arguments["grid_thw"], tower.spatial_merge_size, tower.window_size, tower.patch_size
-        )
-        return order
-
-    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
-        """M-RoPE's positions."""
-        if position_ids is None or position_ids.shape[0] != 3:
-            return super().coordinates(layouts, position_ids, visual)
-        return position_ids[:, visual]
+        return dataclasses.replace(vision, program=program)
 
 
 def _tower_block(block: Any, is_full: bool) -> TowerBlock:
@@ -125,13 +64,6 @@ def _tower_block(block: Any, is_full: bool) -> TowerBlock:
         is_full=is_full,
         **gated,
     )
-
-
-def _merged(adapter: ModelAdapter, grid_thw: Any) -> list[Grid] | None:
-    if grid_thw is None:
-        return None
-    side = adapter.model.config.vision_config.spatial_merge_size
-    return [(t, h // side, w // side) for t, h, w in grid_thw.tolist()]
 
 
 def _check_class(model: Any) -> None:

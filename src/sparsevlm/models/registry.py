@@ -9,13 +9,17 @@ from .generic import GenericFamily
 from .llava import LlavaFamily
 from .plain import PackedFamily, SizedFamily, TiledFamily
 from .qwen2_vl import Qwen2VLFamily
+from .qwen3_vl import Qwen3VLFamily
+from .qwen_omni import OmniFamily
 from .refused import ENCODER_DECODER, REFUSED
 from .wrapping import check_module, wrapper_hint
 
 _CUT = "the tokens of a picture in tiles are not those of the tower: margins are cut off, and large pictures scaled"
 FAMILIES: tuple[Family, ...] = (
     Qwen2VLFamily(),
-    LlavaFamily(("llava",), ("LlavaForConditionalGeneration",)),
+    Qwen3VLFamily(),
+    OmniFamily(),
+    LlavaFamily(("llava",), ("LlavaForConditionalGeneration",), in_parts=True),
     LlavaFamily(("llava_next",), ("LlavaNextForConditionalGeneration",), unreadable=_CUT),
     LlavaFamily(
         ("llava_onevision",), ("LlavaOnevisionForConditionalGeneration",), unreadable=_CUT, video_token="video_token_id"
@@ -60,6 +64,7 @@ FAMILIES: tuple[Family, ...] = (
         attention="attn",
         n_position_axes=3,
         video_token="image_token_id",
+        in_parts=True,
     ),
     PackedFamily(
         ("paddleocr_vl",),

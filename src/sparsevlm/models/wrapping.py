@@ -46,6 +46,8 @@ def wrapper_hint(model: nn.Module) -> str:
         return " Of a compiled model pass the original, before torch.compile."
     if isinstance(getattr(model, "module", None), nn.Module):  # DataParallel, DistributedDataParallel, FSDP, DeepSpeed
         return " Of a model that is wrapped to be spread pass what it wraps, model.module."
+    if isinstance(getattr(model, "thinker", None), nn.Module):
+        return " Of a model that speaks pass what sees and writes, model.thinker."
     return ""
 
 

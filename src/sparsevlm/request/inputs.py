@@ -82,36 +82,47 @@ def visual_grids(
     by_token: dict[int, list[Layout]] = {modality.token_id: [] for modality in adapter.modalities.values()}
     for kind, found in layouts.items():
         by_token[adapter.modalities[kind].token_id] += found or ()
+    in_parts = {modality.token_id for modality in adapter.modalities.values() if modality.in_parts}
     rows = input_ids.tolist()
     for copies in (n for n in range(1, len(rows) + 1) if len(rows) % n == 0):
-        of_rows = _layouts_of_rows(rows[::copies], by_token)
+        of_rows = _layouts_of_rows(rows[::copies], by_token, in_parts)
         if of_rows is not None:
             return [row for row in of_rows for _ in range(copies)]
     return []
 
 
-def _layouts_of_rows(rows: list[list[int]], layouts: dict[int, list[Layout]]) -> list[list[Layout]] | None:
-    """Hand out the layouts in order of the placeholders, or ``None`` if the numbers do not fit.
-
-    Text may stand among the tokens of an image, such as the ends of its rows, but no other image.
-    """
+def _layouts_of_rows(
+    rows: list[list[int]], layouts: dict[int, list[Layout]], in_parts: Collection[int]
+) -> list[list[Layout]] | None:
+    """Hand out the layouts in order of the placeholders, or ``None`` if the numbers do not fit."""
     queues = {token_id: list(found) for token_id, found in layouts.items()}
     per_row: list[list[Layout]] = []
     for row in rows:
         per_row.append([])
-        of_token, missing = None, 0
-        for token_id in filter(queues.__contains__, row):
-            if missing and token_id != of_token:
+        position = 0
+        while position < len(row):
+            token_id = row[position]
+            if token_id not in queues:
+                position += 1
+                continue
+            if not queues[token_id]:
                 return None
-            if not missing:
-                if not queues[token_id]:
-                    return None
-                per_row[-1].append(queues[token_id].pop(0))
-                of_token, missing = token_id, n_tokens(per_row[-1][-1])
-            missing -= 1
-        if missing:
-            return None
+            layout = queues[token_id].pop(0)
+            end = _end_of_input(row, position, n_tokens(layout), token_id in in_parts)
+            if end is None:
+                return None
+            per_row[-1].append(layout)
+            position = end
     return None if any(queues.values()) else per_row
+
+
+def _end_of_input(row: list[int], start: int, size: int, in_parts: bool) -> int | None:
+    """Where the placeholders of an image or video end that begin at ``start``; ``None`` if there are fewer."""
+    token_id = row[start]
+    if not in_parts:
+        return start + size if row[start : start + size] == [token_id] * size else None
+    own = [position for position in range(start, len(row)) if row[position] == token_id][:size]
+    return own[-1] + 1 if len(own) == size else None
 
 
 def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generate: bool) -> None:
@@ -129,6 +140,8 @@ def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generat
     ------
     TypeError, ValueError
         With what was got and what is wanted.
+    NotImplementedError
+        If speech is to be made of a prompt with images.
     """
     name = "inputs" if of_generate and inputs.get("inputs") is not None else "input_ids"
     ids, embeds, mask = inputs.get(name), inputs.get("inputs_embeds"), inputs.get("attention_mask")
@@ -155,6 +168,12 @@ def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generat
                 raise ValueError(f"{modality.pixels} was given without {size}. Pass all that the processor returned.")
             _check_tensor(size, inputs.get(size), "(number of images or videos, 3)", (2,), "integers", n_columns=3)
         brings_pixels |= pixels is not None
+    if brings_pixels and of_generate and adapter.family.speaks and inputs.get("output_hidden_states"):
+        raise NotImplementedError(
+            "output_hidden_states, as speech is made of them, would lack the states of dropped tokens. Ask the model "
+            "that speaks for text alone, with return_audio=False or generation_mode='text', or call remove_sparsevlm "
+            "on its thinker first."
+        )
     tokens = ids if ids is not None else embeds
     if brings_pixels and tokens is not None:
         of_tokens = {"attention_mask": mask, "mm_token_type_ids": inputs.get("mm_token_type_ids")}
@@ -228,7 +247,7 @@ def check_mask(attention_mask: Any) -> None:
     ------
     ValueError
     """
-    if isinstance(attention_mask, Tensor) and not bool((attention_mask != 0).any(dim=-1).all()):
+    if isinstance(attention_mask, Tensor) and not bool(attention_mask.any(dim=-1).all()):
         raise ValueError(
             "attention_mask hides all tokens of a sample; wanted is at least one that is seen. Leave such samples out."
         )

@@ -6,6 +6,8 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,6 +18,8 @@ from ..template import Template
 from .inputs import check_mask, visual_grids
 from .request import Request, Sample
 from .session import Session
+
+IntArray = npt.NDArray[np.int64]
 
 
 def open_request(
@@ -54,8 +58,10 @@ def open_request(
     request = session.new_request(cache, mask.shape[0], mask.shape[1], logits_to_keep)
     if session.in_generate and cache is None and ids is not None:
         request.comes_again(ids)
-    # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them.
+    # Assisted decoding appends drafts to the prompt and asks for their logits and the one before them, if it can.
     n_drafted = max(0, logits_to_keep - 1) if session.is_drafting else 0
+    if session.is_drafting and not logits_to_keep:
+        n_drafted = request.past_len + mask.shape[1] - session.n_given
     if session.in_generate:
         inputs = {
             **inputs,
@@ -111,78 +117,82 @@ def make_samples(
         placeholder, or a mask hides all of a sample.
     """
     q_len = mask.shape[1]
-    valid = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
+    seen = torch.ones(mask.shape, dtype=torch.bool, device="cpu")
     attention_mask = inputs.get("attention_mask")
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        valid = attention_mask[:, -q_len:].bool().cpu()
-    check_mask(valid)
+        seen = attention_mask[:, -q_len:].bool().cpu()
+    check_mask(seen)
     input_ids = inputs.get("input_ids")
     ids = None if input_ids is None else input_ids.cpu()
-    special_ids = sorted(adapter.special_token_ids | {modality.token_id for modality in adapter.modalities.values()})
-    special = torch.tensor(special_ids, device="cpu")
-    on_cpu = mask.cpu() & valid
+    is_special = None if ids is None else torch.isin(ids, adapter.token_ids_apart).numpy()
+    # Arrays from here on: of so few numbers, operations of torch take ten times as long.
+    valid = seen.numpy()
+    is_visual = mask.cpu().numpy() & valid
     prompt_end = q_len - n_drafted
-    _check_drafts(adapter, on_cpu[:, prompt_end:])
+    _check_drafts(adapter, is_visual[:, prompt_end:])
     by_row = visual_grids(adapter, layouts, ids)
-    _protect_separators(adapter, on_cpu, by_row)
-    goes_on = valid.clone()
+    _protect_separators(adapter, is_visual, by_row)
+    goes_on = valid.copy()
     goes_on[:, prompt_end - 1 :] = True  # what predicts the next token, even if it is hidden from all others
     samples = []
     for b in range(mask.shape[0]):
-        visual = on_cpu[b].nonzero().squeeze(-1)
-        other = (goes_on[b] & ~on_cpu[b]).nonzero().squeeze(-1)
-        text = (valid[b, :prompt_end] & ~on_cpu[b, :prompt_end]).nonzero().squeeze(-1)
-        if ids is not None:
-            text = _without_template(text, ids[b], template)
-            text = text[~torch.isin(ids[b][text], special)]
-        rater_candidates = text[text > (int(visual[-1]) if visual.numel() else -1)]
-        last = valid[b, :prompt_end].nonzero().squeeze(-1)[-1:]
-        if visual.numel() and int(visual[-1]) == int(last):
+        visual = is_visual[b].nonzero()[0]
+        other = (goes_on[b] & ~is_visual[b]).nonzero()[0]
+        text = (valid[b, :prompt_end] & ~is_visual[b, :prompt_end]).nonzero()[0]
+        if ids is not None and is_special is not None:
+            text = _without_template(text, ids[b].numpy(), template)
+            text = text[~is_special[b, text]]
+        last_visual = int(visual[-1]) if visual.size else -1
+        rater_candidates = text[text > last_visual]
+        last = valid[b, :prompt_end].nonzero()[0][-1:]
+        if visual.size and last_visual == int(last[-1]):
             raise ValueError(
                 f"sample {b} ends in a visual token, whose row has to predict the next token and cannot be judged. End "
                 "the prompt in text: a chat template closes an image with <|vision_end|>."
             )
         sample = Sample(
-            visual=visual,
-            other=other,
-            text=text if text.numel() else last,
-            rater_candidates=rater_candidates if rater_candidates.numel() else last,
-            last=last,
-            alive=torch.arange(visual.shape[0], device="cpu"),
-            tail=_tail_length(visual, other, q_len),
+            visual=torch.from_numpy(visual),
+            other=torch.from_numpy(other),
+            text=torch.from_numpy(text if text.size else last),
+            rater_candidates=torch.from_numpy(rater_candidates if rater_candidates.size else last),
+            last=torch.from_numpy(last),
+            alive=torch.from_numpy(np.arange(visual.size)),
+            tail=_tail_length(other[other > last_visual], q_len),
             layouts=tuple(by_row[b]) if by_row else (),
-            image_sizes=_image_sizes(visual, None if ids is None else ids[b], by_row[b] if by_row else ()),
+            image_sizes=_image_sizes(visual, None if ids is None else ids[b].numpy(), by_row[b] if by_row else ()),
         )
         sample.to(mask.device)
         samples.append(sample)
     return samples
 
 
-def _protect_separators(adapter: ModelAdapter, visual: Tensor, by_row: Sequence[Sequence[Layout]]) -> None:
+def _protect_separators(
+    adapter: ModelAdapter, is_visual: npt.NDArray[np.bool_], by_row: Sequence[Sequence[Layout]]
+) -> None:
     """Take what stands for no patch out of a mask of placeholders, (batch, q_len), where the family says so."""
-    for mask, layouts in zip(visual, by_row, strict=False):
+    for mask, layouts in zip(is_visual, by_row, strict=False):
         if any(isinstance(layout, Tiles) for layout in layouts) and adapter.family.protects_separators:
-            mask[mask.clone()] = ~torch.cat([separators(layout) for layout in layouts])
+            mask[mask.nonzero()[0]] = ~torch.cat([separators(layout) for layout in layouts]).numpy()
 
 
-def _image_sizes(visual: Tensor, ids: Tensor | None, layouts: Sequence[Layout]) -> tuple[int, ...]:
+def _image_sizes(visual: IntArray, ids: IntArray | None, layouts: Sequence[Layout]) -> tuple[int, ...]:
     """Visual tokens of each image: by the layouts, or by runs of the same token where these are unknown."""
-    for sizes in (
-        tuple(map(n_tokens, layouts)),
-        tuple(n_tokens(layout) - int(separators(layout).sum()) for layout in layouts),
-    ):
-        if sum(sizes) == visual.shape[0]:
-            return sizes
-    begins = visual.diff() != 1
+    sizes = tuple(map(n_tokens, layouts))
+    if sum(sizes) == visual.shape[0]:
+        return sizes
+    sizes = tuple(n_tokens(layout) - int(separators(layout).sum()) for layout in layouts)
+    if sum(sizes) == visual.shape[0]:
+        return sizes
+    begins = np.diff(visual) != 1
     if ids is not None:
-        begins |= ids[visual].diff() != 0
-    ends = [0, *(begins.nonzero().squeeze(-1) + 1).tolist(), visual.shape[0]]
+        begins |= np.diff(ids[visual]) != 0
+    ends = [0, *(np.flatnonzero(begins) + 1).tolist(), visual.shape[0]]
     return tuple(end - start for start, end in itertools.pairwise(ends))
 
 
-def _check_drafts(adapter: ModelAdapter, visual: Tensor) -> None:
+def _check_drafts(adapter: ModelAdapter, is_visual: npt.NDArray[np.bool_]) -> None:
     """Refuse drafted tokens of which any stands for visual features."""
-    if bool(visual.any()):
+    if is_visual.any():
         tokens = sorted(modality.token_id for modality in adapter.modalities.values())
         raise ValueError(
             "the drafted tokens hold placeholders of images or videos, for which there are no features. Pass "
@@ -190,16 +200,15 @@ def _check_drafts(adapter: ModelAdapter, visual: Tensor) -> None:
         )
 
 
-def _tail_length(visual: Tensor, other: Tensor, q_len: int) -> int:
-    """Contiguous tokens at the end of the sequence, behind the last visual one."""
-    tail = other[other > (int(visual[-1]) if visual.numel() else -1)]
-    if tail.numel() == 0 or int(tail[-1]) != q_len - 1:
+def _tail_length(tail: IntArray, q_len: int) -> int:
+    """Contiguous tokens at the end of the sequence, of those behind the last visual one."""
+    if tail.size == 0 or tail[-1] != q_len - 1:
         return 0
-    gaps = (tail.diff() != 1).nonzero()
-    return int(tail.numel() - (gaps[-1] + 1 if gaps.numel() else 0))
+    gaps = (tail[1:] - tail[:-1] != 1).nonzero()[0]
+    return int(tail.size - (gaps[-1] + 1 if gaps.size else 0))
 
 
-def _without_template(text: Tensor, ids: Tensor, template: Template) -> Tensor:
+def _without_template(text: IntArray, ids: IntArray, template: Template) -> IntArray:
     """Leave out what the template puts around a prompt, each end where it is all there."""
     found = tuple(ids[text].tolist())
     start = len(template.prefix) if found[: len(template.prefix)] == template.prefix else 0

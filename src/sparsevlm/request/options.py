@@ -33,6 +33,12 @@ class Options:
     traits: SelectorTraits
     target_layers: tuple[int, ...]
 
+    @property
+    def reads_text(self) -> bool:
+        """Whether text is read: by the selector, or by the rank, which decides where there is no budget."""
+        by_rank = self.config.keep is None and isinstance(self.config.schedule, (str, type(None)))
+        return by_rank or bool({"rater_attention", "text_features"} & self.traits.needs)
+
     @classmethod
     def of(cls, adapter: ModelAdapter, config: SparseVLMConfig) -> Options:
         """Resolve a configuration; raises where it does not fit the model."""

@@ -134,6 +134,8 @@ class Sample:
 
     def to(self, device: torch.device) -> None:
         """Follow the hidden states to another device."""
+        if self.alive.device == device:
+            return
         for name in ("visual", "other", "text", "rater_candidates", "last", "alive"):
             setattr(self, name, getattr(self, name).to(device))
 

@@ -57,6 +57,8 @@ class Session:
         Whether ``generate`` owns the running call.
     is_drafting : bool
         Whether the running call verifies drafted tokens (assisted decoding).
+    n_given : int
+        Of such a call, length of the sequence that it was given, what is cached included.
     copies : int
         Rows that the running call makes of every prompt: beams or returned sequences.
     plain_reason : str
@@ -68,7 +70,7 @@ class Session:
     def __init__(self, adapter: ModelAdapter, config: SparseVLMConfig, template: Template) -> None:
         self.adapter, self.template = adapter, template
         self.lock = GenerationLock()
-        self.plain_reason, self.copies = "", 1
+        self.plain_reason, self.copies, self.n_given = "", 1, 0
         self.given: Mapping[str, Any] = {}
         self.in_generate = self.is_drafting = self._is_open = self._expects_images = False
         self._n_overrides, self._warned = 0, set[str]()
@@ -262,8 +264,10 @@ class Session:
         is_nested : bool
             Whether another call goes on around it: what belongs to that one comes back at the end.
         """
-        of_call = ("_current", "_is_open", "_expects_images", "is_drafting", "plain_reason", "copies", "given")
-        names = (*of_call, "in_generate")
+        names = (
+            *("_current", "_is_open", "_expects_images", "is_drafting", "n_given", "plain_reason", "copies"),
+            *("in_generate", "given"),
+        )
         before = {name: getattr(self, name) for name in names}
         self.begin_call()
         self.in_generate = True

@@ -121,6 +121,13 @@ class Survivors:
         assert selection.weight is not None
         return merge_hidden_states(states, selection.keep_idx, selection.merge_target, selection.weight)
 
+    def of(self, rows: Tensor) -> Tensor:
+        """What goes on of rows, (n_before, size), that belong to the tokens that reached the layer."""
+        if self.selection is None:
+            return rows
+        rows = rows.to(self.selection.keep_idx.device)
+        return self.merged(rows) if self.merges else rows[self.selection.keep_idx]
+
 
 def prune_step(
     request: Request, target: int, states: Callable[[int], Tensor], readout: Readout

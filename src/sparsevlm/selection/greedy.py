@@ -174,7 +174,8 @@ def dpp_order_by_gram(
         )
         for some in _samples_at_once(flat.shape[0], n**2, _MAX_GRAM_ELEMENTS)
     ]
-    return torch.cat(orders).reshape(*rows.shape[:-2], n_keep)
+    together = orders[0] if len(orders) == 1 else torch.cat(orders)
+    return together.reshape(*rows.shape[:-2], n_keep)
 
 
 def cover(

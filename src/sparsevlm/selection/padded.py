@@ -6,16 +6,17 @@ from __future__ import annotations
 import inspect
 import random
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..config import SparseVLMConfig
+from ..kernels.places import first_picks
+from ..kernels.rank_counts import RankRule, rank_counts
 from .context import Selection, SelectionContext, Selector
 from .image_floor import choose_by_order
-from .places import first_picks
-from .recycle import count_clusters_of
 from .similarity import finite
 
 
@@ -25,13 +26,11 @@ class PaddedContext:
 
     Attributes
     ----------
-    layer : int
-        Target layer; -1: before the decoder.
     config : SparseVLMConfig
         What belongs to one request alone has its default: budgets, ``seed``, ``selector``.
     hidden_states : Tensor of shape (batch, n_visual, hidden_size)
-        Visual rows of the target layer's output; before the decoder of its input embeddings, which are the
-        ``features`` of :class:`~.context.SelectionContext`.
+        Visual rows of the output of the target layer, whichever that is; before the decoder of its input embeddings,
+        which are the ``features`` of :class:`~.context.SelectionContext`.
     valid : Tensor of shape (batch, n_visual), bool
         False for rows that only fill a sample up; these come last.
     n_keep : Tensor of shape (batch,), int64
@@ -54,7 +53,6 @@ class PaddedContext:
         As in :class:`~.context.SelectionContext`, where the rank decides.
     """
 
-    layer: int
     config: SparseVLMConfig
     hidden_states: Tensor
     valid: Tensor
@@ -71,7 +69,7 @@ class PaddedContext:
     coordinates: Tensor | None = None
     n_clusters: Tensor | None = None
 
-    @property
+    @cached_property
     def n_visual(self) -> Tensor:
         """Visual tokens of every sample, (batch,)."""
         return self.valid.sum(dim=1)
@@ -79,7 +77,7 @@ class PaddedContext:
     @property
     def n_picks(self) -> Tensor:
         """Picks of every sample that decide anything, (batch,): none where all tokens are kept."""
-        return torch.where(self.n_keep < self.n_visual, self.n_keep, 0)
+        return self.n_keep * (self.n_keep < self.n_visual)
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,6 @@ def padded_sample(context: SelectionContext, n_keep: int) -> PaddedContext:
 
     states, text = context.hidden_states, context.text_features
     return PaddedContext(
-        layer=context.layer,
         config=context.config,
         hidden_states=states.detach()[None],
         valid=torch.ones((1, context.n_visual), dtype=torch.bool, device=states.device),
@@ -156,36 +153,29 @@ def draw_seed(seed: int, layer: int, sample: int) -> int:
 
 
 def rank_adaptive_counts(
-    n_visual: Tensor, ranks: Tensor, most: int, config: SparseVLMConfig, recycles: bool
+    n_visual: Tensor, ranks: Tensor, most: int, config: SparseVLMConfig, recycles: bool, is_faulty: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """:func:`~.budget.rank_adaptive_count` of several samples, on their device.
 
     Parameters
     ----------
     n_visual, ranks : Tensor of shape (batch,), int64
+        A rank below 0 is none.
     most : int
         No sample has more visual tokens.
     config : SparseVLMConfig
     recycles : bool
         Whether the selector recycles, if ``config.recycle`` lets it.
+    is_faulty : Tensor of shape (1,), bool, optional
+        Becomes True where a rank is none.
 
     Returns
     -------
     n_keep, n_clusters : Tensor of shape (batch,), int64
         All, and none, of samples that have no more than ``min_keep``, or where nothing would be dropped.
     """
-    theirs = (config.rank_lambda * (n_visual - ranks).double() + 1e-9).long().clamp_min(0)
-    n_dropped = torch.arange(most + 1, device=n_visual.device)
-    n_clusters = torch.zeros_like(n_dropped)
-    if recycles and config.recycle:
-        n_clusters = count_clusters_of(n_dropped, config.tau, config.theta)[1]
-    n_left = n_visual[:, None] - n_dropped + n_clusters
-    fits = (n_dropped <= theirs[:, None]) & ((n_left >= config.min_keep) | (n_dropped == 0))
-    chosen = torch.where(fits, n_dropped, 0).amax(dim=1)
-    n_clusters = n_clusters[chosen]
-    n_keep = n_visual - chosen + n_clusters
-    is_whole = (n_visual <= config.min_keep) | (n_keep >= n_visual)
-    return torch.where(is_whole, n_visual, n_keep), torch.where(is_whole, 0, n_clusters)
+    rule = RankRule(config.rank_lambda, config.tau, config.theta, recycles and config.recycle, config.min_keep)
+    return rank_counts(n_visual, ranks, most, rule, is_faulty)
 
 
 def select_padded(
@@ -204,17 +194,16 @@ def select_padded(
         0: no sample has floors.
     """
     valid, n_keep = context.valid, context.n_keep
-    keeps_all = (n_keep >= context.n_visual)[:, None]
     if not is_padded(selector):
         looked_at = {"counts": context.n_picks} if not n_images and _takes_counts(type(selector)) else {}
         picks = selector.order(context.hidden_states, valid, context.most_kept, **looked_at)
-        if n_images:
-            assert image_idx is not None
-            assert min_keep is not None
-            is_kept = choose_by_order(picks, image_idx, valid, n_keep, min_keep, n_images)
-        else:
-            is_kept = first_picks(picks, n_keep, valid.shape[1])
-        return PaddedSelection(torch.where(keeps_all, valid, is_kept))
+        if not n_images:
+            return PaddedSelection(first_picks(picks, n_keep, valid))
+        assert image_idx is not None
+        assert min_keep is not None
+        is_kept = choose_by_order(picks, image_idx, valid, n_keep, min_keep, n_images)
+        return PaddedSelection(torch.where((n_keep >= context.n_visual)[:, None], valid, is_kept))
+    keeps_all = (n_keep >= context.n_visual)[:, None]
     found: PaddedSelection = selector.select_padded(context)
     is_kept = torch.where(keeps_all, valid, found.is_kept)
     if found.merge_target is None:
@@ -239,7 +228,7 @@ def merged_states(hidden_states: Tensor, kept: Tensor, selection: PaddedSelectio
     ----------
     hidden_states : Tensor of shape (batch, n_visual, hidden_size)
     kept : Tensor of shape (batch, n_keep), int64
-        From :func:`indices_of`.
+        From :func:`~sparsevlm.kernels.places.indices_of`.
     selection : PaddedSelection
         With merges.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.rater_choice import at_least_mean
+
 _MAX_BLOCK_ELEMENTS = 1 << 26
 
 
@@ -24,18 +26,6 @@ def attention_raters(text_attention: Tensor) -> Tensor:
     return _at_least_mean(text_attention.sum(dim=-1))
 
 
-def padded_attention_raters(text_attention: Tensor, is_text: Tensor) -> Tensor:
-    """:func:`attention_raters` of several samples filled up to one size, (batch, n_text); waits for nothing.
-
-    Parameters
-    ----------
-    text_attention : Tensor of shape (batch, n_text, n_visual)
-    is_text : Tensor of shape (batch, n_text), bool
-        False for rows that only fill a sample up, behind the others.
-    """
-    return _padded_at_least_mean(text_attention.sum(dim=-1), is_text)
-
-
 def padded_embedding_raters(features: Tensor, valid: Tensor, text_features: Tensor, is_text: Tensor) -> Tensor:
     """:func:`embedding_raters` of several samples filled up to one size, (batch, n_text); waits for nothing.
 
@@ -49,15 +39,7 @@ def padded_embedding_raters(features: Tensor, valid: Tensor, text_features: Tens
     products = features.float() @ text_features.float().mT
     share = products.masked_fill_(~is_text[:, None], -torch.inf).softmax(dim=-1)
     relevance = torch.where(valid[..., None], share, 0.0).sum(dim=1) / valid.sum(dim=1, keepdim=True).clamp_min(1)
-    return _padded_at_least_mean(relevance, is_text)
-
-
-def _padded_at_least_mean(mass: Tensor, is_text: Tensor) -> Tensor:
-    n_text = is_text.sum(dim=1, keepdim=True)
-    mass = torch.where(is_text, mass, 0.0)
-    mask = (mass >= mass.sum(dim=1, keepdim=True) / n_text.clamp_min(1)) & is_text
-    is_last = torch.arange(is_text.shape[1], device=mass.device) == n_text - 1
-    return torch.where(mask.any(dim=1, keepdim=True), mask, is_last)
+    return at_least_mean(relevance, is_text)
 
 
 def embedding_raters(features: Tensor, text_features: Tensor) -> Tensor:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .places import highest, indices_of, place_by_score
+from ..kernels.places import indices_of
+from ..kernels.rank_counts import count_clusters_of
+from .places import highest, place_by_score
 
 _CHUNK_ROWS = 512
 # Sums of products are exact to about 1e-7 in float32: squared distances below this share of the lengths are none.
@@ -18,12 +20,6 @@ def count_clusters(n_dropped: int, tau: float, theta: float) -> tuple[int, int]:
     """Number of recycled tokens L_r = ⌊τN⌋ and of clusters C = ⌊θL_r⌋ for N dropped ones (paper, token recycling)."""
     n_recycled = int(tau * n_dropped + 1e-9)
     return n_recycled, int(theta * n_recycled + 1e-9)
-
-
-def count_clusters_of(n_dropped: Tensor, tau: float, theta: float) -> tuple[Tensor, Tensor]:
-    """:func:`count_clusters` of several numbers, int64."""
-    n_recycled = (tau * n_dropped.double() + 1e-9).long()
-    return n_recycled, (theta * n_recycled.double() + 1e-9).long()
 
 
 def clusters_within(n_visual: Tensor, n_out: Tensor, most_out: int, tau: float, theta: float) -> Tensor:

@@ -63,7 +63,7 @@ def decode_step(
     ----------
     adapter : ModelAdapter
     weights : DecodeWeights
-        The model's own for more than :data:`~sparsevlm.kernels.skinny_linear.MOST_ROWS` samples.
+        The model's own for more samples than the kernels of few rows serve.
     state : DecodeState
         Moved on by one token; it must have room.
     tokens : Tensor of shape (batch,), int64
@@ -89,7 +89,7 @@ def decode_step(
         return attend
 
     attends = [attention(cache, block.scaling) for cache, block in zip(state.caches, weights.blocks, strict=True)]
-    if tokens.shape[0] > MOST_ROWS:
+    if tokens.shape[0] > (_MOST_PLAIN_ROWS if isinstance(weights, FusedWeights) else MOST_ROWS):
         assert isinstance(weights, FusedWeights)
         residual: Tensor | None = None
         for block, attend in zip(weights.blocks, attends, strict=True):
@@ -111,6 +111,8 @@ def _logits(adapter: ModelAdapter, weights: DecodeWeights, hidden: Tensor) -> Te
     return logits
 
 
+# Rows for which the kernels read weights as they are faster than cuBLAS: of 16 that is so no more.
+_MOST_PLAIN_ROWS = 8
 # New tokens that there is room for at first, at least and at most.
 _LEAST_CAPACITY, _FIRST_CAPACITY = 64, 512
 # Graphs that are kept, one a batch size and kind of weights.

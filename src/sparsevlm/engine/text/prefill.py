@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,12 +47,15 @@ class PackedRows:
         """Rows of what is left of a request."""
         return cls([sample.all_positions for sample in request.samples], request.q_len)
 
-    def __post_init__(self) -> None:
-        self._rows: list[Tensor] = []
+    @functools.cached_property
+    def _rows(self) -> list[Tensor]:
+        """Packed row by position, of every sample."""
+        all_rows = []
         for start, own in zip(self.starts, self.positions, strict=False):
             rows = torch.zeros(self.q_len, dtype=torch.int64, device=own.device)
             rows[own] = torch.arange(start, start + own.shape[0], device=own.device)
-            self._rows.append(rows)
+            all_rows.append(rows)
+        return all_rows
 
     @property
     def starts(self) -> list[int]:
@@ -184,7 +189,9 @@ class Prefill:
                 logits = self.segments.run(_segment((first, stop), rows, shape.batch, most, n_filled, is_read))
             if stop < n_layers:
                 most_left = counts.most[stage + 1]
-                prune = PruneShape.of(rows, shape, n_visual, max(most_left), request)
+                prune = PruneShape.of(
+                    rows, self.space.room.rows, shape, n_visual, max(most_left), request, counts.by_rank
+                )
                 scaling = self._weights.blocks[stop - 1].scaling if stop else 0.0
                 step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank)
                 packed.append((self.prune_programs.run(request.selector, step).clone(), prune.n_keep))
@@ -266,34 +273,35 @@ def _cache_bytes(request: Request, bytes_per_row: int, n_layers: int) -> tuple[i
 
 def fill(given: PromptInputs, request: Request, prompt: Prompt, packed: PackedRows, counts: TokenCounts | None) -> None:
     """Write down what a prompt brings, on the host; what is written to must be 0."""
-    given.feature_rows.fill_(-1)
+    # Arrays: of so few numbers, operations of torch take ten times as long.
+    to = SimpleNamespace(**{name: part.numpy() for name, part in vars(given).items()})
+    ids, positions, feature_rows = (own.numpy() for own in (prompt.ids, prompt.positions, prompt.feature_rows))
+    to.feature_rows[:] = -1
     starts = packed.starts
-    for b, (sample, own) in enumerate(zip(request.samples, packed.positions, strict=True)):
-        rows = slice(starts[b], starts[b + 1])
-        given.ids[rows] = prompt.ids[b, own]
-        given.positions[:, rows] = prompt.positions[:, b, own]
-        given.feature_rows[rows] = prompt.feature_rows[b, own]
-        n_visual = sample.alive.shape[0]
-        given.visual_rows[b, :n_visual] = packed.local(b, sample.positions)
-        given.image_idx[b, :n_visual] = sample.image_idx
-        given.min_keep_per_image[b] = request.config.min_keep_per_image if len(sample.image_sizes) > 1 else 0
-        given.n_visual[b] = n_visual
-        if given.text_rows.shape[1]:
-            text = text_read(request, sample)
-            given.n_text[b] = n_text = text.shape[0] if n_visual else 0
-            given.text_rows[b, :n_text] = packed.local(b, text[:n_text])
-        if given.coordinates.numel():
-            given.coordinates[b, :, :n_visual] = sample.coordinates_on(sample.alive.device)
-    given.cu_seqlens[: len(starts)] = torch.tensor(starts)
-    given.cu_seqlens[len(starts) :] = starts[-1]
+    to.cu_seqlens[: len(starts)], to.cu_seqlens[len(starts) :] = starts, starts[-1]
+    for b, (sample, left) in enumerate(zip(request.samples, packed.positions, strict=True)):
+        own, n_visual, rows = left.numpy(), sample.alive.shape[0], slice(starts[b], starts[b + 1])
+        to.ids[rows], to.positions[:, rows] = ids[b, own], positions[:, b, own]
+        to.feature_rows[rows] = feature_rows[b, own]
+        row_of = np.zeros(request.q_len, dtype=np.int64)
+        row_of[own] = np.arange(starts[b], starts[b + 1])
+        to.n_visual[b] = n_visual
+        to.visual_rows[b, :n_visual] = row_of[sample.positions.numpy()]
+        if len(sample.image_sizes) > 1:
+            to.image_idx[b, :n_visual] = sample.image_idx.numpy()
+            to.min_keep_per_image[b] = request.config.min_keep_per_image
+        if to.text_rows.shape[1] and n_visual:
+            text = text_read(request, sample).numpy()
+            to.n_text[b] = text.size
+            to.text_rows[b, : text.size] = row_of[text]
+        if to.coordinates.size:
+            to.coordinates[b, :, :n_visual] = sample.coordinates_on(sample.alive.device).numpy()
     if counts is None:
         return
-    for stage, asked in enumerate(counts.asked):
-        given.counts[stage, : request.batch] = torch.tensor(asked)
-    if request.traits.draws:
-        for stage, target in enumerate(counts.targets):
-            seeds = [draw_seed(request.config.seed, target, b) for b in range(request.batch)]
-            given.seeds[stage, : request.batch] = torch.tensor(seeds)
+    for stage, target in enumerate(counts.targets):
+        to.counts[stage, : request.batch] = counts.asked[stage]
+        if request.traits.draws:
+            to.seeds[stage, : request.batch] = [draw_seed(request.config.seed, target, b) for b in range(request.batch)]
 
 
 def prune(

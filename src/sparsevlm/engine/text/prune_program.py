@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ...config import SparseVLMConfig
+from ...kernels.close_up import Packed, close_up
 from ...kernels.energy_rank import sketch_rank
+from ...kernels.take_states import take_states
 from ...request.request import Request
 from ...request.step import no_autocast
 from ...selection.padded import (
@@ -21,14 +22,14 @@ from ...selection.padded import (
     rank_adaptive_counts,
     select_padded,
 )
-from ...selection.places import indices_of
 from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import GraphPool, LRUCache
 from .readout import PaddedReadout, read_padded
-from .stages import Choice
+from .stages import Choice, most_by_rank
 from .workspace import PromptShape, Workspace
 
 _MOST_GRAPHS = 512
+_NO_OPTIONS = SparseVLMConfig()
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,21 @@ class PruneShape:
     n_images: int = 0
 
     @classmethod
-    def of(cls, rows: int, prompt: PromptShape, n_visual: int, most_left: int, request: Request) -> PruneShape:
+    def of(
+        cls, rows: int, room: int, prompt: PromptShape, n_visual: int, most_left: int, request: Request, by_rank: bool
+    ) -> PruneShape:
         """Of a step into which visual tokens come with the capacity ``n_visual``, ``most_left`` of which a sample
-        keeps."""
+        keeps, over ``rows`` of a workspace of ``room``.
+
+        Where the rank decides, a step keeps what the one before and the capacity of the text let it keep, so that there
+        are few chains of capacities.
+        """
         most = max(len(sample.image_sizes) for sample in request.samples)
         n_images = power_of_two(most) if most > 1 and request.config.min_keep_per_image else 0
+        if by_rank:
+            most_left = max(most_left, most_by_rank(request, n_visual, prompt.n_text))
         n_keep = min(n_visual, visual_capacity(most_left, prompt.batch))
-        return cls(rows, prompt.batch, n_visual, n_keep, prompt.n_text, n_images)
+        return cls(min(power_of_two(rows), room), prompt.batch, n_visual, n_keep, prompt.n_text, n_images)
 
 
 def visual_capacity(n_visual: int, batch: int) -> int:
@@ -75,8 +84,8 @@ class PruneStep:
     Attributes
     ----------
     shape : PruneShape
-    target : int
-        Layer that is read; -1: none, before the decoder for one.
+    is_before : bool
+        Whether it comes before the decoder, where there is no layer that is read.
     scaling : float
         Of the logits of its attention.
     needs : frozenset of str
@@ -88,7 +97,7 @@ class PruneStep:
     """
 
     shape: PruneShape
-    target: int
+    is_before: bool
     scaling: float
     needs: frozenset[str]
     by_rank: bool
@@ -97,19 +106,11 @@ class PruneStep:
 
     @classmethod
     def of(cls, request: Request, shape: PruneShape, target: int, scaling: float, by_rank: bool) -> PruneStep:
-        """Of a target layer of a request."""
+        """Of a target layer of a request; -1: before the decoder."""
         needs, traits = request.traits.needs, request.traits
-        if not (needs or by_rank or traits.padded):  # one program for all layers and options
-            return cls(shape, -1, 0.0, needs, False, False, SparseVLMConfig())
-        return cls(shape, target, scaling, needs, by_rank, traits.recycles, shared_options(request.config))
-
-
-def shared_options(config: SparseVLMConfig) -> SparseVLMConfig:
-    """Options without what belongs to one request alone."""
-    return dataclasses.replace(
-        config, n_vis=None, keep=None, selector=None, schedule=None, target_layers=None, seed=0, strict=False,
-        preset=None, engine=None, vision_keep=1.0, image_cache=0, timeout=None,
-    )  # fmt: skip
+        if not (needs or by_rank or traits.padded):  # one program for all options
+            return cls(shape, False, 0.0, needs, False, False, _NO_OPTIONS)
+        return cls(shape, target < 0, scaling, needs, by_rank, traits.recycles, request.config.shared)
 
 
 def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
@@ -120,29 +121,28 @@ def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
     Tensor, int64
         A packed :class:`~.stages.Choice`.
     """
-    shape = step.shape
-    rows, batch = shape.rows, shape.batch
-    hidden, cu_seqlens = space.hidden[:rows], space.cu_seqlens[: batch + 1]
-    visual_rows, n_visual = space.visual_rows[:batch, : shape.n_visual].clone(), space.n_visual[:batch].clone()
-    valid = torch.arange(shape.n_visual, device=hidden.device) < n_visual[:, None]
-    states = hidden[visual_rows]
-    space.is_faulty |= ~(torch.isfinite(states) | ~valid[..., None]).all()
-    with no_autocast(hidden.device):
-        readout = read_padded(space, step, visual_rows, valid)
-        space.is_faulty |= ~readout.is_finite(valid)
+    shape, packed = step.shape, _packed(space, step.shape)
+    batch, n_visual = shape.batch, packed.n_visual
+    states, valid = take_states(packed.hidden, packed.visual_rows, n_visual, space.is_faulty)
+    with no_autocast(states.device):
+        readout = read_padded(space, step, packed.visual_rows, valid)
+        if step.is_before:
+            space.is_faulty |= ~readout.is_finite(valid)
         context, ranks = _context(space, step, states, valid, n_visual, readout)
-        image_idx, floors = space.image_idx[:batch, : shape.n_visual], space.min_keep_per_image[:batch]
-        selection = select_padded(selector, context, image_idx, floors, shape.n_images)
-    chosen = indices_of(selection.is_kept, shape.n_keep)
-    _go_on(space, shape, states, selection, chosen, context.n_keep, valid & ~selection.is_kept)
-    lengths = cu_seqlens.diff() - n_visual + context.n_keep
-    cu_seqlens[1:] = lengths.cumsum(0)
-    space.n_visual[:batch] = context.n_keep
+        floors = space.min_keep_per_image[:batch]
+        selection = select_padded(selector, context, packed.image_idx, floors, shape.n_images)
+    chosen = close_up(packed, selection.is_kept, context.n_keep, shape.n_keep)
+    if selection.merge_target is not None:
+        _merge(space, shape, states, selection, chosen)
     space.stage.add_(1)
-    recycled = chosen * 0 if selection.is_recycled is None else selection.is_recycled.gather(1, chosen).long()
-    is_rater = n_visual.new_zeros((batch, shape.n_text)) if readout.is_rater is None else readout.is_rater.long()
-    alive = space.alive[:batch, : shape.n_keep]
-    return Choice(alive, recycled, context.n_keep, n_visual * 0 if ranks is None else ranks, is_rater).packed()
+    recycled = selection.is_recycled
+    return Choice(
+        alive=space.alive[:batch, : shape.n_keep],
+        is_recycled=chosen * 0 if recycled is None else recycled.gather(1, chosen).long(),
+        n_visual=context.n_keep,
+        ranks=n_visual * 0 if ranks is None else ranks,
+        is_rater=n_visual.new_zeros((batch, shape.n_text)) if readout.is_rater is None else readout.is_rater.long(),
+    ).packed()
 
 
 def _context(
@@ -150,18 +150,18 @@ def _context(
 ) -> tuple[PaddedContext, Tensor | None]:
     """What the selector is given, and the ranks that decided."""
     batch, config = step.shape.batch, step.config
-    counts, seeds = (own[:, :batch].index_select(0, space.stage)[0] for own in (space.counts, space.seeds))
-    ranks, n_keep, n_clusters = None, counts, None
-    if step.by_rank:
+    seeds = space.seeds[:, :batch].index_select(0, space.stage)[0]
+    ranks = n_clusters = None
+    if not step.by_rank:
+        n_keep = space.counts[:, :batch].index_select(0, space.stage)[0]
+    else:
         assert readout.raters is not None
         ranks = sketch_rank(readout.raters, config.rank_tolerance)
-        space.is_faulty |= (ranks < 0).any()
         n_keep, n_clusters = rank_adaptive_counts(
-            n_visual, ranks.clamp_min(0), step.shape.n_visual, config, step.recycles
+            n_visual, ranks, step.shape.n_visual, config, step.recycles, space.is_faulty
         )
-    coordinates = space.coordinates[:batch, :, : step.shape.n_visual] if step.target < 0 else None
+    coordinates = space.coordinates[:batch, :, : step.shape.n_visual] if step.is_before else None
     return PaddedContext(
-        layer=step.target,
         config=config,
         hidden_states=states,
         valid=valid,
@@ -180,51 +180,34 @@ def _context(
     ), ranks
 
 
-def _go_on(
-    space: Workspace, shape: PruneShape, states: Tensor, selection: PaddedSelection, chosen: Tensor, n_keep: Tensor,
-    dropped: Tensor,
-) -> None:  # fmt: skip
-    """Close up the rows of the workspace, merge what is to be merged, and note where the tokens are now."""
+def _packed(space: Workspace, shape: PruneShape) -> Packed:
+    """What a step closes up."""
     rows, batch = shape.rows, shape.batch
-    visual_rows = space.visual_rows[:batch, : shape.n_visual]
-    going_on, place = compact(visual_rows, dropped, rows)
-    space.gather(going_on)
-    counts = torch.arange(shape.n_keep, device=chosen.device) < n_keep[:, None]
-    new_rows = torch.where(counts, place[visual_rows.gather(1, chosen)], 0)
-    if selection.merge_target is not None:
-        merged = merged_states(states, chosen, selection)
-        written = torch.where(counts, new_rows, rows - 1)  # the last row is padding
-        space.hidden[:rows].index_copy_(0, written.flatten(), merged.flatten(0, 1))
-    for tensor in (space.alive, space.image_idx):
-        own = tensor[:batch, : shape.n_visual].gather(1, chosen)
-        tensor[:batch, : shape.n_keep] = own
-    space.visual_rows[:batch, : shape.n_keep] = new_rows
-    text_rows = space.text_rows[:batch, : shape.n_text]
-    is_text = torch.arange(shape.n_text, device=place.device) < space.n_text[:batch, None]
-    text_rows.copy_(torch.where(is_text, place[text_rows], 0))
+    visual_rows, alive, image_idx = (
+        own[:batch, : shape.n_visual] for own in (space.visual_rows, space.alive, space.image_idx)
+    )
+    hidden, cos, sin = (own[:rows] for own in (space.hidden, space.cos, space.sin))
+    return Packed(
+        hidden,
+        cos,
+        sin,
+        space.cu_seqlens[: batch + 1],
+        space.n_visual[:batch],
+        visual_rows,
+        alive,
+        image_idx,
+        space.n_text[:batch],
+        space.text_rows[:batch, : shape.n_text],
+    )
 
 
-def compact(visual_rows: Tensor, dropped: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-    """Finds the rows that go on, those that do not behind them.
-
-    Parameters
-    ----------
-    visual_rows : Tensor of shape (batch, n_visual), int64
-    dropped : Tensor of shape (batch, n_visual), bool
-    n_rows : int
-
-    Returns
-    -------
-    rows, place : Tensor of shape (n_rows,), int64
-        Row that comes to each place, and place of each row.
-    """
-    goes_on = torch.ones(n_rows + 1, dtype=torch.bool, device=visual_rows.device)
-    # What is not dropped is written to one place behind the end.
-    goes_on = goes_on.index_fill_(0, torch.where(dropped, visual_rows, n_rows).flatten(), False)[:n_rows]
-    ahead = goes_on.cumsum(dim=0)
-    place = torch.where(goes_on, ahead - 1, ahead[-1] + (~goes_on).cumsum(dim=0) - 1)
-    everything = torch.arange(n_rows, device=place.device)
-    return torch.empty_like(place).scatter_(0, place, everything), place
+def _merge(space: Workspace, shape: PruneShape, states: Tensor, selection: PaddedSelection, chosen: Tensor) -> None:
+    """Write the rows that others were merged into, after all closed up."""
+    merged = merged_states(states, chosen, selection)
+    counts = torch.arange(shape.n_keep, device=chosen.device) < space.n_visual[: shape.batch, None]
+    new_rows = space.visual_rows[: shape.batch, : shape.n_keep]
+    written = torch.where(counts, new_rows, shape.rows - 1)  # the last row is padding
+    space.hidden[: shape.rows].index_copy_(0, written.flatten(), merged.flatten(0, 1))
 
 
 class PrunePrograms(LRUCache[tuple[Hashable, PruneStep], Callable[[], Tensor]]):

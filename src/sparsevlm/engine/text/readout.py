@@ -9,11 +9,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ...kernels.rater_attention import Columns, Rows, row_attention, row_statistics
+from ...kernels.rater_attention import (
+    Columns,
+    PaddedRows,
+    Rows,
+    padded_attention,
+    padded_statistics,
+    row_attention,
+    row_statistics,
+)
+from ...kernels.rater_choice import choose_raters, top_heads
 from ...request.request import Request
 from ...request.step import Readout, reads_text
-from ...selection.places import highest
-from ...selection.raters import padded_attention_raters
 from ...selection.scoring import top_k, visual_head_count
 from ..cuda_graphs import to_device
 
@@ -133,30 +140,30 @@ def read_padded(space: Workspace, step: PruneStep, visual_rows: Tensor, valid: T
     Parameters
     ----------
     space : Workspace
-        Holds the layer's input, queries and keys.
+        Holds the layer's input, and its queries and keys that are to be read.
     step : PruneStep
     visual_rows : Tensor of shape (batch, n_visual), int64
     valid : Tensor of shape (batch, n_visual), bool
     """
-    if step.target < 0:
+    if step.is_before:
         return _read_before(space, step, visual_rows)
     needs, shape, config = step.needs, step.shape, step.config
     raters = is_rater = last = None
     if step.by_rank or "rater_attention" in needs:
-        text_rows = space.text_rows[: shape.batch, : shape.n_text]
-        is_text = torch.arange(shape.n_text, device=valid.device) < space.n_text[: shape.batch, None]
+        text = PaddedRows(space.query, space.text_rows[: shape.batch, : shape.n_text], space.n_text[: shape.batch])
         n_top_heads = visual_head_count(space.query.shape[1]) if config.heads == "visual" else None
-        raters = _padded_attention(space, step, visual_rows, valid, text_rows, is_text, n_top_heads)
-        is_rater = is_text
+        raters = _padded_attention(space, step, visual_rows, valid, text, n_top_heads)
         if config.raters == "attention":
-            is_rater = padded_attention_raters(raters, is_text)
+            raters, is_rater = choose_raters(raters, text.numbers)
         elif config.raters == "embedding":
             is_rater = space.is_rater[: shape.batch, : shape.n_text]
-        raters = torch.where(is_rater[..., None], raters, 0.0)
+            raters = torch.where(is_rater[..., None], raters, 0.0)
+        else:
+            is_rater = text.counts
     if "last_attention" in needs:
-        ends = space.cu_seqlens[1 : shape.batch + 1].long()[:, None]
-        last = _padded_attention(space, step, visual_rows, valid, (ends - 1).clamp_min(0), valid.any(1, keepdim=True))
-        last = last[:, 0]
+        index = (space.cu_seqlens[1 : shape.batch + 1, None].long() - 1).clamp_min(0)
+        rows = PaddedRows(space.query, index, space.n_visual[: shape.batch].clamp_max(1))
+        last = _padded_attention(space, step, visual_rows, valid, rows)[:, 0]
     previous = space.previous[visual_rows] if "previous_hidden_states" in needs else None
     return PaddedReadout(raters, is_rater, last, previous)
 
@@ -177,26 +184,19 @@ def _read_before(space: Workspace, step: PruneStep, visual_rows: Tensor) -> Padd
 
 
 def _padded_attention(
-    space: Workspace, step: PruneStep, visual_rows: Tensor, valid: Tensor, own_rows: Tensor, counts: Tensor,
+    space: Workspace, step: PruneStep, visual_rows: Tensor, valid: Tensor, rows: PaddedRows,
     n_top_heads: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention of every sample's rows that count to its visual tokens, mean over the heads with the most of it, or
     over all; (batch, n_rows, n_visual)."""
-    n_rows, key = step.shape.rows, space.keys[step.target][: step.shape.rows]
-    (batch, n), device = own_rows.shape, key.device
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=device) * n
-    own = own_rows.flatten()
-    ends = torch.where(counts, own_rows + 1, 0).flatten().int()
-    rows = Rows(space.query[own], starts, ends, n)
-    marked = torch.zeros(n_rows + 1, dtype=torch.bool, device=device)
-    marked = marked.index_fill_(0, torch.where(valid, visual_rows, n_rows).flatten(), True)[:n_rows]
-    lse, mass = row_statistics(rows, key, space.cu_seqlens[: batch + 1], marked, step.scaling)
-    n_heads = space.query.shape[1]
-    weight = mass.new_full((batch, n_heads), 1 / n_heads)
+    batch, n_rows = step.shape.batch, step.shape.rows
+    key, marked, weight = space.read_keys[:n_rows], None, None
     if n_top_heads is not None:
-        of_head = torch.where(counts[..., None], mass.view(batch, n, n_heads), 0.0).sum(dim=1)
-        n_top = torch.full((batch,), n_top_heads, device=device)
-        weight = highest(of_head, torch.ones_like(of_head, dtype=torch.bool), n_top) / n_top_heads
-    columns = Columns(visual_rows, valid.sum(dim=1, dtype=torch.int32))
-    attention = row_attention(rows, key, columns, lse, weight, step.scaling).view(batch, n, -1)
-    return torch.where(counts[..., None] & valid[:, None], attention, 0.0)
+        marked = torch.zeros(n_rows + 1, dtype=torch.bool, device=key.device)
+        marked = marked.index_fill_(0, torch.where(valid, visual_rows, n_rows).flatten(), True)[:n_rows]
+    lse, mass = padded_statistics(rows, key, space.cu_seqlens[: batch + 1], marked, step.scaling)
+    if n_top_heads is not None:
+        assert mass is not None
+        weight = top_heads(mass, n_top_heads)
+    columns = Columns(visual_rows, space.n_visual[:batch])
+    return padded_attention(rows, key, columns, lse, weight, step.scaling)

@@ -31,7 +31,8 @@ class Segment:
     max_seqlen : int
         Rows of the longest sample; ``rows`` where there is one.
     is_read : bool
-        Whether the input and the query of the last layer are kept, for a prune step that reads them.
+        Whether the input, queries and keys of the last layer are kept where a prune step reads them, whatever layer it
+        is.
     """
 
     first: int
@@ -72,7 +73,7 @@ def run_segment(adapter: ModelAdapter, weights: FusedWeights, space: Workspace, 
     return None
 
 
-def _attention(space: Workspace, segment: Segment, layer_idx: int, scaling: float, keeps_query: bool) -> Attend:
+def _attention(space: Workspace, segment: Segment, layer_idx: int, scaling: float, is_read: bool) -> Attend:
     """Attention of a layer, which leaves keys and values in the workspace."""
     rows = segment.rows
     cos, sin = space.cos[:rows], space.sin[:rows]
@@ -80,8 +81,8 @@ def _attention(space: Workspace, segment: Segment, layer_idx: int, scaling: floa
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query = rotate_into(query, key, value, cos, sin, keys, values)
-        if keeps_query:
-            space.query[:rows] = query
+        if is_read:
+            space.query[:rows], space.read_keys[:rows] = query, keys
         if segment.batch == 1:  # the sample does not see the padding behind it
             return equal_attention(query, keys, values, rows, scaling, causal=True)
         cu_seqlens = space.cu_seqlens[: segment.batch + 2]

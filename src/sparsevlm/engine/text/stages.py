@@ -76,10 +76,13 @@ def _bounds(request: Request, sample: Sample, stage: int, low: int, high: int) -
         n_keep = sample.plan.counts[stage]
         left = high if nothing_to_drop(high, n_keep, config.min_keep) is not None else n_keep
         return left, left
-    n_raters = sample.rater_candidates.shape[0]
-    return _by_rank(request, low, 0)[0], max(
-        _by_rank(request, high, min(high, n_raters))[0], min(high, config.min_keep)
-    )
+    return _by_rank(request, low, 0)[0], most_by_rank(request, high, sample.rater_candidates.shape[0])
+
+
+def most_by_rank(request: Request, n_visual: int, n_raters: int) -> int:
+    """Tokens that leave a layer by the rank rule at most, of at most ``n_visual``: a rank is not above the raters."""
+    most = _by_rank(request, n_visual, min(n_visual, n_raters))[0]
+    return max(most, min(n_visual, request.config.min_keep))
 
 
 def _by_rank(request: Request, n_visual: int, rank: int) -> tuple[int, int]:

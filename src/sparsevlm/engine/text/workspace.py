@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.close_up import gather_rows
 from ...models import ModelAdapter
 from ...request.step import VisionRows
 from ..capacities import power_of_two, row_capacity
@@ -131,8 +132,9 @@ class PromptInputs:
     def of(cls, shape: PromptShape, n_axes: int, integers: Tensor) -> PromptInputs:
         """Views of the first of ``integers``."""
         shapes = _shapes(shape, n_axes)
-        parts = integers[: sum(map(math.prod, shapes))].split([math.prod(one) for one in shapes])
-        return cls(*(part.view(one) for part, one in zip(parts, shapes, strict=True)))
+        sizes = list(map(math.prod, shapes))
+        parts = integers[: sum(sizes)].split(sizes)
+        return cls(*(part if len(one) == 1 else part.view(one) for part, one in zip(parts, shapes, strict=True)))
 
 
 def _shapes(shape: PromptShape, n_axes: int) -> list[tuple[int, ...]]:
@@ -170,7 +172,7 @@ class Workspace:
         Readings of the vision tower, in the order of ``features``.
     hidden, previous : Tensor of shape (rows, hidden_size)
         Output and input of the last layer that ran; the input lies where the features were.
-    query : Tensor of shape (rows, heads, head_dim)
+    query, read_keys : Tensor of shape (rows, heads, head_dim) and (rows, kv_heads, head_dim)
         Rotated, of the last layer that ran.
     cos, sin : Tensor of shape (rows, head_dim)
     cu_seqlens : Tensor of shape (batch + 2,), int32
@@ -215,7 +217,7 @@ class Workspace:
         self.vision_attention, self.vision_keys = (
             indices(*shape, dtype=torch.float32) for shape in ((2, rows), (rows, of_keys))
         )
-        self.query = weight.new_zeros((rows, heads, block.head_dim))
+        self.query, self.read_keys = (weight.new_zeros((rows, n, block.head_dim)) for n in (heads, kv_heads))
         cos, _ = adapter.decoder.rotary(self.hidden[None, :1], indices(self.n_axes, 1, 1))
         self.cos, self.sin = (cos.new_zeros((rows, cos.shape[-1])) for _ in range(2))
         self.cu_seqlens = indices(batch + 2, dtype=torch.int32)
@@ -255,9 +257,7 @@ class Workspace:
 
     def gather(self, rows: Tensor) -> None:
         """Let only some rows go on."""
-        n = rows.shape[0]
-        for tensor in (self.hidden, self.cos, self.sin):
-            tensor[:n].copy_(tensor[rows])
+        gather_rows(rows, self.hidden, self.cos, self.sin)
 
     def begin_stage(self, starts: Sequence[int], batch: int) -> None:
         """Take the first row of every sample, and the number of all rows, from the host; further samples are empty."""

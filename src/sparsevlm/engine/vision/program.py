@@ -20,7 +20,7 @@ from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
 from ..text.layer import in_parts, summed
 from .patch_pruning import ChoiceInputs, choose, n_choice_integers
-from .tables import Grids, VisionInputs, VisionShape, host_tables, n_integers
+from .tables import Grids, VisionInputs, VisionShape, host_integers, n_integers
 
 # Programs that are kept; they share their memory, a graph itself is small.
 _MOST_GRAPHS = 256
@@ -250,20 +250,18 @@ class VisionPrograms:
         """
         tower = self._tower
         per_token = tower.side**2
-        tables = host_tables(tower.side, tower.window, grids)
-        shape = tables.shape()
-        needed = n_integers(shape, per_token)
+        shape, integers = host_integers(tower.side, tower.window, grids)
+        needed = integers.shape[0]
         if numbers is not None:
             number = sum(numbers)
             of_kept = shape.only(number * per_token)
             needed = max(n_integers(of_kept, per_token), n_choice_integers(shape.patches // per_token, len(grids)))
         space = self._room(shape.patches, needed, patches.shape[1])
-        on_host = torch.zeros(n_integers(shape, per_token), dtype=torch.int64, pin_memory=patches.is_cuda)
-        VisionInputs.of(shape, per_token, on_host).fill(tables, shape)
+        on_host = integers.pin_memory() if patches.is_cuda else integers
         space.integers[: on_host.shape[0]].copy_(on_host, non_blocking=True)
         space.patches[: patches.shape[0]].copy_(patches)
         if numbers is None:
-            n_tokens = tables.order.shape[0]
+            n_tokens = sum(t * h * w for t, h, w in grids)
             tokens, rows = self._encode(space, shape, False, needs)
             read = rows.each(lambda tensor, dim: tensor.narrow(dim, 0, n_tokens)) if needs else None
             return VisionOutput(tokens[:n_tokens], rows=read)
@@ -280,16 +278,20 @@ class VisionPrograms:
         self, space: VisionSpace, shape: VisionShape, is_chosen: bool, needs: frozenset[str] = frozenset()
     ) -> tuple[Tensor, VisionRows]:
         """Run the tower on what is in the workspace."""
-        tower, integers = self._tower, space.chosen if is_chosen else space.integers
-        given = VisionInputs.of(shape, tower.side**2, integers)
-        patches = space.patches if is_chosen else space.patches[: shape.patches]
+        tower = self._tower
 
-        def run() -> tuple[Tensor, VisionRows]:
-            readings = VisionReadings(self._adapter, needs, given)
-            tokens = encode_images(tower, self._weights, shape, given, patches, readings)
-            return tokens, readings.rows()
+        def record() -> Callable[[], tuple[Tensor, VisionRows]]:
+            given = VisionInputs.of(shape, tower.side**2, space.chosen if is_chosen else space.integers)
+            patches = space.patches if is_chosen else space.patches[: shape.patches]
 
-        return self._encoders.get((shape, is_chosen, needs), lambda: self._pool.record(run))()
+            def run() -> tuple[Tensor, VisionRows]:
+                readings = VisionReadings(self._adapter, needs, given)
+                tokens = encode_images(tower, self._weights, shape, given, patches, readings)
+                return tokens, readings.rows()
+
+            return self._pool.record(run)
+
+        return self._encoders.get((shape, is_chosen, needs), record)()
 
     def _choose(
         self, space: VisionSpace, shape: VisionShape, of_kept: VisionShape, grids: Grids, numbers: tuple[int, ...]

@@ -83,7 +83,6 @@ def _sequences(starts: Tensor, patches: int) -> tuple[int, int]:
     return (usual if number <= usual else power_of_two(number)), longest
 
 
-@functools.lru_cache(maxsize=256)
 def host_tables(side: int, window: int | None, grids: Grids) -> HostTables:
     """Tables of a set of grids (t, h, w), in visual tokens.
 
@@ -163,6 +162,16 @@ def _fill_starts(room: Tensor, starts: Tensor, longest: int, end: int) -> None:
 def _shapes(shape: VisionShape, per_token: int) -> list[tuple[int, ...]]:
     n_tokens = shape.patches // per_token
     return [(n_tokens,), (n_tokens,), (shape.patches, 2), (shape.frames + 1,), (shape.windows + 1,), (1,)]
+
+
+@functools.lru_cache(maxsize=64)
+def host_integers(side: int, window: int | None, grids: Grids) -> tuple[VisionShape, Tensor]:
+    """Capacities for a set of grids, and the integers that they bring, on the host; see :func:`host_tables`."""
+    tables = host_tables(side, window, grids)
+    shape = tables.shape()
+    integers = torch.zeros(n_integers(shape, side**2), dtype=torch.int64, device="cpu")
+    VisionInputs.of(shape, side**2, integers).fill(tables, shape)
+    return shape, integers
 
 
 def n_integers(shape: VisionShape, per_token: int) -> int:

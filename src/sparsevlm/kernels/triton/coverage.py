@@ -31,6 +31,7 @@ def _list_better(reached_ptr, current_ptr, listed_ptr, low_ptr, high_ptr, n_cove
         reached = tl.load(reached_ptr + covered, mask=inside, other=0.0)
         current = tl.load(current_ptr + covered, mask=inside, other=0.0)
         better = inside & (reached > current)
+        tl.debug_barrier()  # few rows are read by several warps each, all of them before the first writes
         place = count + tl.cumsum(better.to(tl.int32), axis=0) - 1
         tl.store(listed_ptr + place, covered, mask=better)
         tl.store(low_ptr + place, current, mask=better)

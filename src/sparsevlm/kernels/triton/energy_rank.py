@@ -21,16 +21,24 @@ _SIZES = ((16, 4), (32, 4), (64, 4), (LARGEST, 8))
 _ROUNDING = 2e-6
 
 
-@triton.jit(do_not_specialize=["stride"])
-def _tridiagonal(
-    gram_ptr, order_ptr, counts_ptr, energy_ptr, diagonal_ptr, beside_ptr, stride, LEAST: tl.constexpr,
-    SIZE: tl.constexpr, LARGEST: tl.constexpr,
-):  # fmt: skip
-    """Diagonal and squares of what stands beside it, of the Gram matrix by its trace, which is the energy."""
+@triton.jit(do_not_specialize=["n"])
+def _order_rows(gram_ptr, order_ptr, counts_ptr, rank_ptr, n, LARGEST: tl.constexpr):
+    """Rows that are not zero, and how many these are; the rank is 0 where there are none."""
     sample = tl.program_id(0)
-    n = tl.load(counts_ptr + sample).to(tl.int32)
-    if (n < LEAST) | (n > SIZE):  # of another size
-        return
+    rows = tl.arange(0, LARGEST)
+    energy = tl.load(gram_ptr + (sample.to(tl.int64) * n + rows) * n + rows, mask=rows < n, other=0.0)
+    counts = ((energy == 0.0) == 0).to(tl.int32)
+    place = tl.cumsum(counts, axis=0) - 1
+    tl.store(order_ptr + sample * n + place, rows, mask=counts != 0)
+    tl.store(counts_ptr + sample, tl.sum(counts, axis=0))
+    tl.store(rank_ptr + sample, tl.zeros([], tl.int64))
+
+
+@triton.jit
+def _tridiagonal(
+    gram_ptr, order_ptr, diagonal_ptr, beside_ptr, sample, n, stride, SIZE: tl.constexpr, LARGEST: tl.constexpr
+):
+    """Diagonal and squares of what stands beside it, of the Gram matrix by its trace, which is given: the energy."""
     rows, columns = tl.arange(0, SIZE), tl.arange(0, SIZE)
     inside = (rows < n)[:, None] & (columns < n)[None, :]
     from_rows = tl.load(order_ptr + sample * stride + rows, mask=rows < n, other=0)
@@ -39,7 +47,6 @@ def _tridiagonal(
     gram = tl.load(gram_ptr + at, mask=inside, other=0.0)
     on_diagonal = rows[:, None] == columns[None, :]
     energy = tl.sum(tl.sum(tl.where(on_diagonal, gram, 0.0), axis=1), axis=0)
-    tl.store(energy_ptr + sample, energy)
     usable = (energy > 0.0) & (energy < float("inf"))
     a = tl.where(usable, gram / tl.where(usable, energy, 1.0), 0.0).to(tl.float32)
     k = 0
@@ -60,17 +67,20 @@ def _tridiagonal(
     below = tl.sum(tl.where(rows[:, None] == columns[None, :] + 1, a, 0.0), axis=1)
     tl.store(diagonal_ptr + sample * LARGEST + rows, tl.sum(tl.where(on_diagonal, a, 0.0), axis=1))
     tl.store(beside_ptr + sample * LARGEST + rows, below * below)
+    return energy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride"])
 def _rank(
-    counts_ptr, energy_ptr, diagonal_ptr, beside_ptr, rank_ptr, wanted,
+    gram_ptr, order_ptr, counts_ptr, diagonal_ptr, beside_ptr, rank_ptr, wanted, stride,
     LEAST: tl.constexpr, SIZE: tl.constexpr, POINTS: tl.constexpr, ROUNDS: tl.constexpr, LARGEST: tl.constexpr,
 ):  # fmt: skip
     sample = tl.program_id(0)
-    n = tl.load(counts_ptr + sample).to(tl.int32)
-    if (n < LEAST) | (n > SIZE):
+    n = tl.load(counts_ptr + sample)
+    if (n < LEAST) | (n > SIZE):  # of another size
         return
+    energy = _tridiagonal(gram_ptr, order_ptr, diagonal_ptr, beside_ptr, sample, n, stride, SIZE, LARGEST)
+    tl.debug_barrier()
     place, point = tl.arange(0, SIZE), tl.arange(0, POINTS)
     low, high = tl.zeros([SIZE], tl.float32), tl.full([SIZE], 1.0001, tl.float32)
     for _ in range(ROUNDS):
@@ -91,7 +101,6 @@ def _rank(
     shares = tl.where(place < n, 0.5 * (low + high), 0.0)
     short_of = (tl.cumsum(shares, axis=0) < wanted) & (place < n)
     rank = tl.minimum(tl.sum(short_of.to(tl.int32), axis=0) + 1, n)
-    energy = tl.load(energy_ptr + sample)
     rank = tl.where(energy > 0.0, rank, 0)
     tl.store(rank_ptr + sample, tl.where(energy < float("inf"), rank, -1).to(tl.int64))
 
@@ -102,20 +111,19 @@ def sketch_rank(matrices: Tensor, tolerance: float) -> Tensor:
     batch, n = gram.shape[:2]
     # Rows of zeros, of text that does not vote, change no eigenvalue that counts: each matrix is taken by a program of
     # the size that the others fit in, those of other sizes end at once.
-    is_zero = gram.diagonal(dim1=1, dim2=2) == 0.0
-    order, counts = torch.argsort(is_zero, dim=1, stable=True), (~is_zero).sum(dim=1)
-    energy = torch.empty(batch, dtype=torch.float64, device=gram.device)
+    order = torch.empty((batch, n), dtype=torch.int32, device=gram.device)
+    counts = torch.empty(batch, dtype=torch.int32, device=gram.device)
     diagonal, beside = torch.empty((2, batch, LARGEST), dtype=torch.float32, device=gram.device)
-    ranks = torch.zeros(batch, dtype=torch.int64, device=gram.device)
+    ranks = torch.empty(batch, dtype=torch.int64, device=gram.device)
     wanted = (1.0 - tolerance) * (1.0 - _ROUNDING)
     least = 1
     with torch.cuda.device_of(gram):  # the plain path asks from whatever device is current
+        _order_rows[(batch,)](gram, order, counts, ranks, n, LARGEST, num_warps=4)
         for size, warps in _SIZES:
-            sizes = (least, size)
-            _tridiagonal[(batch,)](gram, order, counts, energy, diagonal, beside, n, *sizes, LARGEST, num_warps=warps)
             _rank[(batch,)](
-                counts, energy, diagonal, beside, ranks, wanted, *sizes, _POINTS, _ROUNDS, LARGEST, num_warps=warps
-            )
+                gram, order, counts, diagonal, beside, ranks, wanted, n, least, size, _POINTS, _ROUNDS, LARGEST,
+                num_warps=warps,
+            )  # fmt: skip
             if size >= n:
                 break
             least = size + 1

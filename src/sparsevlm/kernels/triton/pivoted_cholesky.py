@@ -20,9 +20,22 @@ from .exchange import LEAST_ROWS, MOST_PROGRAMS, hear_all, programs_at_once
 _TILE, _WARPS = 8192, 8
 # Picks for which a smaller tile is enough: there are only two sizes, since each is compiled.
 _FEW = 64
+# So many rows are picked by one program, which hears of nobody.
+_MOST_ALONE = 256
 # More rows are picked in one block: products of all pairs are not held twice.
 _MOST_BLOCKED = 8192
 _COPIED = 1024
+
+
+@triton.jit
+def _decide(gain, residual, free, rows):
+    """The same for one program that owns all rows."""
+    tl.debug_barrier()  # what was written of the last pick is read of this one
+    bits = tl.where(free, gain, float("-inf")).to(tl.int32, bitcast=True)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    best = tl.max((ordered << 16) + (65535 - rows.to(tl.int64)), axis=0)
+    pick = 65535 - (best & 65535)
+    return pick, tl.sum(tl.where(rows == pick, residual, 0.0), axis=0), best >> 16
 
 
 @triton.jit
@@ -71,7 +84,7 @@ def _pick_block(
     gram_ptr, work_ptr, quality_ptr, factor_ptr, residual_ptr, left_ptr, state_ptr, order_ptr, slots_ptr, counts_ptr,
     first, stop, n, n_keep, width, n_programs, n_own,
     ROUNDS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PROGRAMS: tl.constexpr,
-    COUNTED: tl.constexpr,
+    COUNTED: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Picks ``first`` to ``stop - 1``; ``work_ptr`` are the products without what earlier blocks have picked."""
     program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -94,16 +107,22 @@ def _pick_block(
     while step < stop:
         gain = tl.where(residual <= NOISE * length, quality - 2.0, quality * quality * residual)
         tag += 1
-        pick, left, best = _agree(
-            gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others
-        )  # fmt: skip
+        if ALONE:
+            pick, left, best = _decide(gain, residual, free, rows)
+        else:
+            pick, left, best = _agree(
+                gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others
+            )  # fmt: skip
         if (best < 0) & ROUNDS:  # the picks so far span all that is left: go on as if none had been picked
             residual, start, anew, base = length, step - first, tag * 0 + 1, gram
             gain = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
             tag += 1
-            pick, left, best = _agree(
-                gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others
-            )  # fmt: skip
+            if ALONE:
+                pick, left, best = _decide(gain, residual, free, rows)
+            else:
+                pick, left, best = _agree(
+                    gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others
+                )  # fmt: skip
         pick_length = tl.load(gram + pick * n + pick)
         column = _column_of(pick, base + pick * n, factor, rows, inside, tile, start, step - first, width, ROWS, CHUNK)
         spanned = left <= NOISE * pick_length
@@ -155,7 +174,7 @@ def _launch(
     gram: Tensor, quality: Tensor, order: Tensor, counts: Tensor | None, at_once: int, rounds: bool, noise: float
 ) -> None:
     (batch, n), n_keep, device = quality.shape, order.shape[1], gram.device
-    n_programs = max(1, min(at_once // batch, triton.cdiv(n, LEAST_ROWS)))
+    n_programs = 1 if n <= _MOST_ALONE else max(1, min(at_once // batch, triton.cdiv(n, LEAST_ROWS)))
     n_own = triton.cdiv(n, n_programs)  # a block holds more than that, of which nothing is read
     n_programs, n_rows = triton.cdiv(n, n_own), max(LEAST_ROWS, triton.next_power_of_2(n_own))
     chunk = max(16, _TILE // n_rows)
@@ -175,6 +194,7 @@ def _launch(
         _pick_block[(n_programs, batch)](
             gram, work if first else gram, quality, factor, residual, left, state, order, slots,
             slots if counts is None else counts, first, min(first + width, n_keep), n, n_keep, width, n_programs, n_own,
-            rounds, noise, n_rows, chunk, MOST_PROGRAMS, counts is not None, num_warps=_WARPS,
+            rounds, noise, n_rows, chunk, MOST_PROGRAMS, counts is not None, n <= _MOST_ALONE,
+            num_warps=_WARPS,
             launch_cooperative_grid=True,
         )  # fmt: skip

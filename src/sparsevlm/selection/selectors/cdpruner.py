@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...kernels.places import first_picks
 from ..context import BEFORE_DECODER, SelectionContext
 from ..greedy import dpp_map, dpp_order, dpp_order_by_gram
 from ..padded import PaddedContext, PaddedSelection
-from ..places import first_picks
 from ..similarity import min_max, padded_min_max, padded_unit_rows, unit_rows
 
 
@@ -60,4 +60,4 @@ class CDPrunerSelector:
             order = dpp_order_by_gram(unit, quality, context.most_kept, counts=context.n_picks)
         else:
             order = dpp_order(unit, quality, context.most_kept)
-        return PaddedSelection(first_picks(order, context.n_keep, valid.shape[1]))
+        return PaddedSelection(first_picks(order, context.n_keep, valid))

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.places import first_picks
 from ..context import BEFORE_DECODER, SelectionContext
 from ..greedy import farthest_points, farthest_points_padded
 from ..padded import PaddedContext, PaddedSelection
-from ..places import first_picks
 from ..similarity import padded_unit_rows, unit_rows
 
 
@@ -35,4 +35,4 @@ class DivPruneSelector:
         """The same for several samples filled up to one size."""
         unit, valid = padded_unit_rows(context.hidden_states, context.valid), context.valid
         order = farthest_points_padded(unit, valid, context.most_kept)
-        return PaddedSelection(first_picks(order, context.n_keep, valid.shape[1]))
+        return PaddedSelection(first_picks(order, context.n_keep, valid))

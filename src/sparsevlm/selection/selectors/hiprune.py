@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from ...config import check_unit_interval
+from ...kernels.places import indices_of
 from ..context import BEFORE_DECODER, SelectionContext
 from ..padded import PaddedContext, PaddedSelection
-from ..places import highest, indices_of
+from ..places import highest
 from ..scoring import top_k
 from ..similarity import row_chunks
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from ...config import check_above_zero
+from ...kernels.places import first_picks
 from ..context import BEFORE_DECODER, SelectionContext
 from ..greedy import cover, cover_padded
 from ..padded import PaddedContext, PaddedSelection
-from ..places import first_picks
 from ..similarity import cosines, padded_unit_rows, row_chunks, unit_rows
 
 
@@ -80,7 +80,7 @@ class MMTokSelector:
             return self._shares(cosine, is_text[some], valid[some])
 
         order = cover_padded(covered, unit, valid, context.most_kept, value=value)
-        return PaddedSelection(first_picks(order, context.n_keep, valid.shape[1]))
+        return PaddedSelection(first_picks(order, context.n_keep, valid))
 
     def _shares(self, cosine: torch.Tensor, is_text: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
         """P and Q one below the other, in the place of their cosines, (batch, n_text + n_visual, n_visual)."""

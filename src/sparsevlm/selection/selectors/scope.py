@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from ...config import check_above_zero
+from ...kernels.places import first_picks
 from ..context import BEFORE_DECODER, SelectionContext
 from ..greedy import cover, cover_padded
 from ..padded import PaddedContext, PaddedSelection
-from ..places import first_picks
 from ..similarity import finite, padded_unit_rows, unit_rows
 
 
@@ -53,4 +53,4 @@ class ScopeSelector:
         unit, valid = padded_unit_rows(context.hidden_states, context.valid), context.valid
         factor = torch.where(valid, context.vision_attention[:, 1].float() ** self.alpha, 0.0)
         order = cover_padded(unit, unit, valid, context.most_kept, factor=factor)
-        return PaddedSelection(first_picks(order, context.n_keep, valid.shape[1]))
+        return PaddedSelection(first_picks(order, context.n_keep, valid))

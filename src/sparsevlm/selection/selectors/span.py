@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ...config import check_unit_interval
+from ...kernels.centre import centre
+from ...kernels.places import first_picks, indices_of
 from ..context import TARGET_LAYERS, Selection, SelectionContext
 from ..greedy import dpp_map, dpp_order, dpp_order_by_gram, gram_pays
 from ..padded import PaddedContext, PaddedSelection
-from ..places import first_picks, indices_of
 from ..similarity import finite, nearest_rows, padded_nearest, unit_rows
 
 
@@ -45,7 +46,7 @@ class SpanSelector:
         states = torch.stack([context.hidden_states for context in contexts]).detach().float()
         valid = torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
         if states.is_cuda and not gram_pays(states):
-            order = dpp_order(_centre(states, valid), valid.float(), n_keep, True)
+            order = dpp_order(centre(states, valid), valid.float(), n_keep, True)
         else:
             order = self.order(states, valid, n_keep)
         return order.sort(dim=-1).values.unbind()
@@ -56,7 +57,7 @@ class SpanSelector:
         On a GPU it works on the products of all rows, in one kernel; states in float32 are overwritten, so that a whole
         batch of them is not held twice.
         """
-        centred, quality = _centre(states.float(), valid), valid.float()
+        centred, quality = centre(states, valid), valid.float()
         if states.is_cuda:
             return dpp_order_by_gram(centred, quality, n_keep, True, counts)
         return dpp_order(centred, quality, n_keep, True)
@@ -96,7 +97,7 @@ class SpanJointSelector:
     def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int) -> Sequence[Selection]:
         """The same for several samples with as many tokens each, the choice in as many steps as for one."""
         states = finite(torch.stack([context.hidden_states for context in contexts]))
-        states = _centre(states, torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device))
+        states = centre(states, torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device))
         attention = finite(torch.stack([_last_attention(context) for context in contexts]))
         relative = attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
         quality = relative.clamp_min(1e-6) ** self.alpha  # a token that nobody looks at still has its place
@@ -107,14 +108,14 @@ class SpanJointSelector:
         """The same for several samples filled up to one size."""
         assert context.last_attention is not None  # declared in needs
         valid, attention = context.valid, context.last_attention.float()
-        states = _centre(context.hidden_states.to(torch.float32, copy=True), valid)
+        states = centre(_own(context.hidden_states), valid)
         relative = attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
         quality = torch.where(valid, relative.clamp_min(1e-6) ** self.alpha, 0.0)
         if states.is_cuda:
             order = dpp_order_by_gram(states, quality, context.most_kept, True, context.n_picks)
         else:
             order = dpp_order(states, quality, context.most_kept, True)
-        is_kept = first_picks(order, context.n_keep, valid.shape[1])
+        is_kept = first_picks(order, context.n_keep, valid)
         if not context.config.recycle:
             return PaddedSelection(is_kept)
         target = self._joined(states, valid, is_kept, context.most_kept)
@@ -149,26 +150,11 @@ class SpanJointSelector:
         return Selection(kept, merge_target, weight)
 
 
+def _own(states: Tensor) -> Tensor:
+    """What may be overwritten: centring leaves other states than those of float32 as they are."""
+    return states.clone() if states.dtype == torch.float32 else states
+
+
 def _last_attention(context: SelectionContext) -> Tensor:
     assert context.last_attention is not None  # declared in needs
     return context.last_attention
-
-
-def _centre(states: Tensor, valid: Tensor) -> Tensor:
-    """In place: minus their mean, scaled so that the mean length is 1; what rounding leaves of equal states becomes 0.
-
-    Parameters
-    ----------
-    states : Tensor of shape (n_samples, n_visual, hidden_size), float32
-    valid : Tensor of shape (n_samples, n_visual), bool
-        The other rows become 0.
-    """
-    outside = ~valid.unsqueeze(-1)
-    n_valid = valid.sum(dim=-1, keepdim=True).unsqueeze(-1).clamp_min(1)
-    states.masked_fill_(outside, 0.0)
-    rounding = 1e-6 * states.norm(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
-    states -= states.sum(dim=-2, keepdim=True) / n_valid
-    states.masked_fill_(outside, 0.0)
-    length = states.norm(dim=-1, keepdim=True)
-    states /= (length.sum(dim=-2, keepdim=True) / n_valid).clamp_min(1e-30)
-    return states.masked_fill_(length <= rounding, 0.0)

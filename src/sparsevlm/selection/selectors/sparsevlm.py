@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import torch
 
 from ...config import check_unit_interval
+from ...kernels.rank_counts import count_clusters_of
 from ..context import TARGET_LAYERS, Selection, SelectionContext
 from ..padded import PaddedContext, PaddedSelection, padded_sample, unpadded
 from ..places import place_by_score
-from ..recycle import clusters_within, count_clusters, count_clusters_of, recycle
+from ..recycle import clusters_within, count_clusters, recycle
 from ..scoring import visual_scores
 
 

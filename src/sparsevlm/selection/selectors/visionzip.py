@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 
 from ...config import check_whole
+from ...kernels.places import indices_of
 from ..context import BEFORE_DECODER, Selection, SelectionContext
 from ..padded import PaddedContext, PaddedSelection
-from ..places import highest, indices_of
+from ..places import highest
 from ..scoring import top_k
 from ..similarity import nearest_rows, padded_nearest, padded_unit_rows, unit_rows
 

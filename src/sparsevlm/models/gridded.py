@@ -1,0 +1,93 @@
+"""Families whose inputs bring the grid of patches, (t, h, w), of each image and video, as Qwen's do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
+
+from .base import Family, Modality, ModelAdapter, Vision
+from .layout import Grid, Layout
+
+
+class GriddedFamily(Family):
+    """M-RoPE, and a tower over packed patches, some with windows."""
+
+    def tower(self, model: Any) -> Any:
+        """The module of the vision tower."""
+        return self.base_model(model).visual
+
+    def vision(self, model: Any) -> Vision:
+        """The vision tower of a model, by its own modules."""
+        tower = self.tower(model)
+        named = getattr(tower, "fullatt_block_indexes", None)  # without windows every block has full attention
+        full = [i for i in range(len(tower.blocks)) if named is None or i in named]
+        return Vision(
+            module=tower,
+            readable=tuple((i, tower.blocks[i].attn) for i in full),
+            n_blocks=len(tower.blocks),
+            patches_per_token=model.config.vision_config.spatial_merge_size**2,
+        )
+
+    def modalities(self, model: Any) -> dict[str, Modality]:
+        """Images and videos."""
+        return {
+            "image": Modality("pixel_values", model.config.image_token_id, ("image_grid_thw",)),
+            "video": Modality("pixel_values_videos", model.config.video_token_id, ("video_grid_thw",)),
+        }
+
+    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
+        """From ``image_grid_thw`` and ``video_grid_thw``."""
+        return _merged(adapter, inputs.get(f"{kind}_grid_thw"))
+
+    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
+        """As the processor makes them."""
+        config, device = adapter.model.config, adapter.model.device
+        tokens = {modality.token_id for modality in adapter.modalities.values()} | adapter.special_token_ids
+        word = next(i for i in range(len(tokens) + 1) if i not in tokens)
+        n_visual, side = math.prod(grid), config.vision_config.spatial_merge_size
+        ids = torch.full((1, n_visual + n_text), word, dtype=torch.int64, device=device)
+        first = n_text // 4 + 1
+        for place, name in ((first - 1, "vision_start_token_id"), (first + n_visual, "vision_end_token_id")):
+            ids[:, place] = getattr(config, name, word)
+        ids[:, first : first + n_visual] = config.image_token_id
+        size = adapter.vision.module.patch_embed.proj.weight[0].numel()
+        in_patches = [grid[0], grid[1] * side, grid[2] * side]
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "mm_token_type_ids": (ids == config.image_token_id).long(),
+            "pixel_values": torch.zeros((math.prod(in_patches), size), device=device),
+            "image_grid_thw": torch.tensor([in_patches], device=device),
+        }
+
+    def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
+        """From ``grid_thw``."""
+        return _merged(adapter, arguments.get("grid_thw"))
+
+    def reading_order(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Tensor | None:
+        """Windows, where there are such, come one behind the other."""
+        tower: Any = adapter.vision.module
+        if not hasattr(tower, "fullatt_block_indexes"):
+            return None
+        order, _ = get_vision_window_index(
+            arguments["grid_thw"], tower.spatial_merge_size, tower.window_size, tower.patch_size
+        )
+        return order
+
+    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+        """M-RoPE's positions."""
+        if position_ids is None or position_ids.shape[0] != 3:
+            return super().coordinates(layouts, position_ids, visual)
+        return position_ids[:, visual].long()
+
+
+def _merged(adapter: ModelAdapter, grid_thw: Any) -> list[Grid] | None:
+    if grid_thw is None:
+        return None
+    side = adapter.model.config.vision_config.spatial_merge_size
+    return [(t, h // side, w // side) for t, h, w in grid_thw.tolist()]
