@@ -14,25 +14,63 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    DeepseekV3Config,
+    DeepseekVLConfig,
+    DeepseekVLForConditionalGeneration,
+    GemmaConfig,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
+    Glm4vMoeConfig,
+    Glm4vMoeForConditionalGeneration,
+    Glm46VConfig,
+    Glm46VForConditionalGeneration,
+    GlmOcrConfig,
+    GlmOcrForConditionalGeneration,
+    Idefics3Config,
+    Idefics3ForConditionalGeneration,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    Kimi_K25Config,
+    Kimi_K25ForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    MistralConfig,
+    Ovis2Config,
+    Ovis2ForConditionalGeneration,
+    PaddleOCRVLConfig,
+    PaddleOCRVLForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PixtralVisionConfig,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
     Qwen2_5OmniThinkerForConditionalGeneration,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3Config,
     Qwen3OmniMoeThinkerConfig,
     Qwen3OmniMoeThinkerForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
+    SiglipVisionConfig,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni
 
 IMAGE, VIDEO, VISION_START, VISION_END, EOS, PAD = 90, 91, 92, 93, 94, 95
+INDICATORS = (81, 82, 83, 84, 85)  # of Ovis2, around images
 AUDIO, AUDIO_START, AUDIO_END = 87, 88, 89
 PATCH = 14
 N_LAYERS = 6
@@ -56,6 +94,9 @@ class Kind:
         Visual tokens of every input by height and width, whatever a prompt asks for; ``None``: as it asks.
     time : tuple of int
         Text before each frame, of which every one stands alone then; empty: one behind the other.
+    tokens : callable, optional
+        ``tokens(*size)`` lists the ids between ``before`` and ``after``, where they are not as many placeholders as
+        the size says.
     """
 
     token: int
@@ -66,11 +107,15 @@ class Kind:
     size: tuple[int, ...] | None = None
     time: tuple[int, ...] = ()
 
+    tokens: Callable[..., list[int]] | None = None
+
     def size_of(self, asked: Sequence[int]) -> Sequence[int]:
         return asked if self.size is None else self.size
 
     def ids(self, size: Sequence[int]) -> list[int]:
         """Tokens of an image or video in the prompt."""
+        if self.tokens is not None:
+            return [*self.before, *self.tokens(*size), *self.after]
         n_parts, n_tokens = (size[0], math.prod(size[1:])) if self.time else (1, math.prod(size))
         return [*self.time, *self.before, *[self.token] * n_tokens, *self.after] * n_parts
 
@@ -93,6 +138,8 @@ class Family:
         Attributes in which positions outlast a call.
     on_engine : bool
         Whether the engine runs it.
+    prefix : bool
+        Whether all of a prompt sees all of it; ``token_type_ids`` say what is prompt.
     positions_need_mask : bool
         Whether positions are plain ones without an attention mask, which ``generate`` makes and other calls do not.
     repeats : str
@@ -107,6 +154,7 @@ class Family:
     n_position_axes: int = 1
     remembered: tuple[str, ...] = ()
     on_engine: bool = True
+    prefix: bool = False
     positions_need_mask: bool = False
     repeats: str = "samples"
 
@@ -235,6 +283,182 @@ def _llava_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor
     return {"pixel_values": torch.randn(1, 3, h * PATCH, w * PATCH, generator=generator)}
 
 
+# Towers of 3 x 3 patches; pictures of 4 x 6 patches in four tiles, of whose margins two rows are cut off.
+_TILE, _PINPOINTS = 3 * PATCH, [[3 * PATCH, 6 * PATCH], [6 * PATCH, 3 * PATCH], [6 * PATCH, 6 * PATCH]]
+_SMALL_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+_SMALL_TOWER |= {"image_size": _TILE, "patch_size": PATCH}
+
+
+def _llava_next(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = CLIPVisionConfig(**_SMALL_TOWER, projection_dim=32, **vision_options)
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=LlamaConfig(**text), image_token_id=IMAGE, image_grid_pinpoints=_PINPOINTS
+    )
+    return LlavaNextForConditionalGeneration, config
+
+
+def _llava_onevision(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = SiglipVisionConfig(**_SMALL_TOWER, vision_use_head=False, **vision_options)
+    config = LlavaOnevisionConfig(
+        vision_config=vision, text_config=Qwen2Config(**text), image_token_id=IMAGE, video_token_id=VIDEO,
+        image_grid_pinpoints=_PINPOINTS,
+    )  # fmt: skip
+    return LlavaOnevisionForConditionalGeneration, config
+
+
+def _tiles(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    pixels = torch.randn(1, 5, 3, _TILE, _TILE, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[h * PATCH, w * PATCH]])}
+
+
+def _frames(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values_videos": torch.randn(1, t, 3, _TILE, _TILE, generator=generator)}
+
+
+_IN_TILES = Kind(IMAGE, _tiles, size=(4, 6), tokens=lambda h, w: [IMAGE] * (9 + h * (w + 1)))
+_IN_FRAMES = Kind(VIDEO, _frames, size=(3, 2, 2), tokens=lambda t, h, w: [VIDEO] * (t * h * w + 1))
+
+
+def _internvl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    """As in InternVL 3.5; 3 has Qwen2 for a text model."""
+    vision = {**_SMALL_TOWER, "image_size": [4 * PATCH] * 2, "patch_size": [PATCH] * 2, **vision_options}
+    config = InternVLConfig(
+        vision_config=vision, text_config=Qwen3Config(**text, head_dim=16), image_token_id=IMAGE, image_seq_length=4
+    )
+    return InternVLForConditionalGeneration, config
+
+
+def _three_tiles(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(t, 3, 2 * h * PATCH, 2 * w * PATCH, generator=generator)}
+
+
+def _smolvlm(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_SMALL_TOWER, "image_size": 4 * PATCH, **vision_options}
+    config = SmolVLMConfig(vision_config=vision, text_config=LlamaConfig(**text), image_token_id=IMAGE)
+    return SmolVLMForConditionalGeneration, config
+
+
+def _idefics3(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_SMALL_TOWER, "image_size": 4 * PATCH, **vision_options}
+    config = Idefics3Config(vision_config=vision, text_config=LlamaConfig(**text), image_token_id=IMAGE)
+    return Idefics3ForConditionalGeneration, config
+
+
+def _apart(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(1, t, 3, 2 * h * PATCH, 2 * w * PATCH, generator=generator)}
+
+
+_TILES_APART = Kind(IMAGE, _apart, size=(3, 2, 2), tokens=lambda t, h, w: [80, *[IMAGE] * h * w] * t + [80])
+
+
+def _paligemma(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = SiglipVisionConfig(**{**_SMALL_TOWER, **vision_options}, projection_dim=64, vision_use_head=False)
+    text = GemmaConfig(**text, head_dim=16)
+    config = PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE, projection_dim=64, hidden_size=64, vocab_size=96
+    )
+    return PaliGemmaForConditionalGeneration, config
+
+
+def _small_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(1, 3, h * PATCH, w * PATCH, generator=generator)}
+
+
+def _ovis2(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_SMALL_TOWER, "image_size": 4 * PATCH, "hidden_stride": 2, "vocab_size": 40, **vision_options}
+    config = Ovis2Config(
+        vision_config=vision, text_config=Qwen2Config(**text), image_token_id=IMAGE, vocab_size=96, hidden_size=64,
+        visual_indicator_token_ids=list(INDICATORS),
+    )  # fmt: skip
+    return Ovis2ForConditionalGeneration, config
+
+
+def _deepseek_vl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = SiglipVisionConfig(**{**_SMALL_TOWER, **vision_options}, vision_use_head=False)
+    config = DeepseekVLConfig(vision_config=vision, text_config=LlamaConfig(**text), image_token_id=IMAGE)
+    return DeepseekVLForConditionalGeneration, config
+
+
+def _mistral3(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = PixtralVisionConfig(**{**_SMALL_TOWER, "image_size": 16 * PATCH, **vision_options})
+    text = MistralConfig(**text, sliding_window=None, head_dim=16)
+    config = Mistral3Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    return Mistral3ForConditionalGeneration, config
+
+
+def _sized_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    """Filled up to one size, as the processor does."""
+    pixels = torch.randn(1, 3, 12 * PATCH, 12 * PATCH, generator=generator)
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[2 * h * PATCH, 2 * w * PATCH]])}
+
+
+_ENDED_ROWS = Kind(IMAGE, _sized_image, (), (81,), tokens=lambda h, w: ([*[IMAGE] * w, 80] * h)[:-1])
+
+
+_GLM = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "image_start_token_id": VISION_START,
+    "image_end_token_id": VISION_END,
+    "video_start_token_id": 87,
+    "video_end_token_id": 88,
+}
+
+
+def _glm(config: type, cls: type, more: dict[str, Any]) -> Callable[..., tuple[type, Any]]:
+    def make(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+        vision = {**_QWEN_VISION, "depth": 3, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+        rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+        text = {**text, "rope_parameters": rope, "head_dim": 16, **more}
+        return cls, config(text_config=text, vision_config={**vision, **vision_options}, **_GLM)
+
+    return make
+
+
+# Frames stand apart, each behind a written time, under the placeholder of images.
+_GLM_KINDS = {
+    "image": Kind(IMAGE, _qwen_image, (VISION_START,), (VISION_END,), 1),
+    "video": Kind(
+        IMAGE,
+        _qwen_video,
+        (87,),
+        (88,),
+        2,
+        tokens=lambda t, h, w: [VISION_START, *[IMAGE] * h * w, VISION_END, 80] * t,
+    ),
+}
+
+
+def _paddleocr_vl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {**_SMALL_TOWER, "image_size": 8 * PATCH, "num_channels": 3, **vision_options}
+    text = {**text, "rope_parameters": _MROPE, "head_dim": 16}
+    config = PaddleOCRVLConfig(text_config=text, vision_config=vision, **_QWEN)
+    return PaddleOCRVLForConditionalGeneration, config
+
+
+def _single_patches(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    pixels = torch.randn(4 * h * w, 3, PATCH, PATCH, generator=generator)
+    return {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2 * h, 2 * w]])}
+
+
+def _kimi_k25(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"pos_emb_height": 8, "pos_emb_width": 8, **vision_options}
+    text = {**text, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8}
+    text |= {"qk_rope_head_dim": 8, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+    text |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_shared_experts": 1}
+    config = Kimi_K25Config(
+        text_config=DeepseekV3Config(**text), vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO,
+        projection_hidden_size=32,
+    )  # fmt: skip
+    return Kimi_K25ForConditionalGeneration, config
+
+
+def _single_frames(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
+    pixels = torch.randn(t * 4 * h * w, 3, PATCH, PATCH, generator=generator)
+    return {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor([[t, 2 * h, 2 * w]])}
+
+
 _TIMED_FRAMES = {
     "image": Kind(IMAGE, _qwen_image, *_AROUND, 1),
     "video": Kind(VIDEO, _qwen_video, *_AROUND, 2, time=(81, 82)),
@@ -246,9 +470,11 @@ _FLAT = {"decoder": "model", "tower": "visual", "remembered": ("rope_deltas",)}
 _OF_OMNI = {**_OF_QWEN, "positions_need_mask": True}
 _OF_OMNI |= {} if hasattr(modeling_qwen2_5_omni, "Qwen2_5OmniThinkerModel") else _FLAT
 # Newer transformers encode images before they are repeated.
-_IS_OLD = "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters
-_OF_OMNI |= {"repeats": "patches"} if _IS_OLD else {}
-_OF_LLAVA = {"tower": "model.vision_tower"} | ({"repeats": "images"} if _IS_OLD else {})
+IS_OLD = "mm_encoder_outputs" not in inspect.signature(LlavaForConditionalGeneration.forward).parameters
+_OF_OMNI |= {"repeats": "patches"} if IS_OLD else {}
+_AS_IMAGES: dict[str, Any] = {"on_engine": False, "repeats": "images" if IS_OLD else "samples"}
+_AS_PATCHES: dict[str, Any] = {"on_engine": False, "repeats": "patches" if IS_OLD else "samples"}
+_OF_LLAVA = {"tower": "model.vision_tower"} | ({"repeats": "images"} if IS_OLD else {})
 FAMILIES = {
     "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **_OF_QWEN),
     "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(_qwen_video), **_OF_QWEN),
@@ -257,6 +483,69 @@ FAMILIES = {
     "qwen2_5_omni_thinker": Family(_qwen2_5_omni, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
     "qwen3_omni_moe_thinker": Family(_qwen3_omni_moe, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
     "llava": Family(_llava, {"image": Kind(IMAGE, _llava_image, size=(4, 4))}, **_OF_LLAVA, on_engine=False),
+    "llava_next": Family(_llava_next, {"image": _IN_TILES}, tower="model.vision_tower", **_AS_IMAGES),
+    "llava_onevision": Family(
+        _llava_onevision, {"image": _IN_TILES, "video": _IN_FRAMES}, tower="model.vision_tower", **_AS_IMAGES
+    ),
+    "internvl": Family(
+        _internvl,
+        {"image": Kind(IMAGE, _three_tiles, (VISION_START,), (VISION_END,), size=(3, 2, 2))},
+        tower="model.vision_tower",
+        **_AS_IMAGES,
+    ),
+    "smolvlm": Family(
+        _smolvlm, {"image": _TILES_APART}, decoder="model.text_model", tower="model.vision_model", **_AS_IMAGES
+    ),
+    "idefics3": Family(
+        _idefics3, {"image": _TILES_APART}, decoder="model.text_model", tower="model.vision_model", **_AS_IMAGES
+    ),
+    "paligemma": Family(
+        _paligemma,
+        {"image": Kind(IMAGE, _small_image, size=(3, 3))},
+        tower="model.vision_tower",
+        **_AS_IMAGES,
+        prefix=True,
+    ),
+    "ovis2": Family(
+        _ovis2,
+        {"image": Kind(IMAGE, _three_tiles, (81,), (82,), size=(3, 2, 2))},
+        tower="model.vision_tower",
+        **_AS_IMAGES,
+    ),
+    "deepseek_vl": Family(
+        _deepseek_vl, {"image": Kind(IMAGE, _small_image, size=(3, 3))}, tower="model.vision_model", **_AS_IMAGES
+    ),
+    "mistral3": Family(_mistral3, {"image": _ENDED_ROWS}, tower="model.vision_tower", **_AS_IMAGES),
+    "glm4v": Family(_glm(Glm4vConfig, Glm4vForConditionalGeneration, {}), _GLM_KINDS, on_engine=False, **_OF_QWEN),
+    "glm46v": Family(_glm(Glm46VConfig, Glm46VForConditionalGeneration, {}), _GLM_KINDS, on_engine=False, **_OF_QWEN),
+    "glm4v_moe": Family(
+        _glm(
+            Glm4vMoeConfig,
+            Glm4vMoeForConditionalGeneration,
+            {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1},
+        ),
+        _GLM_KINDS,
+        on_engine=False,
+        **_OF_QWEN,
+    ),
+    "glm_ocr": Family(_glm(GlmOcrConfig, GlmOcrForConditionalGeneration, {}), _GLM_KINDS, on_engine=False, **_OF_QWEN),
+    "paddleocr_vl": Family(
+        _paddleocr_vl,
+        {"image": Kind(IMAGE, _single_patches, (VISION_START,), (VISION_END,), 1)},
+        on_engine=False,
+        **_OF_QWEN,
+    ),
+    "kimi_k25": Family(
+        _kimi_k25,
+        {
+            "image": Kind(IMAGE, _single_patches, (VISION_START,), (VISION_END,)),
+            "video": Kind(
+                VIDEO, _single_frames, (VISION_START,), (VISION_END,), tokens=lambda t, h, w: [VIDEO] * h * w
+            ),
+        },
+        tower="model.vision_tower",
+        **_AS_PATCHES,
+    ),
 }
 ON_ENGINE = tuple(name for name, family in FAMILIES.items() if family.on_engine)
 
@@ -337,6 +626,8 @@ def make_inputs(*rows, seed: int = 0, pad: bool = True, family: str = "qwen2_5_v
     inputs = {"input_ids": padded(ids, PAD)}
     if all(kind.token_type is not None for kind in kinds.values()):
         inputs["mm_token_type_ids"] = padded(types, 0)
+    if FAMILIES[family].prefix:
+        inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
     if pad:
         inputs["attention_mask"] = padded([[1] * len(row) for row in ids], 0)
     return inputs | {key: torch.cat(values) for key, values in visual.items()}

@@ -25,10 +25,13 @@ def dropped_from(report, sample: int) -> dict[int, int]:
     return dropped
 
 
-def layer_masks(n_layers: int, valid: torch.Tensor, dropped: list[dict[int, int]]) -> list[torch.Tensor]:
-    """Boolean (batch, 1, length, length) mask of each layer."""
+def layer_masks(
+    n_layers: int, valid: torch.Tensor, dropped: list[dict[int, int]], prefix: int = 0
+) -> list[torch.Tensor]:
+    """Boolean (batch, 1, length, length) mask of each layer; the first ``prefix`` tokens all see each other."""
     batch, length = valid.shape
     causal = torch.ones(length, length, dtype=torch.bool).tril()
+    causal[:prefix, :prefix] = True
     masks = []
     for layer in range(n_layers):
         keys = valid.bool().clone()
@@ -114,7 +117,9 @@ def masked_run(model, inputs, sequences, dropped, position_ids=None, **options):
     valid = inputs.get("attention_mask", torch.ones_like(sequences))
     if position_ids is not None:
         inputs["position_ids"] = position_ids
-    masks = layer_masks(len(family_of(model).decoder_of(model).layers), valid.cpu(), dropped)
+    family, inputs = family_of(model), {name: value for name, value in inputs.items() if name != "token_type_ids"}
+    prefix = sequences.shape[1] - n_new if family.prefix else 0
+    masks = layer_masks(len(family.decoder_of(model).layers), valid.cpu(), dropped, prefix)
     forget_positions(model)
     with torch.no_grad(), masked_layers(model, masks):
         return model(**inputs, use_cache=False, **options)

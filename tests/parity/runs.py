@@ -16,6 +16,7 @@ from toys import (
     AUDIO,
     AUDIO_START,
     IMAGE,
+    INDICATORS,
     VIDEO,
     VISION_START,
     equally_long,
@@ -34,7 +35,7 @@ GREEDY = {
     "return_dict_in_generate": True,
     "output_logits": True,
     # The reference could not tell generated placeholders, and what stands before them, from real ones.
-    "suppress_tokens": [IMAGE, VIDEO, VISION_START, AUDIO, AUDIO_START],
+    "suppress_tokens": [*INDICATORS, IMAGE, VIDEO, VISION_START, AUDIO, AUDIO_START],
 }
 OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3], "recycle": False}
 # Second turns that keep unequal numbers; a batch takes them one after the other.
@@ -42,7 +43,12 @@ IMAGE_TURNS = (
     [("text", 2), ("image", 4, 5), ("text", 4)],
     [("text", 3), ("image", 3, 4), ("text", 11)],
 )
-OF_TOKENS = {"input_ids": 0, "mm_token_type_ids": 0, "attention_mask": 1}  # and what stands for a generated token
+OF_TOKENS = {
+    "input_ids": 0,
+    "mm_token_type_ids": 0,
+    "token_type_ids": 0,
+    "attention_mask": 1,
+}  # and what stands for a generated token
 
 
 class AtRandom:

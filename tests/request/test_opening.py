@@ -14,7 +14,7 @@ from sparsevlm.selection.context import SelectorTraits
 
 
 def adapter(n_layers=8, readable=()):
-    return SimpleNamespace(n_layers=n_layers, name="Tiny", vision=SimpleNamespace(readable=readable))
+    return SimpleNamespace(n_layers=n_layers, name="Tiny", vision=SimpleNamespace(readable=readable, unreadable=""))
 
 
 def counts_of(*samples, n_layers=8, target_layers=(1, 3), **options):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -12,11 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-Grid = tuple[int, int, int]
-_SPECIAL_TOKENS = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id"),
-    *("audio_start_token_id", "audio_end_token_id"),
-)
+from .layout import Grid, Layout, grid_coordinates
+
+_AROUND = tuple(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video", "audio") for end in ("start", "end"))
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", *_AROUND)
 
 
 @dataclass(frozen=True)
@@ -246,6 +245,8 @@ class Vision:
         Tokens of the tower before the patches of each image, such as a class token.
     program : PackedTower or None
         What the engine has to know of it; ``None``: its own modules run.
+    unreadable : str
+        Why ``readable`` is empty, where that is not for want of blocks with full attention.
     """
 
     module: Any
@@ -254,6 +255,7 @@ class Vision:
     patches_per_token: int = 1
     n_prefix: int = 0
     program: PackedTower | None = None
+    unreadable: str = ""
 
     @property
     def read_blocks(self) -> tuple[tuple[int, Any], tuple[int, Any]]:
@@ -265,8 +267,12 @@ class Vision:
 class Family:
     """A model family: subclassed once per family, without state; all answers come from the model that is given."""
 
-    model_types: ClassVar[tuple[str, ...]] = ()
-    class_names: ClassVar[tuple[str, ...]] = ()
+    model_types: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    # Whether placeholders that stand for no patch, such as the end of a row, are never dropped.
+    protects_separators: bool = True
+    # Whether the first request has to show that gathering all rows changes nothing.
+    must_be_proven: bool = False
     speaks: ClassVar[bool] = False  # another model makes speech of the hidden states that generate returns
 
     def check(self, model: Any) -> None:
@@ -316,6 +322,14 @@ class Family:
         """
         return None
 
+    def layouts(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> Sequence[Layout] | None:
+        """Arrangement of the visual tokens of each image of a kind, in order; ``None``: the inputs do not tell.
+
+        ``inputs`` are those of the pass, over those of the call of ``generate``. Only a family whose images form no
+        single grid answers otherwise than :meth:`grids`.
+        """
+        return self.grids(adapter, kind, inputs)
+
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
         """Inputs of ``generate`` with one blank image of (t, h, w) visual tokens amid ``n_text`` other tokens.
 
@@ -339,12 +353,19 @@ class Family:
         """
         return None
 
-    def coordinates(self, grids: Iterable[Grid], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+    def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
+        """Patches (h, w) of each image in a tower that has them row by row, one image behind the other.
+
+        ``None``: patches of one visual token are neighbours, and images are apart. ``arguments`` are the tower's.
+        """
+        return None
+
+    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
         """Coordinates (time, height, width) of a sample's visual tokens.
 
         Parameters
         ----------
-        grids : iterable of (t, h, w)
+        layouts : iterable of Layout
             Of its images; empty where they are not known.
         position_ids : Tensor of shape (n_axes, q_len), int64, optional
             Rotary positions of its tokens.
@@ -355,25 +376,7 @@ class Family:
         -------
         Tensor of shape (3, n_visual), int64
         """
-        return grid_coordinates(grids, visual)
-
-
-def grid_coordinates(grids: Iterable[Grid], visual: Tensor) -> Tensor:
-    """Coordinates by grids, images one behind the other in time; by the place in the prompt where these are unknown."""
-    grids = tuple(grids)
-    if not grids or sum(t * h * w for t, h, w in grids) != visual.shape[0]:
-        return visual.expand(3, -1)
-    return _coordinates(grids).to(visual.device)
-
-
-@functools.lru_cache(maxsize=32)
-def _coordinates(grids: tuple[Grid, ...]) -> Tensor:
-    parts, start = [], 0
-    for t, h, w in grids:
-        axes = (torch.arange(first, first + n, device="cpu") for first, n in ((start, t), (0, h), (0, w)))
-        parts.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
-        start += t
-    return torch.cat(parts, dim=1)
+        return grid_coordinates(layouts, visual)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from .base import Family, Grid, Modality, ModelAdapter, Vision
+from .base import Family, Modality, ModelAdapter, Vision
+from .layout import Grid, Layout
 
 
 class GriddedFamily(Family):
@@ -78,10 +79,10 @@ class GriddedFamily(Family):
         )
         return order
 
-    def coordinates(self, grids: Iterable[Grid], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
         """M-RoPE's positions."""
         if position_ids is None or position_ids.shape[0] != 3:
-            return super().coordinates(grids, position_ids, visual)
+            return super().coordinates(layouts, position_ids, visual)
         return position_ids[:, visual].long()
 
 

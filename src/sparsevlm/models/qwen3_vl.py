@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Decoder, Grid, LateFeatures, Modality, grid_coordinates
+from .base import Decoder, LateFeatures, Modality
 from .gridded import GriddedFamily
+from .layout import Layout, grid_coordinates, n_tokens
 
 _DEEPSTACK = LateFeatures(mask="visual_pos_masks", features="deepstack_visual_embeds")
 
@@ -30,12 +31,12 @@ class Qwen3VLFamily(GriddedFamily):
         found = super().modalities(model)
         return {**found, "video": dataclasses.replace(found["video"], in_parts=True)}
 
-    def coordinates(self, grids: Iterable[Grid], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
         """By the grids; M-RoPE counts rows and columns of a frame from where it stands in the prompt."""
-        grids = tuple(grids)
-        fits = sum(t * h * w for t, h, w in grids) == visual.shape[0]
+        layouts = tuple(layouts)
+        fits = sum(map(n_tokens, layouts)) == visual.shape[0]
         if fits or position_ids is None or position_ids.shape[0] != 3:
-            return grid_coordinates(grids, visual)
+            return grid_coordinates(layouts, visual)
         time, row, column = position_ids[:, visual]
         return torch.stack((time, row - time, column - time))
 

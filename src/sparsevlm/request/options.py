@@ -88,11 +88,19 @@ def check_needs(adapter: ModelAdapter, traits: SelectorTraits) -> None:
     ------
     NotImplementedError
     """
-    if traits.needs & VISION_NEEDS and not adapter.vision.readable:
+    if not traits.needs & VISION_NEEDS or adapter.vision.readable:
+        return
+    needs = ", ".join(sorted(traits.needs & VISION_NEEDS))
+    if adapter.vision.unreadable:
         raise NotImplementedError(
-            f"selector {traits.name!r} needs {', '.join(sorted(traits.needs & VISION_NEEDS))}, which is read in blocks "
-            f"with full attention, and the vision tower of this {adapter.name} has none. Choose another selector."
+            f"selector {traits.name!r} needs {needs}, which is not read in the vision tower of a {adapter.name}: "
+            f"{adapter.vision.unreadable}. Choose a selector that does not look into the tower, such as 'span', "
+            "'sparsevlm' or 'cdpruner'."
         )
+    raise NotImplementedError(
+        f"selector {traits.name!r} needs {needs}, which is read in blocks with full attention, and the vision tower of "
+        f"this {adapter.name} has none. Choose another selector."
+    )
 
 
 def check_weights(adapter: ModelAdapter, config: SparseVLMConfig) -> None:
