@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -23,6 +25,10 @@ from transformers import (
     Qwen2_5OmniThinkerForConditionalGeneration,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3OmniMoeThinkerConfig,
     Qwen3OmniMoeThinkerForConditionalGeneration,
     Qwen3VLConfig,
@@ -30,6 +36,7 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni
 
 IMAGE, VIDEO, VISION_START, VISION_END, EOS, PAD = 90, 91, 92, 93, 94, 95
@@ -98,6 +105,16 @@ class Family:
     repeats : str
         What ``generate`` repeats for beams and returned sequences, one behind the other: visual inputs of whole
         "samples", as it should, or, in older transformers, single "images" or "patches".
+    type_input : str
+        Input that tells the kind of each token.
+    attentions, caches : tuple of str, optional
+        Those that it can run with; ``None``: all.
+    masks_itself : bool
+        Whether its layers see something else than all that came before.
+    is_hybrid : bool
+        Whether some of its layers are recurrent, where a token can only be removed, not hidden.
+    second_images : bool
+        Whether transformers takes new images on a kept cache.
     """
 
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]
@@ -109,6 +126,12 @@ class Family:
     on_engine: bool = True
     positions_need_mask: bool = False
     repeats: str = "samples"
+    type_input: str = "mm_token_type_ids"
+    attentions: tuple[str, ...] | None = None
+    caches: tuple[str, ...] | None = None
+    masks_itself: bool = False
+    is_hybrid: bool = False
+    second_images: bool = True
 
     def decoder_of(self, model) -> nn.Module:
         return operator.attrgetter(self.decoder)(model)
@@ -119,6 +142,10 @@ class Family:
     def takes(self, rows) -> bool:
         """Whether the rows of a prompt hold only what the family knows."""
         return all(kind == "text" or kind in self.kinds for row in rows for kind, *_ in row)
+
+    def runs(self, attention: str, cache: str) -> bool:
+        """Whether it can run with an attention and a cache."""
+        return attention in (self.attentions or (attention,)) and cache in (self.caches or (cache,))
 
 
 _AROUND = ((VISION_START,), (VISION_END,))
@@ -207,6 +234,30 @@ def _qwen3_omni_moe(text: dict[str, Any], vision_options: dict[str, Any]) -> tup
     return Qwen3OmniMoeThinkerForConditionalGeneration, Qwen3OmniMoeThinkerConfig(**parts, **_OMNI)
 
 
+_DELTA = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+}  # fmt: skip
+_HYBRID = ["linear_attention", "full_attention"]
+_PARTIAL = {**_MROPE, "mrope_section": [2, 1, 1], "mrope_interleaved": True, "partial_rotary_factor": 0.5}
+
+
+def _qwen3_5_parts(text: dict[str, Any], vision_options: dict[str, Any]) -> dict[str, Any]:
+    vision = {**_QWEN_VISION, "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64}
+    vision |= {"num_position_embeddings": 36, **vision_options}
+    types = (_HYBRID * text["num_hidden_layers"])[: text["num_hidden_layers"]]
+    text = {**text, **_DELTA, "head_dim": 16, "rope_parameters": _PARTIAL, "layer_types": types}
+    return {"text_config": text, "vision_config": vision}
+
+
+def _qwen3_5(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    return Qwen3_5ForConditionalGeneration, Qwen3_5Config(**_qwen3_5_parts(text, vision_options), **_QWEN)
+
+
+def _qwen3_5_moe(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    text = {**text, **_EXPERTS, "shared_expert_intermediate_size": 48}
+    return Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig(**_qwen3_5_parts(text, vision_options), **_QWEN)
+
+
 def _audio(width: int) -> dict[str, Any]:
     return {
         "num_mel_bins": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "d_model": 32,
@@ -235,6 +286,27 @@ def _llava_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor
     return {"pixel_values": torch.randn(1, 3, h * PATCH, w * PATCH, generator=generator)}
 
 
+_MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _siglip(n_patches: int, options: dict[str, Any]) -> dict[str, Any]:
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size = {"image_size": n_patches * PATCH, "patch_size": PATCH, "vision_use_head": False}
+    return vision | size | {"model_type": "siglip_vision_model"} | options
+
+
+def _gemma3(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    types = (_MIXED * text["num_hidden_layers"])[: text["num_hidden_layers"]]
+    text = {**text, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12, "layer_types": types}
+    parts = {"text_config": text, "vision_config": _siglip(8, vision_options), "mm_tokens_per_image": 16}
+    tokens = {"image_token_index": IMAGE, "boi_token_index": VISION_START, "eoi_token_index": VISION_END}
+    return Gemma3ForConditionalGeneration, Gemma3Config(**parts, **tokens)
+
+
+def _gemma3_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(1, 3, 8 * PATCH, 8 * PATCH, generator=generator)}
+
+
 _TIMED_FRAMES = {
     "image": Kind(IMAGE, _qwen_image, *_AROUND, 1),
     "video": Kind(VIDEO, _qwen_video, *_AROUND, 2, time=(81, 82)),
@@ -256,8 +328,15 @@ FAMILIES = {
     "qwen3_vl_moe": Family(_qwen3_vl_moe, _TIMED_FRAMES, **_OF_QWEN, on_engine=False),
     "qwen2_5_omni_thinker": Family(_qwen2_5_omni, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
     "qwen3_omni_moe_thinker": Family(_qwen3_omni_moe, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
+    "qwen3_5": Family(_qwen3_5, _TIMED_FRAMES, **_OF_QWEN, on_engine=False, is_hybrid=True),
+    "qwen3_5_moe": Family(_qwen3_5_moe, _TIMED_FRAMES, **_OF_QWEN, on_engine=False, is_hybrid=True),
     "llava": Family(_llava, {"image": Kind(IMAGE, _llava_image, size=(4, 4))}, **_OF_LLAVA, on_engine=False),
-}
+    "gemma3": Family(
+        _gemma3, {"image": Kind(IMAGE, _gemma3_image, *_AROUND, 1, size=(4, 4))}, tower="model.vision_tower",
+        on_engine=False, type_input="token_type_ids", attentions=("sdpa", "eager"), caches=("dynamic", "none"),
+        masks_itself=True, second_images=hasattr(modeling_gemma3, "maybe_pad_block_sequence_ids"),
+    ),
+}  # fmt: skip
 ON_ENGINE = tuple(name for name, family in FAMILIES.items() if family.on_engine)
 
 
@@ -283,6 +362,8 @@ def tiny_model(
         "pad_token_id": PAD,
     }
     cls, config = FAMILIES[family].make(text, vision_options or {})
+    if not FAMILIES[family].runs(attn, "dynamic"):
+        attn = FAMILIES[family].attentions[0]
     model = cls._from_config(config, attn_implementation=attn).eval()
     with torch.no_grad():
         for name, weight in FAMILIES[family].decoder_of(model).named_parameters():
@@ -336,7 +417,7 @@ def make_inputs(*rows, seed: int = 0, pad: bool = True, family: str = "qwen2_5_v
 
     inputs = {"input_ids": padded(ids, PAD)}
     if all(kind.token_type is not None for kind in kinds.values()):
-        inputs["mm_token_type_ids"] = padded(types, 0)
+        inputs[FAMILIES[family].type_input] = padded(types, 0)
     if pad:
         inputs["attention_mask"] = padded([[1] * len(row) for row in ids], 0)
     return inputs | {key: torch.cat(values) for key, values in visual.items()}

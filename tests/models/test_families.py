@@ -34,7 +34,7 @@ def test_an_adapter_describes_its_model(name):
     adapter = adapter_for(model)
     assert adapter.decoder.module is toy.decoder_of(model)
     assert adapter.decoder.n_position_axes == toy.n_position_axes
-    assert [layer.self_attn for layer in adapter.decoder.layers] == list(adapter.decoder.attentions)
+    assert [getattr(layer, "self_attn", None) for layer in adapter.decoder.layers] == list(adapter.decoder.attentions)
     assert {kind: modality.token_id for kind, modality in adapter.modalities.items()} == {
         kind: one.token for kind, one in toy.kinds.items()
     }
@@ -101,6 +101,13 @@ def test_llava_with_its_class_token_has_no_grid():
 def test_features_behind_the_last_layer_are_refused():
     with pytest.raises(NotImplementedError, match=r"name 3 blocks, the decoder has 3 layers"):
         adapter_for(tiny_model("qwen3_vl", n_layers=3))
+
+
+@pytest.mark.parametrize("name", ["Gemma4ForConditionalGeneration", "Gemma3nForConditionalGeneration"])
+def test_gemma_4_is_refused_with_the_reason(name):
+    model = type(name, (nn.Module,), {})()
+    with pytest.raises(NotImplementedError, match=rf"{name} is not supported.*keys and values of earlier layers"):
+        adapter_for(model)
 
 
 def test_other_models_are_refused_with_what_is_supported():

@@ -5,13 +5,35 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Family, ModelAdapter
+from .gemma3 import Gemma3Family
 from .llava import LlavaFamily
 from .qwen2_vl import Qwen2VLFamily
+from .qwen3_5 import Qwen3_5Family
 from .qwen3_vl import Qwen3VLFamily
 from .qwen_omni import OmniFamily
 from .wrapping import check_module, wrapper_hint
 
-FAMILIES: tuple[Family, ...] = (Qwen2VLFamily(), Qwen3VLFamily(), OmniFamily(), LlavaFamily())
+FAMILIES: tuple[Family, ...] = (
+    Qwen2VLFamily(),
+    Qwen3VLFamily(),
+    Qwen3_5Family(),
+    OmniFamily(),
+    LlavaFamily(),
+    Gemma3Family(),
+)
+
+
+_OWN_INPUTS = (
+    "its layers may take inputs of their own for every token, and the last ones keys and values of earlier layers; "
+    "neither follows what is dropped"
+)
+# Classes that cannot be pruned as they are, and why.
+_REASONS = {
+    "Gemma4ForConditionalGeneration": _OWN_INPUTS,
+    "Gemma4UnifiedForConditionalGeneration": _OWN_INPUTS,
+    "Gemma3nForConditionalGeneration": _OWN_INPUTS,
+    "MllamaForConditionalGeneration": "its images are seen by cross-attention, not by visual tokens among the text",
+}
 
 
 def supported_model_types() -> tuple[str, ...]:
@@ -41,7 +63,7 @@ def adapter_for(model: Any) -> ModelAdapter:
         if cls.__name__ in families:
             return ModelAdapter.of(families[cls.__name__], model)
     name = type(model).__name__
-    hint = wrapper_hint(model)
+    hint = f" The reason: {_REASONS[name]}." if name in _REASONS else wrapper_hint(model)
     if not hint and not any(
         hasattr(part, "visual") or hasattr(part, "vision_tower") for part in (model, getattr(model, "model", None))
     ):
