@@ -36,7 +36,6 @@ from transformers import (
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
 )
-from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.qwen2_5_omni import modeling_qwen2_5_omni
 
 IMAGE, VIDEO, VISION_START, VISION_END, EOS, PAD = 90, 91, 92, 93, 94, 95
@@ -334,7 +333,7 @@ FAMILIES = {
     "gemma3": Family(
         _gemma3, {"image": Kind(IMAGE, _gemma3_image, *_AROUND, 1, size=(4, 4))}, tower="model.vision_tower",
         on_engine=False, type_input="token_type_ids", attentions=("sdpa", "eager"), caches=("dynamic", "none"),
-        masks_itself=True, second_images=hasattr(modeling_gemma3, "maybe_pad_block_sequence_ids"),
+        masks_itself=True, second_images=not _IS_OLD,
     ),
 }  # fmt: skip
 ON_ENGINE = tuple(name for name, family in FAMILIES.items() if family.on_engine)

@@ -64,14 +64,22 @@ def test_flops_count_the_weights_that_each_token_meets(name):
     adapter, config = adapter_for(model), FAMILIES[name].decoder_of(model).config
     layers = adapter.decoder.layers
     hidden, head_dim = config.hidden_size, 16
-    attention = hidden * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    is_hybrid = FAMILIES[name].is_hybrid  # whose attention has a gate as wide as its queries
+    attention = hidden * head_dim * ((2 + is_hybrid) * config.num_attention_heads + 2 * config.num_key_value_heads)
+    # Of two heads for queries and keys and four for values, of eight each: query, key, value; gate; decay and step;
+    # output; and a convolution over four tokens.
+    recurrent = hidden * (64 + 32 + 8 + 32) + 64 * 4
     wanted = 0
-    for layer in layers:
+    for layer, kind in zip(layers, adapter.decoder.layer_types, strict=True):
         n_experts = getattr(layer.mlp, "experts", None) is not None and config.num_experts
         width = config.moe_intermediate_size if n_experts else config.intermediate_size
         share = config.num_experts_per_tok if n_experts else 1
-        wanted += 2 * (attention + 3 * hidden * width * share + hidden * n_experts)
-        wanted += 4 * config.num_attention_heads * head_dim
+        shared = 3 * hidden * 48 + hidden if n_experts and is_hybrid else 0
+        wanted += 2 * (3 * hidden * width * share + hidden * n_experts + shared)
+        if kind == "linear_attention":
+            wanted += 2 * recurrent + 6 * 4 * 8 * 8
+        else:
+            wanted += 2 * attention + 4 * config.num_attention_heads * head_dim
     assert prefill_flops(adapter, [1] * len(layers), 0) == wanted
     if "moe" in name:
         assert any(hasattr(layer.mlp, "experts") for layer in layers)

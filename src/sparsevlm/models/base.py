@@ -167,7 +167,7 @@ class Decoder:
     experts_per_token: int = 0
     state_size: int = 0
 
-    @property
+    @functools.cached_property
     def layer_types(self) -> tuple[str, ...]:
         """Kind of each layer, by transformers' names."""
         config = self.module.config
