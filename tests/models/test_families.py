@@ -34,7 +34,7 @@ def test_an_adapter_describes_its_model(name):
     adapter = adapter_for(model)
     assert adapter.decoder.module is toy.decoder_of(model)
     assert adapter.decoder.n_position_axes == toy.n_position_axes
-    assert [layer.self_attn for layer in adapter.decoder.layers] == list(adapter.decoder.attentions)
+    assert [getattr(layer, "self_attn", None) for layer in adapter.decoder.layers] == list(adapter.decoder.attentions)
     assert {kind: modality.token_id for kind, modality in adapter.modalities.items()} == {
         kind: one.token for kind, one in toy.kinds.items()
     }
@@ -65,15 +65,23 @@ def test_flops_count_the_weights_that_each_token_meets(name):
     adapter, config = adapter_for(model), FAMILIES[name].decoder_of(model).config
     layers = adapter.decoder.layers
     hidden, head_dim = config.hidden_size, 16
-    attention = hidden * head_dim * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
+    is_hybrid = FAMILIES[name].is_hybrid  # whose attention has a gate as wide as its queries
+    attention = hidden * head_dim * ((2 + is_hybrid) * config.num_attention_heads + 2 * config.num_key_value_heads)
+    # Of two heads for queries and keys and four for values, of eight each: query, key, value; gate; decay and step;
+    # output; and a convolution over four tokens.
+    recurrent = hidden * (64 + 32 + 8 + 32) + 64 * 4
     wanted = 0
-    for layer in layers:
+    for layer, kind in zip(layers, adapter.decoder.layer_types, strict=True):
         has_experts, of_glm = getattr(layer.mlp, "experts", None) is not None, name == "glm4v_moe"
         n_experts = has_experts and (config.n_routed_experts if of_glm else config.num_experts)
         width = config.moe_intermediate_size if n_experts else config.intermediate_size
         share = config.num_experts_per_tok + (config.n_shared_experts if of_glm else 0) if n_experts else 1
-        wanted += 2 * (attention + 3 * hidden * width * share + hidden * n_experts)
-        wanted += 4 * config.num_attention_heads * head_dim
+        shared = 3 * hidden * 48 + hidden if n_experts and is_hybrid else 0
+        wanted += 2 * (3 * hidden * width * share + hidden * n_experts + shared)
+        if kind == "linear_attention":
+            wanted += 2 * recurrent + 6 * 4 * 8 * 8
+        else:
+            wanted += 2 * attention + 4 * config.num_attention_heads * head_dim
     assert prefill_flops(adapter, [1] * len(layers), 0) == wanted
     if "moe" in name:
         assert any(hasattr(layer.mlp, "experts") for layer in layers)
@@ -103,6 +111,13 @@ def test_llava_with_its_class_token_has_no_grid():
 def test_features_behind_the_last_layer_are_refused():
     with pytest.raises(NotImplementedError, match=r"name 3 blocks, the decoder has 3 layers"):
         adapter_for(tiny_model("qwen3_vl", n_layers=3))
+
+
+@pytest.mark.parametrize("name", ["Gemma4ForConditionalGeneration", "Gemma3nForConditionalGeneration"])
+def test_gemma_4_is_refused_with_the_reason(name):
+    model = type(name, (nn.Module,), {})()
+    with pytest.raises(NotImplementedError, match=rf"a {name} cannot be pruned: .*keys and values of earlier layers"):
+        adapter_for(model)
 
 
 def test_other_models_are_refused_with_what_is_supported():

@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import DynamicCache, Qwen2Config, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, StaticSlidingWindowLayer
 
 from sparsevlm.request.kv_cache import PAD_SLOT, PrunedLayer, SlotTable, adopt, check_cache
 
@@ -233,9 +233,23 @@ def test_layers_are_made_as_many_as_the_decoder_has_and_no_more():
 def test_layers_that_cannot_be_pruned_are_refused_where_the_decoder_uses_them():
     cache = DynamicCache()
     check_cache(cache, 2)
-    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=4))
+    cache.layers.append(StaticSlidingWindowLayer(max_cache_len=8, sliding_window=4))
     check_cache(cache, 2)
-    with pytest.raises(NotImplementedError, match=r"DynamicCache with DynamicSlidingWindowLayer cannot hold a pruned"):
+    with pytest.raises(NotImplementedError, match=r"DynamicCache with StaticSlidingWindowLayer cannot hold a pruned"):
         check_cache(cache, 3)
     adopt(cache, 1)
     check_cache(cache, 2)  # pruned layers are taken again
+
+
+def test_a_crop_by_a_tensor_leaves_whole_numbers():
+    """A number in a tensor would change in place where others have noted it."""
+    cache = DynamicCache()
+    cache.update(states(2), states(2), 0)
+    layer = adopt(cache, 0)
+    layer.place(SlotTable(torch.arange(5).expand(2, -1), 5, 5, has_padding=False), owns_table=True)
+    layer.placed = False
+    layer.update(states(3), states(3))
+    layer.crop(torch.tensor(-1))
+    noted = layer.table.appended
+    layer.table.append(4)
+    assert (noted, layer.table.appended) == (2, 6)

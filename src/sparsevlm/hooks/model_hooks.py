@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of, check_layer_arguments
 from ..request.inputs import check_call, check_copies, check_inputs, check_mode, check_packing, visual_masks
-from ..request.kv_cache import cache_bytes, check_cache, static_note
-from ..request.opening import open_request
+from ..request.kv_cache import cache_bytes, check_cache, memory_note
+from ..request.opening import check_fillers, open_request
 from ..request.request import Request
 from ..request.session import Session
 from ..request.step import choose_embedding_raters
@@ -163,6 +163,7 @@ class ModelHooks:
         request = open_request(self._session, inputs, masks, self._vision.layouts(inputs, masks), logits_to_keep)
         if cache is not None and not request.drops_nothing:
             check_cache(cache, self._adapter.n_layers)
+            check_fillers(self._adapter, request)
         if request.config.vision_keep < 1.0 and request.first is None:
             request.remark("; the tower computed all, vision_keep is the engine's")
         if request.config.weights == "fp8" and request.first is None:
@@ -257,7 +258,7 @@ class ModelHooks:
             request.finish(None)
             return
         layers = cache.layers[: self._adapter.n_layers]
-        request.finish(cache, cache_bytes(layers, request.past_len + request.q_len), static_note(layers))
+        request.finish(cache, cache_bytes(layers, request.past_len + request.q_len), memory_note(layers))
 
     def _before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._proof is not None:

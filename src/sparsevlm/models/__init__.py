@@ -1,12 +1,14 @@
 """Model families as data: where the decoder, the vision tower and the visual tokens of a model are."""
 
-from .base import Decoder, Family, LateFeatures, Modality, ModelAdapter, Vision
+from .base import RECURRENT, SLIDING, Decoder, Family, LateFeatures, Modality, ModelAdapter, Vision
 from .layout import Grid, Layout, Tiles, n_tokens, separators
 from .registry import FAMILIES, adapter_for, register_adapter, supported_model_types
 from .wrapping import check_module, compiled_parts, unwrap, wrapper_hint
 
 __all__ = [
     "FAMILIES",
+    "RECURRENT",
+    "SLIDING",
     "Decoder",
     "Family",
     "Grid",

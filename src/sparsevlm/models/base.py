@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from .layout import Grid, Layout, grid_coordinates
 
+# Kinds of decoder layers, by transformers' names.
+FULL, SLIDING, RECURRENT = "full_attention", "sliding_attention", "linear_attention"
 _AROUND = tuple(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video", "audio") for end in ("start", "end"))
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", *_AROUND)
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", *_AROUND, "boi_token_index", "eoi_token_index")
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,9 @@ class Decoder:
         Called with ``inputs_embeds``.
     layers : nn.ModuleList
         Each called as ``layer(hidden_states, attention_mask=, position_embeddings=, …)``.
-    attentions : tuple of nn.Module
-        Attention module of each layer, which looks its function up under ``self.config._attn_implementation``.
+    attentions : tuple of nn.Module or None
+        Attention module of each layer, which looks its function up under ``self.config._attn_implementation``;
+        ``None``: the layer is recurrent.
     embed, norm, rotary, head : nn.Module
         Token embeddings, last norm, rotary embeddings and language-model head.
     n_position_axes : int
@@ -143,6 +146,8 @@ class Decoder:
         ``None``: visual features are all in the embeddings.
     experts_per_token : int
         Of a layer whose MLP is made of experts, how many of them compute a token; 0: no layer is.
+    state_size : int
+        Numbers in the state that a recurrent layer carries from token to token.
     """
 
     module: Any
@@ -156,11 +161,28 @@ class Decoder:
     block: DecoderBlock | None = None
     late_features: LateFeatures | None = None
     experts_per_token: int = 0
+    state_size: int = 0
+
+    @functools.cached_property
+    def layer_types(self) -> tuple[str, ...]:
+        """Kind of each layer, by transformers' names."""
+        config = self.module.config
+        found = getattr(config, "layer_types", None)
+        if found is None:
+            found = [SLIDING if getattr(config, "sliding_window", None) else FULL] * len(self.layers)
+        return tuple(found)
+
+    @property
+    def default_targets(self) -> tuple[int, ...]:
+        """Target layers where none are named: those with full attention if others have not, or every 4th from 2."""
+        last, types = len(self.layers) - 1, self.layer_types
+        full = tuple(i for i in range(last) if types[i] == FULL)
+        return tuple(range(2, last, 4)) if len(full) in (0, last) else full
 
     @classmethod
     def of_llama(cls, module: Any, head: Any, n_position_axes: int = 1, block: DecoderBlock | None = None) -> Decoder:
         """A decoder whose parts have the names that they have in transformers' Llama, as in most of its models."""
-        attentions = tuple(layer.self_attn for layer in module.layers)
+        attentions = tuple(getattr(layer, "self_attn", None) for layer in module.layers)
         parts = (module.embed_tokens, module.norm, module.rotary_emb, head)
         return cls(module, module.layers, attentions, *parts, n_position_axes, block)
 
@@ -274,19 +296,20 @@ class Family:
     # Whether the first request has to show that gathering all rows changes nothing.
     must_be_proven: bool = False
     speaks: ClassVar[bool] = False  # another model makes speech of the hidden states that generate returns
+    layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, SLIDING})
 
     def check(self, model: Any) -> None:
-        """Refuse a model of the family that cannot be pruned: with sliding-window layers, or tensor-parallel.
+        """Refuse a model of the family that cannot be pruned: with layers of another kind, or tensor-parallel.
 
         Raises
         ------
         ValueError, NotImplementedError
             With the remedy.
         """
-        if "sliding_attention" in (getattr(self.decoder(model).module.config, "layer_types", None) or ()):
+        if unknown := set(self.decoder(model).layer_types) - self.layer_kinds:
             raise NotImplementedError(
-                "decoder layers with a sliding window are not supported: a pruned sequence would move what the window "
-                "covers. Load the model with use_sliding_window=False in its text configuration."
+                f"decoder layers of kind {min(unknown)!r} are not supported in a {type(model).__name__}: pruning "
+                f"them was not tested. Supported are {', '.join(sorted(self.layer_kinds))}."
             )
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise NotImplementedError(

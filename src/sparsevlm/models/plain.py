@@ -51,17 +51,6 @@ class PlainFamily(Family):
     in_parts: bool = False
     n_position_axes: int = 1
 
-    def check(self, model: Any) -> None:
-        """Refuse windows as well that the text model has in all layers, as Mistral's first version."""
-        super().check(model)
-        config = self.decoder(model).module.config
-        if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None:
-            raise NotImplementedError(
-                f"decoder layers with a sliding window of {config.sliding_window} tokens are not supported: a pruned "
-                "sequence would move what the window covers. Where prompts are shorter than that, load the model with "
-                "sliding_window=None in its text configuration."
-            )
-
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
         text = attrgetter(self.text)(model)
@@ -111,7 +100,22 @@ class TiledFamily(PlainFamily):
     """Images in tiles of one size, each of as many visual tokens; tiles of one image may stand apart in the prompt.
 
     What reaches the model does not tell how tiles lie beside each other: they count as steps in time.
+
+    Attributes
+    ----------
+    tile_tokens : str
+        Where the configuration has the number of visual tokens of a tile, instead of ``merge``.
     """
+
+    tile_tokens: str = ""
+
+    def patches_per_side(self, model: Any) -> int:
+        """Patches per side that form one visual token."""
+        if not self.tile_tokens:
+            return super().patches_per_side(model)
+        vision = model.config.vision_config
+        per_side = math.isqrt(attrgetter(self.tile_tokens)(model.config))
+        return int(vision.image_size // vision.patch_size // per_side)
 
     def tile(self, model: Any) -> tuple[int, int] | None:
         """Patches (h, w) of a tile; ``None``: its tokens form no grid."""

@@ -9,6 +9,7 @@ from .generic import GenericFamily
 from .llava import LlavaFamily
 from .plain import PackedFamily, SizedFamily, TiledFamily
 from .qwen2_vl import Qwen2VLFamily
+from .qwen3_5 import Qwen3_5Family
 from .qwen3_vl import Qwen3VLFamily
 from .qwen_omni import OmniFamily
 from .refused import ENCODER_DECODER, REFUSED
@@ -18,6 +19,7 @@ _CUT = "the tokens of a picture in tiles are not those of the tower: margins are
 FAMILIES: tuple[Family, ...] = (
     Qwen2VLFamily(),
     Qwen3VLFamily(),
+    Qwen3_5Family(),
     OmniFamily(),
     LlavaFamily(("llava",), ("LlavaForConditionalGeneration",), in_parts=True),
     LlavaFamily(("llava_next",), ("LlavaNextForConditionalGeneration",), unreadable=_CUT),
@@ -39,6 +41,7 @@ FAMILIES: tuple[Family, ...] = (
         merge="scale_factor",
         unreadable="patches that only fill a tile up would count as well",
     ),
+    TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image"),
     TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",)),
     TiledFamily(
         ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"

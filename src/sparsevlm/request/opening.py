@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compat import cache_of
-from ..models import Layout, ModelAdapter, Tiles, n_tokens, separators
+from ..models import RECURRENT, Layout, ModelAdapter, Tiles, n_tokens, separators
 from ..selection.budget import Plan, clamped_floors, nothing_to_drop, plan_budget, plan_schedule
 from ..template import Template
 from .inputs import check_mask, visual_grids
@@ -71,6 +71,21 @@ def open_request(
     plan_samples(session.adapter, request)
     _warn(session, request)
     return request
+
+
+def check_fillers(adapter: ModelAdapter, request: Request) -> None:
+    """Refuse a later turn of a batch where layers are recurrent: fillers of unequal rows would pass through a state.
+
+    Raises
+    ------
+    NotImplementedError
+    """
+    if request.past_len and request.batch > 1 and RECURRENT in adapter.decoder.layer_types:
+        raise NotImplementedError(
+            f"{request.batch} samples bring images on a kept cache, and the {adapter.name} has recurrent layers, whose "
+            "state the fillers of samples that keep unequal numbers would change. Go on with one sample at a time, or "
+            "run this turn inside state.options(keep=1.0)."
+        )
 
 
 def _mask_of_tokens(attention_mask: Any, past_len: int, shape: tuple[int, ...]) -> Any:
