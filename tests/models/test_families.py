@@ -9,10 +9,11 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sparsevlm import apply_sparsevlm
 from sparsevlm.models import adapter_for, n_tokens, supported_model_types
 from sparsevlm.models.registry import FAMILIES as REGISTRY
 from sparsevlm.request.costs import prefill_flops
-from toys import FAMILIES, IMAGE, make_inputs, tiny_model
+from toys import FAMILIES, IMAGE, PROMPTS, make_inputs, tiny_model
 
 ROOMS = Path(__file__).parents[2] / "src" / "sparsevlm"
 
@@ -106,6 +107,14 @@ def test_llava_with_its_class_token_has_no_grid():
     adapter = adapter_for(model)
     assert adapter.vision.n_prefix == 0
     assert adapter.family.grids(adapter, "image", pixels) is None
+
+
+def test_the_report_says_why_the_engine_does_not_run():
+    model, inputs = tiny_model("internvl"), make_inputs(*PROMPTS["one image"], family="internvl")
+    state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[1, 3], engine=True)
+    model.generate(**inputs, max_new_tokens=1)
+    assert state.report.path == "plain"
+    assert "decoder layers of InternVLForConditionalGeneration, which are not described" in state.report.path_reason
 
 
 def test_features_behind_the_last_layer_are_refused():

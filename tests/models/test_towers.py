@@ -128,8 +128,13 @@ def test_readings_are_those_of_the_patches_of_each_token(name):
                 torch.testing.assert_close(selector.context.vision_keys[token], own, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("selector", ["visionzip", "hiprune", "scope"])
-@pytest.mark.parametrize("name", [name for name in FAMILIES if "qwen" not in name])
+@pytest.mark.parametrize(
+    ("name", "selector"),
+    [
+        *((name, "visionzip") for name in FAMILIES if "qwen" not in name),
+        *((name, selector) for name in ("internvl", "llava_next") for selector in ("hiprune", "scope")),
+    ],
+)
 def test_selectors_that_look_into_the_tower_run_or_are_refused(name, selector):
     model = tiny_model(name)
     if name in READABLE:

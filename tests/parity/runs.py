@@ -137,13 +137,14 @@ class Run:
 
 
 def build(
-    rows, variant, place, *, attention="sdpa", family="qwen2_5_vl", cache="dynamic", mask=True, seed: int = 0
-) -> Run:
+    rows, variant, place, *, attention="sdpa", family="qwen2_5_vl", cache="dynamic", mask=True, seed: int = 0,
+    text_options=None,
+) -> Run:  # fmt: skip
     """Make the model and its inputs at the place of a test, and prune it."""
     if place.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
     flash_emulation.register()
-    model = tiny_model(family)
+    model = tiny_model(family, text_options=text_options)
     use_attention(model, attention)
     model = model.to(place.device, place.dtype)
     inputs = {n: v.to(place.device) for n, v in make_inputs(*rows, pad=mask, seed=seed, family=family).items()}

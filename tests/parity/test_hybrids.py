@@ -6,13 +6,11 @@ import pytest
 import torch
 from runs import GREEDY, IMAGE_TURNS, VARIANTS, build, check_generated, take_second_turn
 
-from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm import apply_sparsevlm
 from sparsevlm.hooks.masks import row_mask
 from sparsevlm.models import adapter_for
 from sparsevlm.request.costs import prefill_flops
 from toys import PROMPTS, make_inputs, tiny_model
-
-LOGITS = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 
 def test_default_targets_are_the_layers_with_attention():
@@ -54,20 +52,12 @@ def test_fillers_of_rows_without_padding_that_keep_unequal_numbers(place):
     check_generated(run, output)
 
 
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_nothing_pruned_and_removal_are_bit_equal(family, attn):
-    model = tiny_model(family, attn=attn)
-    inputs = make_inputs(*PROMPTS["batch, left padding"], family=family)
-    dense = torch.stack(model.generate(**inputs, **LOGITS).logits)
-    apply_sparsevlm(model, keep=1.0, target_layers=[1, 3])
-    assert torch.equal(torch.stack(model.generate(**inputs, **LOGITS).logits), dense)
+def test_the_report_says_what_recurrent_layers_hold():
+    model, inputs = tiny_model("qwen3_5"), make_inputs(*PROMPTS["batch, left padding"], family="qwen3_5")
     state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[1, 3])
-    assert not torch.equal(torch.stack(model.generate(**inputs, **LOGITS).logits), dense)
+    model.generate(**inputs, max_new_tokens=1)
     assert "recurrent layers: their states are as large" in state.report.kv_note
     assert 0 < state.report.kv_bytes.sparse < state.report.kv_bytes.dense
-    remove_sparsevlm(model)
-    assert torch.equal(torch.stack(model.generate(**inputs, **LOGITS).logits), dense)
 
 
 def test_later_images_of_a_batch_are_refused_before_anything_runs(place):

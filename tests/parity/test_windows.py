@@ -5,8 +5,10 @@ from __future__ import annotations
 import flash_emulation
 import pytest
 import torch
+from runs import GREEDY, VARIANTS, build, check_generated, check_second_turn
+from transformers import DynamicCache
 
-from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.support import unsupported_mode
 from sparsevlm.hooks.masks import pruned_mask
 from sparsevlm.models import adapter_for
@@ -26,22 +28,12 @@ def test_a_mask_shorter_than_the_sequence_ends_with_it():
     assert made.flatten().tolist() == [False, False, True, False, True]
 
 
-@pytest.mark.parametrize("attn", ["sdpa", "eager"])
-def test_nothing_pruned_and_removal_are_bit_equal(attn):
-    model, inputs = tiny_model("gemma3", attn=attn), make_inputs(*PROMPTS["two images"], family="gemma3")
-    dense = torch.stack(model.generate(**inputs, **LOGITS).logits)
-    state = apply_sparsevlm(model, **{**OPTIONS, "keep": 1.0})
-    assert torch.equal(torch.stack(model.generate(**inputs, **LOGITS).logits), dense)
-    assert state.report.kv_note is None
-    apply_sparsevlm(model, **OPTIONS)
-    assert not torch.equal(torch.stack(model.generate(**inputs, **LOGITS).logits), dense)
-    remove_sparsevlm(model)
-    assert torch.equal(torch.stack(model.generate(**inputs, **LOGITS).logits), dense)
-
-
 def test_caches_keep_the_window_before_the_first_drop_and_all_behind_it():
     model, inputs = tiny_model("gemma3"), make_inputs(*PROMPTS["two images"], family="gemma3")
     state = apply_sparsevlm(model, **OPTIONS)
+    with state.options(keep=1.0):
+        model.generate(**inputs, max_new_tokens=1)
+    assert state.report.kv_note is None
     output = model.generate(**inputs, **LOGITS)
     layers = output.past_key_values.layers
     window, length = 12, output.sequences.shape[1] - 1
@@ -78,6 +70,37 @@ def test_static_caches_with_a_window_are_refused():
     apply_sparsevlm(model, **OPTIONS)
     with pytest.raises(NotImplementedError, match="StaticSlidingWindowLayer cannot hold a pruned sequence"):
         model.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+
+
+WINDOWS = {
+    "mistral3": {"sliding_window": 12},  # in all layers
+    "internvl": {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},  # from the third on
+}
+
+
+@pytest.mark.parametrize("variant", ["by attention", "before the decoder"])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_windows_of_other_text_models(family, variant, place):
+    options = {"text_options": WINDOWS[family], "family": family}
+    run = build(PROMPTS["batch, unequal counts"], VARIANTS[variant], place, **options)
+    kinds = run.state.adapter.decoder.layer_types
+    assert kinds.count("sliding_attention") == (6 if family == "mistral3" else 4)
+    assert run.inputs["input_ids"].shape[1] > 3 * 12
+    check_generated(run, run.model.generate(**run.inputs, **GREEDY))
+    check_second_turn(build(PROMPTS["batch, left padding"], VARIANTS[variant], place, **options), [("text", 6)])
+
+
+def test_a_cache_without_windows_serves_layers_with_them(place):
+    run = build(PROMPTS["two images"], VARIANTS["random"], place, family="gemma3")
+    check_generated(run, run.model.generate(**run.inputs, **GREEDY, past_key_values=DynamicCache()))
+
+
+def test_layers_that_cap_their_scores_are_refused():
+    """As those of PaliGemma 2."""
+    model = tiny_model("paligemma")
+    model.model.language_model.config.attn_logit_softcapping = 50.0
+    with pytest.raises(NotImplementedError, match=r"cap attention scores \(attn_logit_softcapping=50\.0\)"):
+        adapter_for(model)
 
 
 def test_default_targets_are_the_layers_with_full_attention():

@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import DynamicCache, Qwen2Config, StaticCache
-from transformers.cache_utils import DynamicLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 from sparsevlm.request.kv_cache import PAD_SLOT, PrunedLayer, SlotTable, adopt, check_cache
 
@@ -233,10 +233,14 @@ def test_layers_are_made_as_many_as_the_decoder_has_and_no_more():
 def test_layers_that_cannot_be_pruned_are_refused_where_the_decoder_uses_them():
     cache = DynamicCache()
     check_cache(cache, 2)
-    cache.layers.append(StaticSlidingWindowLayer(max_cache_len=8, sliding_window=4))
+    cache.layers.append(DynamicSlidingWindowLayer(sliding_window=4))
     check_cache(cache, 2)
+    check_cache(cache, 3, {2})
+    with pytest.raises(NotImplementedError, match=r"DynamicCache with DynamicSlidingWindowLayer cannot hold a pruned"):
+        check_cache(cache, 3, {0, 1})
+    cache.layers[2] = StaticSlidingWindowLayer(max_cache_len=8, sliding_window=4)
     with pytest.raises(NotImplementedError, match=r"DynamicCache with StaticSlidingWindowLayer cannot hold a pruned"):
-        check_cache(cache, 3)
+        check_cache(cache, 3, {2})
     adopt(cache, 1)
     check_cache(cache, 2)  # pruned layers are taken again
 

@@ -162,7 +162,7 @@ class ModelHooks:
             self._prove(module, inputs, ids.shape[:2], cache)
         request = open_request(self._session, inputs, masks, self._vision.layouts(inputs, masks), logits_to_keep)
         if cache is not None and not request.drops_nothing:
-            check_cache(cache, self._adapter.n_layers)
+            check_cache(cache, self._adapter.n_layers, self._adapter.decoder.sliding_layers)
             check_fillers(self._adapter, request)
         if request.config.vision_keep < 1.0 and request.first is None:
             request.remark("; the tower computed all, vision_keep is the engine's")

@@ -172,6 +172,11 @@ class Decoder:
             found = [SLIDING if getattr(config, "sliding_window", None) else FULL] * len(self.layers)
         return tuple(found)
 
+    @functools.cached_property
+    def sliding_layers(self) -> frozenset[int]:
+        """Layers with a sliding window."""
+        return frozenset(i for i, kind in enumerate(self.layer_types) if kind == SLIDING)
+
     @property
     def default_targets(self) -> tuple[int, ...]:
         """Target layers where none are named: those with full attention if others have not, or every 4th from 2."""
@@ -299,7 +304,8 @@ class Family:
     layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, SLIDING})
 
     def check(self, model: Any) -> None:
-        """Refuse a model of the family that cannot be pruned: with layers of another kind, or tensor-parallel.
+        """Refuse a model of the family that cannot be pruned: with layers of another kind, capped scores, or
+        tensor-parallel.
 
         Raises
         ------
@@ -310,6 +316,11 @@ class Family:
             raise NotImplementedError(
                 f"decoder layers of kind {min(unknown)!r} are not supported in a {type(model).__name__}: pruning "
                 f"them was not tested. Supported are {', '.join(sorted(self.layer_kinds))}."
+            )
+        if cap := getattr(self.decoder(model).module.config, "attn_logit_softcapping", None):
+            raise NotImplementedError(
+                f"decoder layers that cap attention scores (attn_logit_softcapping={cap}) are not supported: what is "
+                "read of them would not be the model's attention. Use a model without, such as Gemma 3 or PaliGemma."
             )
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise NotImplementedError(

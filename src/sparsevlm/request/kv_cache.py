@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 from weakref import WeakSet
 
@@ -295,19 +295,28 @@ _PRUNED_CLASSES: dict[type, type[PrunedLayer]] = {
 }
 
 
-def check_cache(cache: Cache, n_layers: int) -> None:
+def check_cache(cache: Cache, n_layers: int, sliding: Collection[int] = ()) -> None:
     """Refuse caches whose layers cannot hold a pruned sequence, and create lazily missing layers.
+
+    Parameters
+    ----------
+    cache : Cache
+    n_layers : int
+        Of the decoder.
+    sliding : collection of int
+        Those of them that have a sliding window, which knows what a cache with a window has left out.
 
     Raises
     ------
     NotImplementedError
-        For quantized or unknown cache layers, and static ones with a sliding window.
+        For quantized or unknown cache layers, and those with a window that is static or not the decoder's.
     """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < n_layers:
             cache.layers.append(cache.layer_class_to_replicate())
-    for layer in cache.layers[:n_layers]:
-        if type(layer) not in (*_PRUNED_CLASSES, LinearAttentionLayer) and not isinstance(layer, PrunedLayer):
+    for i, layer in enumerate(cache.layers[:n_layers]):
+        known = type(layer) in _PRUNED_CLASSES or isinstance(layer, (PrunedLayer, LinearAttentionLayer))
+        if not known or (type(layer) is DynamicSlidingWindowLayer and i not in sliding):
             raise NotImplementedError(
                 f"{type(cache).__name__} with {type(layer).__name__} cannot hold a pruned sequence. Supported are the "
                 "dynamic cache (the default) and cache_implementation='static'; or run this request inside "
