@@ -74,7 +74,7 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Ru
     """
     per_token = adapter.vision.patches_per_token
     sizes: set[tuple[int, int]] = set()
-    before, few_texts = 0, _TEXTS[:: 2 if reads_text else len(_TEXTS) - 1]
+    before, few_texts = 0, _TEXTS[::4]
     for rows in capacities(most_visual + _TEXTS[-1]):
         is_small = rows <= STEPPED
         for n_text in _TEXTS if is_small and reads_text else few_texts:

@@ -7,6 +7,7 @@ import torch
 
 from sparsevlm.kernels import energy_rank as module
 from sparsevlm.kernels.energy_rank import sketch_rank_plain
+from sparsevlm.kernels.triton import energy_rank as triton_version
 from sparsevlm.kernels.triton.energy_rank import sketch_rank
 from sparsevlm.selection import rank
 
@@ -64,6 +65,28 @@ LARGE = {
 ALL = CASES | LARGE
 
 
+def noisy(n_rows, seed=0):
+    """A matrix of low rank and noise, a quarter of the energy."""
+    columns, low = 3 * n_rows // 2, max(1, n_rows // 6)
+    of_low = random(n_rows, low, seed) @ random(low, columns, seed + 1) / low**0.5
+    return of_low + 0.577 * random(n_rows, columns, seed + 2)
+
+
+# Rows that no program holds in registers: between and at the ends of tiles and of sizes.
+SIZES_IN_MEMORY = [129, 200, 256, 257, 300, 511, 512, 513, 640, 1000, 1024]
+IN_MEMORY = {
+    **{f"noise, {n_rows} rows": noisy(n_rows) for n_rows in SIZES_IN_MEMORY},
+    "soft, 400 rows": attention_like(400, 500, 0.5),
+    "sharp, 700 rows": attention_like(700, 900, 6.0),
+    "decaying, 1024 rows": decaying(1024, 1100, 0.995),
+    "rank 1, 600 rows": torch.ones(600, 1) @ attention_like(1, 700, 2.0),
+    "duplicate rows, 160 rows": attention_like(8, 200, 5.0).repeat(20, 1),
+    "rows apart, 130 rows": torch.diag(torch.linspace(1.0, 0.01, 130)),
+    "tall, 300 columns": attention_like(700, 300, 2.0),
+    "tiny, 150 rows": attention_like(150, 200, 2.0) * 1e-30,
+}
+
+
 def allowed(matrix, tolerance):
     """The truth, and the ranks between which it would move if the threshold did."""
     truth = rank.sketch_rank(matrix, tolerance)
@@ -92,6 +115,79 @@ def check_twin(matrix, tolerance, device):
     truth, near = allowed(matrix, tolerance)
     (found,) = sketch_rank(matrix[None].to(device), tolerance).tolist()
     assert found == truth if len(near) == 1 else found in near
+
+
+def test_twin_in_memory(device):
+    check_twin(noisy(129), 0.1, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tolerance", TOLERANCES)
+@pytest.mark.parametrize("case", IN_MEMORY)
+def test_large_twin_in_memory(case, tolerance, device):
+    check_twin(IN_MEMORY[case], tolerance, device)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Few rows are many: matrices of more than 16 lie in memory, in tiles of one value per thread."""
+    small = {"_IN_REGISTERS": 16, "_SIZES": ((16, 4),), "_LARGE_SIZES": ((32, 4, 13), (64, 2, 19))}
+    for name, value in {**small, "_TILE_ROWS": 16, "_TILE_COLUMNS": 32}.items():
+        monkeypatch.setattr(triton_version, name, value)
+
+
+OF_FEW_ROWS = {f"noise, {n_rows} rows": noisy(n_rows) for n_rows in (17, 32, 33, 50)}
+OF_FEW_ROWS |= {
+    f"{case}, large": LARGE[f"{case}, large"] for case in ("rank 1", "duplicate rows", "rows apart", "tall")
+}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", OF_FEW_ROWS)
+def test_twin_in_memory_of_small_tiles(case, device):
+    check_twin(OF_FEW_ROWS[case], 0.1, device)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_sums_of_equal_values_of_small_tiles(device):
+    test_sums_of_equal_values_meet_their_threshold(36, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n_rows", [150, 256, 512, 1024])
+def test_sums_of_equal_values_meet_their_threshold(n_rows, device):
+    assert sketch_rank(torch.eye(n_rows)[None].to(device), 0.5).tolist() == [n_rows // 2]
+
+
+def check_sizes(capacity, sizes, device, monkeypatch):
+    """Of a batch with rows of zeros in between and values that are not finite; what is not written is not read."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: empty(*args, **options).fill_(_garbage(options)))
+    matrices = torch.zeros(len(sizes) + 2, capacity, capacity + 60)
+    for sample, n_rows in enumerate((*sizes, capacity - 1, capacity // 2)):
+        generator = torch.Generator().manual_seed(sample)
+        rows = torch.randperm(capacity, generator=generator)[:n_rows]
+        matrices[sample, rows] = torch.randn(n_rows, capacity + 60, generator=generator)
+    for sample, value in ((-2, torch.nan), (-1, torch.inf)):
+        broken = matrices[sample].abs().sum(dim=1).argmax()
+        matrices[sample, broken, 3] = value
+    wanted = [rank.sketch_rank(matrix, 0.1) for matrix in matrices[:-2]]
+    assert sketch_rank(matrices.to(device), 0.1).tolist() == [*wanted, -1, -1]
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_each_matrix_is_taken_by_the_size_of_its_rows(device, monkeypatch):
+    check_sizes(36, (34, 5, 0, 16, 17), device, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity", [140, 300, 600, 1024])
+def test_each_large_matrix_is_taken_by_the_size_of_its_rows(capacity, device, monkeypatch):
+    check_sizes(capacity, (capacity - 3, 5, 0, 128, 129, capacity), device, monkeypatch)
+
+
+def _garbage(options):
+    return torch.nan if options["dtype"].is_floating_point else 77
 
 
 def together(matrices):
@@ -152,9 +248,9 @@ def test_which_are_quick(monkeypatch):
     matrix = torch.zeros(1)
     assert not module.is_quick(matrix, (40, 1000), 0.1)
     monkeypatch.setattr(module, "use_triton", lambda tensor: True)
-    assert module.is_quick(matrix, (128, 1000), 0.1)
-    assert module.is_quick(matrix, (1000, 128), 0.1)
-    for shape, tolerance in (((129, 1000), 0.1), ((0, 1000), 0.1), ((40, 1000), 1e-5), ((40, 1000), "machine")):
+    assert module.is_quick(matrix, (1024, 4000), 0.1)
+    assert module.is_quick(matrix, (4000, 1024), 0.1)
+    for shape, tolerance in (((1025, 4000), 0.1), ((0, 1000), 0.1), ((40, 1000), 1e-5), ((40, 1000), "machine")):
         assert not module.is_quick(matrix, shape, tolerance)
 
 
@@ -172,9 +268,9 @@ def test_ranks_that_decide_come_from_one_call(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("batch", [1, 32])
-def test_nothing_is_waited_for(batch, device):
-    matrices = torch.stack([attention_like(64, 4096, 1.0 + b % 5) for b in range(batch)]).to(device)
+@pytest.mark.parametrize(("batch", "n_rows"), [(1, 64), (32, 64), (1, 1024), (5, 300)])
+def test_nothing_is_waited_for(batch, n_rows, device):
+    matrices = torch.stack([attention_like(n_rows, 4096, 1.0 + b % 5) for b in range(batch)]).to(device)
     wanted = sketch_rank_plain(matrices, 0.1)
     module.sketch_rank(matrices, 0.1)  # compiles
     torch.cuda.synchronize()
@@ -184,3 +280,15 @@ def test_nothing_is_waited_for(batch, device):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
+def test_it_can_be_captured(captured, device):
+    matrices = torch.zeros(2, 512, 700, device=device)
+    graph, found = captured(sketch_rank, matrices, 0.1)
+    for sizes in ((512, 40), (130, 300), (0, 129)):
+        matrices.zero_()
+        for place, n_rows in zip(matrices, sizes, strict=True):
+            place[:n_rows] = random(n_rows, 700).to(device)
+        graph.replay()
+        assert found.tolist() == sketch_rank_plain(matrices, 0.1).tolist()

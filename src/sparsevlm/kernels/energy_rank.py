@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .dispatch import use_triton
 
-# Longest short side that the Triton version takes: it holds the Gram matrix in registers.
-LARGEST = 128
+# Longest short side that the Triton version takes: one program reads the Gram matrix once for each of its rows.
+LARGEST = 1024
 # Smaller ones ask for more than float32 can tell.
 LEAST_TOLERANCE = 1e-4
 # Sums of equal terms must not miss a threshold that they meet exactly: relative, in float64.

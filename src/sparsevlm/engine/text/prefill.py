@@ -26,6 +26,9 @@ from .segments import Segment, Segments
 from .stages import Choice, TokenCounts, chooses_on_device, record, text_capacity, text_read
 from .workspace import NO_ROOM, PromptInputs, PromptShape, Room, Workspace, n_integers
 
+# Room for text that is read, of every prompt at least: it is copied, but nothing is computed with it.
+_PROMPT_TEXT = 256
+
 
 @dataclass
 class PackedRows:
@@ -178,6 +181,7 @@ class Prefill:
         assert self.prune_programs is not None
         assert self.space is not None
         n_layers, others = self._adapter.n_layers, [sample.other.shape[0] for sample in request.samples]
+        n_text = min(shape.n_text, text_capacity(request))
         first, n_visual, logits = 0, shape.n_visual, None
         packed: list[tuple[Tensor, int]] = []
         reads = request.traits.needs or counts.by_rank
@@ -189,9 +193,8 @@ class Prefill:
                 logits = self.segments.run(_segment((first, stop), rows, shape.batch, most, n_filled, is_read))
             if stop < n_layers:
                 most_left = counts.most[stage + 1]
-                prune = PruneShape.of(
-                    rows, self.space.room.rows, shape, n_visual, max(most_left), request, counts.by_rank
-                )
+                room = min(power_of_two(rows), self.space.room.rows)
+                prune = PruneShape.of(room, shape.batch, n_visual, max(most_left), n_text, request, counts.by_rank)
                 scaling = self._weights.blocks[stop - 1].scaling if stop else 0.0
                 step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank)
                 packed.append((self.prune_programs.run(request.selector, step).clone(), prune.n_keep))
@@ -199,7 +202,7 @@ class Prefill:
         bytes_per_row = self.space.bytes_per_row
 
         def settle() -> None:
-            choices = [Choice.of(one.cpu(), shape.batch, n_keep, shape.n_text) for one, n_keep in packed]
+            choices = [Choice.of(one.cpu(), shape.batch, n_keep, n_text) for one, n_keep in packed]
             record(request, counts, choices, n_layers)
             request.count_cache(_cache_bytes(request, bytes_per_row, n_layers))
 
@@ -245,7 +248,7 @@ def _shape(request: Request, packed: PackedRows, is_on_device: bool) -> PromptSh
     n_visual = rows if batch == 1 and rows <= STEPPED else min(rows, visual_capacity(most, batch))
     n_text = 0
     if is_on_device and (reads_text(request) or "text_features" in request.traits.needs):
-        n_text = text_capacity(request)
+        n_text = max(_PROMPT_TEXT, text_capacity(request))
     is_before = is_on_device and request.traits.placement == BEFORE_DECODER
     return PromptShape(rows, batch, n_visual, min(rows, n_text), is_before)
 

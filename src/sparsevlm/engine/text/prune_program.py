@@ -25,7 +25,7 @@ from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import GraphPool, LRUCache
 from .readout import PaddedReadout, read_padded
 from .stages import Choice, most_by_rank
-from .workspace import PromptShape, Workspace
+from .workspace import Workspace
 
 _MOST_GRAPHS = 512
 _NO_OPTIONS = SparseVLMConfig()
@@ -55,10 +55,9 @@ class PruneShape:
 
     @classmethod
     def of(
-        cls, rows: int, room: int, prompt: PromptShape, n_visual: int, most_left: int, request: Request, by_rank: bool
+        cls, rows: int, batch: int, n_visual: int, most_left: int, n_text: int, request: Request, by_rank: bool
     ) -> PruneShape:
-        """Of a step into which visual tokens come with the capacity ``n_visual``, ``most_left`` of which a sample
-        keeps, over ``rows`` of a workspace of ``room``.
+        """Of a step with these capacities, in which a sample keeps ``most_left`` visual tokens at most.
 
         Where the rank decides, a step keeps what the one before and the capacity of the text let it keep, so that there
         are few chains of capacities.
@@ -66,9 +65,9 @@ class PruneShape:
         most = max(len(sample.image_sizes) for sample in request.samples)
         n_images = power_of_two(most) if most > 1 and request.config.min_keep_per_image else 0
         if by_rank:
-            most_left = max(most_left, most_by_rank(request, n_visual, prompt.n_text))
-        n_keep = min(n_visual, visual_capacity(most_left, prompt.batch))
-        return cls(min(power_of_two(rows), room), prompt.batch, n_visual, n_keep, prompt.n_text, n_images)
+            most_left = max(most_left, most_by_rank(request, n_visual, n_text))
+        n_keep = min(n_visual, visual_capacity(most_left, batch))
+        return cls(rows, batch, n_visual, n_keep, n_text, n_images)
 
 
 def visual_capacity(n_visual: int, batch: int) -> int:

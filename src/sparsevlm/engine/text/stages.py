@@ -14,7 +14,6 @@ from ...models import ModelAdapter
 from ...request.request import Request, Sample, StageRecord
 from ...request.step import reads_text
 from ...selection.budget import clamped_floors, nothing_by_rank, nothing_to_drop, rank_adaptive_count
-from ..capacities import power_of_two
 from .workspace import MOST_STAGES
 
 # Room for the text of a sample that is read, at least.
@@ -98,8 +97,11 @@ def _by_rank(request: Request, n_visual: int, rank: int) -> tuple[int, int]:
 
 
 def text_capacity(request: Request) -> int:
-    """Room for the text of every sample that is read."""
-    return power_of_two(max(_LEAST_TEXT, *(text_read(request, sample).shape[0] for sample in request.samples)))
+    """Room for the text of every sample that is read: few sizes, since a program is made for each, and what is empty
+    costs little."""
+    most = max(_LEAST_TEXT, *(text_read(request, sample).shape[0] for sample in request.samples))
+    doublings = (most - 1).bit_length()
+    return 1 << doublings + doublings % 2
 
 
 def text_read(request: Request, sample: Sample) -> Tensor:

@@ -76,7 +76,8 @@ def _column_of(
     return column
 
 
-@triton.jit(do_not_specialize=["first", "stop"])
+# How rows are shared out alters no address that is read in one go, so it is compiled once for all.
+@triton.jit(do_not_specialize=["first", "stop", "n_keep", "n_programs", "n_own"])
 def _pick_block(
     gram_ptr, work_ptr, quality_ptr, factor_ptr, residual_ptr, left_ptr, state_ptr, order_ptr, slots_ptr, counts_ptr,
     first, stop, n, n_keep, width, n_programs, n_own,
