@@ -13,7 +13,7 @@ from sparsevlm import apply_sparsevlm
 from sparsevlm.models import adapter_for, n_tokens, supported_model_types
 from sparsevlm.models.registry import FAMILIES as REGISTRY
 from sparsevlm.request.costs import prefill_flops
-from toys import FAMILIES, IMAGE, PROMPTS, make_inputs, tiny_model
+from toys import FAMILIES, IMAGE, PROMPTS, VISION_END, VISION_START, make_inputs, tiny_model
 
 ROOMS = Path(__file__).parents[2] / "src" / "sparsevlm"
 
@@ -115,6 +115,11 @@ def test_the_report_says_why_the_engine_does_not_run():
     model.generate(**inputs, max_new_tokens=1)
     assert state.report.path == "plain"
     assert "decoder layers of InternVLForConditionalGeneration, which are not described" in state.report.path_reason
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "glm4v", "gemma3"])
+def test_tokens_around_images_never_vote(name):
+    assert {VISION_START, VISION_END} <= adapter_for(tiny_model(name)).special_token_ids
 
 
 def test_features_behind_the_last_layer_are_refused():
