@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -194,7 +195,8 @@ class SparseVLMState:
         adapter = self.adapter
         if hasattr(adapter.base_model, STATE_ATTRIBUTE):
             raise RuntimeError("another apply_sparsevlm is in force on this model: call remove_sparsevlm on it first.")
-        torch.compiler.reset()  # what was compiled without the hooks would go on to run without them
+        if "torch._dynamo" in sys.modules:  # which takes seconds to import; without it nothing has been compiled
+            torch.compiler.reset()  # what was compiled without the hooks would go on to run without them
         if parts := compiled_parts(adapter.model, self._hooks.modules):
             logger.warning("sparsevlm: %s", _COMPILED.format(", ".join(part or adapter.name for part in parts[:3])))
         self._hooks.attach()

@@ -70,16 +70,17 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Ru
     """Requests of one image that need, together, all capacities up to a number of visual tokens.
 
     Texts are short, middling and long, and of the rows of a large capacity all are filled, or as few as it takes, so
-    that what depends on more than the sum of rows is there as well; fewer texts where nobody reads them.
+    that what depends on more than the sum of rows is there as well. Small capacities differ more in what the rank may
+    keep of them: they get more texts, where these are read.
     """
     per_token = adapter.vision.patches_per_token
     sizes: set[tuple[int, int]] = set()
-    before, few_texts = 0, _TEXTS[::4]
+    before, few_texts = 0, (_TEXTS[0], _TEXTS[-1])
     for rows in capacities(most_visual + _TEXTS[-1]):
         is_small = rows <= STEPPED
         for n_text in _TEXTS if is_small and reads_text else few_texts:
             numbers = [min(most_visual, rows - 1 - n_text)]
-            if not is_small:
+            if not is_small and n_text == _TEXTS[0]:
                 numbers.append(_of_a_grid(before - n_text))
             for n_visual in numbers:
                 if 0 < n_visual <= most_visual and row_capacity(n_visual + n_text + 1) == rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -222,3 +224,15 @@ def test_parts_without_hooks_may_be_compiled(caplog):
         layer.mlp.compile(backend="eager")
     apply_sparsevlm(model, **OPTIONS)
     assert "compiled" not in caplog.text
+
+
+@pytest.mark.parametrize("may_have_compiled", [True, False])
+def test_what_was_compiled_is_forgotten_where_something_may_have_been(may_have_compiled, monkeypatch):
+    forgotten = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: forgotten.append(1))
+    if may_have_compiled:
+        monkeypatch.setitem(sys.modules, "torch._dynamo", object())
+    else:
+        monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    apply_sparsevlm(tiny_model(), **OPTIONS).detach()
+    assert forgotten == [1] * may_have_compiled

@@ -182,7 +182,12 @@ class Prefill:
         assert self.space is not None
         n_layers, others = self._adapter.n_layers, [sample.other.shape[0] for sample in request.samples]
         n_text = min(shape.n_text, text_capacity(request))
-        first, n_visual, logits = 0, shape.n_visual, None
+        # Few rows are all as good as visual tokens: so there are hardly more programs than capacities of rows.
+        is_small = shape.rows <= STEPPED
+        n_visual = (
+            shape.n_visual if is_small else min(shape.n_visual, visual_capacity(max(counts.most[0]), shape.batch))
+        )
+        first, logits = 0, None
         packed: list[tuple[Tensor, int]] = []
         reads = request.traits.needs or counts.by_rank
         for stage, stop in enumerate((*(target + 1 for target in counts.targets), n_layers)):
@@ -244,8 +249,7 @@ def _shape(request: Request, packed: PackedRows, is_on_device: bool) -> PromptSh
     batch = power_of_two(request.batch)
     rows = row_capacity(packed.n_rows + 1)  # one row of padding at least
     most = max(sample.alive.shape[0] for sample in request.samples)
-    # Of one sample nearly all rows are visual tokens: so there are hardly more programs than capacities of rows.
-    n_visual = rows if batch == 1 and rows <= STEPPED else min(rows, visual_capacity(most, batch))
+    n_visual = rows if batch == 1 else min(rows, visual_capacity(most, batch))  # nearly all rows are visual tokens
     n_text = 0
     if is_on_device and (reads_text(request) or "text_features" in request.traits.needs):
         n_text = max(_PROMPT_TEXT, text_capacity(request))

@@ -146,7 +146,9 @@ def _copy_shares(gram, order, a_ptr, n, stride, width, SIZE: tl.constexpr, ROWS:
             inside = (rows < n)[:, None] & (columns < n)[None, :]
             values = tl.load(gram + from_rows[:, None] * stride + from_columns[None, :], mask=inside, other=0.0)
             a = tl.where(usable, values / tl.where(usable, energy, 1.0), 0.0).to(tl.float32)
-            tl.store(a_ptr + rows[:, None] * width + columns[None, :], a, mask=inside)
+            # Lines are filled up with zeros: they are computed with, if for nothing.
+            mask = (rows < n)[:, None] & (columns < (n + _LINE - 1) // _LINE * _LINE)[None, :]
+            tl.store(a_ptr + rows[:, None] * width + columns[None, :], a, mask=mask)
             tile += 1
         chunk += 1
     return energy
