@@ -61,6 +61,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def nothing_registered(monkeypatch):
+    """Adapters that a test registers are gone after it."""
+    from sparsevlm.models import registry
+
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+
+
 @pytest.fixture
 def model():
     return tiny_model()

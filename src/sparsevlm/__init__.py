@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import apply_sparsevlm, remove_sparsevlm, reset_n_vis
     from .config import SparseVLMConfig
+    from .models import register_adapter
     from .report import Report
     from .report_total import ReportTotal
     from .selection.context import Selection, SelectionContext, Selector
@@ -20,6 +21,7 @@ _HOME = {
     "apply_sparsevlm": "api",
     "remove_sparsevlm": "api",
     "reset_n_vis": "api",
+    "register_adapter": "models",
     "SparseVLMConfig": "config",
     "Report": "report",
     "ReportTotal": "report_total",
@@ -38,6 +40,7 @@ __all__ = [
     "SparseVLMConfig",
     "SparseVLMState",
     "apply_sparsevlm",
+    "register_adapter",
     "remove_sparsevlm",
     "reset_n_vis",
 ]

@@ -30,6 +30,7 @@ def apply_sparsevlm(
     processor: Any = None,
     warmup: bool | Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     allow_untested: bool = False,
+    family: str | None = None,
     **options: Any,
 ) -> SparseVLMState:
     """Make an unchanged ``model.generate(**inputs)`` prune visual tokens inside the decoder.
@@ -68,6 +69,10 @@ def apply_sparsevlm(
         again.
     allow_untested : bool
         Warn, instead of raising, where transformers is a version that this library was not tested on.
+    family : str, optional
+        ``"generic"``: find image token, decoder and vision tower of a class that is not supported by their usual names.
+        The first request with an image then runs twice more, to show that gathering rows changes nothing, or is
+        refused. ``None``: only classes that are supported, or that :func:`register_adapter` was told of.
     **options
         The other fields of :class:`SparseVLMConfig`: ``raters``, ``heads``, ``recycle``, ``merge``, ``schedule``,
         ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``, ``engine``, ``vision_keep``,
@@ -104,7 +109,7 @@ def apply_sparsevlm(
     check_module(model)
     model = unwrap(model)
     requests = _requests(warmup)
-    adapter = adapter_for(model)
+    adapter = adapter_for(model, family)
     template = template_of(processor)
     state = SparseVLMState(adapter.with_special_tokens(template.special), config, template)
     before = _state_of(model)

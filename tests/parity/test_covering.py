@@ -20,7 +20,7 @@ def combinations(cases, groups):
     ("factors", "together", "possible", "cases"),
     [
         (test_oracle.FACTORS, test_oracle.TOGETHER, test_oracle.possible, test_oracle.CASES),
-        (test_turns.FACTORS, test_turns.TOGETHER, lambda case: True, test_turns.CASES),
+        (test_turns.FACTORS, test_turns.TOGETHER, test_turns.possible, test_turns.CASES),
         (test_needs.TOWER_FACTORS, (tuple(test_needs.TOWER_FACTORS)[:3],), lambda case: True, test_needs.TOWER_CASES),
     ],
     ids=["oracle", "turns", "tower"],

@@ -7,7 +7,7 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import DynamicCache, Qwen2Config, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
 from sparsevlm.request.kv_cache import PAD_SLOT, PrunedLayer, SlotTable, adopt, check_cache
 
@@ -235,7 +235,25 @@ def test_layers_that_cannot_be_pruned_are_refused_where_the_decoder_uses_them():
     check_cache(cache, 2)
     cache.layers.append(DynamicSlidingWindowLayer(sliding_window=4))
     check_cache(cache, 2)
+    check_cache(cache, 3, {2})
     with pytest.raises(NotImplementedError, match=r"DynamicCache with DynamicSlidingWindowLayer cannot hold a pruned"):
-        check_cache(cache, 3)
+        check_cache(cache, 3, {0, 1})
+    cache.layers[2] = StaticSlidingWindowLayer(max_cache_len=8, sliding_window=4)
+    with pytest.raises(NotImplementedError, match=r"DynamicCache with StaticSlidingWindowLayer cannot hold a pruned"):
+        check_cache(cache, 3, {2})
     adopt(cache, 1)
     check_cache(cache, 2)  # pruned layers are taken again
+
+
+def test_a_crop_by_a_tensor_leaves_whole_numbers():
+    """A number in a tensor would change in place where others have noted it."""
+    cache = DynamicCache()
+    cache.update(states(2), states(2), 0)
+    layer = adopt(cache, 0)
+    layer.place(SlotTable(torch.arange(5).expand(2, -1), 5, 5, has_padding=False), owns_table=True)
+    layer.placed = False
+    layer.update(states(3), states(3))
+    layer.crop(torch.tensor(-1))
+    noted = layer.table.appended
+    layer.table.append(4)
+    assert (noted, layer.table.appended) == (2, 6)

@@ -8,13 +8,16 @@ import pytest
 
 from made_requests import First, make_request, make_sample
 from sparsevlm.config import SparseVLMConfig
+from sparsevlm.models import Decoder
 from sparsevlm.request.opening import per_sample_budgets, plan_samples
 from sparsevlm.request.options import check_budget, check_needs, resolved_target_layers
 from sparsevlm.selection.context import SelectorTraits
 
 
 def adapter(n_layers=8, readable=()):
-    return SimpleNamespace(n_layers=n_layers, name="Tiny", vision=SimpleNamespace(readable=readable))
+    text_model, vision = SimpleNamespace(config=SimpleNamespace()), SimpleNamespace(readable=readable, unreadable="")
+    decoder = Decoder(text_model, range(n_layers), (), embed=None, norm=None, rotary=None, head=None)
+    return SimpleNamespace(n_layers=n_layers, name="Tiny", decoder=decoder, vision=vision)
 
 
 def counts_of(*samples, n_layers=8, target_layers=(1, 3), **options):

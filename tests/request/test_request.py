@@ -94,7 +94,7 @@ def test_coordinates_are_the_last_axes_at_what_is_left():
     request.see_positions(adapter, positions[:3, :1])  # shared by the batch
     assert first.coordinates_on(torch.device("cpu")).tolist() == [[2, 3], [12, 13], [22, 23]]
     assert second.coordinates.tolist() == [[1, 2], [11, 12], [21, 22]]
-    second.grids = ((1, 1, 2),)
+    second.layouts = ((1, 1, 2),)
     request.see_positions(adapter, positions[0])  # of one axis: the grids have to do
     assert (first.coordinates.tolist(), second.coordinates.tolist()) == ([[0]] * 3, [[1]] * 3)
 

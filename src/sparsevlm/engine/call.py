@@ -228,7 +228,7 @@ class Call:
         by_sample = visual_grids(adapter, self.grids, self.ids)
         if sum(map(len, by_sample)) != len(grids):
             by_sample = [[grid] for grid in grids]  # placeholders that do not fit, which is refused later
-        return tuple(number for own in by_sample for number in _computed(own, config))
+        return tuple(number for own in by_sample for number in _computed(own, config))  # type: ignore[arg-type]
 
     def misfit(self, adapter: ModelAdapter) -> str | None:
         """Images whose pixels are not what their grids and the tower say, which the model itself refuses."""

@@ -13,7 +13,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..compat import GenerationSettings, cache_of, samples_or_greedy
 from ..kernels.dispatch import triton_problem
-from ..models import ModelAdapter
+from ..models import SLIDING, ModelAdapter
 from ..request.kv_cache import PrunedDynamicLayer
 from ..request.request import Request
 from ..selection.context import VISION_NEEDS
@@ -83,6 +83,8 @@ def unsupported_mode(adapter: ModelAdapter) -> str | None:
     """Why nothing runs on the engine as torch and the model are at present."""
     if adapter.decoder.block is None:
         return _undescribed(adapter)
+    if SLIDING in adapter.decoder.layer_types:
+        return "decoder layers with a sliding window"
     device = adapter.decoder.embed.weight.device
     if device.type == "meta":
         return "offloaded weights"

@@ -25,7 +25,8 @@ def pruned_mask(
     ----------
     mask : None or Tensor
         What transformers passes to the layer, in logical coordinates: ``None``, (batch or 1, heads or 1, q_len,
-        kv_len) bool or additive float, or (batch, kv_len) for flash attention.
+        kv_len) bool or additive float, or (batch, kv_len) for flash attention. Where it is shorter than the sequence,
+        by a sliding window, it ends with it.
     rows : Tensor of shape (batch, n_rows), int64, optional
         Row of the forward's sequence that each query row is, -1 for fillers; ``None``: all ``q_len`` rows in order.
     slots : Tensor of shape (batch, n_slots), int64
@@ -61,7 +62,27 @@ def pruned_mask(
     if mask.ndim == 2:
         picked = mask.expand(slots.shape[0], -1).gather(1, slots.clamp_min(0))
         return picked.masked_fill(slots == PAD_SLOT, 0) if has_padding else picked
-    return _gathered(mask, None if rows is None else rows.to(mask.device), slots, has_padding)
+    first = max(0, past_len + q_len - mask.shape[3])
+    return _gathered(mask, None if rows is None else rows.to(mask.device), slots - first, has_padding or first > 0)
+
+
+def row_mask(mask: Tensor | None, rows: Tensor, *, has_padding: bool) -> Tensor | None:
+    """Mask of the rows that a recurrent layer takes in, without fillers.
+
+    Parameters
+    ----------
+    mask : Tensor of shape (batch, q_len), optional
+        What transformers passes to the layer.
+    rows : Tensor of shape (batch, n_rows), int64
+        Row of the forward's sequence that each row is, -1 for fillers.
+    has_padding : bool
+        Whether ``rows`` holds fillers.
+    """
+    if mask is None:
+        return rows != PAD_SLOT if has_padding else None
+    rows = rows.to(mask.device)
+    picked = mask.expand(rows.shape[0], -1).gather(1, rows.clamp_min(0))
+    return picked.masked_fill(rows == PAD_SLOT, 0) if has_padding else picked
 
 
 def _causal(alive: Tensor, rows: Tensor | None, slots: Tensor, past_len: int, q_len: int) -> Tensor:
@@ -72,6 +93,7 @@ def _causal(alive: Tensor, rows: Tensor | None, slots: Tensor, past_len: int, q_
 
 
 def _gathered(mask: Tensor, rows: Tensor | None, slots: Tensor, has_padding: bool) -> Tensor:
+    """Columns of ``slots``, of which negative ones are dead, and rows."""
     batch = slots.shape[0]
     mask = mask.expand(batch, *mask.shape[1:])
     columns = slots.clamp_min(0)
@@ -89,7 +111,7 @@ def _gathered(mask: Tensor, rows: Tensor | None, slots: Tensor, has_padding: boo
         )
     visible, hidden = (True, False) if picked.dtype == torch.bool else (0.0, torch.finfo(picked.dtype).min)
     if has_padding:
-        picked = picked.masked_fill((slots == PAD_SLOT)[:, None, None, :], hidden)
+        picked = picked.masked_fill((slots < 0)[:, None, None, :], hidden)
         if rows is not None:
             picked = picked.masked_fill((rows == PAD_SLOT)[:, None, :, None], visible)
     return picked

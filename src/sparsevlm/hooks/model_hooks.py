@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of, check_layer_arguments
-from ..request.inputs import check_call, check_inputs, check_mode, check_packing, visual_masks
-from ..request.kv_cache import cache_bytes, check_cache, static_note
-from ..request.opening import open_request
+from ..request.inputs import check_call, check_copies, check_inputs, check_mode, check_packing, visual_masks
+from ..request.kv_cache import cache_bytes, check_cache, memory_note
+from ..request.opening import check_fillers, open_request
 from ..request.request import Request
 from ..request.session import Session
 from ..request.step import choose_embedding_raters
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
 from .late_rows import LateRows
+from .proof import Proof
 from .pruning import ForwardPass, before_layer
 from .vision_hooks import VisionHooks, bound_arguments
 
@@ -44,11 +46,13 @@ class ModelHooks:
         self._logits_to_keep = 0
         self._begin: Mark | None = None
         self._inside: list[nn.Module] = []
+        self._proof: Proof | None = None
+        self._is_proven = not session.adapter.family.must_be_proven
         self._handles: list[RemovableHandle] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are in no call."""
-        return {**vars(self), "_forward": None, "_begin": None, "_inside": []}
+        return {**vars(self), "_forward": None, "_begin": None, "_inside": [], "_proof": None}
 
     @property
     def attached(self) -> bool:
@@ -109,7 +113,12 @@ class ModelHooks:
         self._inside.append(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not self._session.lock.is_mine or self._session.in_generate or module not in self._inside:
+        if (
+            self._proof is not None
+            or not self._session.lock.is_mine
+            or self._session.in_generate
+            or module not in self._inside
+        ):
             return
         del self._inside[self._inside.index(module) :]
         if not self._inside:
@@ -128,6 +137,9 @@ class ModelHooks:
         self._logits_to_keep = keep if isinstance(keep, int) else 0
 
     def _before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._proof is not None:
+            self._forward = self._proof.forward
+            return
         if module is not self._adapter.model:  # that has been entered
             self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
@@ -145,9 +157,13 @@ class ModelHooks:
         if not masks:
             self._begin_dense(cache, ids, inputs.get("attention_mask"))
             return
-        request = open_request(self._session, inputs, masks, self._vision.grids(inputs, masks), logits_to_keep)
+        check_copies(self._adapter, inputs, self._session.copies)
+        if not self._is_proven:
+            self._prove(module, inputs, ids.shape[:2], cache)
+        request = open_request(self._session, inputs, masks, self._vision.layouts(inputs, masks), logits_to_keep)
         if cache is not None and not request.drops_nothing:
-            check_cache(cache, self._adapter.n_layers)
+            check_cache(cache, self._adapter.n_layers, self._adapter.decoder.sliding_layers)
+            check_fillers(self._adapter, request)
         if request.config.vision_keep < 1.0 and request.first is None:
             request.remark("; the tower computed all, vision_keep is the engine's")
         if request.config.weights == "fp8" and request.first is None:
@@ -155,6 +171,20 @@ class ModelHooks:
         if request.config.image_cache and request.first is None:
             request.remark("; images were encoded anew, image_cache is the engine's")
         self._forward = ForwardPass(cache, request, masks, is_flash=self._is_flash)
+
+    def _prove(self, module: nn.Module, inputs: Mapping[str, Any], shape: tuple[int, int], cache: Any) -> None:
+        """Let a model that nobody has described prove itself, once."""
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            raise NotImplementedError(
+                "the first request under family='generic' has to prove the model, and brings a cache that is filled "
+                "already. Begin with a prompt of its own."
+            )
+        self._proof = Proof(self._session, self._is_flash)
+        try:
+            self._proof.run(module, inputs, shape)
+        finally:
+            self._proof = self._forward = None
+        self._is_proven = True
 
     def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
         """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
@@ -182,6 +212,8 @@ class ModelHooks:
         )
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._proof is not None:
+            return None
         self._enter(module)
         forward = self._forward
         request = forward.request if forward is not None else None
@@ -204,6 +236,9 @@ class ModelHooks:
         return args, {**kwargs, late.mask: None, late.features: None}
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._proof is not None:
+            self._forward = None
+            return
         if not self._session.lock.is_mine:  # torch calls this for a thread that gave up waiting as well
             return
         forward, request = self._forward, self._session.request
@@ -223,14 +258,16 @@ class ModelHooks:
             request.finish(None)
             return
         layers = cache.layers[: self._adapter.n_layers]
-        request.finish(cache, cache_bytes(layers, request.past_len + request.q_len), static_note(layers))
+        request.finish(cache, cache_bytes(layers, request.past_len + request.q_len), memory_note(layers))
 
     def _before_tower(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._proof is not None:
+            return
         self._enter(module)
         self._vision.before(module, args, kwargs)
 
     def _after_tower(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._session.lock.is_mine:
+        if self._session.lock.is_mine and self._proof is None:
             self._vision.after(module, args, output)
             self._leave(module, args, output)
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..models import ModelAdapter
-from ..request.kv_cache import SlotTable, adopt, next_table, stack_rows
+from ..models import RECURRENT, SLIDING, ModelAdapter
+from ..request.kv_cache import SlotTable, adopt, first_position, next_table, stack_rows
 from ..request.request import Request
 from ..request.step import Readout, Survivors, prune_step, reads
 from ..request.timing import Mark
 from .attention_probe import AttentionProbe
 from .late_rows import LateRows
-from .masks import pruned_mask
+from .masks import pruned_mask, row_mask
 from .readout import read_target_layer
 
 
@@ -34,7 +34,8 @@ class ForwardPass:
     appended : dict
         Tokens that each table of the cache had counted when the pass began: its first layer moves it along early.
     tables : dict
-        Slot table of this pass's current stage by the table that the layers had before.
+        Slot table of this pass's current stage by the table that the layers had before; where they had none, by the
+        position of the first token that they held.
     memo : dict
         Masks and rotary tables that the layers of a stage share.
     rows_padded : bool
@@ -53,7 +54,7 @@ class ForwardPass:
     request: Request | None = None
     visual_masks: dict[str, Tensor] = field(default_factory=dict)
     appended: dict[SlotTable, int] = field(default_factory=dict)
-    tables: dict[SlotTable | None, SlotTable] = field(default_factory=dict)
+    tables: dict[SlotTable | int, SlotTable] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict)
     rows_padded: bool = False
     is_flash: bool = False
@@ -87,7 +88,9 @@ class ForwardPass:
         """Slot of a layer's cache that the first of ``n_rows`` rows of this pass goes to."""
         table = self.table_of(layer_idx)
         if table is None:
-            return 0 if self.request is None else self.request.past_len
+            past_len = 0 if self.request is None else self.request.past_len
+            layers = self._cache_layers
+            return past_len - (first_position(layers[layer_idx], past_len) if layer_idx < len(layers) else 0)
         placed = table not in self.appended  # it holds the slots of this pass already
         return table.positions.shape[1] + (-n_rows if placed else self.appended[table])
 
@@ -127,7 +130,12 @@ def before_layer(
     if request is not None and layer_idx - 1 in request.target_layers:
         hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
     rows = None if request is None else request.rows
-    kwargs = _gathered_kwargs(forward, layer_idx, rows, hidden_states, kwargs)
+    if forward.is_flash and (rows is not None or forward.table_of(layer_idx) is not None):
+        _check_flash(adapter, layer_idx)
+    if adapter.decoder.layer_types[layer_idx] == RECURRENT:
+        kwargs = _recurrent_kwargs(forward, rows, kwargs)
+    else:
+        kwargs = _gathered_kwargs(forward, layer_idx, rows, hidden_states, kwargs)
     if request is not None:
         for sample in request.samples:
             sample.enter_layer()
@@ -174,6 +182,26 @@ def _gathered_kwargs(
     return {**kwargs, "attention_mask": forward.memo[key]}
 
 
+def _recurrent_kwargs(forward: ForwardPass, rows: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a layer that goes over its rows one by one: dropped ones are not there."""
+    if rows is None:
+        return kwargs
+    key = ("rows", id(kwargs["attention_mask"]))
+    if key not in forward.memo:
+        forward.memo[key] = row_mask(kwargs["attention_mask"], rows, has_padding=forward.rows_padded)
+    return {**kwargs, "attention_mask": forward.memo[key], "position_ids": None}
+
+
+def _check_flash(adapter: ModelAdapter, layer_idx: int) -> None:
+    """Refuse flash attention in a layer with a sliding window, which it counts in slots."""
+    if adapter.decoder.layer_types[layer_idx] == SLIDING:
+        raise NotImplementedError(
+            f"decoder layer {layer_idx} has a sliding window, which flash attention counts in the tokens that are "
+            "left, not in positions. Call model.set_attn_implementation('sdpa') or 'eager', or run this request inside "
+            "state.options(keep=1.0)."
+        )
+
+
 def _mask_width(buffer: int | None, mask: Any, table: SlotTable | None) -> int | None:
     """Number of keys that the new mask has to span where a static layer shows its whole ``buffer``."""
     if buffer is None:
@@ -203,14 +231,15 @@ def _placed_table(
     """Slot table of a layer of the current stage: what it held before, then the rows that are left."""
     layer = adopt(cache, layer_idx)
     before = layer.table
-    owns = before not in forward.tables
+    first = first_position(layer, past_len) if before is None else 0
+    key = first if before is None else before
+    owns = key not in forward.tables
     if owns:
         tail = min(sample.tail for sample in forward.request.samples) if forward.request else 0
         appended = 0 if before is None else forward.appended[before]
-        table = next_table(before, appended, rows, past_len, q_len, tail, forward.rows_padded)
-        forward.tables[before] = table
-    layer.place(forward.tables[before], owns)
-    return forward.tables[before]
+        forward.tables[key] = next_table(before, appended, rows, past_len, q_len, tail, forward.rows_padded, first)
+    layer.place(forward.tables[key], owns)
+    return forward.tables[key]
 
 
 def _prune(forward: ForwardPass, request: Request, target: int, hidden_states: Tensor) -> Tensor:

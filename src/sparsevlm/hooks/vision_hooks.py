@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..models import Grid
+from ..models import Grid, Layout
 from ..request.session import Session
 from ..request.step import VisionRows
 from ..request.timing import Clock, Mark
@@ -65,7 +65,9 @@ class VisionHooks:
             self._varlen = VarlenVision(adapter)
         needs, probe = self._session.options.traits.needs & VISION_NEEDS, None
         if needs:
-            probe = VisionProbe(adapter.vision, needs, adapter.family.reading_order(adapter, arguments))
+            family = adapter.family
+            order, patch_grids = family.reading_order(adapter, arguments), family.patch_grids(adapter, arguments)
+            probe = VisionProbe(adapter.vision, needs, order, patch_grids)
         self._running = (call, probe)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -105,12 +107,14 @@ class VisionHooks:
             if hidden_states is not None and hidden_states in self._runs:
                 self._ours[kind] = self._runs[hidden_states]
 
-    def grids(self, inputs: Mapping[str, Any], kinds: Iterable[str]) -> dict[str, Sequence[Grid] | None]:
-        """Grids of the images of a pass by kind: by its inputs, or by the run that encoded them before."""
+    def layouts(self, inputs: Mapping[str, Any], kinds: Iterable[str]) -> dict[str, Sequence[Layout] | None]:
+        """Arrangements of the images of a pass by kind: by its inputs and those of the call, or by the run that encoded
+        them before."""
         adapter = self._session.adapter
-        found: dict[str, Sequence[Grid] | None] = {}
+        known = {**self._session.given, **{name: value for name, value in inputs.items() if value is not None}}
+        found: dict[str, Sequence[Layout] | None] = {}
         for kind in kinds:
-            found[kind] = adapter.family.grids(adapter, kind, inputs)
+            found[kind] = adapter.family.layouts(adapter, kind, known)
             if found[kind] is None and kind in self._ours:
                 found[kind] = self._ours[kind].grids
         return found

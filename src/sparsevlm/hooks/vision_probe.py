@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -29,10 +30,18 @@ class VisionProbe:
         Out of ``vision_attention`` and ``vision_keys``.
     order : Tensor of shape (n_visual,), int64, optional
         Index in reading order of each visual token, in the order in which the tower works; ``None``: the same.
+    patch_grids : sequence of (h, w), optional
+        Patches of each image, where the tower has them row by row, one image behind the other.
     """
 
-    def __init__(self, vision: Vision, needs: frozenset[str], order: Tensor | None):
-        self._vision, self._order = vision, order
+    def __init__(
+        self,
+        vision: Vision,
+        needs: frozenset[str],
+        order: Tensor | None,
+        patch_grids: Sequence[tuple[int, int]] | None = None,
+    ):
+        self._vision, self._order, self._grids = vision, order, patch_grids
         (_, middle), (_, self._last) = vision.read_blocks
         self._scored = (middle, self._last) if "vision_attention" in needs else ()
         self._received: dict[Any, list[Tensor]] = {block: [] for block in self._scored}
@@ -47,12 +56,19 @@ class VisionProbe:
     @torch.no_grad()
     def _read(self, block: Any, inputs: AttentionInputs) -> None:
         for query, key in zip(inputs.query, inputs.key, strict=True):
-            bounds = [0, query.shape[1]] if inputs.cu_seqlens is None else inputs.cu_seqlens.tolist()
+            bounds = self._bounds(query.shape[1], inputs.cu_seqlens)
             for start, end in itertools.pairwise(bounds) if block in self._received else ():
                 received = received_attention(query[:, start:end], key[:, start:end], inputs.scaling)
                 self._received[block].append(self._of_patches(received))
             if block is self._last and self._keys is not None:
                 self._keys.append(key.float().mean(dim=0)[self._vision.n_prefix :])
+
+    def _bounds(self, length: int, cu_seqlens: Tensor | None) -> list[int]:
+        """Where the images begin that are packed into one row of some length."""
+        if cu_seqlens is not None:
+            return cu_seqlens.tolist()
+        ends = list(itertools.accumulate((height * width for height, width in self._grids or ()), initial=0))
+        return ends if ends[-1] == length else [0, length]
 
     def _of_patches(self, received: Tensor) -> Tensor:
         """Without what goes before the patches of an image, and 1 on average again."""
@@ -64,17 +80,40 @@ class VisionProbe:
     def rows(self) -> VisionRows:
         """Readings in reading order; to be called after the run."""
         order = slice(None) if self._order is None else torch.argsort(self._order)
+        patches: Any = slice(None) if self._grids is None else neighbours(self._grids, self._vision.patches_per_token)
         attention = keys = None
         if self._scored:
             received = {block: torch.cat(parts) for block, parts in self._received.items()}
             attention = torch.stack(
-                [received[block].view(-1, self._vision.patches_per_token).mean(dim=1) for block in self._scored]
+                [
+                    received[block][patches].view(-1, self._vision.patches_per_token).mean(dim=1)
+                    for block in self._scored
+                ]
             )
             attention = attention[:, order]
         if self._keys is not None:
-            patches = torch.cat(self._keys)
-            keys = patches.view(-1, self._vision.patches_per_token, patches.shape[-1]).mean(dim=1)[order]
+            of_patches = torch.cat(self._keys)[patches]
+            keys = of_patches.view(-1, self._vision.patches_per_token, of_patches.shape[-1]).mean(dim=1)[order]
         return VisionRows(attention, keys)
+
+
+def neighbours(patch_grids: Sequence[tuple[int, int]], patches_per_token: int) -> Tensor:
+    """Index of each patch, so that those of one visual token follow each other, (n_patches,).
+
+    Parameters
+    ----------
+    patch_grids : sequence of (h, w)
+        Of images whose patches lie row by row, one image behind the other.
+    patches_per_token : int
+        A square number.
+    """
+    side, start, parts = math.isqrt(patches_per_token), 0, []
+    for height, width in patch_grids:
+        index = torch.arange(start, start + height * width, device="cpu")
+        blocks = index.view(height // side, side, width // side, side)
+        parts.append(blocks.transpose(1, 2).flatten())
+        start += height * width
+    return torch.cat(parts)
 
 
 def hand_out(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, ClassVar
@@ -12,11 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-Grid = tuple[int, int, int]
-_SPECIAL_TOKENS = (
-    *("bos_token_id", "eos_token_id", "pad_token_id", "vision_start_token_id", "vision_end_token_id"),
-    *("audio_start_token_id", "audio_end_token_id"),
-)
+from .layout import Grid, Layout, grid_coordinates
+
+# Kinds of decoder layers, by transformers' names.
+FULL, SLIDING, RECURRENT = "full_attention", "sliding_attention", "linear_attention"
+_AROUND = tuple(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video", "audio") for end in ("start", "end"))
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", *_AROUND, "boi_token_index", "eoi_token_index")
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,9 @@ class Decoder:
         Called with ``inputs_embeds``.
     layers : nn.ModuleList
         Each called as ``layer(hidden_states, attention_mask=, position_embeddings=, …)``.
-    attentions : tuple of nn.Module
-        Attention module of each layer, which looks its function up under ``self.config._attn_implementation``.
+    attentions : tuple of nn.Module or None
+        Attention module of each layer, which looks its function up under ``self.config._attn_implementation``;
+        ``None``: the layer is recurrent.
     embed, norm, rotary, head : nn.Module
         Token embeddings, last norm, rotary embeddings and language-model head.
     n_position_axes : int
@@ -144,6 +146,8 @@ class Decoder:
         ``None``: visual features are all in the embeddings.
     experts_per_token : int
         Of a layer whose MLP is made of experts, how many of them compute a token; 0: no layer is.
+    state_size : int
+        Numbers in the state that a recurrent layer carries from token to token.
     """
 
     module: Any
@@ -157,11 +161,33 @@ class Decoder:
     block: DecoderBlock | None = None
     late_features: LateFeatures | None = None
     experts_per_token: int = 0
+    state_size: int = 0
+
+    @functools.cached_property
+    def layer_types(self) -> tuple[str, ...]:
+        """Kind of each layer, by transformers' names."""
+        config = self.module.config
+        found = getattr(config, "layer_types", None)
+        if found is None:
+            found = [SLIDING if getattr(config, "sliding_window", None) else FULL] * len(self.layers)
+        return tuple(found)
+
+    @functools.cached_property
+    def sliding_layers(self) -> frozenset[int]:
+        """Layers with a sliding window."""
+        return frozenset(i for i, kind in enumerate(self.layer_types) if kind == SLIDING)
+
+    @property
+    def default_targets(self) -> tuple[int, ...]:
+        """Target layers where none are named: those with full attention if others have not, or every 4th from 2."""
+        last, types = len(self.layers) - 1, self.layer_types
+        full = tuple(i for i in range(last) if types[i] == FULL)
+        return tuple(range(2, last, 4)) if len(full) in (0, last) else full
 
     @classmethod
     def of_llama(cls, module: Any, head: Any, n_position_axes: int = 1, block: DecoderBlock | None = None) -> Decoder:
         """A decoder whose parts have the names that they have in transformers' Llama, as in most of its models."""
-        attentions = tuple(layer.self_attn for layer in module.layers)
+        attentions = tuple(getattr(layer, "self_attn", None) for layer in module.layers)
         parts = (module.embed_tokens, module.norm, module.rotary_emb, head)
         return cls(module, module.layers, attentions, *parts, n_position_axes, block)
 
@@ -246,6 +272,8 @@ class Vision:
         Tokens of the tower before the patches of each image, such as a class token.
     program : PackedTower or None
         What the engine has to know of it; ``None``: its own modules run.
+    unreadable : str
+        Why ``readable`` is empty, where that is not for want of blocks with full attention.
     """
 
     module: Any
@@ -254,6 +282,7 @@ class Vision:
     patches_per_token: int = 1
     n_prefix: int = 0
     program: PackedTower | None = None
+    unreadable: str = ""
 
     @property
     def read_blocks(self) -> tuple[tuple[int, Any], tuple[int, Any]]:
@@ -265,22 +294,33 @@ class Vision:
 class Family:
     """A model family: subclassed once per family, without state; all answers come from the model that is given."""
 
-    model_types: ClassVar[tuple[str, ...]] = ()
-    class_names: ClassVar[tuple[str, ...]] = ()
+    model_types: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    # Whether placeholders that stand for no patch, such as the end of a row, are never dropped.
+    protects_separators: bool = True
+    # Whether the first request has to show that gathering all rows changes nothing.
+    must_be_proven: bool = False
     speaks: ClassVar[bool] = False  # another model makes speech of the hidden states that generate returns
+    layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, SLIDING})
 
     def check(self, model: Any) -> None:
-        """Refuse a model of the family that cannot be pruned: with sliding-window layers, or tensor-parallel.
+        """Refuse a model of the family that cannot be pruned: with layers of another kind, capped scores, or
+        tensor-parallel.
 
         Raises
         ------
         ValueError, NotImplementedError
             With the remedy.
         """
-        if "sliding_attention" in (getattr(self.decoder(model).module.config, "layer_types", None) or ()):
+        if unknown := set(self.decoder(model).layer_types) - self.layer_kinds:
             raise NotImplementedError(
-                "decoder layers with a sliding window are not supported: a pruned sequence would move what the window "
-                "covers. Load the model with use_sliding_window=False in its text configuration."
+                f"decoder layers of kind {min(unknown)!r} are not supported in a {type(model).__name__}: pruning "
+                f"them was not tested. Supported are {', '.join(sorted(self.layer_kinds))}."
+            )
+        if cap := getattr(self.decoder(model).module.config, "attn_logit_softcapping", None):
+            raise NotImplementedError(
+                f"decoder layers that cap attention scores (attn_logit_softcapping={cap}) are not supported: what is "
+                "read of them would not be the model's attention. Use a model without, such as Gemma 3 or PaliGemma."
             )
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise NotImplementedError(
@@ -316,6 +356,14 @@ class Family:
         """
         return None
 
+    def layouts(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> Sequence[Layout] | None:
+        """Arrangement of the visual tokens of each image of a kind, in order; ``None``: the inputs do not tell.
+
+        ``inputs`` are those of the pass, over those of the call of ``generate``. Only a family whose images form no
+        single grid answers otherwise than :meth:`grids`.
+        """
+        return self.grids(adapter, kind, inputs)
+
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
         """Inputs of ``generate`` with one blank image of (t, h, w) visual tokens amid ``n_text`` other tokens.
 
@@ -339,12 +387,19 @@ class Family:
         """
         return None
 
-    def coordinates(self, grids: Iterable[Grid], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+    def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
+        """Patches (h, w) of each image in a tower that has them row by row, one image behind the other.
+
+        ``None``: patches of one visual token are neighbours, and images are apart. ``arguments`` are the tower's.
+        """
+        return None
+
+    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
         """Coordinates (time, height, width) of a sample's visual tokens.
 
         Parameters
         ----------
-        grids : iterable of (t, h, w)
+        layouts : iterable of Layout
             Of its images; empty where they are not known.
         position_ids : Tensor of shape (n_axes, q_len), int64, optional
             Rotary positions of its tokens.
@@ -355,25 +410,7 @@ class Family:
         -------
         Tensor of shape (3, n_visual), int64
         """
-        return grid_coordinates(grids, visual)
-
-
-def grid_coordinates(grids: Iterable[Grid], visual: Tensor) -> Tensor:
-    """Coordinates by grids, images one behind the other in time; by the place in the prompt where these are unknown."""
-    grids = tuple(grids)
-    if not grids or sum(t * h * w for t, h, w in grids) != visual.shape[0]:
-        return visual.expand(3, -1)
-    return _coordinates(grids).to(visual.device)
-
-
-@functools.lru_cache(maxsize=32)
-def _coordinates(grids: tuple[Grid, ...]) -> Tensor:
-    parts, start = [], 0
-    for t, h, w in grids:
-        axes = (torch.arange(first, first + n, device="cpu") for first, n in ((start, t), (0, h), (0, w)))
-        parts.append(torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1))
-        start += t
-    return torch.cat(parts, dim=1)
+        return grid_coordinates(layouts, visual)
 
 
 @dataclass(frozen=True)

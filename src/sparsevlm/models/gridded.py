@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from .base import Family, Grid, Modality, ModelAdapter, Vision
+from .base import Family, Modality, ModelAdapter, Vision
+from .layout import Grid, Layout, grid_coordinates, n_tokens
 
 
 class GriddedFamily(Family):
@@ -78,11 +80,29 @@ class GriddedFamily(Family):
         )
         return order
 
-    def coordinates(self, grids: Iterable[Grid], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
         """M-RoPE's positions."""
         if position_ids is None or position_ids.shape[0] != 3:
-            return super().coordinates(grids, position_ids, visual)
+            return super().coordinates(layouts, position_ids, visual)
         return position_ids[:, visual].long()
+
+
+class TimedFramesFamily(GriddedFamily):
+    """Frames of a video stand apart in the prompt, each behind a written time."""
+
+    def modalities(self, model: Any) -> dict[str, Modality]:
+        """Images and videos."""
+        found = super().modalities(model)
+        return {**found, "video": dataclasses.replace(found["video"], in_parts=True)}
+
+    def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
+        """By the grids; M-RoPE counts rows and columns of a frame from where it stands in the prompt."""
+        layouts = tuple(layouts)
+        fits = sum(map(n_tokens, layouts)) == visual.shape[0]
+        if fits or position_ids is None or position_ids.shape[0] != 3:
+            return grid_coordinates(layouts, visual)
+        time, row, column = position_ids[:, visual]
+        return torch.stack((time, row - time, column - time))
 
 
 def _merged(adapter: ModelAdapter, grid_thw: Any) -> list[Grid] | None:

@@ -1,59 +1,105 @@
-"""LLaVA-1.5 and checkpoints of its class."""
+"""The LLaVA line: LLaVA-1.5, LLaVA-NeXT and LLaVA-OneVision, and checkpoints of their classes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .base import Decoder, Family, Grid, Modality, ModelAdapter, Vision
+import torch
+from torch import Tensor
+
+from .base import ModelAdapter
+from .layout import Grid, Layout, Tiles
+from .plain import PlainFamily, drops_class_token
 
 
-class LlavaFamily(Family):
-    """Llama-like decoder with positions of one axis, and a tower that gives every image as many tokens."""
+@dataclass(frozen=True)
+class LlavaFamily(PlainFamily):
+    """Tower of one size, or one that cuts images into tiles where the configuration has ``image_grid_pinpoints``.
 
-    model_types = ("llava",)
-    class_names = ("LlavaForConditionalGeneration",)
-
-    def decoder(self, model: Any) -> Decoder:
-        """The decoder of a model; it runs on hooks only."""
-        return Decoder.of_llama(model.model.language_model, model.lm_head)
-
-    def vision(self, model: Any) -> Vision:
-        """The vision tower of a model, as far as the block whose output is taken."""
-        tower = model.model.vision_tower
-        named = (module for name, module in tower.named_modules() if name.endswith("encoder.layers"))
-        blocks = list(next(named, ()))
-        taken = model.config.vision_feature_layer
-        # Outputs are counted from the embeddings on: the last of n blocks is output n, or -1.
-        counts = [index if index >= 0 else len(blocks) + 1 + index for index in _listed(taken)]
-        n_blocks = min(max(counts), len(blocks))
-        return Vision(
-            module=tower,
-            readable=tuple((i, block.self_attn) for i, block in enumerate(blocks[:n_blocks])),
-            n_blocks=n_blocks,
-            n_prefix=int(_drops_class_token(model)),
-        )
-
-    def modalities(self, model: Any) -> dict[str, Modality]:
-        """Images."""
-        return {"image": Modality("pixel_values", model.config.image_token_id)}
+    Of such, the picture as a whole comes first, then all tiles as one picture without margins, whose rows a newline
+    ends; a picture of one tile, and a video, has one newline at its end.
+    """
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
-        """From the size of the pixels."""
+        """From the size of the pixels, or of the images where they differ."""
         return self.tower_grids(adapter, inputs)
 
     def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
-        """From the size of the pixels; unknown where class tokens stay, or images differ in size."""
-        pixels, config = arguments.get("pixel_values"), adapter.model.config
-        if pixels is None or not _drops_class_token(adapter.model) or arguments.get("image_sizes") is not None:
+        """The same; unknown where class tokens stay, or images are cut into tiles."""
+        pixels, config, sizes = arguments.get("pixel_values"), adapter.model.config, arguments.get("image_sizes")
+        if pixels is None or _is_cut(config):
             return None
-        height, width = (int(length) // config.vision_config.patch_size for length in pixels.shape[-2:])
+        patch = config.vision_config.patch_size
+        if sizes is not None:
+            return [(1, int(height) // patch, int(width) // patch) for height, width in sizes]
+        if not drops_class_token(adapter.model):
+            return None
+        height, width = (int(length) // patch for length in pixels.shape[-2:])
         return [(1, height, width)] * pixels.shape[0]
 
+    def layouts(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> Sequence[Layout] | None:
+        """Of images in tiles from their sizes, of videos from the number of frames."""
+        config = adapter.model.config
+        if not _is_cut(config):
+            return self.grids(adapter, kind, inputs)
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        pixels = inputs.get(adapter.modalities[kind].pixels)
+        if pixels is None or (kind == "image" and inputs.get("image_sizes") is None):
+            return None
+        if kind == "video":
+            pooled = math.ceil(side / 2)
+            return [Tiles(((pixels.shape[1], pooled, pooled),), (False,), True)] * pixels.shape[0]
+        if _has_class_token(adapter) and not drops_class_token(adapter.model):
+            return None
+        sizes, module = inputs["image_sizes"].cpu(), sys.modules[type(adapter.base_model).__module__]
+        alone = inputs.get("batch_num_images")
+        is_cut = [True] * len(sizes) if alone is None else [n == 1 for n in alone.tolist() for _ in range(n)]
+        counts = [
+            module.image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+            if cut
+            else 1
+            for size, cut in zip(sizes, is_cut, strict=True)
+        ]
+        return [_tiles(packed[:, 0], side) for packed in _packed(adapter, counts, sizes, side)]
 
-def _drops_class_token(model: Any) -> bool:
-    return bool(model.config.vision_feature_select_strategy == "default")
+    def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
+        """Of images that differ in size, which such a tower packs."""
+        if (sizes := arguments.get("image_sizes")) is None:
+            return None
+        patch = adapter.model.config.vision_config.patch_size
+        return [(int(height) // patch, int(width) // patch) for height, width in sizes]
 
 
-def _listed(value: Any) -> list[int]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+def _is_cut(config: Any) -> bool:
+    return getattr(config, "image_grid_pinpoints", None) is not None
+
+
+def _has_class_token(adapter: ModelAdapter) -> bool:
+    return any(name.endswith("class_embedding") for name, _ in adapter.vision.module.named_parameters())
+
+
+def _packed(adapter: ModelAdapter, counts: Sequence[int], sizes: Tensor, side: int) -> Sequence[Tensor]:
+    """Tiles without content as the model joins them, one tensor (n, 1) an image, NaN where a newline stands."""
+    config, pack = adapter.model.config, adapter.base_model.pack_image_features
+    options = {
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "vision_aspect_ratio": getattr(config, "vision_aspect_ratio", None),
+    }
+    known = inspect.signature(pack).parameters
+    tiles = [torch.zeros(count, side * side, 1, device="cpu") for count in counts]
+    newline = torch.full((1,), torch.nan, device="cpu")
+    return pack(tiles, sizes, image_newline=newline, **{n: v for n, v in options.items() if n in known})[0]
+
+
+def _tiles(packed: Tensor, side: int) -> Tiles:
+    whole: Grid = (1, side, side)
+    ends = packed.isnan()
+    if packed.shape[0] == side * side + 1:
+        return Tiles((whole,), (False,), True)
+    width = int(ends[side * side :].nonzero()[0])
+    return Tiles((whole, (1, int(ends.sum()), width)), (False, True))

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from .base import Decoder, Grid, LateFeatures, Modality, grid_coordinates
-from .gridded import GriddedFamily
+from .base import Decoder, LateFeatures
+from .gridded import TimedFramesFamily
 
 _DEEPSTACK = LateFeatures(mask="visual_pos_masks", features="deepstack_visual_embeds")
 
 
-class Qwen3VLFamily(GriddedFamily):
+class Qwen3VLFamily(TimedFramesFamily):
     """Qwen3 decoder with DeepStack, and a tower without windows; frames of a video stand behind written times."""
 
     model_types = ("qwen3_vl", "qwen3_vl_moe")
@@ -24,20 +20,6 @@ class Qwen3VLFamily(GriddedFamily):
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model; it runs on hooks only."""
         return deepstack_decoder(model.model.language_model, model.lm_head, self.tower(model))
-
-    def modalities(self, model: Any) -> dict[str, Modality]:
-        """Images and videos."""
-        found = super().modalities(model)
-        return {**found, "video": dataclasses.replace(found["video"], in_parts=True)}
-
-    def coordinates(self, grids: Iterable[Grid], position_ids: Tensor | None, visual: Tensor) -> Tensor:
-        """By the grids; M-RoPE counts rows and columns of a frame from where it stands in the prompt."""
-        grids = tuple(grids)
-        fits = sum(t * h * w for t, h, w in grids) == visual.shape[0]
-        if fits or position_ids is None or position_ids.shape[0] != 3:
-            return grid_coordinates(grids, visual)
-        time, row, column = position_ids[:, visual]
-        return torch.stack((time, row - time, column - time))
 
 
 def deepstack_decoder(text_model: Any, head: Any, tower: Any) -> Decoder:

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Decoder, Grid, Modality, ModelAdapter
+from .base import Decoder, Modality, ModelAdapter
 from .gridded import GriddedFamily
+from .layout import Grid
 from .qwen3_vl import deepstack_decoder
 
 

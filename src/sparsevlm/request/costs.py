@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..models import ModelAdapter
+from ..models import RECURRENT, SLIDING, ModelAdapter
 
 
 def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_len: int) -> float:
     """FLOPs of the decoder layers over one sample's prefill.
 
     Two per weight and token in the projections and the MLP (of experts, those that compute a token), ``4 · heads ·
-    head_dim`` per pair of query and visible key in attention; norms, rotary and the head are left out.
+    head_dim`` per pair of query and visible key in attention, of which a sliding window holds no more than its length;
+    norms, rotary and the head are left out. A recurrent layer takes six per token and number of its state: to forget,
+    to read, to write. Images whose tokens see each other both ways count as causal.
 
     Parameters
     ----------
@@ -26,11 +28,19 @@ def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_l
     total, config = 0.0, adapter.decoder.module.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     width = config.num_attention_heads * head_dim
-    for layer, tokens in zip(adapter.decoder.layers, tokens_per_layer, strict=True):
+    kinds = adapter.decoder.layer_types
+    for layer, kind, tokens in zip(adapter.decoder.layers, kinds, tokens_per_layer, strict=True):
         weights = _weights_per_token(layer, adapter.decoder.experts_per_token)
-        pairs = tokens * past_len + tokens * (tokens + 1) / 2
-        total += 2.0 * weights * tokens + 4.0 * width * pairs
+        pairs = _visible_pairs(tokens, past_len, config.sliding_window if kind == SLIDING else past_len + tokens)
+        mixing = 6.0 * adapter.decoder.state_size * tokens if kind == RECURRENT else 4.0 * width * pairs
+        total += 2.0 * weights * tokens + mixing
     return total
+
+
+def _visible_pairs(tokens: int, past_len: int, window: int) -> float:
+    """Pairs of a query and a key that it sees: itself and those before it, ``window`` at most."""
+    n_growing = min(tokens, max(0, window - past_len))  # queries whose window holds everything before them
+    return n_growing * past_len + n_growing * (n_growing + 1) / 2 + (tokens - n_growing) * window
 
 
 def _weights_per_token(layer: nn.Module, experts_per_token: int) -> int:
@@ -40,7 +50,7 @@ def _weights_per_token(layer: nn.Module, experts_per_token: int) -> int:
     """
     weights = 0
     for module in layer.modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
             weights += module.weight.numel()
             continue
         for own in module.parameters(recurse=False) if experts_per_token else ():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..compat import cache_of
-from ..models import Grid, ModelAdapter
+from ..models import Layout, ModelAdapter, n_tokens
 
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -64,37 +64,39 @@ def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, 
 
 
 def visual_grids(
-    adapter: ModelAdapter, grids: Mapping[str, Sequence[Grid] | None], input_ids: Tensor | None
-) -> list[list[Grid]]:
-    """Grid (t, h, w) in tokens of each image or video, per sample in prompt order; empty where it cannot be told.
+    adapter: ModelAdapter, layouts: Mapping[str, Sequence[Layout] | None], input_ids: Tensor | None
+) -> list[list[Layout]]:
+    """Layout of each image or video, per sample in prompt order; empty where it cannot be told.
 
-    Grids may be those of a batch before it was expanded for beams: then every group of equal rows shares them.
+    Layouts may be those of a batch before it was expanded for beams: then every group of equal rows shares them.
 
     Parameters
     ----------
     adapter : ModelAdapter
-    grids : mapping
+    layouts : mapping
         Of all images of the batch in order, by kind.
     input_ids : Tensor of shape (batch, q_len), int64, optional
     """
     if input_ids is None:
         return []
-    by_token = {modality.token_id: list(grids.get(kind) or ()) for kind, modality in adapter.modalities.items()}
+    by_token: dict[int, list[Layout]] = {modality.token_id: [] for modality in adapter.modalities.values()}
+    for kind, found in layouts.items():
+        by_token[adapter.modalities[kind].token_id] += found or ()
     in_parts = {modality.token_id for modality in adapter.modalities.values() if modality.in_parts}
     rows = input_ids.tolist()
     for copies in (n for n in range(1, len(rows) + 1) if len(rows) % n == 0):
-        found = _grids_of_rows(rows[::copies], by_token, in_parts)
-        if found is not None:
-            return [row for row in found for _ in range(copies)]
+        of_rows = _layouts_of_rows(rows[::copies], by_token, in_parts)
+        if of_rows is not None:
+            return [row for row in of_rows for _ in range(copies)]
     return []
 
 
-def _grids_of_rows(
-    rows: list[list[int]], grids: dict[int, list[Grid]], in_parts: Collection[int]
-) -> list[list[Grid]] | None:
-    """Hand out the grids in order of the placeholders, or ``None`` if the numbers do not fit."""
-    queues = {token_id: list(found) for token_id, found in grids.items()}
-    per_row: list[list[Grid]] = []
+def _layouts_of_rows(
+    rows: list[list[int]], layouts: dict[int, list[Layout]], in_parts: Collection[int]
+) -> list[list[Layout]] | None:
+    """Hand out the layouts in order of the placeholders, or ``None`` if the numbers do not fit."""
+    queues = {token_id: list(found) for token_id, found in layouts.items()}
+    per_row: list[list[Layout]] = []
     for row in rows:
         per_row.append([])
         position = 0
@@ -105,11 +107,11 @@ def _grids_of_rows(
                 continue
             if not queues[token_id]:
                 return None
-            grid = queues[token_id].pop(0)
-            end = _end_of_input(row, position, grid[0] * grid[1] * grid[2], token_id in in_parts)
+            layout = queues[token_id].pop(0)
+            end = _end_of_input(row, position, n_tokens(layout), token_id in in_parts)
             if end is None:
                 return None
-            per_row[-1].append(grid)
+            per_row[-1].append(layout)
             position = end
     return None if any(queues.values()) else per_row
 
@@ -203,6 +205,39 @@ def _check_fits(name: str, value: Any, tokens: Tensor, *, has_cache: bool) -> No
             f"{name} has shape {(n_rows, n_columns)}; wanted is {(batch, length)}, one entry per token. Take what the "
             "processor makes, or leave it out."
         )
+
+
+def check_copies(adapter: ModelAdapter, inputs: Mapping[str, Any], copies: int) -> None:
+    """Refuse copies of prompts with several images each, where transformers gives them to the wrong prompts.
+
+    Older versions repeat every image by itself ([A, A, B, B] for a prompt with A and B), unless the model's class
+    knows which belong together. Newer ones encode before they repeat.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    inputs : mapping
+        Keyword arguments of the base model.
+    copies : int
+        Rows per prompt: beams or returned sequences.
+
+    Raises
+    ------
+    NotImplementedError
+    """
+    ids = inputs.get("input_ids")
+    if copies == 1 or ids is None or "_expand_inputs_for_generation" in vars(type(adapter.model)):
+        return
+    for kind, modality in adapter.modalities.items():
+        pixels = inputs.get(modality.pixels)
+        if not isinstance(pixels, Tensor):
+            continue
+        if pixels.shape[0] != ids.shape[0] or not bool((ids == modality.token_id).any(dim=1).all()):
+            raise NotImplementedError(
+                f"this version of transformers gives the {kind}s of a prompt with several of them (or with several "
+                f"tiles) to the wrong prompts where each is copied {copies} times, with SparseVLM and without. Install "
+                "transformers 5.24, or pass num_beams=1 and num_return_sequences=1."
+            )
 
 
 def check_mask(attention_mask: Any) -> None:

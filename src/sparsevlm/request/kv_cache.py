@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
 PAD_SLOT = -1
 
@@ -108,14 +114,21 @@ class SlotTable:
 
 
 def next_table(
-    before: SlotTable | None, appended: int, rows: Tensor, past_len: int, q_len: int, tail: int, has_padding: bool
+    before: SlotTable | None,
+    appended: int,
+    rows: Tensor,
+    past_len: int,
+    q_len: int,
+    tail: int,
+    has_padding: bool,
+    first: int = 0,
 ) -> SlotTable:
     """Table of layers that have dropped something of a pass: what they held before, then the rows that are left.
 
     Parameters
     ----------
     before : SlotTable or None
-        Theirs when the pass began; ``None``: they held everything.
+        Theirs when the pass began; ``None``: they held everything from ``first`` on.
     appended : int
         Tokens that it had counted then.
     rows : Tensor of shape (batch, n_rows), int64
@@ -126,12 +139,14 @@ def next_table(
         Rows at the end that are contiguous in every sample.
     has_padding : bool
         Whether any row is a filler.
+    first : int
+        Position of the first token that they held; above 0 where a window has left out those before.
     """
     absolute = torch.where(rows == PAD_SLOT, PAD_SLOT, rows + past_len)
     if before is not None:
         old = before.slots(appended).to(rows.device)
     else:
-        old = torch.arange(past_len, device=rows.device).expand(rows.shape[0], -1)
+        old = torch.arange(first, past_len, device=rows.device).expand(rows.shape[0], -1)
     has_padding = has_padding or (before is not None and before.has_padding)
     return SlotTable(torch.cat([old, absolute], dim=1), past_len + q_len, tail, has_padding)
 
@@ -185,7 +200,8 @@ class PrunedLayer:
         ValueError
             If this would reach into the pruned part of any layer; nothing is changed then.
         """
-        value = next(iter([*args, *kwargs.values()]))
+        # Older transformers crop by a tensor, which a sum would go on to change wherever it is held.
+        value = int(next(iter([*args, *kwargs.values()])))
         count = -value if value <= 0 else max(0, int(self.get_seq_length()) - value)
         for table in self.all_tables if self.is_first else ():
             table.check_crop(count)
@@ -228,6 +244,40 @@ class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
             self.table.index(torch.as_tensor(indices))
 
 
+class _OpenWindow(DynamicSlidingWindowLayer):
+    """A layer with a sliding window that keeps all it is given once it has a table: the mask knows the window then."""
+
+    table: SlotTable | None
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values."""
+        if self.table is None:
+            return super().update(*args, **kwargs)
+        return DynamicLayer.update(self, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Number of keys that a mask has to span, dropped ones included, and the position of the first."""
+        if self.table is None:
+            return super().get_mask_sizes(query_length)
+        return self.get_seq_length() + query_length, 0
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Remove tokens from the end."""
+        if self.table is None:
+            super().crop(*args, **kwargs)
+        else:
+            DynamicLayer.crop(self, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.cumulative_length = 0
+
+
+class PrunedSlidingLayer(PrunedDynamicLayer, _OpenWindow):
+    """A :class:`PrunedLayer` of a ``DynamicCache`` whose layer has a sliding window."""
+
+
 class PrunedStaticLayer(PrunedLayer, StaticLayer):
     """A :class:`PrunedLayer` of a ``StaticCache``; its buffers keep their full length."""
 
@@ -238,22 +288,35 @@ def stack_rows(rows: list[Tensor]) -> Tensor:
     return torch.stack([torch.nn.functional.pad(row, (width - row.shape[0], 0), value=PAD_SLOT) for row in rows])
 
 
-_PRUNED_CLASSES: dict[type, type[PrunedLayer]] = {DynamicLayer: PrunedDynamicLayer, StaticLayer: PrunedStaticLayer}
+_PRUNED_CLASSES: dict[type, type[PrunedLayer]] = {
+    DynamicLayer: PrunedDynamicLayer,
+    DynamicSlidingWindowLayer: PrunedSlidingLayer,
+    StaticLayer: PrunedStaticLayer,
+}
 
 
-def check_cache(cache: Cache, n_layers: int) -> None:
+def check_cache(cache: Cache, n_layers: int, sliding: Collection[int] = ()) -> None:
     """Refuse caches whose layers cannot hold a pruned sequence, and create lazily missing layers.
+
+    Parameters
+    ----------
+    cache : Cache
+    n_layers : int
+        Of the decoder.
+    sliding : collection of int
+        Those of them that have a sliding window, which knows what a cache with a window has left out.
 
     Raises
     ------
     NotImplementedError
-        For quantized, sliding-window or unknown cache layers.
+        For quantized or unknown cache layers, and those with a window that is static or not the decoder's.
     """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < n_layers:
             cache.layers.append(cache.layer_class_to_replicate())
-    for layer in cache.layers[:n_layers]:
-        if type(layer) not in _PRUNED_CLASSES and not isinstance(layer, PrunedLayer):
+    for i, layer in enumerate(cache.layers[:n_layers]):
+        known = type(layer) in _PRUNED_CLASSES or isinstance(layer, (PrunedLayer, LinearAttentionLayer))
+        if not known or (type(layer) is DynamicSlidingWindowLayer and i not in sliding):
             raise NotImplementedError(
                 f"{type(cache).__name__} with {type(layer).__name__} cannot hold a pruned sequence. Supported are the "
                 "dynamic cache (the default) and cache_implementation='static'; or run this request inside "
@@ -262,15 +325,18 @@ def check_cache(cache: Cache, n_layers: int) -> None:
 
 
 def adopt(cache: Cache, layer_idx: int) -> Any:
-    """Return the cache layer as a :class:`PrunedLayer`; it and those before it are swapped in place."""
+    """Return the cache layer as a :class:`PrunedLayer`; it and those before it are swapped in place, but for recurrent
+    ones."""
     layers: list[Any] = cache.layers
+    first = next((layer for layer in layers if isinstance(layer, PrunedLayer)), None)
     for i, layer in enumerate(layers[: layer_idx + 1]):
-        if isinstance(layer, PrunedLayer):
+        if isinstance(layer, (PrunedLayer, LinearAttentionLayer)):
             continue
         pruned: Any = object.__new__(_PRUNED_CLASSES[type(layer)])
         pruned.__dict__.update(layer.__dict__)
-        pruned.table, pruned.owns_table, pruned.placed, pruned.is_first = None, False, False, i == 0
-        pruned.all_tables = layers[0].all_tables if i else WeakSet()
+        pruned.table, pruned.owns_table, pruned.placed, pruned.is_first = None, False, False, first is None
+        pruned.all_tables = WeakSet() if first is None else first.all_tables
+        first = first or pruned
         layers[i] = pruned
     return layers[layer_idx]
 
@@ -290,14 +356,28 @@ def cache_bytes(layers: Iterable[Any], dense_length: int) -> tuple[int, int]:
         if getattr(layer, "keys", None) is None or layer.keys.ndim != 4:
             continue
         size = sum(states.numel() * states.element_size() for states in (layer.keys, layer.values))
-        slots = layer.keys.shape[-2]
+        slots, window = layer.keys.shape[-2], getattr(layer, "sliding_window", None)
         sparse += size
-        dense += size if hasattr(layer, "max_cache_len") else size // max(slots, 1) * dense_length
+        n_dense = dense_length if window is None else min(dense_length, window - 1)
+        dense += size if hasattr(layer, "max_cache_len") else size // max(slots, 1) * n_dense
     return dense, sparse
 
 
-def static_note(layers: Iterable[Any]) -> str | None:
-    """Say where dropped tokens' memory is not freed."""
+def first_position(layer: Any, past_len: int) -> int:
+    """Position of the first token that a layer without a table holds."""
+    if not isinstance(layer, DynamicSlidingWindowLayer) or layer.keys is None:
+        return 0
+    return past_len - int(layer.keys.shape[-2])
+
+
+def memory_note(layers: Iterable[Any]) -> str | None:
+    """Say where dropped tokens' memory is not freed, or a window's bound does not hold."""
+    layers = tuple(layers)
     if any(isinstance(layer, PrunedStaticLayer) for layer in layers):
         return "static cache: buffers keep their full length, dropped tokens free no memory"
+    tables = [layer for layer in layers if getattr(layer, "table", None) is not None]
+    if tables and any(isinstance(layer, LinearAttentionLayer) for layer in layers):
+        return "recurrent layers: their states are as large as without pruning, are not counted, and cannot be cropped"
+    if any(isinstance(layer, PrunedSlidingLayer) for layer in tables):
+        return "sliding-window layers: behind the first drop they keep all tokens that are left, not the window alone"
     return None

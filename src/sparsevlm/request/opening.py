@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compat import cache_of
-from ..models import Grid, ModelAdapter
+from ..models import RECURRENT, Layout, ModelAdapter, Tiles, n_tokens, separators
 from ..selection.budget import Plan, clamped_floors, nothing_to_drop, plan_budget, plan_schedule
 from ..template import Template
 from .inputs import check_mask, visual_grids
@@ -26,7 +26,7 @@ def open_request(
     session: Session,
     inputs: Mapping[str, Any],
     masks: Mapping[str, Tensor],
-    grids: Mapping[str, Sequence[Grid] | None],
+    layouts: Mapping[str, Sequence[Layout] | None],
     logits_to_keep: int = 1,
 ) -> Request:
     """Begin the request of a prompt with images or videos, or go on with it where ``generate`` has no cache.
@@ -38,7 +38,7 @@ def open_request(
         Keyword arguments of the base model.
     masks : mapping
         Placeholders by kind, (batch, q_len), from :func:`~.prompt.visual_masks`.
-    grids : mapping
+    layouts : mapping
         Of all images in order, by kind, where they are known.
     logits_to_keep : int
         Rows at the end that the caller wants logits of; 0: all.
@@ -53,7 +53,7 @@ def open_request(
     if (running := session.running) is not None and cache is None and running.continues_in(ids):
         running.begin_decode_step()
         inputs = {**inputs, "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), 0, mask.shape)}
-        samples = make_samples(session.adapter, inputs, mask, grids, session.template, 0)
+        samples = make_samples(session.adapter, inputs, mask, layouts, session.template, 0)
         return running.step_without_cache(samples, mask.shape[1])
     request = session.new_request(cache, mask.shape[0], mask.shape[1], logits_to_keep)
     if session.in_generate and cache is None and ids is not None:
@@ -67,10 +67,25 @@ def open_request(
             **inputs,
             "attention_mask": _mask_of_tokens(inputs.get("attention_mask"), request.past_len, mask.shape),
         }
-    request.begin_prompt(make_samples(session.adapter, inputs, mask, grids, session.template, n_drafted))
+    request.begin_prompt(make_samples(session.adapter, inputs, mask, layouts, session.template, n_drafted))
     plan_samples(session.adapter, request)
     _warn(session, request)
     return request
+
+
+def check_fillers(adapter: ModelAdapter, request: Request) -> None:
+    """Refuse a later turn of a batch where layers are recurrent: fillers of unequal rows would pass through a state.
+
+    Raises
+    ------
+    NotImplementedError
+    """
+    if request.past_len and request.batch > 1 and RECURRENT in adapter.decoder.layer_types:
+        raise NotImplementedError(
+            f"{request.batch} samples bring images on a kept cache, and the {adapter.name} has recurrent layers, whose "
+            "state the fillers of samples that keep unequal numbers would change. Go on with one sample at a time, or "
+            "run this turn inside state.options(keep=1.0)."
+        )
 
 
 def _mask_of_tokens(attention_mask: Any, past_len: int, shape: tuple[int, ...]) -> Any:
@@ -87,7 +102,7 @@ def make_samples(
     adapter: ModelAdapter,
     inputs: Mapping[str, Any],
     mask: Tensor,
-    grids: Mapping[str, Sequence[Grid] | None],
+    layouts: Mapping[str, Sequence[Layout] | None],
     template: Template,
     n_drafted: int,
 ) -> list[Sample]:
@@ -103,7 +118,7 @@ def make_samples(
         Keyword arguments of the base model.
     mask : Tensor of shape (batch, q_len), bool
         Visual tokens.
-    grids : mapping
+    layouts : mapping
         Of all images of the batch in order, by kind, where they are known.
     template : Template
         Token ids that the chat template puts around a prompt.
@@ -130,7 +145,8 @@ def make_samples(
     is_visual = mask.cpu().numpy() & valid
     prompt_end = q_len - n_drafted
     _check_drafts(adapter, is_visual[:, prompt_end:])
-    by_row = visual_grids(adapter, grids, ids)
+    by_row = visual_grids(adapter, layouts, ids)
+    _protect_separators(adapter, is_visual, by_row)
     goes_on = valid.copy()
     goes_on[:, prompt_end - 1 :] = True  # what predicts the next token, even if it is hidden from all others
     samples = []
@@ -157,7 +173,7 @@ def make_samples(
             last=torch.from_numpy(last),
             alive=torch.from_numpy(np.arange(visual.size)),
             tail=_tail_length(other[other > last_visual], q_len),
-            grids=tuple(by_row[b]) if by_row else (),
+            layouts=tuple(by_row[b]) if by_row else (),
             image_sizes=_image_sizes(visual, None if ids is None else ids[b].numpy(), by_row[b] if by_row else ()),
         )
         sample.to(mask.device)
@@ -165,9 +181,21 @@ def make_samples(
     return samples
 
 
-def _image_sizes(visual: IntArray, ids: IntArray | None, grids: Sequence[Grid]) -> tuple[int, ...]:
-    """Visual tokens of each image: by the grids, or by runs of the same token where these are unknown."""
-    sizes = tuple(t * h * w for t, h, w in grids)
+def _protect_separators(
+    adapter: ModelAdapter, is_visual: npt.NDArray[np.bool_], by_row: Sequence[Sequence[Layout]]
+) -> None:
+    """Take what stands for no patch out of a mask of placeholders, (batch, q_len), where the family says so."""
+    for mask, layouts in zip(is_visual, by_row, strict=False):
+        if any(isinstance(layout, Tiles) for layout in layouts) and adapter.family.protects_separators:
+            mask[mask.nonzero()[0]] = ~torch.cat([separators(layout) for layout in layouts]).numpy()
+
+
+def _image_sizes(visual: IntArray, ids: IntArray | None, layouts: Sequence[Layout]) -> tuple[int, ...]:
+    """Visual tokens of each image: by the layouts, or by runs of the same token where these are unknown."""
+    sizes = tuple(map(n_tokens, layouts))
+    if sum(sizes) == visual.shape[0]:
+        return sizes
+    sizes = tuple(n_tokens(layout) - int(separators(layout).sum()) for layout in layouts)
     if sum(sizes) == visual.shape[0]:
         return sizes
     begins = np.diff(visual) != 1

@@ -47,12 +47,13 @@ class Options:
         check_needs(adapter, traits)
         check_weights(adapter, effective)
         layers = resolved_target_layers(adapter, effective, traits)
+        check_readable(adapter, effective, traits, layers)
         check_budget(adapter, effective, layers)
         return cls(config, effective, selector, traits, layers)
 
 
 def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:
-    """Target layers in force: the given ones or every 4th from layer 2; for a selector before the decoder -1, alone or
+    """Target layers in force: the given ones or the decoder's defaults; for a selector before the decoder -1, alone or
     in front of them.
 
     Raises
@@ -67,7 +68,7 @@ def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, trait
         if config.target_layers is not None:
             raise ValueError(f"selector {traits.name!r} runs before the decoder: leave target_layers unset.")
         return (-1,)
-    layers = tuple(config.target_layers) if config.target_layers is not None else tuple(range(2, n_layers - 1, 4))
+    layers = adapter.decoder.default_targets if config.target_layers is None else tuple(config.target_layers)
     if not layers:
         raise ValueError(
             f"{adapter.name} has {n_layers} decoder layers, too few for the default target layers (every 4th from 2); "
@@ -88,10 +89,41 @@ def check_needs(adapter: ModelAdapter, traits: SelectorTraits) -> None:
     ------
     NotImplementedError
     """
-    if traits.needs & VISION_NEEDS and not adapter.vision.readable:
+    if not traits.needs & VISION_NEEDS or adapter.vision.readable:
+        return
+    needs = ", ".join(sorted(traits.needs & VISION_NEEDS))
+    if adapter.vision.unreadable:
         raise NotImplementedError(
-            f"selector {traits.name!r} needs {', '.join(sorted(traits.needs & VISION_NEEDS))}, which is read in blocks "
-            f"with full attention, and the vision tower of this {adapter.name} has none. Choose another selector."
+            f"selector {traits.name!r} needs {needs}, which is not read in the vision tower of a {adapter.name}: "
+            f"{adapter.vision.unreadable}. Choose a selector that does not look into the tower, such as 'span', "
+            "'sparsevlm' or 'cdpruner'."
+        )
+    raise NotImplementedError(
+        f"selector {traits.name!r} needs {needs}, which is read in blocks with full attention, and the vision tower of "
+        f"this {adapter.name} has none. Choose another selector."
+    )
+
+
+def check_readable(
+    adapter: ModelAdapter, config: SparseVLMConfig, traits: SelectorTraits, target_layers: tuple[int, ...]
+) -> None:
+    """Refuse target layers without attention where it has to be read.
+
+    Raises
+    ------
+    ValueError
+        With the layers that have attention.
+    """
+    asked = {"rater_attention", "last_attention"} & traits.needs
+    by_rank = config.keep is None and isinstance(config.schedule or traits.default_schedule, str)
+    attentions = adapter.decoder.attentions
+    without = [layer for layer in target_layers if layer >= 0 and attentions[layer] is None]
+    if without and (asked or by_rank):
+        reads = f"selector {traits.name!r} reads" if asked else "without keep the rank decides, by"
+        found = [layer for layer, attention in enumerate(attentions[:-1]) if attention is not None]
+        raise ValueError(
+            f"target_layers {without} of a {adapter.name} are recurrent, and {reads} attention, which they have not. "
+            f"Choose out of {found}, or a selector that reads none, such as 'span' with keep."
         )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..config import SparseVLMConfig
-from ..models import ModelAdapter
+from ..models import Grid, Layout, ModelAdapter, Tiles
 from ..report import StageReport
 from ..selection.budget import Plan
 from ..selection.context import Selection, Selector, SelectorTraits
@@ -45,6 +45,8 @@ class Sample:
         Indices into ``visual`` of what is left.
     tail : int
         Contiguous tokens at the end of the sequence, behind the last visual one.
+    layouts : tuple of Layout
+        Arrangement of the visual tokens of each image or video, in prompt order; empty: not known.
     plan : Plan or None
         Counts per target layer; ``None``: the rank decides.
     image_sizes : tuple of int
@@ -62,7 +64,7 @@ class Sample:
     last: Tensor
     alive: Tensor
     tail: int
-    grids: tuple[tuple[int, int, int], ...] = ()
+    layouts: tuple[Layout, ...] = ()
     plan: Plan | None = None
     embedding_raters: Tensor | None = None
     coordinates: Tensor | None = None
@@ -70,6 +72,12 @@ class Sample:
     clamped: list[str] = field(default_factory=list)
     stages: list[StageRecord] = field(default_factory=list)
     layer_tokens: list[int] = field(default_factory=list)
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """Grid (t, h, w) of each image or video; empty where one is not known, or is no single grid."""
+        grids = tuple(layout for layout in self.layouts if not isinstance(layout, Tiles))
+        return grids if len(grids) == len(self.layouts) else ()
 
     @property
     def positions(self) -> Tensor:
@@ -280,7 +288,7 @@ class Request:
             batched = position_ids[-n_axes:].expand(n_axes, self.batch, -1)
         for b, sample in enumerate(self.samples):
             own = None if batched is None else batched[:, b].to(sample.visual.device)
-            sample.coordinates = adapter.family.coordinates(sample.grids, own, sample.visual)
+            sample.coordinates = adapter.family.coordinates(sample.layouts, own, sample.visual)
 
     def see_embeddings(self, embeds: Tensor) -> None:
         """Take the prompt's embeddings, (batch, q_len, hidden_size), where the selector needs them."""

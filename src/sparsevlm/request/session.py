@@ -63,12 +63,15 @@ class Session:
         Rows that the running call makes of every prompt: beams or returned sequences.
     plain_reason : str
         Why the running call is not for the engine; empty without an engine.
+    given : mapping
+        Arguments of the running call; transformers keeps some to itself, such as the sizes of images.
     """
 
     def __init__(self, adapter: ModelAdapter, config: SparseVLMConfig, template: Template) -> None:
         self.adapter, self.template = adapter, template
         self.lock = GenerationLock()
         self.plain_reason, self.copies, self.n_given = "", 1, 0
+        self.given: Mapping[str, Any] = {}
         self.in_generate = self.is_drafting = self._is_open = self._expects_images = False
         self._n_overrides, self._warned = 0, set[str]()
         self._current: Request | None = None
@@ -77,7 +80,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without requests."""
-        return {**vars(self), "_n_overrides": 0, "_current": None, "in_generate": False}
+        return {**vars(self), "_n_overrides": 0, "_current": None, "in_generate": False, "given": {}}
 
     @property
     def options(self) -> Options:
@@ -234,9 +237,12 @@ class Session:
         """Begin a call of ``generate``, or a direct one; ``plain_reason`` tells why the engine does not run it."""
         self.plain_reason, self.copies = plain_reason, 1
         self.is_drafting = self._is_open = self._expects_images = False
+        self.given = {}
 
     def expect_images(self, arguments: Mapping[str, Any]) -> None:
-        """Note whether the running call was given images or videos, under whatever name transformers has for them."""
+        """Note the arguments of the running call, and whether images or videos are among them, under whatever name
+        transformers has for these."""
+        self.given = arguments
         self._expects_images = any("pixel" in name and value is not None for name, value in arguments.items())
 
     def check_mask(self, arguments: Mapping[str, Any]) -> None:
@@ -260,7 +266,7 @@ class Session:
         """
         names = (
             *("_current", "_is_open", "_expects_images", "is_drafting", "n_given", "plain_reason", "copies"),
-            "in_generate",
+            *("in_generate", "given"),
         )
         before = {name: getattr(self, name) for name in names}
         self.begin_call()
