@@ -12,7 +12,9 @@ from sparsevlm.bundled import bundled_path
 from sparsevlm.inputs import load_model, load_processor
 from sparsevlm.kernels.centre import centre
 from sparsevlm.scenes import TASKS, draw_example
+from sparsevlm.selection.context import BEFORE_DECODER
 from sparsevlm.selection.greedy import dpp_order, dpp_order_by_gram
+from sparsevlm.selection.selectors import SELECTORS
 from sparsevlm.selection.selectors.span import SpanSelector
 from toys import ON_ENGINE, PROMPTS, make_inputs, relative_error, tiny_model
 
@@ -150,19 +152,31 @@ def spanned_share(states, picks):
     return float((rows - rows @ basis @ basis.T).square().sum() / rows.square().sum())
 
 
+def by_budget_and_rank():
+    """Every selector by a budget, and those of target layers by the rank as well; on more scenes where it is the
+    default call, or the paper's method."""
+    for name, make in SELECTORS.items():
+        for options in ({"keep": 0.25}, {}) if make().placement != BEFORE_DECODER else ({"keep": 0.25},):
+            n_scenes = 50 if name in ("span", "sparsevlm") else 10
+            kind = f"{name} by {'budget' if options else 'rank'}"
+            yield pytest.param(
+                "cuda", torch.bfloat16, n_scenes, TASKS, {**options, "selector": name}, id=kind, marks=pytest.mark.gpu
+            )
+
+
 @pytest.mark.parametrize(
-    ("device", "dtype", "n_scenes", "tasks"),
+    ("device", "dtype", "n_scenes", "tasks", "options"),
     [
-        pytest.param("cpu", torch.float32, 1, ("number", "list", "pair"), id="cpu"),
-        pytest.param("cuda", torch.bfloat16, 50, TASKS, id="bf16", marks=pytest.mark.gpu),  # 500 prompts
+        pytest.param("cpu", torch.float32, 1, ("number", "list", "pair"), {"keep": 0.25}, id="cpu"),
+        *by_budget_and_rank(),
     ],
 )
-def test_the_trained_model_answers_alike(device, dtype, n_scenes, tasks):
+def test_the_trained_model_answers_alike(device, dtype, n_scenes, tasks, options):
     """The engine is as near to float32 as the plain path of the same dtype, and says the same or what ties with it."""
     processor = load_processor(bundled_path(), local_files_only=True)
     exact = load_model(bundled_path(), dtype="float32", device=device)
     model = load_model(bundled_path(), dtype=str(dtype).removeprefix("torch."), device=device)
-    reference, state = (apply_sparsevlm(one, keep=0.25, engine=False) for one in (exact, model))
+    reference, state = (apply_sparsevlm(one, **options, engine=False) for one in (exact, model))
     near = {"plain": 0, "engine": 0}
     right = {"plain": 0, "engine": 0}
     n_kept = n_answers = n_same = 0
