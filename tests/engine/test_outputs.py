@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
 from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.generation.streamers import BaseStreamer
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.compat import cache_of
 from sparsevlm.engine.support import unsupported_cache
+from sparsevlm.engine.text.decode_graph import DecodeGraph
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
@@ -110,6 +112,55 @@ def test_processors_and_criteria_see_what_transformers_shows_them(options):
     if options is EVERYTHING:
         assert_near(found[1].scores, found[0].scores)
         assert_near(found[1].logits, found[0].logits)  # those that the processor has written into
+
+
+class Heard(BaseStreamer):
+    """Notes what is put, and how many steps the report counts by then."""
+
+    def __init__(self, state):
+        self.said, self.steps, self._state = [], [], state
+
+    def put(self, value):
+        self.said.append(value.tolist())
+        if value.ndim == 1:  # a new token
+            self.steps.append(self._state.report.decode_steps)
+
+    def end(self):
+        self.said.append("end")
+
+
+@pytest.mark.parametrize("ends", ["by length", "by a word", "by a criterion"])
+@pytest.mark.parametrize("prompt", ["one image", "batch, unequal counts"])
+def test_a_step_that_was_run_ahead_is_taken_back(prompt, ends, monkeypatch):
+    """Nothing of it is left: in tokens, scores, caches, counts, or what a streamer hears."""
+    model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
+    state, found, taken_back = apply_sparsevlm(model, **OPTIONS, engine=True), [], []
+    said = model.generate(**inputs, max_new_tokens=6, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    word = int(said[0, 2])
+    options = {"by length": {}, "by a word": {"eos_token_id": word, "pad_token_id": 95}, "by a criterion": {}}[ends]
+
+    def early(input_ids, scores, **kwargs):
+        return torch.full((len(input_ids),), input_ids.shape[1] >= inputs["input_ids"].shape[1] + 3)
+
+    undo = DecodeGraph.take_back
+    monkeypatch.setattr(DecodeGraph, "take_back", lambda self: taken_back.append(undo(self)))
+    for ahead in (False, True):
+        monkeypatch.setattr(DecodeGraph, "runs_ahead", ahead)
+        own = {"stopping_criteria": [early]} if ends == "by a criterion" else {}
+        heard = Heard(state) if len(said) == 1 else None
+        output = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, streamer=heard, **options, **own, **EVERYTHING
+        )
+        found.append((output, heard and (heard.said, heard.steps), state.report.decode_steps))
+    (plain, *others), (again, *others_again) = found
+    assert torch.equal(plain.sequences, again.sequences)
+    assert plain.sequences.shape[1] < inputs["input_ids"].shape[1] + 6 or len(said) > 1 or ends == "by length"
+    assert others == others_again
+    assert len(taken_back) == int(plain.sequences.shape[1] < inputs["input_ids"].shape[1] + 6)
+    assert_near(again.logits, plain.logits)
+    for mine, theirs in zip(cache_of(again).layers, cache_of(plain).layers, strict=True):
+        assert mine.get_seq_length() == theirs.get_seq_length()
+        assert_near(mine.keys, theirs.keys)
 
 
 def test_a_cache_of_the_user_is_filled():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache
 
 from .. import compat
 from ..kernels.skinny_linear import MOST_ROWS
@@ -20,11 +18,11 @@ from ..request.session import Session
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
 from .call import Call, Prompt, leave_out
+from .decoding import Decoding
 from .runner import ModelRunner
 from .sampling import sample
 from .support import unsupported_arguments, unsupported_call, unsupported_mode, unsupported_request
-from .text.decode_graph import DecodeGraph
-from .text.kept_cache import Left, fill_cache, unsupported_past
+from .text.kept_cache import unsupported_past
 from .turn import Turn
 from .vision.features import encode_now
 from .vision.program import VisionOutput
@@ -35,34 +33,6 @@ _NOT_FLOAT8 = f"; new tokens by the model's own weights, as float8 copies serve 
 
 class UnsupportedByEngineError(Exception):
     """Raised where prepared inputs are not for the engine, as :attr:`Engine.reason` tells; nothing was changed."""
-
-
-@dataclass
-class Decoding:
-    """New tokens of a request; of a turn on a kept cache, if it is one."""
-
-    decode_graph: DecodeGraph
-    request: Request
-    begin: Mark
-    turn: Turn | None = None
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits after one more token of every sample, (batch, vocab_size)."""
-        logits = self.decode_graph.step(tokens)
-        end = Mark.now(logits.device)
-        self.request.begin_decode_step()
-        self.request.add_time("decode", self.begin, end)
-        self.begin = end
-        return logits
-
-    def keep(self, cache: DynamicCache) -> None:
-        """Leave all keys and values in a cache."""
-        caches, n_new = self.decode_graph.caches, self.decode_graph.n_new
-        if self.turn is not None:
-            self.turn.keep(self.request, caches, n_new)
-        else:
-            fill_cache(cache, self.request, [Left(own) for own in caches], n_new)
-        self.request.finish(cache, self.request.kv_bytes)
 
 
 class Engine:
@@ -218,29 +188,16 @@ class Engine:
             self._release_memory()
             raise UnsupportedByEngineError from error
 
-        def step(tokens: Tensor) -> Tensor:
-            try:
-                with self._runner.open():
-                    return decoding.step(tokens)
-            except torch.OutOfMemoryError:  # the answer is lost, but not the next one
-                self._release_memory()
-                raise
-
-        def check() -> None:
-            if decoding.turn is None and self._runner.prefill.is_faulty:
-                raise ValueError(
-                    "what the visual tokens are judged by holds NaN or infinity; check the model's inputs and dtype."
-                )
-
+        space = self._runner.prefill.space
         sequences, scores, raw = sample(
             input_ids,
             logits,
-            step,
+            decoding,
             logits_processor,
             stopping_criteria,
             generation_config,
             modes.get("streamer"),
-            check,
+            None if decoding.turn is not None or space is None else space.is_faulty.clone(),
         )
         wants_dict, cache = generation_config.return_dict_in_generate, compat.cache_of(prepared)
         if wants_dict or compat.cache_of(call.arguments) is not None:
@@ -298,7 +255,7 @@ class Engine:
         if wants_float8:
             request.remark(_FLOAT8 if batch <= MOST_ROWS else _NOT_FLOAT8)
         decode_graph.start(prompt.next_positions, capacity)
-        return Decoding(decode_graph, request, begin, turn)
+        return Decoding(decode_graph, request, self._runner, self._release_memory, begin, turn)
 
     def _open(self, call: Call, inputs: Mapping[str, Any], positions: Tensor) -> tuple[Request, Prompt, VisionOutput]:
         """Begin the request of a prompt with images: its tokens, and the rows of the vision tower."""

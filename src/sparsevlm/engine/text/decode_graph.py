@@ -187,6 +187,15 @@ class DecodeGraph:
         else:
             self._state.n_new.zero_()
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a step that is taken back later costs the host nothing: on a GPU, where there is room for it."""
+        return self._tokens.is_cuda and self.n_new < self._capacity
+
+    def take_back(self) -> None:
+        """Undo the last step; only the end of an answer may follow, as the device goes on to count it."""
+        self.n_new -= 1
+
     def step(self, tokens: Tensor) -> Tensor:
         """One decode step, as :func:`decode_step`; the next overwrites what it gives."""
         if self.n_new == self._capacity:

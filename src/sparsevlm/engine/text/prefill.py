@@ -170,11 +170,6 @@ class Prefill:
         request.count_cache(_cache_bytes(request, space.bytes_per_row, self._adapter.n_layers))
         return logits[: request.batch]
 
-    @property
-    def is_faulty(self) -> bool:
-        """Whether choices of the last prompt met NaN or infinity; waits for the device."""
-        return self.space is not None and bool(self.space.is_faulty)
-
     def _on_device(self, request: Request, shape: PromptShape, counts: TokenCounts, by_stage: list[int]) -> Tensor:
         """Choices wait for nothing; ``by_stage`` are the capacities of rows."""
         assert self.segments is not None
