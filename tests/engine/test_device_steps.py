@@ -150,7 +150,16 @@ def test_text_that_is_no_number_is_found_before_the_decoder(selector):
         model.generate(**inputs, max_new_tokens=1)
 
 
-@pytest.mark.parametrize(("selector", "most"), [("divprune", 1 << 14), ("mmtok", 1 << 13)])
+@pytest.mark.parametrize("selector", BEFORE)
+def test_pictures_that_are_no_numbers_are_found(selector):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    apply_sparsevlm(model, keep=0.5, min_keep=3, selector=selector, engine=True)
+    inputs["pixel_values"][0] = torch.nan
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(("selector", "most"), [("divprune", 1 << 14), ("tome", 1 << 14), ("mmtok", 1 << 13)])
 def test_very_many_tokens_are_chosen_from_by_the_prune_step(selector, most):
     for n_visual in (most, most + 1):
         sample = make_sample(range(n_visual), [n_visual, n_visual + 1], counts=(n_visual // 4,))

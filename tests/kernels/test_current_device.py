@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparsevlm.kernels.triton import (
+    bipartite_merge,
     centre,
     clusters,
     coverage,
@@ -49,6 +50,11 @@ CALLS = {
         x[:, 0].long(), x[:, 0] > 0, x[:, 0] > 0, x[:, 0].long(), 20, "mean"
     )[1],
     "merges": merged,
+    "partners": lambda x: bipartite_merge.best_partners(x, x[:, 0, 0].long() * 9)[1],
+    "best pairs": lambda x: bipartite_merge.merge_best_pairs(
+        x[:, 0], x[:, 0].long(), x[:, 0, 0].long() * 9, x[:, 0, 0].long() * 2, x[:, 0].long(), x[:, 0] > 0, 32
+    ),
+    "merged rows": lambda x: bipartite_merge.merged_rows(x, x[:, 0].long(), 8)[0],
     "received attention": lambda x: received_attention.received_attention(
         x, x, torch.tensor([0, x.shape[0]], dtype=torch.int32, device=x.device), 0.25
     ),

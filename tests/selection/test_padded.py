@@ -7,14 +7,18 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from selector_contexts import grid_coordinates, make_context
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsevlm.config import SparseVLMConfig
+from sparsevlm.kernels import bipartite_merge, clusters, places
+from sparsevlm.selection import similarity
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.decide import checked_selection
 from sparsevlm.selection.padded import PaddedContext, padded_sample, select_padded, unpadded
-from sparsevlm.selection.selectors import SELECTORS
+from sparsevlm.selection.selectors import SELECTORS, tome
 
 TRAITS = {name: SelectorTraits.of(make()) for name, make in SELECTORS.items()}
 BEFORE = [name for name, traits in TRAITS.items() if traits.placement == BEFORE_DECODER and traits.padded]
@@ -163,3 +167,95 @@ def test_the_kernels_choose_as_for_each_sample(name):
         found = unpadded(selector.select_padded(padded_sample(given, n_keep)))
         assert found.keep_idx.shape == wanted.keep_idx.shape
         assert len({*found.keep_idx.tolist()} & {*wanted.keep_idx.tolist()}) >= 0.95 * n_keep
+
+
+def drawn_features(n, size, kind, generator):
+    """Rows of a sample: apart, many of them equal, in few directions, or many of them 0."""
+    rows = torch.randn((n, size), generator=generator)
+    if kind == "equal":
+        return rows[torch.randint(max(1, n // 3), (n,), generator=generator)]
+    if kind == "whole":
+        return torch.randint(-1, 2, (n, size), generator=generator).float()
+    return rows.masked_fill(torch.rand((n, 1), generator=generator) < (0.5 if kind == "zeros" else 0.0), 0.0)
+
+
+def merging_context(numbers, n_keep, size, kind, seed):
+    """Features of samples, which are filled up with NaN, and more room for what is kept than is needed."""
+    generator = torch.Generator().manual_seed(seed)
+    most = max(numbers) + seed % 3
+    states = torch.full((len(numbers), most, size), torch.nan)
+    for b, n in enumerate(numbers):
+        states[b, :n] = drawn_features(n, size, kind, generator)
+    return PaddedContext(
+        config=SparseVLMConfig(min_keep=1),
+        hidden_states=states,
+        valid=torch.arange(most) < torch.tensor(numbers)[:, None],
+        n_keep=torch.tensor(n_keep),
+        most_kept=min(most, max(n_keep) + seed % 4),
+        seeds=torch.zeros(len(numbers), dtype=torch.int64),
+    )
+
+
+def check_merges(context, found):
+    for b, (n, n_keep) in enumerate(zip(context.n_visual.tolist(), context.n_keep.tolist(), strict=True)):
+        wanted = SELECTORS["tome"]().select(make_context(n, features=context.hidden_states[b, :n]), n_keep)
+        assert found.is_kept[b].nonzero()[:, 0].tolist() == wanted.keep_idx.tolist()
+        assert torch.equal(found.merge_target[b, :n], wanted.merge_target)
+        assert torch.equal(found.weight[b, :n], wanted.weight)
+        assert (found.merge_target[b, n:] == -1).all()
+        assert found.is_recycled[b].nonzero()[:, 0].tolist() == wanted.recycled_idx.tolist()
+
+
+@st.composite
+def merging(draw, most, kinds=("apart", "equal", "whole", "zeros"), sizes=(1, 2, 16, 70)):
+    """Samples of one to many rows, which keep all, one less, half, or one."""
+    numbers = draw(st.lists(st.integers(1, most), min_size=1, max_size=5))
+    n_keep = [draw(st.sampled_from([1, max(1, n // 2), (n + 1) // 2, max(1, n - 1), n, (n + 4) // 5])) for n in numbers]
+    kind, size = draw(st.sampled_from(kinds)), draw(st.sampled_from(sizes))
+    return merging_context(numbers, n_keep, size, kind, draw(st.integers(0, 1 << 30)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(context=merging(most=90))
+def test_samples_are_merged_as_alone(context):
+    check_merges(context, SELECTORS["tome"]().select_padded(context))
+
+
+@settings(max_examples=8, deadline=None)
+@given(context=merging(most=12, kinds=("apart", "zeros"), sizes=(16, 70)))
+def test_kernels_merge_samples_as_alone(context):
+    """Their lengths of rows are rounded differently, which may part what is tied all but exactly."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (bipartite_merge, clusters, places):
+            patch.setattr(module, "use_triton", lambda tensor: True)
+        found = SELECTORS["tome"]().select_padded(context)
+    check_merges(context, found)
+
+
+@pytest.mark.parametrize("most", [1, 100, 1 << 11])
+def test_similarities_are_held_in_blocks(most, monkeypatch):
+    context = merging_context([90, 41, 7], [11, 41, 1], 16, "equal", 0)
+    whole = SELECTORS["tome"]().select_padded(context)
+    monkeypatch.setattr(similarity, "_MAX_BLOCK_ELEMENTS", most)
+    monkeypatch.setattr(
+        tome, "best_partners", lambda block, n_left: seen.append(block.numel()) or given_best(block, n_left)
+    )
+    seen, given_best = [], bipartite_merge.best_partners
+    blocks = SELECTORS["tome"]().select_padded(context)
+    assert len(seen) > 7
+    assert max(seen) <= max(most, 3 * 45)
+    assert all(torch.equal(*pair) for pair in zip(vars(whole).values(), vars(blocks).values(), strict=True))
+
+
+def test_what_is_no_number_stays_in_its_sample():
+    """The prune step says so of the states; all others merge as ever."""
+    numbers, n_keep = [30, 30, 17], [8, 8, 3]
+    context = merging_context(numbers, n_keep, 16, "apart", 0)
+    wanted = SELECTORS["tome"]().select_padded(context)
+    context.hidden_states[1, 3] = torch.nan
+    context.hidden_states[1, 4, 0] = torch.inf
+    found = SELECTORS["tome"]().select_padded(context)
+    assert found.is_kept.sum(dim=1).tolist() == n_keep
+    assert (found.is_kept.gather(1, found.merge_target.clamp_min(0)) | ~context.valid).all()
+    for one, other in zip(vars(found).values(), vars(wanted).values(), strict=True):
+        assert torch.equal(one[::2], other[::2])

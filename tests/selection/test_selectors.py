@@ -263,6 +263,17 @@ def test_tome_follows_the_formula(seed, n_keep):
         torch.testing.assert_close(context.features[sorted(members)].double().mean(0), mean)
 
 
+@pytest.mark.parametrize("n", [23, 95, 131])
+@pytest.mark.parametrize("dim", [64, 200])
+def test_tome_takes_the_first_of_equal_tokens(n, dim):
+    """Wherever in the matrix of cosines they are."""
+    for seed in range(8):
+        context = make_context(n, seed, dim, kind="identical")
+        selection = run("tome", context, (n + 1) // 2)
+        assert selection.keep_idx.tolist() == [*range(1, n, 2), n - 1]
+        assert selection.merge_target[0 : n - 1 : 2].unique().tolist() == [1]
+
+
 def test_tome_leaves_its_inputs_alone():
     context = make_context(9)
     before = context.features.clone()
