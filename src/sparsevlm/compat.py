@@ -142,7 +142,7 @@ def _move_stop_strings(arguments: dict[str, Any], tokenizer: Any) -> None:
         arguments["generation_config"] = config = copy.deepcopy(config)
         config.stop_strings = None
     if strings is not None:
-        criterion = StopStringCriteria(strings, tokenizer)
+        criterion = StopStringCriteria(tokenizer, strings)
         arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or ()), criterion])
 
 

@@ -106,6 +106,14 @@ def test_what_the_engine_does_not_do_runs_on_the_plain_path(case):
     assert state.report.path == "engine"
 
 
+@pytest.mark.parametrize("engine", [False, True])
+def test_prompts_given_twice_are_refused_as_transformers_does(engine):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    apply_sparsevlm(model, **OPTIONS, engine=engine)
+    with pytest.raises(ValueError, match="alongside"):
+        model.generate(inputs["input_ids"], **inputs, **GREEDY)
+
+
 VISIONZIP = {**OPTIONS, "selector": "visionzip", "target_layers": None}
 
 

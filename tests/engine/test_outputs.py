@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria
+from tokenizers import Regex, Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    StaticCache,
+    StoppingCriteria,
+)
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.generation.streamers import BaseStreamer
 
@@ -112,6 +123,40 @@ def test_processors_and_criteria_see_what_transformers_shows_them(options):
     if options is EVERYTHING:
         assert_near(found[1].scores, found[0].scores)
         assert_near(found[1].logits, found[0].logits)  # those that the processor has written into
+
+
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("named", ["list", "word", "configuration"])
+def test_strings_end_an_answer(named, engine):
+    words = {chr(32 + i): i for i in range(96)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token=" "))
+    tokenizer.pre_tokenizer, tokenizer.decoder = Split(Regex("."), "isolated"), Fuse()
+    own = {"tokenizer": PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=" ")}
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    said = model.generate(**inputs, **GREEDY)[0, inputs["input_ids"].shape[1] :].tolist()
+    last = "".join(chr(32 + word) for word in said[1:3])
+    config = GenerationConfig(**GREEDY, stop_strings=[last])
+    own |= {"list": {"stop_strings": [last]}, "word": {"stop_strings": last}}.get(named, {"generation_config": config})
+    apply_sparsevlm(model, **{**OPTIONS, "keep": 1.0}, engine=engine)
+    found = model.generate(**inputs, **own, **({} if named == "configuration" else GREEDY))
+    assert found[0, inputs["input_ids"].shape[1] :].tolist() == said[:3]
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_the_model_may_be_asked_in_between(engine):
+    """By a criterion, say: about text alone, or the last token alone."""
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    text = make_inputs([("text", 5)])["input_ids"]
+
+    def asks(input_ids, scores, **kwargs):
+        for ids in (text, input_ids[:, -1:]):
+            model(input_ids=ids)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    state = apply_sparsevlm(model, **OPTIONS, engine=engine)
+    wanted = model.generate(**inputs, **GREEDY)
+    assert torch.equal(model.generate(**inputs, **GREEDY, stopping_criteria=[asks]), wanted)
+    assert state.report.path == ("engine" if engine else "plain")
 
 
 class Heard(BaseStreamer):

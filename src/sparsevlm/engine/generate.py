@@ -188,6 +188,7 @@ class Engine:
             self._release_memory()
             raise UnsupportedByEngineError from error
 
+        self._session.check_images_found({}, True)  # a pass that a processor makes of the model may bring none
         space = self._runner.prefill.space
         sequences, scores, raw = sample(
             input_ids,

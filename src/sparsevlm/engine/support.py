@@ -50,6 +50,7 @@ def unsupported_arguments(
         "an assistant model": modes.get("assistant_model") is not None or bool(settings["is_assistant"]),
         "inputs_embeds": arguments.get("inputs_embeds") is not None,
         "no input_ids": not isinstance(arguments.get("input_ids", arguments.get("inputs")), Tensor),
+        "both inputs and input_ids": arguments.get("input_ids") is not None and arguments.get("inputs") is not None,
         "no cache": settings["use_cache"] is False,
         "output_attentions": bool(settings["output_attentions"]),
         "output_hidden_states": bool(settings["output_hidden_states"]),
