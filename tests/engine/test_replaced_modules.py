@@ -85,7 +85,18 @@ def subclass(module):
     module.__class__ = Own
 
 
+def change_number(model, what):
+    attention, norm = (getattr(model.model.language_model.layers[1], name) for name in ("self_attn", "input_layernorm"))
+    if what == "scale of scores":
+        attention.scaling *= 4
+    elif what == "epsilon of a norm":
+        norm.variance_epsilon = 0.5
+    elif what == "window of the tower":
+        model.model.visual.window_size //= 2
+
+
 def replace(model, what):
+    change_number(model, what)
     layers, blocks = model.model.language_model.layers, model.model.visual.blocks
     if what == "attention function":
         AttentionInterface.register("halved", halved)
@@ -108,6 +119,9 @@ def replace(model, what):
     elif what == "encoding":
         own = model.model.get_image_features
         model.model.get_image_features = functools.partial(own)
+    elif what == "positions of an image":
+        own = model.model.get_vision_position_ids
+        model.model.get_vision_position_ids = lambda *args, **kwargs: own(*args, **kwargs) + 1
     elif what == "inputs of a step":
         own = model.prepare_inputs_for_generation
         model.prepare_inputs_for_generation = types.MethodType(
@@ -118,7 +132,8 @@ def replace(model, what):
 REPLACED = {
     "attention function": "plain", "attention class": "plain", "norm class": "plain", "MLP class": "plain",
     "block class": "engine", "activation of the tower": "engine", "shared queries": "engine", "gate is up": "engine",
-    "encoding": "plain", "inputs of a step": "plain",
+    "encoding": "plain", "inputs of a step": "plain", "scale of scores": "engine", "epsilon of a norm": "engine",
+    "window of the tower": "engine", "positions of an image": "plain",
 }  # fmt: skip
 
 
@@ -136,6 +151,22 @@ def test_what_was_replaced_counts(what, when):
     assert state.report.path == REPLACED[what], state.report.path_reason
     with state.options(engine=False):
         assert torch.equal(model.generate(**inputs, **GREEDY), found)
+
+
+@pytest.mark.parametrize("how", ["one", "all"])
+def test_layers_that_were_replaced_are_told_on_hooks(how):
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    decoder = model.model.language_model
+    apply_sparsevlm(model, **OPTIONS, engine=False)
+    if how == "one":
+        decoder.layers[1] = copy.deepcopy(decoder.layers[1])
+    else:
+        decoder.layers = copy.deepcopy(decoder.layers)
+    with pytest.raises(RuntimeError, match=r"layers were replaced .* Call apply_sparsevlm\(model\) again"):
+        model.generate(**inputs, **GREEDY)
+    state = apply_sparsevlm(model, **OPTIONS, engine=False)
+    model.generate(**inputs, **GREEDY)
+    assert state.report.samples[0].stages[-1].kept
 
 
 class FP8Linear(nn.Linear):

@@ -24,7 +24,7 @@ _METHODS = frozenset(
     {
         "_prefill", "_sample", "_update_model_kwargs_for_generation", "compute_3d_position_ids", "forward",
         "get_image_features", "get_input_embeddings", "get_placeholder_mask", "get_rope_index", "get_video_features",
-        "prepare_inputs_for_generation",
+        "get_vision_position_ids", "prepare_inputs_for_generation",
     }
 )  # fmt: skip
 # By the names under which transformers and this library's plain path know them.
