@@ -3,7 +3,7 @@
 from .base import RECURRENT, SLIDING, Decoder, Family, LateFeatures, Modality, ModelAdapter, Vision
 from .layout import Grid, Layout, Tiles, n_tokens, separators
 from .registry import FAMILIES, adapter_for, register_adapter, supported_model_types
-from .wrapping import check_module, compiled_parts, unwrap, wrapper_hint
+from .wrapping import check_module, compiled_parts, may_have_compiled, unwrap, wrapper_hint
 
 __all__ = [
     "FAMILIES",
@@ -21,6 +21,7 @@ __all__ = [
     "adapter_for",
     "check_module",
     "compiled_parts",
+    "may_have_compiled",
     "n_tokens",
     "register_adapter",
     "separators",
