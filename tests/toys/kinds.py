@@ -82,7 +82,11 @@ class Family:
     remembered : tuple of str
         Attributes in which positions outlast a call.
     on_engine : bool
-        Whether the engine runs it.
+        Whether the engine runs its decoder.
+    only_on_hooks : tuple of str
+        Kinds of input that the engine leaves to the hooks all the same.
+    tower_on_engine : bool
+        Whether the engine runs its vision tower.
     positions_need_mask : bool
         Whether positions are plain ones without an attention mask, which ``generate`` makes and other calls do not.
     type_input : str
@@ -107,6 +111,8 @@ class Family:
     n_position_axes: int = 1
     remembered: tuple[str, ...] = ()
     on_engine: bool = True
+    only_on_hooks: tuple[str, ...] = ()
+    tower_on_engine: bool = False
     positions_need_mask: bool = False
     type_input: str = "mm_token_type_ids"
     attentions: tuple[str, ...] | None = None
@@ -131,5 +137,5 @@ class Family:
         return attention in (self.attentions or (attention,)) and cache in (self.caches or (cache,))
 
 
-AS_IMAGES: dict[str, Any] = {"on_engine": False, "repeats": "images" if IS_OLD else "samples"}
-AS_PATCHES: dict[str, Any] = {"on_engine": False, "repeats": "patches" if IS_OLD else "samples"}
+AS_IMAGES: dict[str, Any] = {"repeats": "images" if IS_OLD else "samples"}
+AS_PATCHES: dict[str, Any] = {"repeats": "patches" if IS_OLD else "samples"}

@@ -102,5 +102,11 @@ PROMPTS = {
 }
 
 
+def runs_on_engine(case) -> bool:
+    """Whether the engine runs a case, a family and a prompt of :data:`PROMPTS` by name."""
+    family, rows = FAMILIES[case["family"]], PROMPTS[case["prompt"]]
+    return family.takes(rows) and not any(kind in family.only_on_hooks for row in rows for kind, *_ in row)
+
+
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())

@@ -117,6 +117,10 @@ SIZED_FAMILIES = {
         _paddleocr_vl, {"image": Kind(IMAGE, _single_patches, *AROUND, 1)}, on_engine=False, **OF_QWEN
     ),
     "kimi_k25": Family(
-        _kimi_k25, {"image": _IN_PATCHES, "video": _JOINED_FRAMES}, tower="model.vision_tower", **AS_PATCHES
+        _kimi_k25,
+        {"image": _IN_PATCHES, "video": _JOINED_FRAMES},
+        tower="model.vision_tower",
+        on_engine=False,
+        **AS_PATCHES,
     ),
 }

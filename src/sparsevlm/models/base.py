@@ -32,6 +32,8 @@ class Modality:
         Token that stands for one visual token of it in the prompt.
     size_inputs : tuple of str
         Arguments that say how the pixels are divided into images.
+    encoder_inputs : tuple of str
+        Further arguments of ``get_image_features`` (or ``get_video_features``), passed where a call brings them.
     in_parts : bool
         Whether other tokens may stand between those of one input: written times before frames, sound.
     """
@@ -40,6 +42,7 @@ class Modality:
     token_id: int
     size_inputs: tuple[str, ...] = ()
     in_parts: bool = False
+    encoder_inputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,16 @@ class LateFeatures:
     features : str
         Argument of the decoder with a tensor (n_visual, hidden_size) for each of these layers, beginning with the
         first; rows are those of the mask, one sample behind the other.
+    output : str
+        Attribute of what ``get_image_features`` gives that holds the same, by layer and image.
+    n_layers : int
+        How many of the first layers get such.
     """
 
     mask: str
     features: str
+    output: str
+    n_layers: int
 
     def come_behind(self, layer: int, arguments: Mapping[str, Any]) -> bool:
         """Tells whether the output of any layer behind a given one gets such, by the decoder's arguments."""
@@ -77,6 +86,8 @@ class BlockModules:
     activation : nn.Module
     head_dim : int
     scaling : float
+    query_norm, key_norm : nn.Module or None
+        RMS norms of every head before it is rotated.
     """
 
     attention: Any
@@ -93,6 +104,8 @@ class BlockModules:
     activation: Any
     head_dim: int
     scaling: float
+    query_norm: Any = None
+    key_norm: Any = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,8 @@ class DecoderBlock:
     """A decoder layer that the engine can run: paths of its modules by role.
 
     Stands for ``h += output(attention(norm(h)))``, then ``h += down(activation(gate(norm(h))) · up(norm(h)))``, with
-    RMS norms and rotary positions over whole heads in halves. A family describes a layer where that is all it does.
+    RMS norms, rotary positions over whole heads in halves and, where they are named, RMS norms of queries and keys by
+    head before these are rotated. A family describes a layer where that is all it does, see :mod:`~.blocks`.
     """
 
     attention: str = "self_attn"
@@ -115,10 +129,12 @@ class DecoderBlock:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     activation: str = "mlp.act_fn"
+    query_norm: str | None = None
+    key_norm: str | None = None
 
     def modules_of(self, layer: nn.Module) -> BlockModules:
         """The modules of a layer."""
-        found = {name: attrgetter(path)(layer) for name, path in vars(self).items()}
+        found = {name: attrgetter(path)(layer) for name, path in vars(self).items() if path is not None}
         attention = found["attention"]
         return BlockModules(**found, head_dim=attention.head_dim, scaling=attention.scaling)
 
@@ -142,6 +158,8 @@ class Decoder:
         Axes of its rotary positions: 3 for M-RoPE.
     block : DecoderBlock or None
         What the engine has to know of a layer; ``None``: the family runs on hooks only.
+    undescribed : str
+        Why ``block`` is ``None``, where more is known than that nobody has described the layers.
     late_features : LateFeatures or None
         ``None``: visual features are all in the embeddings.
     experts_per_token : int
@@ -159,6 +177,7 @@ class Decoder:
     head: Any
     n_position_axes: int = 1
     block: DecoderBlock | None = None
+    undescribed: str = ""
     late_features: LateFeatures | None = None
     experts_per_token: int = 0
     state_size: int = 0
@@ -184,12 +203,33 @@ class Decoder:
         full = tuple(i for i in range(last) if types[i] == FULL)
         return tuple(range(2, last, 4)) if len(full) in (0, last) else full
 
+    @property
+    def n_late(self) -> int:
+        """How many of the first layers get visual features added."""
+        return 0 if self.late_features is None else self.late_features.n_layers
+
     @classmethod
-    def of_llama(cls, module: Any, head: Any, n_position_axes: int = 1, block: DecoderBlock | None = None) -> Decoder:
+    def of_llama(cls, module: Any, head: Any, n_position_axes: int = 1) -> Decoder:
         """A decoder whose parts have the names that they have in transformers' Llama, as in most of its models."""
         attentions = tuple(getattr(layer, "self_attn", None) for layer in module.layers)
         parts = (module.embed_tokens, module.norm, module.rotary_emb, head)
-        return cls(module, module.layers, attentions, *parts, n_position_axes, block)
+        return cls(module, module.layers, attentions, *parts, n_position_axes)
+
+    def rotary_tables(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of rotary positions.
+
+        Parameters
+        ----------
+        like : Tensor
+            With the device and dtype of the tables.
+        positions : Tensor of shape (n_position_axes, n), int64
+
+        Returns
+        -------
+        cos, sin : Tensor of shape (n, head_dim)
+        """
+        cos, sin = self.rotary(like, positions if self.n_position_axes == 1 else positions[:, None])
+        return cos[0], sin[0]
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Decoder, Family, Modality, ModelAdapter, Vision
+from .blocks import with_block, without_block
 from .layout import Grid, Layout
+
+# What is taken of the tower; other arguments of an encoder are those of images.
+_OF_TOWER = ("vision_feature_layer", "vision_feature_select_strategy")
 
 
 @dataclass(frozen=True)
 class PlainFamily(Family):
-    """A plain text model behind a vision tower; it runs on hooks.
+    """A plain text model behind a vision tower.
 
     Attributes
     ----------
@@ -36,6 +40,9 @@ class PlainFamily(Family):
     in_parts : bool
         Whether text may stand among the tokens of one image or video.
     n_position_axes : int
+    encoder_inputs : tuple of str or None
+        Arguments of ``get_image_features`` beside the pixels, of a base model that puts what this gives in the place of
+        placeholders and does no more: then the engine may take its place. ``None``: it runs on hooks.
     """
 
     model_types: tuple[str, ...] = ()
@@ -50,12 +57,17 @@ class PlainFamily(Family):
     video_token: str = ""
     in_parts: bool = False
     n_position_axes: int = 1
+    encoder_inputs: tuple[str, ...] | None = None
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
         text = attrgetter(self.text)(model)
         decoder = Decoder.of_llama(text, model.get_output_embeddings(), self.n_position_axes)
-        return replace(decoder, experts_per_token=getattr(text.config, "num_experts_per_tok", None) or 0)
+        decoder = replace(decoder, experts_per_token=getattr(text.config, "num_experts_per_tok", None) or 0)
+        decoder = with_block(decoder)
+        if decoder.block is None or self.encoder_inputs is not None:
+            return decoder
+        return without_block(decoder, f"the way of a {type(model).__name__} to its decoder, which is not described")
 
     def vision(self, model: Any) -> Vision:
         """The vision tower of a model, as far as the block whose output is taken."""
@@ -88,10 +100,12 @@ class PlainFamily(Family):
 
     def modalities(self, model: Any) -> dict[str, Modality]:
         """Images, and videos where the family has them."""
-        kinds = {"image": Modality("pixel_values", model.config.image_token_id, in_parts=self.in_parts)}
+        more = self.encoder_inputs or ()
+        token = model.config.image_token_id
+        kinds = {"image": Modality("pixel_values", token, in_parts=self.in_parts, encoder_inputs=more)}
         if self.video_token:
-            token = getattr(model.config, self.video_token)
-            kinds["video"] = Modality("pixel_values_videos", token, in_parts=self.in_parts)
+            token, of_tower = getattr(model.config, self.video_token), tuple(set(more) & set(_OF_TOWER))
+            kinds["video"] = Modality("pixel_values_videos", token, in_parts=self.in_parts, encoder_inputs=of_tower)
         return kinds
 
 

@@ -15,16 +15,23 @@ from .qwen_omni import OmniFamily
 from .refused import ENCODER_DECODER, REFUSED
 from .wrapping import check_module, wrapper_hint
 
+_LAYER = ("vision_feature_layer",)
+_TAKEN = (*_LAYER, "vision_feature_select_strategy")
+_OF_TILES = (*_TAKEN, "image_sizes")
 _CUT = "the tokens of a picture in tiles are not those of the tower: margins are cut off, and large pictures scaled"
 FAMILIES: tuple[Family, ...] = (
     Qwen2VLFamily(),
     Qwen3VLFamily(),
     Qwen3_5Family(),
     OmniFamily(),
-    LlavaFamily(("llava",), ("LlavaForConditionalGeneration",), in_parts=True),
-    LlavaFamily(("llava_next",), ("LlavaNextForConditionalGeneration",), unreadable=_CUT),
+    LlavaFamily(("llava",), ("LlavaForConditionalGeneration",), in_parts=True, encoder_inputs=_OF_TILES),
+    LlavaFamily(("llava_next",), ("LlavaNextForConditionalGeneration",), unreadable=_CUT, encoder_inputs=_OF_TILES),
     LlavaFamily(
-        ("llava_onevision",), ("LlavaOnevisionForConditionalGeneration",), unreadable=_CUT, video_token="video_token_id"
+        ("llava_onevision",),
+        ("LlavaOnevisionForConditionalGeneration",),
+        unreadable=_CUT,
+        video_token="video_token_id",
+        encoder_inputs=(*_OF_TILES, "vision_aspect_ratio", "batch_num_images"),
     ),
     TiledFamily(
         ("internvl",),
@@ -32,6 +39,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks="encoder.layer",
         attention="attention",
         merge="downsample_ratio",
+        encoder_inputs=_TAKEN,
     ),
     TiledFamily(
         ("idefics3", "smolvlm"),
@@ -40,19 +48,23 @@ FAMILIES: tuple[Family, ...] = (
         tower="model.vision_model",
         merge="scale_factor",
         unreadable="patches that only fill a tile up would count as well",
+        encoder_inputs=("pixel_attention_mask",),
     ),
     TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image"),
     TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",)),
     TiledFamily(
         ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"
     ),
-    TiledFamily(("deepseek_vl",), ("DeepseekVLForConditionalGeneration",), tower="model.vision_model"),
+    TiledFamily(
+        ("deepseek_vl",), ("DeepseekVLForConditionalGeneration",), tower="model.vision_model", encoder_inputs=()
+    ),
     SizedFamily(
         ("mistral3",),
         ("Mistral3ForConditionalGeneration",),
         blocks="transformer.layers",
         attention="attention",
         merge="spatial_merge_size",
+        encoder_inputs=(*_LAYER, "image_sizes"),
     ),
     PackedFamily(  # frames of a video have the image's placeholder
         ("glm4v", "glm46v", "glm4v_moe", "glm_ocr"),

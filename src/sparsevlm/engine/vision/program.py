@@ -152,6 +152,8 @@ class VisionOutput:
         Images that were encoded before; ``None``: nobody looked for them.
     rows : VisionRows or None
         What was read of the tower, by token.
+    late : tuple of Tensor of shape (n_tokens, text hidden_size)
+        What the decoder adds to the output of its first layers, by layer.
     """
 
     tokens: Tensor
@@ -159,6 +161,7 @@ class VisionOutput:
     ready: torch.cuda.Event | None = None
     n_cached: int | None = None
     rows: VisionRows | None = None
+    late: tuple[Tensor, ...] = ()
 
 
 class VisionSpace:
