@@ -68,7 +68,7 @@ def test_logits_under_the_same_choice(device, dtype, tolerance, prompt, choice, 
     said, wanted = run(model, inputs, 7)
     kept = [[stage.kept for stage in sample.stages] for sample in state.report.samples]
     with state.options(engine=True):
-        for _ in range(4):  # from the third time on by what was recorded
+        for _ in range(4 if device == "cuda" else 2):  # on a GPU from the third time on by what was recorded
             _, found = run(model, inputs, 7, said)
             assert state.report.path == "engine"
             assert [[stage.kept for stage in sample.stages] for sample in state.report.samples] == kept
