@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .base import Decoder, Family, Modality, ModelAdapter, Vision
 from .blocks import with_block, without_block
+from .examples import BlankImage
 from .layout import Grid, Layout
 
 # What is taken of the tower; other arguments of an encoder are those of images.
@@ -87,6 +88,20 @@ class PlainFamily(Family):
             unreadable=self.unreadable,
         )
 
+    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+        """An image of about ``n_visual`` visual tokens; ``None``: the family has none that is made in code."""
+        return None
+
+    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
+        """Visual tokens of the blank image with about so many."""
+        image = self.blank_image(adapter, n_visual)
+        return n_visual if image is None else image.n_visual
+
+    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
+        """A blank image, where the family has one."""
+        image = self.blank_image(adapter, math.prod(grid))
+        return super().example(adapter, grid, n_text) if image is None else image.inputs(adapter, n_text)
+
     def _blocks(self, tower: nn.Module) -> list[Any]:
         if not self.blocks:
             return []
@@ -119,9 +134,12 @@ class TiledFamily(PlainFamily):
     ----------
     tile_tokens : str
         Where the configuration has the number of visual tokens of a tile, instead of ``merge``.
+    in_one_run : bool
+        Whether tiles of one image stand one behind the other in the prompt, as in examples.
     """
 
     tile_tokens: str = ""
+    in_one_run: bool = False
 
     def patches_per_side(self, model: Any) -> int:
         """Patches per side that form one visual token."""
@@ -138,6 +156,16 @@ class TiledFamily(PlainFamily):
             return None  # with a class token
         size, patch = (_listed(getattr(config, name)) for name in ("image_size", "patch_size"))
         return size[0] // patch[0], size[-1] // patch[-1]
+
+    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+        """Of as many tiles as come near."""
+        tile, side = self.tile(adapter.model), self.patches_per_side(adapter.model)
+        if tile is None or not self.in_one_run:
+            return None
+        per_tile = math.prod(math.ceil(length / side) for length in tile)
+        n_tiles = max(1, round(n_visual / per_tile))
+        size = _listed(adapter.model.config.vision_config.image_size)
+        return BlankImage(n_tiles * per_tile, (n_tiles, 3, size[0], size[-1]))
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From the runs of placeholders, each of which holds whole tiles."""
@@ -215,6 +243,18 @@ class SizedFamily(PlainFamily):
     """Images of any size, which the inputs name as ``image_sizes`` in pixels; text may end each row of tokens."""
 
     in_parts: bool = True
+
+    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+        """Nearly square, no larger than the tower takes."""
+        if self.encoder_inputs is None or "image_sizes" not in self.encoder_inputs:
+            return None
+        vision = adapter.model.config.vision_config
+        unit = _first(vision.patch_size) * self.patches_per_side(adapter.model)
+        most = _first(vision.image_size) // unit
+        height = min(most, max(1, math.isqrt(n_visual)))
+        width = min(most, max(1, n_visual // height))
+        size = (height * unit, width * unit)
+        return BlankImage(height * width, (1, 3, *size), size)
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From the sizes."""

@@ -40,6 +40,7 @@ FAMILIES: tuple[Family, ...] = (
         attention="attention",
         merge="downsample_ratio",
         encoder_inputs=_TAKEN,
+        in_one_run=True,
     ),
     TiledFamily(
         ("idefics3", "smolvlm"),
