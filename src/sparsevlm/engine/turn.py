@@ -71,7 +71,7 @@ class Turn:
         mask = torch.ones((len(ids), length), dtype=torch.bool) if mask is None else mask
         if not bool(mask[:, -1].all()):
             raise ValueError("a prompt whose last token is masked")
-        positions = positions[-n_axes:, :, -n:].expand(n_axes, -1, -1)
+        positions = positions[-n_axes:, :, -n:].expand(n_axes, len(ids), -1)
         return cls(cache, ids, mask, positions, not call.layouts, [])
 
     @property

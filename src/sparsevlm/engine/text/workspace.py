@@ -251,7 +251,7 @@ class Workspace:
             Which of them belongs to each row of the prompt; -1: none.
         """
         for plane, features in zip(self.late, late, strict=True):
-            own = features[feature_rows.clamp_min(0)].to(plane.dtype)
+            own = features[feature_rows.clamp_min(0)]
             plane[: feature_rows.shape[0]] = own.masked_fill_(feature_rows[:, None] < 0, 0.0)
 
     @property

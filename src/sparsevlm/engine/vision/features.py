@@ -51,7 +51,7 @@ def encode_now(
         output, modality = call.encoded(kind), adapter.modalities[kind]
         if output is None:
             pixels = call.visual[modality.pixels]
-            grids: Any = layouts
+            grids: Any = None if adapter.vision.program is None else layouts
             seen = None if grids is None else _by_program(runner, may_encode, pixels, tuple(grids), cache_bytes, needs)
             if seen is not None:
                 found.append(seen.tokens.clone())  # before the next kind is encoded
@@ -61,19 +61,26 @@ def encode_now(
                 continue
             if needs:
                 return None
-            more = {name: call.arguments.get(name) for name in modality.size_inputs}
-            given = {name: call.arguments.get(name) for name in modality.encoder_inputs}
-            more |= {name: value for name, value in given.items() if value is not None}
-            output = getattr(adapter.base_model, f"get_{kind}_features")(pixels, **more)
+            output = _by_modules(call, adapter, kind)
         if needs:
             return None
-        found.append(_rows(output.pooler_output))
+        weight = adapter.decoder.embed.weight  # which may be on another device than the tower
+        found.append(_rows(output.pooler_output).to(weight.device))
         if (features := adapter.decoder.late_features) is not None:
-            late.append(torch.stack([_rows(of_layer) for of_layer in getattr(output, features.output)]))
+            late.append(torch.stack([_rows(of_layer) for of_layer in getattr(output, features.output)]).to(weight))
     # Of several kinds, each layer gets rows of all.
     joined = tuple(torch.cat(late, dim=1)) if late else ()
     rows = VisionRows.joined(read) if needs else None
     return VisionOutput(torch.cat(found), n_cached=n_cached, rows=rows, late=joined)
+
+
+def _by_modules(call: Call, adapter: ModelAdapter, kind: str) -> Any:
+    """What the model's own modules make of the images of a kind."""
+    modality = adapter.modalities[kind]
+    sizes = {name: call.arguments.get(name) for name in modality.size_inputs}
+    given = {name: call.arguments.get(name) for name in modality.encoder_inputs}
+    more = {name: value for name, value in given.items() if value is not None}
+    return getattr(adapter.base_model, f"get_{kind}_features")(call.visual[modality.pixels], **sizes, **more)
 
 
 def _rows(of_images: Any) -> Tensor:
