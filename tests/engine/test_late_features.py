@@ -29,7 +29,7 @@ TARGETS = {
     "summed at 0 and 1": {**EARLY, "selector": "sparsevlm", "merge": "sum", "target_layers": [0, 1]},
     "at 0, 1 and 3": {**EARLY, "target_layers": [0, 1, 3]},
     "by rank at 0": {"min_keep": 3, "rank_tolerance": 0.3, "target_layers": [0]},
-    "merged on the host": {**EARLY, "selector": "tome"},
+    "merged before the decoder": {**EARLY, "selector": "tome"},
     "chosen on the host": {**EARLY, "selector": Halves(), "target_layers": [1]},
     "behind the last": {**EARLY, "target_layers": [2]},
     "dense": {"keep": 1.0},
@@ -60,7 +60,7 @@ def test_a_prompt(targets, prompt):
     check(*both(tiny_model("qwen3_vl"), inputs, **TARGETS[targets]))
 
 
-@pytest.mark.parametrize("targets", ["before the decoder", "merged at 0", "merged on the host", "at 0, 1 and 3"])
+@pytest.mark.parametrize("targets", ["before the decoder", "merged at 0", "merged before the decoder", "at 0, 1 and 3"])
 def test_a_turn_with_new_images(targets):
     model, turn = tiny_model("qwen3_vl"), make_inputs(*PROMPTS["two images"], family="qwen3_vl", seed=3)
     turn.pop("mm_token_type_ids")
