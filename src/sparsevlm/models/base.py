@@ -215,22 +215,6 @@ class Decoder:
         parts = (module.embed_tokens, module.norm, module.rotary_emb, head)
         return cls(module, module.layers, attentions, *parts, n_position_axes)
 
-    def rotary_tables(self, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of rotary positions.
-
-        Parameters
-        ----------
-        like : Tensor
-            With the device and dtype of the tables.
-        positions : Tensor of shape (n_position_axes, n), int64
-
-        Returns
-        -------
-        cos, sin : Tensor of shape (n, head_dim)
-        """
-        cos, sin = self.rotary(like, positions if self.n_position_axes == 1 else positions[:, None])
-        return cos[0], sin[0]
-
 
 @dataclass(frozen=True)
 class TowerBlock:

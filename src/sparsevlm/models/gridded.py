@@ -46,6 +46,8 @@ class GriddedFamily(Family):
         """From ``image_grid_thw`` and ``video_grid_thw``."""
         return _merged(adapter, inputs.get(f"{kind}_grid_thw"))
 
+    layouts = grids  # an image is one grid
+
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
         """As the processor makes them."""
         config, device = adapter.model.config, adapter.model.device

@@ -16,7 +16,7 @@ from ...models.base import BlockModules
 from ..capacities import power_of_two
 from ..cuda_graphs import GraphPool, LRUCache, to_device
 from ..fused_weights import DecodeWeights, FusedWeights, is_plain
-from .layer import Attend, head_norms, run_decode_layer, run_layer, summed
+from .layer import Attend, head_norms, rotary_tables, run_decode_layer, run_layer, summed
 from .workspace import Workspace
 
 
@@ -78,7 +78,7 @@ def decode_step(
     """
     hidden = adapter.decoder.embed(tokens)
     slot = state.n_new.clone()
-    cos, sin = adapter.decoder.rotary_tables(hidden, first + slot)
+    cos, sin = rotary_tables(adapter.decoder, hidden, first + slot)
     state.n_new.add_(1)
 
     def attention(cache: RaggedCache, block: BlockModules) -> Attend:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.elementwise import Norm, rms_norm, swiglu
 from ...kernels.skinny_linear import skinny_linear
-from ...models.base import BlockModules
+from ...models.base import BlockModules, Decoder
 from ..fused_weights import DecodeWeights, FusedWeights
 
 # Elements of gate and up that are there at once: products of fewer rows than that take as long for each.
@@ -97,6 +97,24 @@ def head_norms(block: BlockModules) -> tuple[Norm, Norm] | None:
         return None
     query, key = (Norm(one.weight, one.variance_epsilon) for one in (block.query_norm, block.key_norm))
     return query, key
+
+
+def rotary_tables(decoder: Decoder, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    like : Tensor
+        With the device and dtype of the tables.
+    positions : Tensor of shape (n_position_axes, n), int64
+
+    Returns
+    -------
+    cos, sin : Tensor of shape (n, head_dim)
+    """
+    cos, sin = decoder.rotary(like, positions if decoder.n_position_axes == 1 else positions[:, None])
+    return cos[0], sin[0]
 
 
 def in_parts(run: Callable[[Tensor], Tensor], rows: Tensor, width: int) -> Tensor:

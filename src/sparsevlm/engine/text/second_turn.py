@@ -19,7 +19,7 @@ from ...request.step import choose_embedding_raters, reads
 from ..cuda_graphs import to_device
 from ..fused_weights import FusedWeights
 from .kept_cache import PastRows
-from .layer import Attend, head_norms, run_layer, summed
+from .layer import Attend, head_norms, rotary_tables, run_layer, summed
 from .prefill import PackedRows, prune
 from .workspace import Workspace
 
@@ -136,7 +136,7 @@ class SecondTurn:
             Logits of every sample's last row.
         """
         space, decoder, device = self._space, self._adapter.decoder, embeds.device
-        tables = decoder.rotary_tables(embeds, positions)
+        tables = rotary_tables(decoder, embeds, positions)
         for kept, rows in zip((space.hidden, space.cos, space.sin), (embeds, *tables), strict=True):
             kept[: packed.n_rows] = rows
         for plane, rows in zip(space.late, late, strict=False):

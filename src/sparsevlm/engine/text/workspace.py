@@ -15,6 +15,7 @@ from ...request.step import VisionRows
 from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import to_device
 from ..fused_weights import FusedWeights
+from .layer import rotary_tables
 
 # Target layers that drop something, at most; what a request brings holds counts for so many.
 MOST_STAGES = 16
@@ -221,7 +222,7 @@ class Workspace:
         )
         self.query, self.read_keys = (weight.new_zeros((rows, n, block.head_dim)) for n in (heads, kv_heads))
         self.late = [torch.zeros_like(self.hidden) for _ in range(adapter.decoder.n_late)]
-        cos, _ = adapter.decoder.rotary_tables(self.hidden[:1], indices(self.n_axes, 1))
+        cos, _ = rotary_tables(adapter.decoder, self.hidden[:1], indices(self.n_axes, 1))
         self.cos, self.sin = (cos.new_zeros((rows, cos.shape[-1])) for _ in range(2))
         self.cu_seqlens = indices(batch + 2, dtype=torch.int32)
         self.layer_cu_seqlens = indices(len(weights.blocks), batch + 2, dtype=torch.int32)
