@@ -31,7 +31,8 @@ class VisionProbe:
     order : Tensor of shape (n_visual,), int64, optional
         Index in reading order of each visual token, in the order in which the tower works; ``None``: the same.
     patch_grids : sequence of (h, w), optional
-        Patches of each image, where the tower has them row by row, one image behind the other.
+        Patches of each image, where the tower has them row by row: one image behind the other, or each in a row of its
+        own that may be filled up behind them.
     """
 
     def __init__(
@@ -55,7 +56,10 @@ class VisionProbe:
 
     @torch.no_grad()
     def _read(self, block: Any, inputs: AttentionInputs) -> None:
-        for query, key in zip(inputs.query, inputs.key, strict=True):
+        for image, (query, key) in enumerate(zip(inputs.query, inputs.key, strict=True)):
+            if len(self._grids or ()) == inputs.query.shape[0]:
+                n_patches = self._vision.n_prefix + math.prod(self._grids[image])
+                query, key = query[:, :n_patches], key[:, :n_patches]
             bounds = self._bounds(query.shape[1], inputs.cu_seqlens)
             for start, end in itertools.pairwise(bounds) if block in self._received else ():
                 received = received_attention(query[:, start:end], key[:, start:end], inputs.scaling)

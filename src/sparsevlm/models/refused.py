@@ -34,8 +34,6 @@ REFUSED = {
     "T5Gemma2ForConditionalGeneration": _CROSS,
     "VisionEncoderDecoderModel": _CROSS,
     "GitForCausalLM": _IN_FRONT,
-    "Gemma4ForConditionalGeneration": _OWN_INPUTS,
-    "Gemma4UnifiedForConditionalGeneration": _OWN_INPUTS,
     "Gemma3nForConditionalGeneration": _OWN_INPUTS,
     "HYV4VLForConditionalGeneration": _INDEXED,
     "Glm5NextForConditionalGeneration": _INDEXED,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Family, ModelAdapter
+from .gemma4 import Gemma4Family
 from .generic import GenericFamily
 from .llava import LlavaFamily
 from .plain import PackedFamily, SizedFamily, TiledFamily
@@ -42,6 +43,14 @@ FAMILIES: tuple[Family, ...] = (
         unreadable="patches that only fill a tile up would count as well",
     ),
     TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image"),
+    Gemma4Family(("gemma4",), ("Gemma4ForConditionalGeneration",), merge="vision_config.pooling_kernel_size"),
+    Gemma4Family(
+        ("gemma4_unified",),
+        ("Gemma4UnifiedForConditionalGeneration",),
+        tower="model.embed_vision",
+        blocks="",
+        unreadable="it has no blocks: pixels become tokens in one step",
+    ),
     TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",)),
     TiledFamily(
         ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"
