@@ -225,7 +225,8 @@ def take_second_turn(run: Run, *turns, options=None) -> SecondTurn:
             generated = (0, NEW_TOKENS)
             before = torch.nn.functional.pad(run.inputs[name], generated, value=OF_TOKENS[name])
             second[name] = torch.cat([first.sequences if name == "input_ids" else before, more[name]], dim=1)
-        if brings_image:  # transformers takes a new image on a kept cache in no other way than with linear positions
+        if brings_image and FAMILIES[run.family].n_position_axes > 1:
+            # transformers takes a new image on a kept cache in no other way than with linear positions
             second.pop("mm_token_type_ids", None)
         if options is not None:
             run.state = apply_sparsevlm(model, **options)

@@ -108,7 +108,9 @@ def going_on_with_its_cache(run):
             cache = model(**inputs, **{"use_cache": True, **run.new_cache()}).past_key_values
         dropped = all_dropped(run.state.report, run.batch)
         if run.cache == "dynamic":
-            of_layers = [(layer.keys, layer.values) for layer in cache.layers if hasattr(layer, "keys")]
+            of_layers = [
+                (layer.keys, layer.values) for layer in cache.layers if getattr(layer, "keys", None) is not None
+            ]
             held = sum(x.numel() * x.element_size() for pair in of_layers for x in pair)
             assert run.state.report.kv_bytes.sparse == held
             # Layers with a window hold more than it where something was dropped.

@@ -95,6 +95,9 @@ class Family:
         Whether some of its layers are recurrent, where a token can only be removed, not hidden.
     second_images : bool
         Whether transformers takes new images on a kept cache.
+    sharpness : float
+        Factor of the norms of queries and keys, so that attention is far from uniform, and not so far that rounding
+        grows.
     repeats : str
         What ``generate`` repeats for beams and returned sequences, one behind the other: visual inputs of whole
         "samples", as it should, or, in older transformers, single "images" or "patches".
@@ -114,6 +117,7 @@ class Family:
     prefix: bool = False
     is_hybrid: bool = False
     second_images: bool = True
+    sharpness: float = 1.5
     repeats: str = "samples"
 
     def decoder_of(self, model) -> nn.Module:
