@@ -229,16 +229,17 @@ class ModelHooks:
         embeds = kwargs["inputs_embeds"]
         request.see_embeddings(embeds)
         choose_embedding_raters(request, lambda b, tokens: embeds[b, tokens.to(embeds.device)])
+        keep = kwargs.get("logits_to_keep")
+        keep = keep if isinstance(keep, int) else 0
+        request.compute_last(0 if _records(module, kwargs) else keep)
         if request.drops_nothing:
             return None
         late, changed = self._adapter.decoder.late_features, kwargs
         if late is not None and late.come_behind(min(request.target_layers), kwargs):
             forward.late = LateRows(request, kwargs[late.mask], kwargs[late.features])
             changed = {**kwargs, late.mask: None, late.features: None}
-        if isinstance(keep := kwargs.get("logits_to_keep"), int) and keep:
-            # The text model would cut tables by the length of the whole sequence, or not at all.
+        if keep:  # the text model would cut tables by the length of the whole sequence, or nothing at all
             self._n_last, changed = keep, {**changed, "logits_to_keep": 0}
-            forward.n_last = 0 if _records(module, kwargs) else keep
         return None if changed is kwargs else (args, changed)
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -50,8 +50,6 @@ class ForwardPass:
         Features to be added behind the first layers, where the decoder itself is not to do so.
     q_len : int
         Tokens of the pass.
-    n_last : int
-        Rows at the end that layers without keys of their own compute, once something was dropped; 0: all.
     """
 
     cache: Cache | None
@@ -66,7 +64,6 @@ class ForwardPass:
     readout: Readout = field(default_factory=Readout)
     late: LateRows | None = None
     q_len: int = 0
-    n_last: int = 0
 
     @property
     def _cache_layers(self) -> Sequence[Any]:
@@ -137,8 +134,8 @@ def before_layer(
     if request is not None and layer_idx - 1 in request.target_layers:
         hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
     rows = None if request is None else request.rows
-    if layer_idx == adapter.decoder.first_shared and rows is not None:
-        hidden_states = hidden_states[:, -forward.n_last :]
+    if layer_idx == adapter.decoder.first_shared and request is not None and rows is not None:
+        hidden_states = hidden_states[:, -request.n_last :]
     if forward.is_flash and (rows is not None or forward.table_of(layer_idx) is not None):
         _check_flash(adapter, layer_idx)
     if adapter.decoder.layer_types[layer_idx] == RECURRENT:

@@ -56,13 +56,14 @@ class VisionProbe:
 
     @torch.no_grad()
     def _read(self, block: Any, inputs: AttentionInputs) -> None:
-        for image, (query, key) in enumerate(zip(inputs.query, inputs.key, strict=True)):
-            if len(self._grids or ()) == inputs.query.shape[0]:
-                n_patches = self._vision.n_prefix + math.prod(self._grids[image])
-                query, key = query[:, :n_patches], key[:, :n_patches]
+        grids, n_images = self._grids or (), inputs.query.shape[0]
+        # An image in a row of its own may be filled up behind its patches.
+        ends = [self._vision.n_prefix + h * w for h, w in grids] if len(grids) == n_images else [None] * n_images
+        for end, all_queries, all_keys in zip(ends, inputs.query, inputs.key, strict=True):
+            query, key = all_queries[:, :end], all_keys[:, :end]
             bounds = self._bounds(query.shape[1], inputs.cu_seqlens)
-            for start, end in itertools.pairwise(bounds) if block in self._received else ():
-                received = received_attention(query[:, start:end], key[:, start:end], inputs.scaling)
+            for begin, stop in itertools.pairwise(bounds) if block in self._received else ():
+                received = received_attention(query[:, begin:stop], key[:, begin:stop], inputs.scaling)
                 self._received[block].append(self._of_patches(received))
             if block is self._last and self._keys is not None:
                 self._keys.append(key.float().mean(dim=0)[self._vision.n_prefix :])

@@ -10,7 +10,7 @@ from torch import nn
 from ..models import RECURRENT, SLIDING, ModelAdapter
 
 
-def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_len: int) -> float:
+def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_len: int, n_last: int = 0) -> float:
     """FLOPs of the decoder layers over one sample's prefill.
 
     Two per weight and token in the projections and the MLP (of experts, those that compute a token), ``4 · heads ·
@@ -25,14 +25,18 @@ def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_l
         Tokens of the sample that each layer computes.
     past_len : int
         Tokens cached before (taken as dense).
+    n_last : int
+        Tokens at the end that layers without keys of their own compute; 0: all.
     """
     total, decoder = 0.0, adapter.decoder
     config = decoder.module.config
     for i, tokens in enumerate(tokens_per_layer):
         kind, weights = decoder.layer_types[i], _weights_per_token(decoder.layers[i], decoder.experts_per_token)
-        pairs = _visible_pairs(tokens, past_len, config.sliding_window if kind == SLIDING else past_len + tokens)
+        computed = min(tokens, n_last) if n_last and i >= decoder.first_shared else tokens
+        before = past_len + tokens - computed
+        pairs = _visible_pairs(computed, before, config.sliding_window if kind == SLIDING else past_len + tokens)
         width = config.num_attention_heads * _head_dim(decoder.attentions[i], config)
-        total += 2.0 * weights * tokens
+        total += 2.0 * weights * computed
         total += 6.0 * decoder.state_size * tokens if kind == RECURRENT else 4.0 * width * pairs
     return total
 

@@ -89,8 +89,8 @@ def _shares(adapter: ModelAdapter) -> str:
         return ""
     sources = sorted(set(decoder.key_layers[decoder.first_shared :]))
     return (
-        f" Layers from {decoder.first_shared} on attend to the keys and values of layers {sources}, which must not hold "
-        "tokens that are dropped later."
+        f" Layers from {decoder.first_shared} on attend to the keys and values of layers {sources}, which must not "
+        "hold tokens that are dropped later."
     )
 
 
