@@ -331,8 +331,7 @@ class Family:
     layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, SLIDING})
 
     def check(self, model: Any) -> None:
-        """Refuse a model of the family that cannot be pruned: with layers of another kind, capped scores, or
-        tensor-parallel.
+        """Refuse a model of the family that cannot be pruned: with layers of another kind, or tensor-parallel.
 
         Raises
         ------
@@ -343,11 +342,6 @@ class Family:
             raise NotImplementedError(
                 f"decoder layers of kind {min(unknown)!r} are not supported in a {type(model).__name__}: pruning "
                 f"them was not tested. Supported are {', '.join(sorted(self.layer_kinds))}."
-            )
-        if cap := getattr(self.decoder(model).module.config, "attn_logit_softcapping", None):
-            raise NotImplementedError(
-                f"decoder layers that cap attention scores (attn_logit_softcapping={cap}) are not supported: what is "
-                "read of them would not be the model's attention. Use a model without, such as Gemma 3 or PaliGemma."
             )
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise NotImplementedError(
