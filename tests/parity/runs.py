@@ -125,7 +125,7 @@ class Run:
         """The inputs of every sample ``repeats`` times."""
         samples = split_visual(self.inputs, self.rows, self.family)
         tokens = {n: v.repeat_interleave(repeats, dim=0) for n, v in self.inputs.items() if n in OF_TOKENS}
-        return tokens | join_visual([sample for sample in samples for _ in range(repeats)])
+        return tokens | join_visual([sample for sample in samples for _ in range(repeats)], self.family)
 
     def reference_logits(self, inputs, sequences, dropped, positions=None):
         """The oracle hands out 4D masks, which flash attention does not take."""
@@ -243,8 +243,8 @@ def take_second_turn(run: Run, *turns, options=None) -> SecondTurn:
     samples = split_visual(run.inputs, run.rows, run.family)
     if brings_image:
         later = split_visual(more, rows, run.family)
-        samples = [join_visual(pair) for pair in zip(samples, later, strict=True)]
-    both = {name: value for name, value in second.items() if name in OF_TOKENS} | join_visual(samples)
+        samples = [join_visual(pair, run.family) for pair in zip(samples, later, strict=True)]
+    both = {name: value for name, value in second.items() if name in OF_TOKENS} | join_visual(samples, run.family)
     return SecondTurn(output, both, joined_positions(model, seen), dropped, past_len)
 
 

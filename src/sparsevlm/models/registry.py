@@ -8,6 +8,7 @@ from .base import Family, ModelAdapter
 from .gemma4 import Gemma4Family
 from .generic import GenericFamily
 from .llava import LlavaFamily
+from .minicpmv import MiniCPMVFamily
 from .plain import PackedFamily, SizedFamily, TiledFamily
 from .qwen2_vl import Qwen2VLFamily
 from .qwen3_5 import Qwen3_5Family
@@ -51,6 +52,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks="",
         unreadable="it has no blocks: pixels become tokens in one step",
     ),
+    MiniCPMVFamily(("minicpmv4_6",), ("MiniCPMV4_6ForConditionalGeneration",)),
     TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",)),
     TiledFamily(
         ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"
