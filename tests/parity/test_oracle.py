@@ -161,6 +161,8 @@ PADDED = tuple(name for name, rows in PROMPTS.items() if not bool(make_inputs(*r
 @functools.cache
 def may_be_copied(family: str, prompt: str) -> bool:
     """Whether transformers gives images to the right copies; where not, it is refused (test_copied_prompts)."""
+    if FAMILIES[family].repeats == "packs":
+        return len(PROMPTS[prompt]) == 1
     if FAMILIES[family].repeats != "images":
         return FAMILIES[family].repeats == "samples"
     pixels = [value for name, value in make_inputs(*PROMPTS[prompt], family=family).items() if "pixel" in name]
@@ -232,17 +234,17 @@ def test_pruned_is_masked(case, place):
     WAYS[case["way"]].ask(run)
 
 
-# Thinkers repeat in a way of their own, patch by patch, which nothing tells; on MiniCPM-V transformers itself fails.
-OTHERWISE = ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "minicpmv4_6")
-MIXED_UP = [name for name in FAMILIES if not may_be_copied(name, "two images") and name not in OTHERWISE]
+# Thinkers repeat in a way of their own, patch by patch, which nothing tells.
+MIXED_UP = [name for name in FAMILIES if not may_be_copied(name, "two images") and "thinker" not in name]
 
 
 @pytest.mark.skipif(not IS_OLD, reason="newer transformers encode before they copy")
 @pytest.mark.parametrize("copies", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)
-def test_copied_prompts_of_minicpmv_fail_without_pruning_as_well(copies):
-    model, inputs = tiny_model("minicpmv4_6"), make_inputs(*PROMPTS["two images"], family="minicpmv4_6")
-    with pytest.raises(RuntimeError):
-        model.generate(**inputs, max_new_tokens=2, **copies)
+def test_copied_prompts_of_packed_images_are_refused(copies, place):
+    """Images of two prompts, A and B, come as A, B, A, B for two copies of each."""
+    run = build(PROMPTS["batch, same size"], VARIANTS["random"], place, family="minicpmv4_6")
+    with pytest.raises(NotImplementedError, match="to the wrong prompts where each is copied 2 times"):
+        run.model.generate(**run.inputs, max_new_tokens=2, **copies)
 
 
 @pytest.mark.parametrize("copies", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=str)

@@ -217,7 +217,7 @@ QWEN_FAMILIES = {
         on_engine=False,
         is_hybrid=True,
         packed=True,
-        repeats="patches" if IS_OLD else "samples",
+        repeats="packs" if IS_OLD else "samples",
     ),
     "qwen2_5_omni_thinker": Family(_qwen2_5_omni, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
     "qwen3_omni_moe_thinker": Family(_qwen3_omni_moe, _OMNI_KINDS, **_OF_OMNI, on_engine=False),

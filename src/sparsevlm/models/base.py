@@ -327,6 +327,8 @@ class Family:
     protects_separators: bool = True
     # Whether the first request has to show that gathering all rows changes nothing.
     must_be_proven: bool = False
+    # Whether the pixels of all images of a batch are one row, which older transformers repeat as a whole.
+    packs_pixels: ClassVar[bool] = False
     speaks: ClassVar[bool] = False  # another model makes speech of the hidden states that generate returns
     layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, SLIDING})
 

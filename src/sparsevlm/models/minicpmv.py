@@ -19,6 +19,7 @@ class MiniCPMVFamily(PlainFamily):
     """Slices and frames of any shape stand apart in the prompt; each counts as an image."""
 
     layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, RECURRENT})
+    packs_pixels: ClassVar[bool] = True
     blocks: str = ""
     unreadable: str = "patches are joined in the middle of it"
     video_token: str = "video_token_id"
