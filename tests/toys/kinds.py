@@ -102,7 +102,7 @@ class Family:
         grows.
     repeats : str
         What ``generate`` repeats for beams and returned sequences, one behind the other: visual inputs of whole
-        "samples", as it should, or, in older transformers, single "images" or "patches"; "packs" of all images together.
+        "samples", as it should, or, in older transformers, single "images" or "patches", or "packs" of all images.
     """
 
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]

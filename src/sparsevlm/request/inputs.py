@@ -240,8 +240,8 @@ def check_copies(adapter: ModelAdapter, inputs: Mapping[str, Any], copies: int) 
         if mixed:
             raise NotImplementedError(
                 f"this version of transformers gives the {kind}s of a prompt with several of them (or with several "
-                f"tiles), or of several prompts, to the wrong prompts where each is copied {copies} times, with SparseVLM and without. Install "
-                "transformers 5.24, or pass num_beams=1 and num_return_sequences=1."
+                f"tiles), or of several prompts, to the wrong prompts where each is copied {copies} times, with "
+                "SparseVLM and without. Install transformers 5.24, or pass num_beams=1 and num_return_sequences=1."
             )
 
 
