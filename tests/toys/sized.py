@@ -166,7 +166,7 @@ _GLM_EXPERTS = {
 _IN_PATCHES = Kind(IMAGE, _single_patches, *AROUND)
 _JOINED_FRAMES = Kind(VIDEO, _single_frames, *AROUND, tokens=lambda t, h, w: [VIDEO] * h * w)
 _OF_GEMMA4: dict[str, Any] = {**AS_IMAGES, "attentions": ("sdpa", "eager"), "caches": ("dynamic", "none")}
-_OF_GEMMA4 |= {"sharpness": 0.75}  # scores are not divided by the size of heads
+_OF_GEMMA4 |= {"sharpness": 0.6}  # scores are not divided by the size of heads
 SIZED_FAMILIES = {
     "mistral3": Family(_mistral3, {"image": _ENDED_ROWS}, tower="model.vision_tower", **AS_IMAGES),
     "glm4v": Family(_glm(Glm4vConfig, Glm4vForConditionalGeneration), _GLM_KINDS, on_engine=False, **OF_QWEN),
