@@ -86,7 +86,7 @@ def test_layers_that_share_keys_have_no_cache_of_their_own(place, monkeypatch):
     monkeypatch.setattr(Decoder, "first_shared", 8)
     run = build(PROMPTS["batch, unequal counts"], VARIANTS["random"], place, family="gemma4")
     # What transformers puts there, by version: a layer that holds nothing, or none.
-    with pytest.raises((NotImplementedError, IndexError), match="DummyLayer cannot hold|out of range"):
+    with pytest.raises((NotImplementedError, IndexError), match=r"DummyLayer cannot hold|out of range"):
         run.model.generate(**run.inputs, **GREEDY)
 
 
