@@ -99,9 +99,14 @@ class Family:
         Whether some of its layers are recurrent, where a token can only be removed, not hidden.
     second_images : bool
         Whether transformers takes new images on a kept cache.
+    packed : bool
+        Whether pixels of several images follow each other along the last axis, not the first.
+    sharpness : float
+        Factor of the norms of queries and keys, so that attention is far from uniform, and not so far that rounding
+        grows.
     repeats : str
         What ``generate`` repeats for beams and returned sequences, one behind the other: visual inputs of whole
-        "samples", as it should, or, in older transformers, single "images" or "patches".
+        "samples", as it should, or, in older transformers, single "images" or "patches", or "packs" of all images.
     """
 
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]
@@ -120,7 +125,13 @@ class Family:
     prefix: bool = False
     is_hybrid: bool = False
     second_images: bool = True
+    packed: bool = False
+    sharpness: float = 1.5
     repeats: str = "samples"
+
+    def axis_of(self, name: str) -> int:
+        """Axis along which a visual input has the images."""
+        return -1 if self.packed and name.startswith("pixel") else 0
 
     def decoder_of(self, model) -> nn.Module:
         return operator.attrgetter(self.decoder)(model)

@@ -10,6 +10,7 @@ from transformers import (
     CLIPVisionConfig,
     DeepseekVLConfig,
     DeepseekVLForConditionalGeneration,
+    Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaConfig,
@@ -92,7 +93,8 @@ def _idefics3(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[typ
 
 def _paligemma(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
     vision = SiglipVisionConfig(**{**_SMALL_TOWER, **vision_options}, projection_dim=64, vision_use_head=False)
-    text = GemmaConfig(**text, head_dim=16)
+    has_window = "sliding_window" in text  # as PaliGemma 2
+    text = (Gemma2Config if has_window else GemmaConfig)(**text, head_dim=16)
     config = PaliGemmaConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, projection_dim=64, hidden_size=64, vocab_size=96
     )

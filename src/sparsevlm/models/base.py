@@ -17,7 +17,8 @@ from .layout import Grid, Layout, grid_coordinates
 # Kinds of decoder layers, by transformers' names.
 FULL, SLIDING, RECURRENT = "full_attention", "sliding_attention", "linear_attention"
 _AROUND = tuple(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video", "audio") for end in ("start", "end"))
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", *_AROUND, "boi_token_index", "eoi_token_index")
+_OF_GEMMA = tuple(f"{end}{kind}_token_{name}" for end in ("bo", "eo") for kind in "ia" for name in ("id", "index"))
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", *_AROUND, *_OF_GEMMA)
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,12 @@ class Decoder:
         Of a layer whose MLP is made of experts, how many of them compute a token; 0: no layer is.
     state_size : int
         Numbers in the state that a recurrent layer carries from token to token.
+    per_token : tuple of int
+        Positional arguments of a layer, besides the hidden states at 0, that hold something for each token,
+        (batch, q_len, …) or ``None``.
+    n_shared : int
+        Layers at the end that have no keys and values of their own: they attend to those of the last layer before them
+        of the same kind.
     """
 
     module: Any
@@ -181,6 +188,8 @@ class Decoder:
     late_features: LateFeatures | None = None
     experts_per_token: int = 0
     state_size: int = 0
+    per_token: tuple[int, ...] = ()
+    n_shared: int = 0
 
     @functools.cached_property
     def layer_types(self) -> tuple[str, ...]:
@@ -197,11 +206,29 @@ class Decoder:
         return frozenset(i for i, kind in enumerate(self.layer_types) if kind == SLIDING)
 
     @property
+    def first_shared(self) -> int:
+        """The first layer without keys and values of its own; the number of layers where all have."""
+        return len(self.layers) - self.n_shared
+
+    @functools.cached_property
+    def key_layers(self) -> tuple[int, ...]:
+        """Layer whose keys and values each layer attends to."""
+        types, first = self.layer_types, self.first_shared
+        last_of_kind = {types[i]: i for i in range(first)}
+        return (*range(first), *(last_of_kind[kind] for kind in types[first:]))
+
+    @functools.cached_property
+    def last_target(self) -> int:
+        """The last layer whose output can be pruned: layers behind it compute tokens, and share no keys of dropped
+        ones."""
+        return min((len(self.layers) - 1, *self.key_layers[self.first_shared :])) - 1
+
+    @property
     def default_targets(self) -> tuple[int, ...]:
         """Target layers where none are named: those with full attention if others have not, or every 4th from 2."""
-        last, types = len(self.layers) - 1, self.layer_types
-        full = tuple(i for i in range(last) if types[i] == FULL)
-        return tuple(range(2, last, 4)) if len(full) in (0, last) else full
+        end, types = self.last_target + 1, self.layer_types
+        full = tuple(i for i in range(end) if types[i] == FULL)
+        return tuple(range(2, end, 4)) if len(full) in (0, end) else full
 
     @property
     def n_late(self) -> int:
@@ -324,12 +351,13 @@ class Family:
     protects_separators: bool = True
     # Whether the first request has to show that gathering all rows changes nothing.
     must_be_proven: bool = False
+    # Whether the pixels of all images of a batch are one row, which older transformers repeat as a whole.
+    packs_pixels: ClassVar[bool] = False
     speaks: ClassVar[bool] = False  # another model makes speech of the hidden states that generate returns
     layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, SLIDING})
 
     def check(self, model: Any) -> None:
-        """Refuse a model of the family that cannot be pruned: with layers of another kind, capped scores, or
-        tensor-parallel.
+        """Refuse a model of the family that cannot be pruned: with layers of another kind, or tensor-parallel.
 
         Raises
         ------
@@ -340,11 +368,6 @@ class Family:
             raise NotImplementedError(
                 f"decoder layers of kind {min(unknown)!r} are not supported in a {type(model).__name__}: pruning "
                 f"them was not tested. Supported are {', '.join(sorted(self.layer_kinds))}."
-            )
-        if cap := getattr(self.decoder(model).module.config, "attn_logit_softcapping", None):
-            raise NotImplementedError(
-                f"decoder layers that cap attention scores (attn_logit_softcapping={cap}) are not supported: what is "
-                "read of them would not be the model's attention. Use a model without, such as Gemma 3 or PaliGemma."
             )
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise NotImplementedError(

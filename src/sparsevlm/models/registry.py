@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Family, ModelAdapter
+from .gemma4 import Gemma4Family
 from .generic import GenericFamily
 from .llava import LlavaFamily
+from .minicpmv import MiniCPMVFamily
 from .plain import PackedFamily, SizedFamily, TiledFamily
 from .qwen2_vl import Qwen2VLFamily
 from .qwen3_5 import Qwen3_5Family
@@ -52,6 +54,15 @@ FAMILIES: tuple[Family, ...] = (
         encoder_inputs=("pixel_attention_mask",),
     ),
     TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image"),
+    Gemma4Family(("gemma4",), ("Gemma4ForConditionalGeneration",), merge="vision_config.pooling_kernel_size"),
+    Gemma4Family(
+        ("gemma4_unified",),
+        ("Gemma4UnifiedForConditionalGeneration",),
+        tower="model.embed_vision",
+        blocks="",
+        unreadable="it has no blocks: pixels become tokens in one step",
+    ),
+    MiniCPMVFamily(("minicpmv4_6",), ("MiniCPMV4_6ForConditionalGeneration",)),
     TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",)),
     TiledFamily(
         ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"

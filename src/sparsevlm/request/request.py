@@ -197,6 +197,8 @@ class Request:
         Cache that the request filled; later passes on it are its decode steps.
     logits_to_keep : int
         Rows at the end that the caller wants logits of; 0: all.
+    n_last : int
+        Rows at the end that layers without keys of their own compute; 0: all.
     copies : int
         Rows per prompt: beams or returned sequences.
     prompt : Tensor of shape (batch, q_len), int64, or None
@@ -235,6 +237,7 @@ class Request:
     finished: bool = False
     cache: weakref.ref[Cache] | None = None
     logits_to_keep: int = 0
+    n_last: int = 0
     copies: int = 1
     prompt: Tensor | None = None
     first: Request | None = None
@@ -302,6 +305,10 @@ class Request:
     def forget_embeddings(self) -> None:
         """Drop what only the prompt needs."""
         self.features, self.vision = None, []
+
+    def compute_last(self, n_rows: int) -> None:
+        """Note how many rows layers without keys of their own compute; 0: all."""
+        self.n_last = n_rows
 
     def place(self, rows: Tensor) -> None:
         """Take the position of each row that is left in the hidden states, (batch, n_rows); -1: a filler."""
