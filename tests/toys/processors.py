@@ -90,7 +90,7 @@ def _tokenizer(tokens: Mapping[str, int], named: Mapping[str, str]) -> PreTraine
 
 
 def _made(**classes: Any) -> Callable[[], dict[str, Any]]:
-    """Parts by their classes' names and arguments; of an image processor, that of Pillow where torchvision is missing."""
+    """Parts by their classes' names and arguments; image processors are Pillow's where torchvision is missing."""
 
     def make() -> dict[str, Any]:
         return {part: _class(name)(**options) for part, (name, options) in classes.items()}
@@ -310,7 +310,10 @@ PROCESSED: dict[str, Processed] = {
         "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
         _made(
             image_processor=("Kimi_K25ImageProcessor", {"patch_size": PATCH, "merge_size": 2}),
-            video_processor=("Kimi_K25VideoProcessor", {"patch_size": PATCH, "merge_size": 2, "do_sample_frames": False}),
+            video_processor=(
+                "Kimi_K25VideoProcessor",
+                {"patch_size": PATCH, "merge_size": 2, "do_sample_frames": False},
+            ),
         ),
         "<|kimi_k25_video_placeholder|>",
         needs=("torchvision",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Decoder, Family, Modality, ModelAdapter, Vision
-from .layout import Grid, Layout
+from .layout import Grid, Layout, Tiles, as_grid
+
+Run = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,24 @@ class PlainFamily(Family):
 
 
 @dataclass(frozen=True)
-class TiledFamily(PlainFamily):
-    """Images in tiles of one size, each of as many visual tokens; tiles of one image may stand apart in the prompt.
+class CutFamily(PlainFamily):
+    """Images in tiles of one size, each of as many visual tokens; subclasses say which tiles are of one image.
 
-    What reaches the model does not tell how tiles lie beside each other: they count as steps in time.
+    Tiles count as steps in time: what reaches the model does not tell how they lie beside each other.
 
     Attributes
     ----------
     tile_tokens : str
         Where the configuration has the number of visual tokens of a tile, instead of ``merge``.
+    whole : str
+        Which tile of several shows the whole picture: ``"first"`` or ``"last"``; empty: none.
+    is_cut : bool
+        Whether pictures are cut into tiles at all; else each is one tile, and may stand right behind another.
     """
 
     tile_tokens: str = ""
+    whole: str = ""
+    is_cut: bool = True
 
     def patches_per_side(self, model: Any) -> int:
         """Patches per side that form one visual token."""
@@ -125,18 +134,47 @@ class TiledFamily(PlainFamily):
         size, patch = (_listed(getattr(config, name)) for name in ("image_size", "patch_size"))
         return size[0] // patch[0], size[-1] // patch[-1]
 
-    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
-        """From the runs of placeholders, each of which holds whole tiles."""
-        tile, ids = self.tile(adapter.model), inputs.get("input_ids")
-        if tile is None or ids is None:
+    def images(self, adapter: ModelAdapter, ids: Sequence[int], runs: Sequence[Run]) -> list[tuple[int, int]]:
+        """Placeholders of each image of a prompt, and how many of its tiles lie beside each other; 0: not known.
+
+        Parameters
+        ----------
+        adapter : ModelAdapter
+        ids : sequence of int
+            Of the prompt.
+        runs : sequence of (start, end)
+            Of its placeholders.
+        """
+        raise NotImplementedError
+
+    def layouts(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> Sequence[Layout] | None:
+        """From the runs of placeholders."""
+        tile, input_ids = self.tile(adapter.model), inputs.get("input_ids")
+        if tile is None or input_ids is None:
             return None
-        side, grids = self.patches_per_side(adapter.model), []
+        side, found = self.patches_per_side(adapter.model), list[Layout]()
         height, width = (math.ceil(length / side) for length in tile)
-        for length in runs(ids, adapter.modalities[kind].token_id):
-            if length % (height * width):
-                return None
-            grids.append((length // (height * width), height, width))
-        return grids
+        for ids in input_ids.tolist():
+            for n_placeholders, columns in self.images(adapter, ids, runs(ids, adapter.modalities[kind].token_id)):
+                n_tiles, rest = divmod(n_placeholders, height * width)
+                if rest:
+                    return None
+                if self.is_cut:
+                    found.append(self._layout(n_tiles, columns, height, width))
+                else:
+                    found += [(1, height, width)] * n_tiles
+        return found
+
+    def _layout(self, n_tiles: int, columns: int, height: int, width: int) -> Layout:
+        if n_tiles == 1 or not self.whole:
+            return (n_tiles, height, width)
+        counts = ((n_tiles - 1, columns), (1, 1)) if self.whole == "last" else ((1, 1), (n_tiles - 1, columns))
+        return Tiles(tuple((n, height, width) for n, _ in counts), (False, False), columns=tuple(n for _, n in counts))
+
+    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
+        """Of whole images, tiles one behind the other."""
+        layouts = self.layouts(adapter, kind, inputs)
+        return None if layouts is None else [grid for grid in map(as_grid, layouts) if grid is not None]
 
     def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
         """Of each tile, where several patches form one visual token."""
@@ -144,6 +182,15 @@ class TiledFamily(PlainFamily):
         if tile is None or side == 1:
             return None
         return [tile] * arguments["pixel_values"].shape[0]
+
+
+@dataclass(frozen=True)
+class TiledFamily(CutFamily):
+    """Each run of placeholders is an image of whole tiles."""
+
+    def images(self, adapter: ModelAdapter, ids: Sequence[int], runs: Sequence[Run]) -> list[tuple[int, int]]:
+        """Every run."""
+        return [(end - start, 0) for start, end in runs]
 
 
 @dataclass(frozen=True)
@@ -225,18 +272,14 @@ def drops_class_token(model: Any) -> bool:
     return getattr(model.config, "vision_feature_select_strategy", None) == "default"
 
 
-def runs(input_ids: Any, token_id: int) -> list[int]:
-    """Lengths of the runs of a token, row by row of a batch."""
-    lengths: list[int] = []
-    for row in (input_ids == token_id).tolist():
-        before = False
-        for is_token in row:
-            if is_token and before:
-                lengths[-1] += 1
-            elif is_token:
-                lengths.append(1)
-            before = is_token
-    return lengths
+def runs(ids: Sequence[int], token_id: int) -> list[Run]:
+    """Where the runs of a token begin and end in a prompt."""
+    found: list[Run] = []
+    for token, group in itertools.groupby(enumerate(ids), key=lambda item: item[1]):
+        if token == token_id:
+            positions = [position for position, _ in group]
+            found.append((positions[0], positions[-1] + 1))
+    return found
 
 
 def _listed(value: Any) -> list[Any]:

@@ -6,7 +6,9 @@ from typing import Any
 
 from .base import Family, ModelAdapter
 from .generic import GenericFamily
+from .idefics import IdeficsFamily
 from .llava import LlavaFamily
+from .ovis2 import Ovis2Family
 from .plain import PackedFamily, SizedFamily, TiledFamily
 from .qwen2_vl import Qwen2VLFamily
 from .qwen3_5 import Qwen3_5Family
@@ -32,8 +34,9 @@ FAMILIES: tuple[Family, ...] = (
         blocks="encoder.layer",
         attention="attention",
         merge="downsample_ratio",
+        whole="last",
     ),
-    TiledFamily(
+    IdeficsFamily(
         ("idefics3", "smolvlm"),
         ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
         text="model.text_model",
@@ -41,12 +44,12 @@ FAMILIES: tuple[Family, ...] = (
         merge="scale_factor",
         unreadable="patches that only fill a tile up would count as well",
     ),
-    TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image"),
-    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",)),
-    TiledFamily(
+    TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image", is_cut=False),
+    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",), is_cut=False),
+    Ovis2Family(
         ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"
     ),
-    TiledFamily(("deepseek_vl",), ("DeepseekVLForConditionalGeneration",), tower="model.vision_model"),
+    TiledFamily(("deepseek_vl",), ("DeepseekVLForConditionalGeneration",), tower="model.vision_model", is_cut=False),
     SizedFamily(
         ("mistral3",),
         ("Mistral3ForConditionalGeneration",),
