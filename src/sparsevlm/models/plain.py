@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .base import Decoder, Family, Modality, ModelAdapter, Vision
-from .layout import Grid, Layout, Tiles, as_grid
+from .layout import Grid, Layout, Tiles, as_grid, n_tokens
 
 Run = tuple[int, int]
 
@@ -237,8 +237,10 @@ class PackedFamily(PlainFamily):
         return [(h, w) for t, h, w in arguments["grid_thw"].tolist() for _ in range(t)]
 
     def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
-        """M-RoPE's positions, where the family has them."""
-        if position_ids is None or position_ids.shape[0] != 3:
+        """By the grids; M-RoPE, where the family has it, counts rows and columns of a frame from where it stands."""
+        layouts = tuple(layouts)
+        fits = sum(map(n_tokens, layouts)) == visual.shape[0]
+        if fits or position_ids is None or position_ids.shape[0] != 3:
             return super().coordinates(layouts, position_ids, visual)
         return position_ids[:, visual].long()
 
