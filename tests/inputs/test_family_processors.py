@@ -12,7 +12,7 @@ from PIL import Image
 from sparsevlm import apply_sparsevlm
 from sparsevlm.cli.asking import build_inputs
 from sparsevlm.inputs import load_processor, torchvision_works
-from toys import FAMILIES, tiny_model
+from toys import FAMILIES, IS_OLD, tiny_model
 from toys.processors import PROCESSED, save_processor
 
 # By family, parts (t, h, w) of a picture of 168 x 112 and of one of 84 x 84, where they are no 4 x 6 and 3 x 3.
@@ -134,6 +134,8 @@ def test_images_of_a_processor(family, tmp_path):
 
 @pytest.mark.parametrize("family", [name for name, one in PROCESSED.items() if one.video], indirect=True)
 def test_a_video_of_a_processor(family, tmp_path):
+    if family == "kimi_k25" and IS_OLD:
+        pytest.skip("this transformers does not run videos of Kimi K2.5")
     model = tiny_model(family)
     model.config.save_pretrained(tmp_path)
     processor = load_processor(save_processor(family, tmp_path))

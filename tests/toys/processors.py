@@ -11,9 +11,11 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-from .kinds import AUDIO, AUDIO_END, AUDIO_START, EOS, IMAGE, INDICATORS, PAD, PATCH, VIDEO, VISION_END, VISION_START
+from .kinds import AUDIO, AUDIO_END, AUDIO_START, EOS, IMAGE, INDICATORS, IS_OLD, PAD, PATCH, VIDEO, VISION_END, VISION_START
 
 _WORDS = ("\n", "what", "is", "in", "the", "picture", "video", "user", "assistant", "Here", "and", "crops")
+# What older transformers have torchvision for, newer ones do with Pillow.
+_FORMERLY = ("torchvision",) if IS_OLD else ()
 _TEMPLATE = (
     "{% for message in messages %}user {% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
     "{% elif part['type'] == 'video' %}VIDEO{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
@@ -44,8 +46,7 @@ class Processed:
     options : dict
         More arguments.
     has_template : bool
-    vision : dict
-        Of the toy's tower, where its own options do not fit.
+        Whether prompts come from a chat template.
     needs : tuple of str
         Packages without which it cannot be made.
     """
@@ -227,6 +228,7 @@ PROCESSED: dict[str, Processed] = {
         "<image>",
         _made(image_processor=("Idefics3ImageProcessor", _IDEFICS_IMAGES)),
         options={"image_seq_len": 4},
+        needs=_FORMERLY,
     ),
     "smolvlm": Processed(
         "SmolVLMProcessor",
@@ -267,6 +269,7 @@ PROCESSED: dict[str, Processed] = {
         "<image>\n",
         _made(image_processor=("Ovis2ImageProcessor", {"size": _TILE, "crop_to_patches": True, "max_patches": 6})),
         options={"image_seq_length": 4},
+        needs=_FORMERLY,
     ),
     "deepseek_vl": Processed(
         "DeepseekVLProcessor",
@@ -284,6 +287,7 @@ PROCESSED: dict[str, Processed] = {
             image_processor=("PixtralImageProcessor", {"size": {"longest_edge": 12 * PATCH}, "patch_size": PATCH})
         ),
         options={"patch_size": PATCH, "spatial_merge_size": 2},
+        needs=("torchvision",),
     ),
     "glm4v": _glm("Glm4v"),
     "glm4v_moe": _glm("Glm4v"),
@@ -300,6 +304,7 @@ PROCESSED: dict[str, Processed] = {
             )
         ),
         named={"image_token": "<|IMAGE_PLACEHOLDER|>"},
+        needs=_FORMERLY,
     ),
     "kimi_k25": Processed(
         "Kimi_K25Processor",

@@ -65,7 +65,7 @@ def build_inputs(
     content: list[dict[str, Any]] = [{"type": "image"}] * len(images) + [{"type": "video"}] * bool(frames)
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
     clip = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
-    videos, metadata = ([list(frames)], [clip]) if frames else ([], [])
+    videos, metadata = ([[list(frames)]], [clip]) if frames else ([], [])
     return process(processor, [render_turn(processor, messages)], [images], videos, metadata)
 
 

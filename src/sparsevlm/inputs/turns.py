@@ -6,6 +6,8 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 logger = logging.getLogger(__name__)
 
 
@@ -45,7 +47,7 @@ def process(
     processor: Any,
     prompts: Sequence[str],
     images: Sequence[Sequence[Any]],
-    videos: Sequence[Any] = (),
+    videos: Sequence[Sequence[Any]] = (),
     video_metadata: Sequence[Mapping[str, Any]] = (),
 ) -> Any:
     """Inputs of a batch of prompts, padded to one length.
@@ -56,10 +58,10 @@ def process(
     prompts : sequence of str
     images : sequence of sequences of PIL images
         Of each prompt.
-    videos : sequence of lists of PIL images
-        Of all prompts in order; every frame is taken.
+    videos : sequence of sequences of lists of PIL images
+        Of each prompt; every frame is taken.
     video_metadata : sequence of dict
-        ``fps``, ``total_num_frames`` and ``frames_indices`` of each.
+        ``fps``, ``total_num_frames`` and ``frames_indices`` of each video, in order.
 
     Returns
     -------
@@ -74,11 +76,12 @@ def process(
     if any(images):
         # By prompt, as a chat template gives them: some take several images of one prompt otherwise than single ones.
         options["images"] = [list(own) for own in images]
-    if videos:
+    if any(videos):
         if getattr(processor, "video_processor", None) is None:
             raise ValueError(f"{type(processor).__name__} takes no videos; give frames as images, one by one.")
-        options |= {"videos": list(videos), "video_metadata": [dict(one) for one in video_metadata]}
-        options["do_sample_frames"] = False
+        # Lists of frames are taken for several videos by some.
+        options["videos"] = [[np.stack([np.asarray(frame) for frame in clip]) for clip in own] for own in videos]
+        options |= {"video_metadata": [dict(one) for one in video_metadata], "do_sample_frames": False}
     inputs = processor(text=list(prompts), padding=True, return_tensors="pt", **options)
     inputs.pop("labels", None)  # of a prompt to be learned, which some processors add to any
     return inputs
