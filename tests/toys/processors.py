@@ -11,7 +11,20 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
-from .kinds import AUDIO, AUDIO_END, AUDIO_START, EOS, IMAGE, INDICATORS, IS_OLD, PAD, PATCH, VIDEO, VISION_END, VISION_START
+from .kinds import (
+    AUDIO,
+    AUDIO_END,
+    AUDIO_START,
+    EOS,
+    IMAGE,
+    INDICATORS,
+    IS_OLD,
+    PAD,
+    PATCH,
+    VIDEO,
+    VISION_END,
+    VISION_START,
+)
 
 _WORDS = ("\n", "what", "is", "in", "the", "picture", "video", "user", "assistant", "Here", "and", "crops")
 # What older transformers have torchvision for, newer ones do with Pillow.

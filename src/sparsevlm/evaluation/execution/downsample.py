@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
@@ -16,6 +17,11 @@ def visual_tokens(image_processor: Any, image: Image.Image) -> int:
     return int(patches) // image_processor.merge_size**2
 
 
+def cuts_grids(image_processor: Any) -> bool:
+    """Tells whether the sides of an image decide its grid of visual tokens, in multiples of one length."""
+    return all(hasattr(image_processor, name) for name in ("merge_size", "patch_size", "get_number_of_image_patches"))
+
+
 def downsampled(image_processor: Any, images: Sequence[Image.Image], keep: int | float) -> tuple[Image.Image, ...]:
     """Downsamples the images of a sample until their visual tokens fit a budget.
 
@@ -25,7 +31,8 @@ def downsampled(image_processor: Any, images: Sequence[Image.Image], keep: int |
 
     Parameters
     ----------
-    image_processor : Qwen2VLImageProcessor or Qwen2VLImageProcessorPil
+    image_processor : ImageProcessor
+        One that cuts grids, such as Qwen2VLImageProcessor.
     images : sequence of PIL images
     keep : int or float
         Visual tokens of the sample, or a fraction of them.
@@ -40,6 +47,49 @@ def downsampled(image_processor: Any, images: Sequence[Image.Image], keep: int |
         rows, columns = fitting_grid(image.height, image.width, fraction * count)
         smaller.append(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
     return tuple(smaller)
+
+
+def scaled_to_fit(
+    count: Callable[[tuple[tuple[int, int], ...]], int], images: Sequence[Image.Image], keep: int | float
+) -> tuple[Image.Image, ...]:
+    """Downsamples the images of a sample by one factor, the largest at which their visual tokens fit a budget.
+
+    For processors that cut images into tiles. Where the least that they make is more than the budget, that is taken,
+    and shows in the measured number of tokens.
+
+    Parameters
+    ----------
+    count : callable
+        ``count(sizes)`` gives the visual tokens of images of these widths and heights.
+    images : sequence of PIL images
+    keep : int or float
+        Visual tokens of the sample, or a fraction of them.
+
+    Raises
+    ------
+    NotImplementedError
+        If images of any size become as many tokens.
+    """
+    sizes = tuple(image.size for image in images)
+    n_visual = count(sizes)
+    budget = keep if isinstance(keep, int) else math.floor(keep * n_visual + 1e-9)
+    if budget >= n_visual:
+        return tuple(images)
+    # Factors from 1 / 64 to 1, of which each is four percent larger than the one before.
+    scales = [_scaled(sizes, 64 ** (step / 106 - 1)) for step in range(107)]
+    least = count(scales[0])
+    if least == n_visual:
+        raise NotImplementedError(
+            f"the processor makes {n_visual} visual tokens of these images at any size, so that smaller ones are no "
+            f"baseline of fewer tokens. Leave the setting downsample out for this model."
+        )
+    most = bisect.bisect_right(scales, max(budget, least), key=count) - 1
+    smaller = scales[max(most, 0)]
+    return tuple(image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, smaller, strict=True))
+
+
+def _scaled(sizes: Sequence[tuple[int, int]], factor: float) -> tuple[tuple[int, int], ...]:
+    return tuple((max(1, round(width * factor)), max(1, round(height * factor))) for width, height in sizes)
 
 
 def fitting_grid(height: int, width: int, budget: float) -> tuple[int, int]:
