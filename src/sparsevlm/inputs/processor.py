@@ -18,8 +18,8 @@ _OURS = ("qwen2_vl", "qwen2_5_vl", "Qwen2VLProcessor", "Qwen2_5_VLProcessor")
 def load_processor(path_or_id: str | Path, *, local_files_only: bool = False) -> Any:
     """Load what turns text and images into inputs: transformers' ``AutoProcessor``.
 
-    Most processors need torchvision. Where that is missing or broken, :class:`ImageTextProcessor` stands in for those of
-    Qwen2-VL and Qwen2.5-VL, of which the bundled model's is one. Batches are padded on the left in any case.
+    Most processors need torchvision. Where that is missing or broken, :class:`ImageTextProcessor` stands in for those
+    of Qwen2-VL and Qwen2.5-VL, of which the bundled model's is one. Batches are padded on the left in any case.
 
     Parameters
     ----------

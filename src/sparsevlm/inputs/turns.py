@@ -40,7 +40,9 @@ def render_turn(processor: Any, messages: Sequence[Mapping[str, Any]]) -> str:
             "Save one with the checkpoint (chat_template.jinja), or write the prompt yourself and call the processor."
         )
     logger.info("%s has no chat template: the prompt is placeholders and text", type(processor).__name__)
-    return "".join(tokens[kind] for kind in kinds) + "\n".join(part["text"] for part in parts if part["type"] == "text")
+    return "".join(str(tokens[kind]) for kind in kinds) + "\n".join(
+        part["text"] for part in parts if part["type"] == "text"
+    )
 
 
 def process(

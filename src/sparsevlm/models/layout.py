@@ -54,9 +54,11 @@ def views(layout: Layout) -> tuple[View, ...]:
 
 
 def as_grid(layout: Layout) -> Grid | None:
-    """The grid (t, h, w) of a layout, tiles of one size one behind the other; ``None``: it has none."""
+    """Grid (t, h, w) of a layout, separators apart, tiles of one size one behind the other; ``None``: it has none."""
     if not isinstance(layout, Tiles):
         return layout
+    if len(layout.parts) == 1:
+        return layout.parts[0]
     sizes = {part[1:] for part in layout.parts}
     if len(sizes) > 1 or layout.ends_all or any(layout.ends_rows):
         return None

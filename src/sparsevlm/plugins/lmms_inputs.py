@@ -140,8 +140,8 @@ def _check_bounded(processor: Any, option: str) -> None:
     size = getattr(images, "size", None) or {}
     if not hasattr(images, "merge_size") or any(dict(size).get(name) is None for name in _BOUNDS):
         raise NotImplementedError(
-            f"{option} needs an image processor that bounds pixels (size with {' and '.join(_BOUNDS)}, and merge_size), "
-            f"got {type(images).__name__} with size {dict(size)}. Leave {option} out."
+            f"{option} needs an image processor that bounds pixels (size with {' and '.join(_BOUNDS)}, and "
+            f"merge_size), got {type(images).__name__} with size {dict(size)}. Leave {option} out."
         )
 
 
