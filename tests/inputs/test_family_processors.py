@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
-from sparsevlm import apply_sparsevlm
+from sparsevlm import Report, SparseVLMConfig, apply_sparsevlm
+from sparsevlm.cli import app
 from sparsevlm.cli.asking import build_inputs
+from sparsevlm.evaluation.execution.downsample import VisualCounter
+from sparsevlm.evaluation.execution.generation import BatchGenerator
+from sparsevlm.evaluation.settings import EvalConfig, Setting
+from sparsevlm.evaluation.suites.suite import Sample
 from sparsevlm.inputs import load_processor, torchvision_works
+from sparsevlm.visualization.overlay import rows_of
 from toys import FAMILIES, IS_OLD, tiny_model
 from toys.processors import PROCESSED, save_processor
 
@@ -149,3 +156,89 @@ def test_a_video_of_a_processor(family, tmp_path):
     sample = check(model, inputs, images)
     if (kind := "video") in FAMILIES[family].kinds:
         assert placeholders(inputs, family, kind) == sample.n_visual + (family == "llava_onevision")
+
+
+@pytest.fixture
+def checkpoint(family, tmp_path):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path / "model")
+    picture(168, 112).save(tmp_path / "picture.png")
+    return save_processor(family, tmp_path / "model")
+
+
+def call(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_commands_take_any_family(family, checkpoint, tmp_path):
+    attention = "eager" if FAMILIES[family].attentions == ("eager",) else "sdpa"
+    image, drawn, again = (tmp_path / name for name in ("picture.png", "drawn.png", "again.png"))
+    options = ["--keep", "0.6", "--min-keep", 4, "--max-new-tokens", 2, "--device", "cpu", "--attn", attention]
+    files = ["--report", tmp_path / "report.json", "--picture", drawn]
+    call("run", "--model", checkpoint, "--prompt", "what is in the picture", "--image", image, *options, *files)
+    report = Report.from_json(tmp_path / "report.json")
+    assert report.samples[0].stages[0].n_kept < report.n_visual
+    if family in ("llava", "gemma3"):
+        call("visualize", tmp_path / "report.json", "--image", image, "--out", again, "--model", checkpoint)
+        assert again.read_bytes()[:4] == drawn.read_bytes()[:4] == b"\x89PNG"
+
+
+def seen_cells(pixels, height, width):
+    """Mean colours of the cells of tiles, (n_tokens, 3)."""
+    means = torch.nn.functional.adaptive_avg_pool2d(pixels.float(), (height, width))
+    return means.permute(0, 2, 3, 1).reshape(-1, 3).numpy()
+
+
+# Whose processors make as many tokens of any picture, or as its aspect says.
+SIZELESS = {"llava", "gemma3", "paligemma", "deepseek_vl", "internvl", "idefics3", "smolvlm"}
+WITH_WHOLE = {"llava_next", "llava_onevision"}  # whose tokens are never fewer
+TILED = ("llava", "gemma3", "paligemma", "deepseek_vl", "internvl", "idefics3", "smolvlm", "ovis2")
+
+
+@pytest.mark.parametrize("family", TILED, indirect=True)
+@pytest.mark.parametrize("size", [(168, 112), (84, 168), (112, 112), (280, 84)])
+def test_overlays_show_what_the_tower_sees(family, size, tmp_path):
+    """Colours of the patches behind each token are those of the picture where the overlay has it."""
+    model = tiny_model(family)
+    model.config.save_pretrained(tmp_path)
+    processor, image = load_processor(save_processor(family, tmp_path)), picture(*size)
+    inputs = build_inputs(processor, "what is in the picture", images=[image])
+    with apply_sparsevlm(model, keep=0.5, min_keep=1) as state:
+        model.generate(**inputs, max_new_tokens=1)
+    rows = rows_of(state.report.samples[0], [image], processor=processor)
+    (_, height, width) = state.report.samples[0].grids[0]
+    pixels = inputs["pixel_values"].flatten(0, -4)
+    cells = seen_cells(pixels, height, width)
+    assert len(cells) == state.report.n_visual
+    for row in rows:
+        seen = np.stack([row.arranged(channel) for channel in cells.T], axis=-1)
+        shown = np.asarray(row.image.convert("RGB").resize((row.width, row.height), Image.Resampling.BOX), dtype=float)
+        for channel in range(3):
+            alike = np.corrcoef(seen[..., channel].ravel(), shown[..., channel].ravel())[0, 1]
+            assert alike > 0.97, (row.tiles, channel)
+
+
+def test_evaluation_takes_any_family(family, checkpoint):
+    attention = "eager" if FAMILIES[family].attentions == ("eager",) else "sdpa"
+    config = EvalConfig("demo", str(checkpoint), device="cpu", attn=attention)
+    generator = BatchGenerator(config, max_new_tokens=2)
+    samples = [
+        Sample((picture(168, 112),), "what", ("x",), "exact"),
+        Sample((picture(84, 84), picture(168, 112, 1)), "what is", ("x",), "exact"),
+    ]
+    dense = generator.generate(Setting("dense"), samples)
+    assert all(answer.n_visual == answer.avg_tokens > 0 for answer in dense)
+    smaller = generator.generate(Setting("downsample", 0.5), samples)
+    counter = VisualCounter(generator._adapter, generator.processor)
+    if family in SIZELESS:
+        assert "of a picture of any size" in counter.unsupported_reason()
+    else:
+        assert counter.unsupported_reason() is None
+        assert smaller[0].n_visual < dense[0].n_visual
+        assert smaller[0].n_visual <= dense[0].n_visual / 2 or family in WITH_WHOLE
+    pruning = SparseVLMConfig(keep=0.6, min_keep=4, target_layers=(1, 3))
+    pruned = generator.generate(Setting("span", 0.6, None, pruning), samples)
+    assert [answer.n_visual for answer in pruned] == [answer.n_visual for answer in dense]
+    assert all(answer.avg_tokens < answer.n_visual for answer in pruned)

@@ -29,18 +29,18 @@ def as_seen(part: Any, image: Image.Image, height: int, width: int) -> Image.Ima
     height, width : int
         Grid of its visual tokens.
     """
-    if has_shape(image, height, width):
-        return image
     if getattr(part, "do_center_crop", None):
         return image.crop(_centre(part, image))
-    pads = getattr(part, "do_pad", None) is not False
-    if pads and hasattr(part, "pad_to_square"):
+    if hasattr(part, "pad_to_square") and getattr(part, "do_pad", None) is not False:
         side = max(image.size)
-        square = Image.new("RGB", (side, side), (127, 127, 127))
+        filling = getattr(part, "background_color", None)
+        square = Image.new("RGB", (side, side), tuple(filling) if isinstance(filling, (list, tuple)) else (0, 0, 0))
         square.paste(as_rgb(image), ((side - image.width) // 2, (side - image.height) // 2))
         return square
-    side = max(image.size)
-    return image.resize((max(1, side * width // max(height, width)), max(1, side * height // max(height, width))))
+    if has_shape(image, height, width):
+        return image
+    scale = max(image.size) / max(height, width)
+    return image.resize((max(1, round(width * scale)), max(1, round(height * scale))))
 
 
 def _centre(part: Any, image: Image.Image) -> tuple[int, int, int, int]:

@@ -111,7 +111,7 @@ def draw_report(
     chosen = report.samples[sample]
     if not chosen.grids and not chosen.views:
         raise ValueError(f"sample {sample} of the report has no images to draw.")
-    rows = _rows(chosen, visuals, max_frames, processor)
+    rows = rows_of(chosen, visuals, max_frames=max_frames, processor=processor)
     notes = [] if report.failed is None else [f"The request failed: {report.failed}."]
     notes.extend([f"Nothing was pruned: {report.skipped_because}."] if report.skipped_because else [])
     notes.extend([chosen.budget_clamped] if chosen.budget_clamped else [])
@@ -192,7 +192,16 @@ def _edges(grown: np.ndarray, state: int) -> np.ndarray:
     return middle & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
 
 
-def _rows(sample: SampleReport, visuals: Sequence[Visual], max_frames: int, processor: Any) -> list[Row]:
+def rows_of(
+    sample: SampleReport, visuals: Sequence[Visual], *, max_frames: int = 4, processor: Any = None
+) -> list[Row]:
+    """What :func:`draw_report` draws of a sample: one row per image, view or frame.
+
+    Raises
+    ------
+    ValueError
+        If the images do not fit the report.
+    """
     n_images = max(len(sample.grids), len(sample.views))
     if len(visuals) != n_images and sum(map(_n_frames, visuals)) == n_images:
         visuals = [frame for visual in visuals for frame in _frames(visual)]  # frames that are images to the model

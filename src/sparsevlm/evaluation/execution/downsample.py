@@ -6,9 +6,16 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from PIL import Image
+
+from ...inputs.turns import process, render_turn
+from ...models import ModelAdapter
+from ...request.counting import visual_counts
+
+Sizes = tuple[tuple[int, int], ...]
 
 
 def visual_tokens(image_processor: Any, image: Image.Image) -> int:
@@ -49,8 +56,42 @@ def downsampled(image_processor: Any, images: Sequence[Image.Image], keep: int |
     return tuple(smaller)
 
 
+class VisualCounter:
+    """Counts the visual tokens that a processor makes of images, by their sizes.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    processor : ProcessorMixin
+    """
+
+    def __init__(self, adapter: ModelAdapter, processor: Any) -> None:
+        self._adapter, self._processor = adapter, processor
+        self._count = lru_cache(maxsize=1024)(self._count_blank)
+
+    def __call__(self, sizes: Sizes) -> int:
+        """Visual tokens of one prompt with images of these widths and heights."""
+        return self._count(sizes)
+
+    def unsupported_reason(self) -> str | None:
+        """Why smaller images are no baseline for this processor, or ``None``."""
+        if cuts_grids(self._processor.image_processor):
+            return None
+        n_visual = self(((1280, 960),))
+        if n_visual > self(((40, 30),)):
+            return None
+        return f"{type(self._processor).__name__} makes {n_visual} visual tokens of a picture of any size"
+
+    def _count_blank(self, sizes: Sizes) -> int:
+        content = [*({"type": "image"} for _ in sizes), {"type": "text", "text": "x"}]
+        prompt = render_turn(self._processor, [{"role": "user", "content": content}])
+        blank = [Image.new("RGB", size) for size in sizes]
+        (count,) = visual_counts(self._adapter, process(self._processor, [prompt], [blank]))
+        return count
+
+
 def scaled_to_fit(
-    count: Callable[[tuple[tuple[int, int], ...]], int], images: Sequence[Image.Image], keep: int | float
+    count: Callable[[Sizes], int], images: Sequence[Image.Image], keep: int | float
 ) -> tuple[Image.Image, ...]:
     """Downsamples the images of a sample by one factor, the largest at which their visual tokens fit a budget.
 
@@ -65,10 +106,6 @@ def scaled_to_fit(
     keep : int or float
         Visual tokens of the sample, or a fraction of them.
 
-    Raises
-    ------
-    NotImplementedError
-        If images of any size become as many tokens.
     """
     sizes = tuple(image.size for image in images)
     n_visual = count(sizes)
@@ -78,17 +115,14 @@ def scaled_to_fit(
     # Factors from 1 / 64 to 1, of which each is four percent larger than the one before.
     scales = [_scaled(sizes, 64 ** (step / 106 - 1)) for step in range(107)]
     least = count(scales[0])
-    if least == n_visual:
-        raise NotImplementedError(
-            f"the processor makes {n_visual} visual tokens of these images at any size, so that smaller ones are no "
-            f"baseline of fewer tokens. Leave the setting downsample out for this model."
-        )
+    if least == n_visual:  # as of several images where only single ones are cut
+        return tuple(images)
     most = bisect.bisect_right(scales, max(budget, least), key=count) - 1
     smaller = scales[max(most, 0)]
     return tuple(image.resize(size, Image.Resampling.BICUBIC) for image, size in zip(images, smaller, strict=True))
 
 
-def _scaled(sizes: Sequence[tuple[int, int]], factor: float) -> tuple[tuple[int, int], ...]:
+def _scaled(sizes: Sizes, factor: float) -> Sizes:
     return tuple((max(1, round(width * factor)), max(1, round(height * factor))) for width, height in sizes)
 
 

@@ -21,7 +21,7 @@ from ...request.costs import prefill_flops
 from ...request.counting import visual_counts
 from ..settings import DOWNSAMPLE, EvalConfig, Setting
 from ..suites.suite import Sample
-from .downsample import cuts_grids, downsampled, scaled_to_fit
+from .downsample import VisualCounter, cuts_grids, downsampled, scaled_to_fit
 from .resolved_model import resolve_model
 
 
@@ -71,7 +71,7 @@ class BatchGenerator:
         self.max_new_tokens = max_new_tokens
         self._adapter = adapter_for(self.model)
         self._flops = lru_cache(maxsize=None)(lambda tokens: prefill_flops(self._adapter, tokens, 0))
-        self._count = lru_cache(maxsize=1024)(self._count_blank)
+        self._count = VisualCounter(self._adapter, self.processor)
         self._last_inputs: tuple[Sequence[Sample], Any] | None = None
         self._state: Any = None
 
@@ -130,12 +130,6 @@ class BatchGenerator:
         if cuts_grids(processor):
             return downsampled(processor, sample.images, keep)
         return scaled_to_fit(self._count, sample.images, keep)
-
-    def _count_blank(self, sizes: tuple[tuple[int, int], ...]) -> int:
-        """Visual tokens of images of these sizes."""
-        blank = tuple(Image.new("RGB", size) for size in sizes)
-        (count,) = visual_counts(self._adapter, self._processed([Sample(blank, "x", (), "exact")]))
-        return count
 
     def _processed(self, samples: Sequence[Sample]) -> Any:
         prompts = [self._prompt(sample) for sample in samples]
