@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, ProcessorMixin
+
+from sparsevlm.inputs import torchvision_works
 
 from .kinds import (
     AUDIO,
@@ -81,6 +84,16 @@ class Processed:
         cls = getattr(transformers, self.name)
         template = template if self.has_template else None
         return cls(**self.parts(), tokenizer=tokenizer, chat_template=template, **self.options)
+
+
+def missing_packages(family: str) -> list[str]:
+    """Packages that the processor of a family needs and that are not installed, or cannot be imported."""
+    works = {"torchvision": torchvision_works}
+    return [
+        name
+        for name in PROCESSED[family].needs
+        if not works.get(name, lambda name=name: importlib.util.find_spec(name) is not None)()
+    ]
 
 
 def save_processor(family: str, folder: Path) -> Path:

@@ -62,12 +62,22 @@ def _auto_processor(folder: Path) -> Any:
     return processor
 
 
+def has_own_processor(folder: Path) -> bool:
+    """Tells whether :class:`ImageTextProcessor` does what the processor of a checkpoint folder does."""
+    return _kind(folder) in _OURS
+
+
+def _kind(folder: Path) -> str:
+    """Type of the model, or class of the processor where there is no model."""
+    files = (read_json(folder / name) for name in ("config.json", "processor_config.json"))
+    names = [file.get(key) for file in files for key in ("model_type", "processor_class")]
+    return next((name for name in names if isinstance(name, str)), "unknown")
+
+
 def _in_its_place(folder: Path, error: Exception, works: bool) -> Any:
     """What does the same where ``AutoProcessor`` does not load; else what to do about it."""
     why = " ".join(str(error).split())
-    files = (read_json(folder / name) for name in ("config.json", "processor_config.json"))
-    names = [file.get(key) for file in files for key in ("model_type", "processor_class")]
-    kind = next((name for name in names if isinstance(name, str)), "unknown")
+    kind = _kind(folder)
     if kind in _OURS:
         from .image_text_processor import ImageTextProcessor
 
