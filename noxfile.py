@@ -45,10 +45,21 @@ def lmms_eval(session: nox.Session) -> None:
 
 
 @nox.session
+def processors(session: nox.Session) -> None:
+    """The real processors of all families, most of which need torchvision."""
+    session.install(TORCH)
+    session.install(
+        TORCH, NEWEST, "-e", ".[test,cli]", "num2words"
+    )  # named again: a newer torchvision would replace it
+    tests = ("tests/inputs", "tests/bench/test_family_pictures.py")
+    session.run("pytest", "-p", "torchvision_shim", *tests, *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff and mypy."""
     session.install(TORCH)
-    session.install(NEWEST, "-e", ".[cli,dev]")
+    session.install(TORCH, NEWEST, "-e", ".[cli,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -76,6 +87,6 @@ def wheel(session: nox.Session) -> None:
     empty.mkdir(exist_ok=True)
     session.chdir(empty)
     session.run("sparsevlm", "demo", success_codes=[2])
-    session.install(f"{built}[cli]")
+    session.install(TORCH, f"{built}[cli]")
     session.run("sparsevlm", "demo", "--out", "demo")
     session.run("python", "-c", "import pathlib; assert pathlib.Path('demo/overlay.png').stat().st_size > 10_000")

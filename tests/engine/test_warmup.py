@@ -60,6 +60,7 @@ EXAMPLES = {
     "llava_next": (51, ()),  # the tiles as one picture, whose rows a newline ends
     "llava_onevision": (51, ()),
     "internvl": (56, ((14, 2, 2),)),
+    "deepseek_vl": (9, ((1, 3, 3),)),
     "mistral3": (49, ((1, 7, 7),)),
 }
 
@@ -82,7 +83,7 @@ def test_examples_of_other_families(family):
     assert set(sizes) == {adapter.family.example_size(adapter, size) for size in sizes}
 
 
-@pytest.mark.parametrize("family", ["smolvlm", "deepseek_vl", "gemma3"])
+@pytest.mark.parametrize("family", ["smolvlm", "gemma3", "gemma4", "minicpmv4_6"])
 def test_families_without_examples_say_what_to_do(family):
     state = apply_sparsevlm(tiny_model(family), keep=0.5)
     with pytest.raises(NotImplementedError, match="name typical inputs of generate"):

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models import adapter_for
+from ..models import Family, adapter_for
 from .cases import AnyCase, Case, MixedCase, PictureCase
 from .checkpoint import write_checkpoint_files
 from .estimate import Pace, estimated_seconds, in_words
@@ -28,7 +28,8 @@ class Run:
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     settings : Settings
     origin : dict
         Columns ``commit``, ``model`` and ``command``.
@@ -104,6 +105,23 @@ class Run:
         return {**environment(self._model), **self._origin}
 
 
+def check_cases(model: Any, cases: Sequence[AnyCase]) -> None:
+    """Refuse cases of so many visual tokens where only a processor can make inputs.
+
+    Raises
+    ------
+    NotImplementedError
+    """
+    counted = [case.name for case in cases if not isinstance(case, PictureCase)]
+    adapter = adapter_for(model)
+    if not counted or type(adapter.family).example is not Family.example:
+        return
+    raise NotImplementedError(
+        f"{counted[0]} names a number of visual tokens, which a {adapter.name} does not make of an image of fitting "
+        "size. Measure pictures instead: --cases picture448-b1-n1,picture896-b1-n1."
+    )
+
+
 def run(
     model: Any, cases: Sequence[AnyCase], settings: Settings, origin: Row,
     on_case: Callable[[AnyCase, list[Row]], None] = lambda case, rows: None, *, checkpoint: Path | None = None,
@@ -113,7 +131,8 @@ def run(
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     cases : sequence of Case, PictureCase or MixedCase
     settings : Settings
     origin : dict
@@ -131,7 +150,10 @@ def run(
     ------
     ValueError
         If a selector does not exist.
+    NotImplementedError
+        If a case is of so many visual tokens, and the model's images are no grids of any size.
     """
+    check_cases(model, cases)
     bench = Run(model, settings, origin, checkpoint, vllm)
     estimates = [bench.estimate(case) for case in cases]
     say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}")

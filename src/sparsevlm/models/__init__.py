@@ -1,7 +1,7 @@
 """Model families as data: where the decoder, the vision tower and the visual tokens of a model are."""
 
 from .base import RECURRENT, SLIDING, Decoder, Family, LateFeatures, Modality, ModelAdapter, Vision
-from .layout import Grid, Layout, Tiles, n_tokens, separators
+from .layout import Grid, Layout, Tiles, View, as_grid, n_tokens, separators, views
 from .registry import FAMILIES, adapter_for, register_adapter, supported_model_types
 from .wrapping import check_module, compiled_parts, unwrap, wrapper_hint
 
@@ -17,8 +17,10 @@ __all__ = [
     "Modality",
     "ModelAdapter",
     "Tiles",
+    "View",
     "Vision",
     "adapter_for",
+    "as_grid",
     "check_module",
     "compiled_parts",
     "n_tokens",
@@ -26,5 +28,6 @@ __all__ = [
     "separators",
     "supported_model_types",
     "unwrap",
+    "views",
     "wrapper_hint",
 ]

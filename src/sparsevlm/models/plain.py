@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .base import Decoder, Family, Modality, ModelAdapter, Vision
 from .blocks import with_block, without_block
 from .examples import BlankImage
-from .layout import Grid, Layout
+from .layout import Grid, Layout, n_tokens
 
 # What is taken of the tower; other arguments of an encoder are those of images.
 _OF_TOWER = ("vision_feature_layer", "vision_feature_select_strategy")
@@ -76,7 +76,7 @@ class PlainFamily(Family):
         blocks = self._blocks(tower)
         taken = getattr(model.config, "vision_feature_layer", -1)
         # Outputs are counted from the embeddings on: the last of n blocks is output n, or -1.
-        counts = [index if index >= 0 else len(blocks) + 1 + index for index in _listed(taken)]
+        counts = [index if index >= 0 else len(blocks) + 1 + index for index in listed(taken)]
         n_blocks = min(max(counts), len(blocks))
         readable = () if self.unreadable else tuple(enumerate(map(attrgetter(self.attention), blocks[:n_blocks])))
         return Vision(
@@ -125,70 +125,6 @@ class PlainFamily(Family):
 
 
 @dataclass(frozen=True)
-class TiledFamily(PlainFamily):
-    """Images in tiles of one size, each of as many visual tokens; tiles of one image may stand apart in the prompt.
-
-    What reaches the model does not tell how tiles lie beside each other: they count as steps in time.
-
-    Attributes
-    ----------
-    tile_tokens : str
-        Where the configuration has the number of visual tokens of a tile, instead of ``merge``.
-    in_one_run : bool
-        Whether tiles of one image stand one behind the other in the prompt, as in examples.
-    """
-
-    tile_tokens: str = ""
-    in_one_run: bool = False
-
-    def patches_per_side(self, model: Any) -> int:
-        """Patches per side that form one visual token."""
-        if not self.tile_tokens:
-            return super().patches_per_side(model)
-        vision = model.config.vision_config
-        per_side = math.isqrt(attrgetter(self.tile_tokens)(model.config))
-        return int(vision.image_size // vision.patch_size // per_side)
-
-    def tile(self, model: Any) -> tuple[int, int] | None:
-        """Patches (h, w) of a tile; ``None``: its tokens form no grid."""
-        config = model.config.vision_config
-        if getattr(model.config, "vision_feature_select_strategy", "default") == "full":
-            return None  # with a class token
-        size, patch = (_listed(getattr(config, name)) for name in ("image_size", "patch_size"))
-        return size[0] // patch[0], size[-1] // patch[-1]
-
-    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
-        """Of as many tiles as come near."""
-        tile, side = self.tile(adapter.model), self.patches_per_side(adapter.model)
-        if tile is None or not self.in_one_run:
-            return None
-        per_tile = math.prod(math.ceil(length / side) for length in tile)
-        n_tiles = max(1, round(n_visual / per_tile))
-        size = _listed(adapter.model.config.vision_config.image_size)
-        return BlankImage(n_tiles * per_tile, (n_tiles, 3, size[0], size[-1]))
-
-    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
-        """From the runs of placeholders, each of which holds whole tiles."""
-        tile, ids = self.tile(adapter.model), inputs.get("input_ids")
-        if tile is None or ids is None:
-            return None
-        side, grids = self.patches_per_side(adapter.model), []
-        height, width = (math.ceil(length / side) for length in tile)
-        for length in runs(ids, adapter.modalities[kind].token_id):
-            if length % (height * width):
-                return None
-            grids.append((length // (height * width), height, width))
-        return grids
-
-    def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
-        """Of each tile, where several patches form one visual token."""
-        tile, side = self.tile(adapter.model), self.patches_per_side(adapter.model)
-        if tile is None or side == 1:
-            return None
-        return [tile] * arguments["pixel_values"].shape[0]
-
-
-@dataclass(frozen=True)
 class PackedFamily(PlainFamily):
     """Images as packed patches, whose grids the inputs name as ``image_grid_thw`` and ``video_grid_thw``.
 
@@ -232,8 +168,10 @@ class PackedFamily(PlainFamily):
         return [(h, w) for t, h, w in arguments["grid_thw"].tolist() for _ in range(t)]
 
     def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
-        """M-RoPE's positions, where the family has them."""
-        if position_ids is None or position_ids.shape[0] != 3:
+        """By the grids; M-RoPE, where the family has it, counts rows and columns of a frame from where it stands."""
+        layouts = tuple(layouts)
+        fits = sum(map(n_tokens, layouts)) == visual.shape[0]
+        if fits or position_ids is None or position_ids.shape[0] != 3:
             return super().coordinates(layouts, position_ids, visual)
         return position_ids[:, visual].long()
 
@@ -279,23 +217,10 @@ def drops_class_token(model: Any) -> bool:
     return getattr(model.config, "vision_feature_select_strategy", None) == "default"
 
 
-def runs(input_ids: Any, token_id: int) -> list[int]:
-    """Lengths of the runs of a token, row by row of a batch."""
-    lengths: list[int] = []
-    for row in (input_ids == token_id).tolist():
-        before = False
-        for is_token in row:
-            if is_token and before:
-                lengths[-1] += 1
-            elif is_token:
-                lengths.append(1)
-            before = is_token
-    return lengths
-
-
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """The value of a configuration as a list, which it may be or not."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _first(value: Any) -> Any:
-    return _listed(value)[0]
+    return listed(value)[0]

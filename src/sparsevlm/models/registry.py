@@ -7,14 +7,17 @@ from typing import Any
 from .base import Family, ModelAdapter
 from .gemma4 import Gemma4Family
 from .generic import GenericFamily
+from .idefics import IdeficsFamily
 from .llava import LlavaFamily
 from .minicpmv import MiniCPMVFamily
-from .plain import PackedFamily, SizedFamily, TiledFamily
+from .ovis2 import Ovis2Family
+from .plain import PackedFamily, SizedFamily
 from .qwen2_vl import Qwen2VLFamily
 from .qwen3_5 import Qwen3_5Family
 from .qwen3_vl import Qwen3VLFamily
 from .qwen_omni import OmniFamily
 from .refused import ENCODER_DECODER, REFUSED
+from .tiled import TiledFamily
 from .wrapping import check_module, wrapper_hint
 
 _LAYER = ("vision_feature_layer",)
@@ -41,10 +44,10 @@ FAMILIES: tuple[Family, ...] = (
         blocks="encoder.layer",
         attention="attention",
         merge="downsample_ratio",
+        whole="last",
         encoder_inputs=_TAKEN,
-        in_one_run=True,
     ),
-    TiledFamily(
+    IdeficsFamily(
         ("idefics3", "smolvlm"),
         ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
         text="model.text_model",
@@ -53,7 +56,7 @@ FAMILIES: tuple[Family, ...] = (
         unreadable="patches that only fill a tile up would count as well",
         encoder_inputs=("pixel_attention_mask",),
     ),
-    TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image"),
+    TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image", is_cut=False),
     Gemma4Family(("gemma4",), ("Gemma4ForConditionalGeneration",), merge="vision_config.pooling_kernel_size"),
     Gemma4Family(
         ("gemma4_unified",),
@@ -63,12 +66,16 @@ FAMILIES: tuple[Family, ...] = (
         unreadable="it has no blocks: pixels become tokens in one step",
     ),
     MiniCPMVFamily(("minicpmv4_6",), ("MiniCPMV4_6ForConditionalGeneration",)),
-    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",)),
-    TiledFamily(
+    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",), is_cut=False),
+    Ovis2Family(
         ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"
     ),
     TiledFamily(
-        ("deepseek_vl",), ("DeepseekVLForConditionalGeneration",), tower="model.vision_model", encoder_inputs=()
+        ("deepseek_vl",),
+        ("DeepseekVLForConditionalGeneration",),
+        tower="model.vision_model",
+        is_cut=False,
+        encoder_inputs=(),
     ),
     SizedFamily(
         ("mistral3",),

@@ -268,7 +268,7 @@ def check_call(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
     if inputs.get("labels") is not None:
         raise NotImplementedError(
             "labels= needs a loss over the whole sequence, of which pruning leaves a part. Compute the loss "
-            "after remove_sparsevlm(model)."
+            "after remove_sparsevlm(model); to generate, leave them out."
         )
     has_pixels = any(inputs.get(modality.pixels) is not None for modality in adapter.modalities.values())
     if isinstance(inputs.get("logits_to_keep"), Tensor) and has_pixels:

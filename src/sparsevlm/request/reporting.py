@@ -54,6 +54,7 @@ def _sample_report(request: Request, sample: Sample) -> SampleReport:
         final_tokens=sample.alive.shape[0],
         visual_positions=tuple(sample.visual.tolist()),
         grids=sample.grids,
+        views=sample.views,
         budget=None if plan is None else plan.budget,
         budget_clamped="; ".join(clamped) or None,
         stages=tuple(record.report(sample.image_sizes) for record in sample.stages),

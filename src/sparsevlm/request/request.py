@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..config import SparseVLMConfig
-from ..models import Grid, Layout, ModelAdapter, Tiles
+from ..models import Grid, Layout, ModelAdapter, View, as_grid, views
 from ..report import StageReport
 from ..selection.budget import Plan
 from ..selection.context import Selection, Selector, SelectorTraits
@@ -76,8 +76,14 @@ class Sample:
     @property
     def grids(self) -> tuple[Grid, ...]:
         """Grid (t, h, w) of each image or video; empty where one is not known, or is no single grid."""
-        grids = tuple(layout for layout in self.layouts if not isinstance(layout, Tiles))
+        grids = tuple(grid for grid in map(as_grid, self.layouts) if grid is not None)
         return grids if len(grids) == len(self.layouts) else ()
+
+    @property
+    def views(self) -> tuple[tuple[View, ...], ...]:
+        """Views of each image; empty where none has any."""
+        found = tuple(map(views, self.layouts))
+        return found if any(found) else ()
 
     @property
     def positions(self) -> Tensor:
