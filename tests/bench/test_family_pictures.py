@@ -1,4 +1,4 @@
-"""Pictures through the real processors of families that the engine does not run."""
+"""Cases of families whose tower the engine does not run, some through their real processors."""
 
 from __future__ import annotations
 
@@ -27,6 +27,22 @@ def test_rows(family, n_visual, tmp_path):
     assert all(float(row["p50"]) > 0 for row in rows if row["metric"] == "ms")
 
 
-def test_a_number_of_tokens_needs_grids_of_any_size():
+@pytest.mark.parametrize(("family", "n_visual", "batch"), [("llava", 16, 2), ("internvl", 20, 1), ("mistral3", 16, 1)])
+def test_numbers_of_tokens_that_images_come_in(family, n_visual, batch):
+    rows = run(tiny_model(family), [Case(n_visual, batch, 2)], SETTINGS, ORIGIN)
+    assert {row["n_visual"] for row in rows} == {str(n_visual)}
+    assert {row["path"] for row in rows if row["provider"] in ("ours", "ours-dense", "ours-sparsevlm")} == {"engine"}
+    assert all(float(row["p50"]) > 0 for row in rows if row["metric"] == "ms")
+
+
+def test_a_selector_that_looks_into_the_tower_is_timed_on_hooks():
+    settings = Settings((0.5,), iterations=1, warmup=1, selectors=("visionzip",))
+    rows = run(tiny_model("mistral3"), [Case(64, 1, 2)], settings, ORIGIN)
+    found = {row["path"]: row["note"] for row in rows if row["provider"] == "ours-visionzip"}
+    assert list(found) == ["plain"]
+    assert "of a tower that is not the engine's" in found["plain"]
+
+
+def test_a_number_of_tokens_needs_an_example_of_as_many():
     with pytest.raises(NotImplementedError, match=r"v256-b1-n1 names a number .* a LlavaForConditionalGeneration"):
         run(tiny_model("llava"), [Case(256, 1, 1)], SETTINGS, ORIGIN)

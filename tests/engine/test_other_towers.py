@@ -79,6 +79,7 @@ def test_the_tower_runs_by_its_modules():
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     answer(model, inputs, **GREEDY)
     assert (state.report.path, len(calls)) == ("engine", 1)
+    assert state.report.wall_ms["vision"] > 0
     assert state.report.samples[0].grids == ((1, 4, 4), (1, 4, 4))
 
 

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import api
 from ..config import SparseVLMConfig
-from ..selection.selectors import DEFAULT, SELECTORS
+from ..selection.context import VISION_NEEDS, SelectorTraits
+from ..selection.selectors import DEFAULT, SELECTORS, make_selector
 from ..state import SparseVLMState
 from ..warmup import WarmupReport
 from .cases import AnyCase, Case
@@ -76,9 +77,14 @@ class Provider(Setting):
 
     @property
     def may_run_on_hooks(self) -> bool:
-        """True if times count that the engine has not made: of the default call where the engine is off by default, and
-        of models that it cannot run."""
+        """True if times count that the engine has not made: of the default call where the engine is off by default, of
+        models that it cannot run, and of selectors that look into a tower that it does not run."""
         if self.config is None or self.state is None or self.state.adapter.decoder.block is None:
+            return True
+        if (
+            self.state.adapter.vision.program is None
+            and SelectorTraits.of(make_selector(self.config)).needs & VISION_NEEDS
+        ):
             return True
         return self.config.engine is None and self.model.device.type != "cuda"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..models import Family, adapter_for
+from ..models import adapter_for
 from .cases import AnyCase, Case, MixedCase, PictureCase
 from .checkpoint import write_checkpoint_files
 from .estimate import Pace, estimated_seconds, in_words
@@ -105,21 +105,22 @@ class Run:
         return {**environment(self._model), **self._origin}
 
 
-def check_cases(model: Any, cases: Sequence[AnyCase]) -> None:
-    """Refuse cases of so many visual tokens where only a processor can make inputs.
+def check_cases(model: Any, cases: Sequence[AnyCase], seed: int) -> None:
+    """Refuse cases of so many visual tokens where no example has as many.
 
     Raises
     ------
     NotImplementedError
     """
-    counted = [case.name for case in cases if not isinstance(case, PictureCase)]
     adapter = adapter_for(model)
-    if not counted or type(adapter.family).example is not Family.example:
-        return
-    raise NotImplementedError(
-        f"{counted[0]} names a number of visual tokens, which a {adapter.name} does not make of an image of fitting "
-        "size. Measure pictures instead: --cases picture448-b1-n1,picture896-b1-n1."
-    )
+    for case in cases:
+        requests: Sequence[AnyCase] = case.requests(seed) if isinstance(case, MixedCase) else (case,)
+        asked = [one.n_visual for one in requests if isinstance(one, Case)]
+        if any(adapter.family.example_size(adapter, n_visual) != n_visual for n_visual in asked):
+            raise NotImplementedError(
+                f"{case.name} names a number of visual tokens, which a {adapter.name} does not make of an image of "
+                "fitting size. Measure pictures instead: --cases picture448-b1-n1,picture896-b1-n1."
+            )
 
 
 def run(
@@ -151,9 +152,9 @@ def run(
     ValueError
         If a selector does not exist.
     NotImplementedError
-        If a case is of so many visual tokens, and the model's images are no grids of any size.
+        If a case is of so many visual tokens, and the model's family has no example of such.
     """
-    check_cases(model, cases)
+    check_cases(model, cases, settings.seed)
     bench = Run(model, settings, origin, checkpoint, vllm)
     estimates = [bench.estimate(case) for case in cases]
     say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}")

@@ -17,7 +17,7 @@ def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str
     Parameters
     ----------
     model : PreTrainedModel
-        Of a family whose images are grids of any size.
+        Of a family with examples of this size.
     case : Case
     generator : torch.Generator
         On the model's device.
@@ -40,5 +40,5 @@ def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str
     inputs["input_ids"] = torch.where(ids == word, words, ids)
     for name, value in inputs.items():
         if value.is_floating_point():
-            inputs[name] = torch.randn(value.shape, generator=generator, device=model.device)
+            inputs[name] = torch.randn(value.shape, generator=generator, device=model.device).to(value.dtype)
     return inputs

@@ -411,9 +411,9 @@ class Family:
         """
         return self.grids(adapter, kind, inputs)
 
-    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
-        """Visual tokens of the example with about ``n_visual`` of them."""
-        return n_visual
+    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int | None:
+        """Visual tokens of the example with about ``n_visual`` of them; ``None``: the family has no examples."""
+        return None
 
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
         """Inputs of ``generate`` with one blank image of about (t, h, w) visual tokens amid ``n_text`` other tokens.

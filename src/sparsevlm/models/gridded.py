@@ -48,6 +48,10 @@ class GriddedFamily(Family):
 
     layouts = grids  # an image is one grid
 
+    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
+        """Any number."""
+        return n_visual
+
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
         """As the processor makes them."""
         config, device = adapter.model.config, adapter.model.device

@@ -92,10 +92,10 @@ class PlainFamily(Family):
         """An image of about ``n_visual`` visual tokens; ``None``: the family has none that is made in code."""
         return None
 
-    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
+    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int | None:
         """Visual tokens of the blank image with about so many."""
         image = self.blank_image(adapter, n_visual)
-        return n_visual if image is None else image.n_visual
+        return None if image is None else image.n_visual
 
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
         """A blank image, where the family has one."""
