@@ -88,12 +88,15 @@ def direct_call(run):
         assert relative_error(got[b, rows], wanted[b, [positions[i] for i in rows]]) <= run.place.tolerance
 
 
+TURNS = {"turn of text": ([("text", 6)],), "turn with image": IMAGE_TURNS}
+
+
 def turn_of_text(run):
-    check_second_turn(run, [("text", 6)])
+    check_second_turn(run, *TURNS["turn of text"])
 
 
 def turn_with_image(run):
-    check_second_turn(run, *IMAGE_TURNS)
+    check_second_turn(run, *TURNS["turn with image"])
     assert_prunes(run.state.report)
 
 
@@ -227,14 +230,19 @@ def possible(case) -> bool:
     return not why_not(case)
 
 
-def try_case(case, place) -> Run:
-    """Run a case and compare it with the reference."""
+def made(case, place, **options) -> Run:
+    """The pruned model and the prompt of a case, with further options of pruning."""
     rows = PROMPTS[case["prompt"]]
     if case["way"] == "prompt lookup":
         rows = [[("text", 8), *rows[0], ("text", 4)]]
-    run = build(
-        rows, VARIANTS[case["variant"]], place, attention=case["attention"], family=case["family"],
+    return build(
+        rows, {**VARIANTS[case["variant"]], **options}, place, attention=case["attention"], family=case["family"],
         cache=case["cache"], mask=case["mask"] == "mask",
     )  # fmt: skip
+
+
+def try_case(case, place, **options) -> Run:
+    """Run a case and compare it with the reference."""
+    run = made(case, place, **options)
     WAYS[case["way"]].ask(run)
     return run
