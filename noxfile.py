@@ -37,7 +37,7 @@ def tests_oldest(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("transformers", [OLDEST, NEWEST], ids=["oldest", "newest"])
 def support_matrix(session: nox.Session, transformers: str) -> None:
-    """Tries every family in every mode by itself, and writes docs/support_matrix.csv and .md; about ten minutes each."""
+    """Every family in every mode by itself: writes docs/support_matrix.csv and .md; takes minutes."""
     session.install(TORCH)
     session.install(transformers, "-e", ".[test]")
     rows = Path(session.create_tmp()).resolve() / "rows.csv"

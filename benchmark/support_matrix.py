@@ -20,12 +20,14 @@ Row = dict[str, str]
 
 _HEAD = """# Support matrix
 
-What `nox -s support_matrix` has tried: a tiny model of each family at random weights, on a CPU in float32, in each mode by itself.
-In every cell that says so the answer equals a dense run in which the dropped tokens are hidden (of recurrent layers: removed), within
-5e-6 of its logits or four times the dense model's own noise. Every cell as a row: [support_matrix.csv](support_matrix.csv).
+What `nox -s support_matrix` has tried: a tiny model of each family at random weights, on a CPU in float32, in each
+mode by itself. In every cell that says so the answer equals a dense run in which the dropped tokens are hidden (of
+recurrent layers: removed), within 5e-6 of its logits or four times the dense model's own noise. Every cell as a row:
+[support_matrix.csv](support_matrix.csv).
 
-**engine** and **hooks** tell the path where the engine is asked for. Where attentions differ, they are named; `flash` is emulated on
-a CPU by FlashAttention's rules. A number leads to the reason why transformers itself does not answer, or why this library refuses.
+**engine** and **hooks** tell the path where the engine is asked for. Where attentions differ, they are named; `flash`
+is emulated on a CPU by FlashAttention's rules. A number leads to the reason why transformers itself does not answer,
+or why this library refuses.
 
 """
 

@@ -10,8 +10,8 @@ from toys import FAMILIES as TOYS
 from toys import tiny_model
 
 PROMISED_CLASSES = (
-    "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "InternVL", "Llava", "LlavaNext", "LlavaOnevision", "SmolVLM", "Idefics3",
-    "Mistral3", "Glm4v", "Gemma3", "PaliGemma", "Qwen3_5", "Qwen2_5OmniThinker",
+    "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "InternVL", "Llava", "LlavaNext", "LlavaOnevision", "SmolVLM",
+    "Idefics3", "Mistral3", "Glm4v", "Gemma3", "PaliGemma", "Qwen3_5", "Qwen2_5OmniThinker",
 )  # fmt: skip
 PROMISED_MODES = ("greedy", "sampling", "beams", "left-padded batch", "two images", "second turn")
 
@@ -27,7 +27,7 @@ def test_the_page_is_that_of_the_rows(rows):
 
 def test_every_family_is_there(rows):
     found = {row["class"] for row in rows}
-    assert {name for family in FAMILIES for name in family.class_names} <= found
+    assert {family.class_names[0] for family in FAMILIES} <= found
     assert {type(tiny_model(family)).__name__ for family in TOYS} == found
 
 
