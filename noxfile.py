@@ -35,6 +35,18 @@ def tests_oldest(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("transformers", [OLDEST, NEWEST], ids=["oldest", "newest"])
+def support_matrix(session: nox.Session, transformers: str) -> None:
+    """Every family in every mode by itself: writes docs/support_matrix.csv and .md; takes minutes."""
+    session.install(TORCH)
+    session.install(transformers, "-e", ".[test]")
+    rows = Path(session.create_tmp()).resolve() / "rows.csv"
+    rows.unlink(missing_ok=True)
+    session.run("pytest", "-n", "auto", "tests/parity/test_support_matrix.py", "--support-matrix", str(rows))
+    session.run("python", "-m", "benchmark.support_matrix", str(rows))
+
+
+@nox.session
 def lmms_eval(session: nox.Session) -> None:
     """The plugin of lmms-eval, with lmms-eval, offline; a large environment, so not one of the default sessions."""
     session.install(TORCH)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -205,18 +206,18 @@ class SecondTurn:
 
     output: Any
     inputs: dict[str, torch.Tensor]
-    positions: torch.Tensor
+    positions: torch.Tensor | None
     dropped: list[dict[int, int]]
     past_len: int
 
 
-def take_second_turn(run: Run, *turns, options=None) -> SecondTurn:
+def take_second_turn(run: Run, *turns, options=None, watched=True) -> SecondTurn:
     """Answer, then go on with the cache by the next of ``turns`` in every sample.
 
-    ``options``, if given, are applied in between.
+    ``options``, if given, are applied in between. Positions are recorded by a hook, unless nothing is to be watched.
     """
     model, batch = run.model, run.batch
-    with recorded_positions(model) as seen:
+    with recorded_positions(model) if watched else contextlib.nullcontext() as seen:
         first = model.generate(**run.inputs, **GREEDY, **run.new_cache())
         assert_prunes(run.state.report)
         dropped = all_dropped(run.state.report, batch)
@@ -245,7 +246,7 @@ def take_second_turn(run: Run, *turns, options=None) -> SecondTurn:
         later = split_visual(more, rows, run.family)
         samples = [join_visual(pair, run.family) for pair in zip(samples, later, strict=True)]
     both = {name: value for name, value in second.items() if name in OF_TOKENS} | join_visual(samples, run.family)
-    return SecondTurn(output, both, joined_positions(model, seen), dropped, past_len)
+    return SecondTurn(output, both, joined_positions(model, seen) if watched else None, dropped, past_len)
 
 
 def check_second_turn(run: Run, *turns, options=None) -> SecondTurn:
