@@ -58,7 +58,8 @@ class GriddedFamily(Family):
         n_visual, side = math.prod(grid), config.vision_config.spatial_merge_size
         ids, first = blank_prompt(adapter, n_visual, n_text), n_text // 4 + 1
         for place, name in ((first - 1, "vision_start_token_id"), (first + n_visual, "vision_end_token_id")):
-            ids[:, place] = getattr(config, name, int(ids[0, place]))
+            if (token := getattr(config, name, None)) is not None:
+                ids[:, place] = token
         size = adapter.vision.module.patch_embed.proj.weight[0].numel()
         in_patches = [grid[0], grid[1] * side, grid[2] * side]
         return {
