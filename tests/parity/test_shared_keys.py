@@ -12,7 +12,7 @@ from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.hooks import model_hooks, pruning
 from sparsevlm.models import adapter_for
-from sparsevlm.models.base import Decoder
+from sparsevlm.models.decoder import Decoder
 from sparsevlm.request.costs import prefill_flops
 from toys import IS_OLD, PROMPTS, make_inputs, relative_error, tiny_model
 

@@ -1,8 +1,10 @@
 """Model families as data: where the decoder, the vision tower and the visual tokens of a model are."""
 
-from .base import RECURRENT, SLIDING, Decoder, Family, LateFeatures, Modality, ModelAdapter, Vision
+from .base import Family, Modality, ModelAdapter
+from .decoder import RECURRENT, SLIDING, Decoder, LateFeatures
 from .layout import Grid, Layout, Tiles, View, as_grid, n_tokens, separators, views
 from .registry import FAMILIES, adapter_for, register_adapter, supported_model_types
+from .tower import Vision
 from .wrapping import check_module, compiled_parts, unwrap, wrapper_hint
 
 __all__ = [

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .base import Decoder, DecoderBlock
+from .decoder import Decoder, DecoderBlock
 
 _PLAIN = DecoderBlock()
 _WITH_HEAD_NORMS = DecoderBlock(query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Decoder, Modality, ModelAdapter
+from .base import Modality, ModelAdapter
+from .decoder import Decoder
 from .layout import Grid
 from .plain import PlainFamily
 

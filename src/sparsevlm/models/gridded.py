@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from .base import Family, Modality, ModelAdapter, Vision
+from .base import Family, Modality, ModelAdapter
 from .examples import blank_prompt
 from .layout import Grid, Layout, grid_coordinates, n_tokens
+from .tower import Vision
 
 
 class GriddedFamily(Family):

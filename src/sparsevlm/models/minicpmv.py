@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from .base import FULL, RECURRENT, Decoder, ModelAdapter
+from .base import ModelAdapter
+from .decoder import FULL, RECURRENT, Decoder
 from .layout import Grid
 from .plain import PlainFamily
 from .qwen3_5 import state_size

@@ -10,10 +10,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Decoder, Family, Modality, ModelAdapter, Vision
+from .base import Family, Modality, ModelAdapter
 from .blocks import with_block, without_block
+from .decoder import Decoder
 from .examples import BlankImage
 from .layout import Grid, Layout, n_tokens
+from .tower import Vision
 
 # What is taken of the tower; other arguments of an encoder are those of images.
 _OF_TOWER = ("vision_feature_layer", "vision_feature_select_strategy")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .base import Decoder, PackedTower, TowerBlock, Vision
 from .blocks import with_block
+from .decoder import Decoder
 from .gridded import GriddedFamily
+from .tower import PackedTower, TowerBlock, Vision
 
 # The vision configuration of Qwen2.5-VL has these, that of Qwen2-VL does not.
 _ONLY_IN_2_5 = ("fullatt_block_indexes", "window_size")

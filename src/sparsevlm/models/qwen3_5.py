@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .base import FULL, RECURRENT, Decoder
+from .decoder import FULL, RECURRENT, Decoder
 from .gridded import TimedFramesFamily
 
 

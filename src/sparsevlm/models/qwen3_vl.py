@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .base import Decoder, LateFeatures
 from .blocks import with_block
+from .decoder import Decoder, LateFeatures
 from .gridded import TimedFramesFamily
 
 

@@ -12,7 +12,7 @@ from ...kernels.attention import RaggedCache, decode_attention
 from ...kernels.elementwise import Norm, rotate_into
 from ...kernels.skinny_linear import MOST_ROWS, skinny_linear
 from ...models import ModelAdapter
-from ...models.base import BlockModules
+from ...models.decoder import BlockModules
 from ..capacities import power_of_two
 from ..cuda_graphs import GraphPool, LRUCache, to_device
 from ..fused_weights import DecodeWeights, FusedWeights, is_plain

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...kernels.elementwise import Norm, rms_norm, swiglu
 from ...kernels.skinny_linear import skinny_linear
-from ...models.base import BlockModules, Decoder
+from ...models.decoder import BlockModules, Decoder
 from ..fused_weights import DecodeWeights, FusedWeights
 
 # Elements of gate and up that are there at once: products of fewer rows than that take as long for each.

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...kernels.attention import equal_attention, varlen_attention
 from ...kernels.elementwise import rotate_into
 from ...models import ModelAdapter
-from ...models.base import BlockModules
+from ...models.decoder import BlockModules
 from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
 from .layer import Attend, head_norms, run_layer, summed

@@ -14,7 +14,7 @@ from ...kernels.attention import padded_attention, varlen_attention
 from ...kernels.elementwise import rms_norm, rotate, swiglu
 from ...kernels.received_attention import received_attention
 from ...models import ModelAdapter
-from ...models.base import PackedTower, TowerBlock
+from ...models.tower import PackedTower, TowerBlock
 from ...request.step import VisionRows
 from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
