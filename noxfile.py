@@ -35,6 +35,18 @@ def tests_oldest(session: nox.Session) -> None:
 
 
 @nox.session
+@nox.parametrize("transformers", [OLDEST, NEWEST], ids=["oldest", "newest"])
+def support_matrix(session: nox.Session, transformers: str) -> None:
+    """Every family in every mode by itself: writes docs/support_matrix.csv and .md; takes minutes."""
+    session.install(TORCH)
+    session.install(transformers, "-e", ".[test]")
+    rows = Path(session.create_tmp()).resolve() / "rows.csv"
+    rows.unlink(missing_ok=True)
+    session.run("pytest", "-n", "auto", "tests/parity/test_support_matrix.py", "--support-matrix", str(rows))
+    session.run("python", "-m", "benchmark.support_matrix", str(rows))
+
+
+@nox.session
 def lmms_eval(session: nox.Session) -> None:
     """The plugin of lmms-eval, with lmms-eval, offline; a large environment, so not one of the default sessions."""
     session.install(TORCH)
@@ -45,10 +57,21 @@ def lmms_eval(session: nox.Session) -> None:
 
 
 @nox.session
+def processors(session: nox.Session) -> None:
+    """The real processors of all families, most of which need torchvision."""
+    session.install(TORCH)
+    session.install(
+        TORCH, NEWEST, "-e", ".[test,cli]", "num2words"
+    )  # named again: a newer torchvision would replace it
+    tests = ("tests/inputs", "tests/bench/test_family_pictures.py")
+    session.run("pytest", "-p", "torchvision_shim", *tests, *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Ruff and mypy."""
     session.install(TORCH)
-    session.install(NEWEST, "-e", ".[cli,dev]")
+    session.install(TORCH, NEWEST, "-e", ".[cli,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -76,6 +99,6 @@ def wheel(session: nox.Session) -> None:
     empty.mkdir(exist_ok=True)
     session.chdir(empty)
     session.run("sparsevlm", "demo", success_codes=[2])
-    session.install(f"{built}[cli]")
+    session.install(TORCH, f"{built}[cli]")
     session.run("sparsevlm", "demo", "--out", "demo")
     session.run("python", "-c", "import pathlib; assert pathlib.Path('demo/overlay.png').stat().st_size > 10_000")

@@ -27,6 +27,7 @@ from sparsevlm.engine.cuda_graphs import GraphPool
 from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text.decode_graph import DecodeGraphs
 from sparsevlm.engine.text.prefill import Prefill
+from sparsevlm.engine.vision.program import VisionOutput
 from sparsevlm.request.inputs import visual_masks
 from sparsevlm.request.opening import open_request
 from sparsevlm.state import SparseVLMState
@@ -83,11 +84,11 @@ class GraphBenchmark:
         adapter, case = self.state.adapter, self.case
         gc.collect()  # programs of the case before
         prompt, host = self._prompt()
-        features = self.bench.random(prompt.n_features, adapter.decoder.module.config.hidden_size)
+        seen = VisionOutput(self.bench.random(prompt.n_features, adapter.decoder.module.config.hidden_size))
         prefill = Prefill(adapter, self.weights, pool)
         decode_graphs = DecodeGraphs(adapter, self.weights, pool)
         request = self._request(host)
-        _, cost = self._first(lambda: prefill.run(request, prompt, features))
+        _, cost = self._first(lambda: prefill.run(request, prompt, seen))
         request.settle()
         space = prefill.space
         assert space is not None  # since the prompt
@@ -96,7 +97,7 @@ class GraphBenchmark:
         rows = space.layer_cu_seqlens[:, [power_of_two(case.batch), power_of_two(case.batch) + 1]].sum(dim=0).tolist()
         note = f"{100 * (1 - rows[0] / rows[1]):.1f} % of the rows fill up"
         requests = iter([self._request(host) for _ in range(_REPEATS)])
-        values = self._repeat(lambda: prefill.run(next(requests), prompt, features))
+        values = self._repeat(lambda: prefill.run(next(requests), prompt, seen))
         self._keep("prompt", values, cost, bounds["prefill"], note)
         decode_graph = decode_graphs.over(space, case.batch, is_float8=False)
         tokens = torch.zeros(case.batch, dtype=torch.int64, device=self.bench.device)

@@ -65,10 +65,12 @@ def covering_array(
     return chosen
 
 
-def parametrize_pairs(**factors: Sequence[Any]) -> pytest.MarkDecorator:
+def parametrize_pairs(
+    possible: Callable[[dict[str, Any]], bool] = lambda case: True, **factors: Sequence[Any]
+) -> pytest.MarkDecorator:
     """As ``pytest.mark.parametrize`` of every factor, for cases in which all pairs of values occur, not the product.
 
     Values have to be hashable: options are given by their names.
     """
-    cases = covering_array(factors, factor_groups(factors), lambda case: True)
+    cases = covering_array(factors, factor_groups(factors), possible)
     return pytest.mark.parametrize(tuple(factors), [tuple(case.values()) for case in cases], ids=str)

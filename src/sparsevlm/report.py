@@ -72,6 +72,10 @@ class SampleReport:
     stages : tuple of StageReport
     images : tuple of int
         Visual tokens of each image or video, in prompt order.
+    views : tuple of tuple of (rows, columns, height, width)
+        By image, the views of the picture that its tokens are, one behind the other: ``rows`` times ``columns`` tiles,
+        each of ``height`` times ``width`` tokens; 0 columns: ``rows`` tiles whose arrangement is not known. Empty for
+        an image that is a single grid; empty as a whole where all are.
     """
 
     n_visual: int
@@ -84,6 +88,7 @@ class SampleReport:
     budget_clamped: str | None = None
     stages: tuple[StageReport, ...] = ()
     images: tuple[int, ...] = ()
+    views: tuple[tuple[tuple[int, int, int, int], ...], ...] = ()
 
     @property
     def average_in(self) -> float:
@@ -276,6 +281,7 @@ class Report:
 
 
 def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
+    data = {"views": [], **data}  # reports of older releases do not say it
     values = {f.name: data[f.name] for f in dataclasses.fields(SampleReport)}
     stages = []
     for stage in data["stages"]:
@@ -283,6 +289,7 @@ def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
         stages.append(StageReport(**plain))
     values["stages"] = tuple(stages)
     values["grids"] = tuple(tuple(grid) for grid in data["grids"])
+    values["views"] = tuple(tuple(tuple(view) for view in image) for image in data["views"])
     for name in ("layer_tokens", "visual_positions", "images"):
         values[name] = tuple(data[name])
     return SampleReport(**values)

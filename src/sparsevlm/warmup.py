@@ -90,13 +90,14 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Ru
             sizes.add((_TINY, rows - 1 - _TINY))
     covered = {row_capacity(per_token * _grid(n)[1] * _grid(n)[2]) for n, _ in sizes}
     for patches in capacities(per_token * most_visual):
-        if patches not in covered:
+        if patches not in covered and adapter.vision.program is not None:
             sizes.add((max(1, patches // per_token), _TEXTS[0]))
 
     def rung(n_visual: int, n_text: int) -> Rung:
         return Rung(n_visual, lambda: adapter.family.example(adapter, _grid(n_visual), n_text))
 
-    return [rung(*size) for size in sorted(sizes)]
+    # Some images come in a few sizes only; of a family without examples, each request says so.
+    return [rung(*size) for size in sorted({(adapter.family.example_size(adapter, n) or n, text) for n, text in sizes})]
 
 
 def _grid(n_visual: int) -> Grid:

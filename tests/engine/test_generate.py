@@ -186,10 +186,10 @@ def test_remove_and_copies():
     assert vars(model).keys() == vars(twin).keys()
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl", "internvl"])
 def test_weights_are_the_models_own(family, tmp_path):
     """They lie side by side while the engine runs: same names, shapes and values, nothing held twice."""
-    model, inputs = tiny_model(family), make_inputs(*PROMPTS["one image"])
+    model, inputs = tiny_model(family), make_inputs(*PROMPTS["one image"], family=family)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     parameters = list(model.parameters())
     state = apply_sparsevlm(model, **OPTIONS, engine=True)

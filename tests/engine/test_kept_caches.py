@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.compat import cache_of
-from toys import PROMPTS, make_inputs, tiny_model
+from toys import FAMILIES, PROMPTS, make_inputs, runs_on_engine, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -38,9 +38,9 @@ TURNS = {
 }
 
 
-def behind(ids, mask, *rows, seed=9):
+def behind(ids, mask, *rows, seed=9, family="qwen2_5_vl"):
     """Inputs of a turn behind all tokens so far."""
-    more = make_inputs(*rows, seed=seed)
+    more = make_inputs(*rows, seed=seed, family=family)
     more.pop("mm_token_type_ids", None)
     before = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
     mask = torch.cat([before, more["attention_mask"]], dim=1)
@@ -49,10 +49,12 @@ def behind(ids, mask, *rows, seed=9):
 
 def conversation(model, state, engines, prompt, *turns, change=lambda inputs: inputs, later=None):
     """Outputs and reports of turns, each on the engine or not, those behind the first under options ``later``."""
-    inputs, ids, cache, found = make_inputs(*PROMPTS[prompt]), None, None, []
+    family = model.config.model_type
+    inputs, ids, cache, found = make_inputs(*PROMPTS[prompt], family=family), None, None, []
     for engine, turn in zip(engines, (None, *turns), strict=True):
         if cache is not None:
-            inputs = behind(ids, inputs["attention_mask"], *[TURNS[turn]] * len(ids)) | {"past_key_values": cache}
+            inputs = behind(ids, inputs["attention_mask"], *[TURNS[turn]] * len(ids), family=family)
+            inputs["past_key_values"] = cache
         ids, inputs = inputs["input_ids"], change(inputs)
         with state.options(engine=engine, **((later or {}) if cache is not None else {})):
             output = model.generate(**inputs, **GREEDY)
@@ -79,15 +81,22 @@ def check(found, wanted):
                 assert torch.equal(*(table.slots(table.appended) for table in tables))
 
 
+def possible(case):
+    reads_tower = case["later"] == "by the tower"
+    return runs_on_engine(case) and (FAMILIES[case["family"]].tower_on_engine or not reads_tower)
+
+
 @parametrize_pairs(
+    possible,
+    family=["qwen2_5_vl", "qwen3_vl", "llava", "llava_next", "internvl"],
     prompt=["one image", "batch, left padding", "batch, unequal counts"],
     choice=list(CHOICES),
     turns=[("text", "text"), ("image", "text"), ("text", "image"), ("images", "image")],
     engines=[(True, True, True), (True, False, True), (False, True, False)],
     later=list(LATER),
 )
-def test_turns(prompt, choice, turns, engines, later):
-    model = tiny_model()
+def test_turns(family, prompt, choice, turns, engines, later):
+    model = tiny_model(family)
     state = apply_sparsevlm(model, **{**OPTIONS, **CHOICES[choice]})
     found = conversation(model, state, engines, prompt, *turns, later=LATER[later])
     for (_, report), engine in zip(found, engines, strict=True):

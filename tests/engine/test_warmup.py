@@ -54,6 +54,42 @@ def test_capacities_are_those_of_all_numbers():
     assert sorted({row_capacity(n) for n in range(1, 5000)}) == list(capacities(4999))
 
 
+EXAMPLES = {
+    "qwen3_vl": (54, ((1, 6, 9),)),
+    "llava": (16, ((1, 4, 4),)),
+    "llava_next": (51, ()),  # the tiles as one picture, whose rows a newline ends
+    "llava_onevision": (51, ()),
+    "internvl": (56, ((14, 2, 2),)),
+    "deepseek_vl": (9, ((1, 3, 3),)),
+    "mistral3": (49, ((1, 7, 7),)),
+}
+
+
+@pytest.mark.parametrize("family", EXAMPLES)
+def test_examples_of_other_families(family):
+    model = tiny_model(family)
+    state = apply_sparsevlm(model, keep=0.5, target_layers=[0, 2], engine=True)
+    adapter, (n_visual, grids) = state.adapter, EXAMPLES[family]
+    inputs = adapter.family.example(adapter, (1, 6, 9), 24)
+    with torch.no_grad():
+        model.generate(**inputs, max_new_tokens=2)
+    (sample,) = state.report.samples
+    assert state.report.path == "engine"
+    assert sample.grids == grids
+    n_newlines = 6 if family in ("llava_next", "llava_onevision") else 0
+    assert (sample.n_visual + n_newlines, sample.n_text - n_newlines) == (n_visual, 24)
+    sizes = [rung.size for rung in ladder(adapter, MOST, True)]
+    assert min(sizes) < MOST
+    assert set(sizes) == {adapter.family.example_size(adapter, size) for size in sizes}
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "gemma3", "gemma4", "minicpmv4_6"])
+def test_families_without_examples_say_what_to_do(family):
+    state = apply_sparsevlm(tiny_model(family), keep=0.5)
+    with pytest.raises(NotImplementedError, match="name typical inputs of generate"):
+        state.adapter.family.example(state.adapter, (1, 6, 9), 24)
+
+
 def test_an_example_is_what_the_model_takes():
     model = tiny_model()
     state = apply_sparsevlm(model, keep=0.5, target_layers=[0, 2])

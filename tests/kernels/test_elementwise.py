@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.elementwise import rms_norm_reference, rotate_into_reference, rotate_reference, swiglu_reference
+from sparsevlm.kernels.elementwise import (
+    Norm,
+    rms_norm_reference,
+    rotate_into_reference,
+    rotate_reference,
+    swiglu_reference,
+)
 from sparsevlm.kernels.triton.elementwise import rms_norm, rotate, rotate_into, swiglu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -76,6 +82,26 @@ def test_rotate_into(n, heads, kv_heads, head_dim, slot, dtype, device):
     for mine, wanted in zip(*kept, strict=True):
         assert_close(mine, wanted)
         assert (mine == 9.0).sum() == mine.numel() - value.numel()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "heads", "kv_heads", "head_dim"), [(1, 32, 8, 128), (7, 3, 1, 6)])
+def test_rotate_into_behind_a_norm_of_every_head(n, heads, kv_heads, head_dim, dtype, device):
+    shapes = [(n, heads, head_dim), (n, kv_heads, head_dim), (n, kv_heads, head_dim)]
+    query, key, value = (draw(*shape, dtype=dtype, device=device, seed=i) for i, shape in enumerate(shapes))
+    weights = (draw(head_dim, dtype=dtype, device=device, seed=seed) for seed in (3, 4))
+    norms = tuple(Norm(weight, 1e-6) for weight in weights)
+    angle = draw(n, head_dim // 2, dtype=torch.float32, device=device, seed=5).repeat(1, 2)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    kept = [[torch.empty_like(key), torch.empty_like(value)] for _ in range(2)]
+    found = rotate_into(query, key, value, cos, sin, *kept[0], None, norms)
+    assert_close(found, rotate_into_reference(query, key, value, cos, sin, *kept[1], None, norms))
+    for mine, wanted in zip(*kept, strict=True):
+        assert_close(mine, wanted)
+    exact = torch.nn.functional.rms_norm(key.double(), (head_dim,), norms[1].weight.double(), 1e-6)
+    resolution = 4 * RESOLUTION[dtype]
+    wanted = rotate_reference(exact, exact, cos.double(), sin.double())[1]
+    torch.testing.assert_close(kept[0][0].double(), wanted, rtol=resolution, atol=resolution)
 
 
 def test_no_rows(device):

@@ -11,8 +11,8 @@ from torch import nn
 
 from sparsevlm import apply_sparsevlm, compat, register_adapter, remove_sparsevlm
 from sparsevlm.models import adapter_for, registry, supported_model_types
-from sparsevlm.models.plain import TiledFamily
 from sparsevlm.models.refused import REFUSED
+from sparsevlm.models.tiled import TiledFamily
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3], "selector": "random", "min_keep_per_image": 0}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface, sdpa_attention_forward
 
 from sparsevlm import apply_sparsevlm
@@ -36,7 +37,8 @@ def sharpened(name):
 
 def encoded(model, inputs):
     """Features of the images, one row a visual token."""
-    arguments = {n: v for n, v in inputs.items() if n in ("pixel_values", "image_sizes", "image_grid_thw")}
+    names = ("pixel_values", "image_sizes", "image_grid_thw", "image_position_ids")
+    arguments = {name: value for name, value in inputs.items() if name in names}
     with torch.no_grad():
         features = model.model.get_image_features(**arguments, return_dict=True).pooler_output
     features = torch.cat([x.flatten(0, -2) for x in features]) if isinstance(features, (tuple, list)) else features
@@ -79,6 +81,7 @@ def captured(model, inputs, modules):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
     AttentionInterface.register(CAPTURED, attention)
+    AttentionMaskInterface.register(CAPTURED, sdpa_mask)
     before = [module.config for module in modules]
     for module in modules:
         module.config._attn_implementation_internal = CAPTURED
@@ -91,8 +94,11 @@ def captured(model, inputs, modules):
 def received(calls, n_prefix, sizes):
     """Attention that each patch receives, on average 1 an image, and its keys."""
     attention, keys = [], []
-    for queries, of_keys, scaling, _ in calls:
-        for query, key in zip(queries, of_keys, strict=True):
+    for queries, of_keys, scaling, mask in calls:
+        filled_up = mask is not None and mask.dtype == torch.bool
+        owns = mask[:, 0, 0].sum(-1).tolist() if filled_up else [None] * len(queries)
+        for own, full_query, full_key in zip(owns, queries, of_keys, strict=True):
+            query, key = full_query[:, :own], full_key[:, :own]
             packed = query.shape[1] == sum(sizes) and len(calls) == 1 and len(queries) == 1
             lengths = sizes if packed else [query.shape[1]]
             for q, k in zip(query.split(lengths, 1), key.split(lengths, 1), strict=True):
@@ -109,6 +115,8 @@ def test_readings_are_those_of_the_patches_of_each_token(name):
     (_, middle), (_, last) = vision.read_blocks
     block = next(m for m in vision.module.modules() if any(child is last for child in m.children()))
     reached = tokens_of_patches(model, inputs, block, vision.n_prefix)
+    if name == "gemma4":  # images are filled up
+        reached = [tokens for tokens in reached if tokens]
     assert all(len(tokens) == 1 for tokens in reached)
     of_token = torch.tensor([tokens[0] for tokens in reached])
     assert of_token.bincount().tolist() == [vision.patches_per_token] * int(of_token.max() + 1)

@@ -184,7 +184,10 @@ def removed_run(model, inputs, sequences, dropped, position_ids=None):
             own = valid[b].nonzero().squeeze(-1)
             first = {int((own < at).sum()): layer for at, layer in of_sample.items()}
             with without_rows(decoder, first) as left:
-                axes = positions[:, b : b + 1, own] if positions.ndim == 3 else positions[b : b + 1, own]
+                if positions is None:
+                    axes = torch.arange(len(own), device=own.device)[None]
+                else:
+                    axes = positions[:, b : b + 1, own] if positions.ndim == 3 else positions[b : b + 1, own]
                 hidden = decoder(inputs_embeds=embeds[b : b + 1, own], position_ids=axes, use_cache=False)[0]
                 logits = model.lm_head(hidden)[0]
                 row = logits.new_full((sequences.shape[1], logits.shape[-1]), torch.nan)

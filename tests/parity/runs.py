@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from toys import (
     VIDEO,
     VISION_START,
     equally_long,
+    family_of,
     join_visual,
     make_inputs,
     relative_error,
@@ -123,7 +125,7 @@ class Run:
         """The inputs of every sample ``repeats`` times."""
         samples = split_visual(self.inputs, self.rows, self.family)
         tokens = {n: v.repeat_interleave(repeats, dim=0) for n, v in self.inputs.items() if n in OF_TOKENS}
-        return tokens | join_visual([sample for sample in samples for _ in range(repeats)])
+        return tokens | join_visual([sample for sample in samples for _ in range(repeats)], self.family)
 
     def reference_logits(self, inputs, sequences, dropped, positions=None):
         """The oracle hands out 4D masks, which flash attention does not take."""
@@ -137,17 +139,21 @@ class Run:
 
 def build(
     rows, variant, place, *, attention="sdpa", family="qwen2_5_vl", cache="dynamic", mask=True, seed: int = 0,
-    text_options=None,
+    text_options=None, noisy: bool = False,
 ) -> Run:  # fmt: skip
-    """Make the model and its inputs at the place of a test, and prune it."""
+    """Make the model and its inputs at the place of a test, and prune it.
+
+    ``noisy``: the dense model's own rounding, four times, is allowed where it is more than the place allows.
+    """
     if place.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     flash_emulation.register()
-    model = tiny_model(family, text_options=text_options)
+    caps = "attn_logit_softcapping" in (text_options or {})  # which sdpa does not do
+    model = tiny_model(family, "eager" if caps else "sdpa", text_options=text_options)
     use_attention(model, attention)
     model = model.to(place.device, place.dtype)
     inputs = placed(make_inputs(*rows, pad=mask, seed=seed, family=family), place)
-    if FAMILIES[family].is_hybrid:
+    if FAMILIES[family].is_hybrid or noisy:
         use_attention(model, "sdpa" if attention == flash_emulation.NAME else attention)
         place = replace(place, tolerance=max(place.tolerance, 4 * dense_noise(model, inputs)))
         use_attention(model, attention)
@@ -165,7 +171,8 @@ def dense_noise(model, inputs) -> float:
     """How far a dense model's steps from a cache are from what it says of the whole sequence."""
     output = model.generate(**inputs, **GREEDY)
     start = inputs["input_ids"].shape[1] - 1
-    wanted = removed_run(model, inputs, output.sequences[:, :-1], [{}] * len(output.sequences))
+    given = (model, inputs, output.sequences[:, :-1], [{}] * len(output.sequences))
+    wanted = removed_run(*given) if family_of(model).is_hybrid else masked_run(*given).logits
     return max(relative_error(got, wanted[:, start + step]) for step, got in enumerate(output.logits))
 
 
@@ -207,18 +214,18 @@ class SecondTurn:
 
     output: Any
     inputs: dict[str, torch.Tensor]
-    positions: torch.Tensor
+    positions: torch.Tensor | None
     dropped: list[dict[int, int]]
     past_len: int
 
 
-def take_second_turn(run: Run, *turns, options=None) -> SecondTurn:
+def take_second_turn(run: Run, *turns, options=None, watched=True) -> SecondTurn:
     """Answer, then go on with the cache by the next of ``turns`` in every sample.
 
-    ``options``, if given, are applied in between.
+    ``options``, if given, are applied in between. Positions are recorded by a hook, unless nothing is to be watched.
     """
     model, batch = run.model, run.batch
-    with recorded_positions(model) as seen:
+    with recorded_positions(model) if watched else contextlib.nullcontext() as seen:
         first = model.generate(**run.inputs, **GREEDY, **run.new_cache())
         assert_prunes(run.state.report)
         dropped = all_dropped(run.state.report, batch)
@@ -233,7 +240,8 @@ def take_second_turn(run: Run, *turns, options=None) -> SecondTurn:
             generated = (0, NEW_TOKENS)
             before = torch.nn.functional.pad(run.inputs[name], generated, value=OF_TOKENS[name])
             second[name] = torch.cat([first.sequences if name == "input_ids" else before, more[name]], dim=1)
-        if brings_image:  # transformers takes a new image on a kept cache in no other way than with linear positions
+        if brings_image and FAMILIES[run.family].n_position_axes > 1:
+            # transformers takes a new image on a kept cache in no other way than with linear positions
             second.pop("mm_token_type_ids", None)
         if options is not None:
             run.state = apply_sparsevlm(model, **options)
@@ -244,9 +252,9 @@ def take_second_turn(run: Run, *turns, options=None) -> SecondTurn:
     samples = split_visual(run.inputs, run.rows, run.family)
     if brings_image:
         later = split_visual(more, rows, run.family)
-        samples = [join_visual(pair) for pair in zip(samples, later, strict=True)]
-    both = {name: value for name, value in second.items() if name in OF_TOKENS} | join_visual(samples)
-    return SecondTurn(output, both, joined_positions(model, seen), dropped, past_len)
+        samples = [join_visual(pair, run.family) for pair in zip(samples, later, strict=True)]
+    both = {name: value for name, value in second.items() if name in OF_TOKENS} | join_visual(samples, run.family)
+    return SecondTurn(output, both, joined_positions(model, seen) if watched else None, dropped, past_len)
 
 
 def check_second_turn(run: Run, *turns, options=None) -> SecondTurn:

@@ -8,6 +8,7 @@ import pytest
 import test_needs
 import test_oracle
 import test_turns
+import ways
 
 from covering import covering_array, factor_groups
 
@@ -19,7 +20,7 @@ def combinations(cases, groups):
 @pytest.mark.parametrize(
     ("factors", "together", "possible", "cases"),
     [
-        (test_oracle.FACTORS, test_oracle.TOGETHER, test_oracle.possible, test_oracle.CASES),
+        (test_oracle.FACTORS, test_oracle.TOGETHER, ways.possible, test_oracle.CASES),
         (test_turns.FACTORS, test_turns.TOGETHER, test_turns.possible, test_turns.CASES),
         (test_needs.TOWER_FACTORS, (tuple(test_needs.TOWER_FACTORS)[:3],), lambda case: True, test_needs.TOWER_CASES),
     ],

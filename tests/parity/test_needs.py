@@ -22,7 +22,7 @@ from sparsevlm.hooks.vision_probe import VisionProbe
 from sparsevlm.models import adapter_for
 from sparsevlm.request.step import VisionRows
 from sparsevlm.template import Template
-from toys import IMAGE, ON_ENGINE, PROMPTS, VIDEO, family_of, make_inputs, tiny_model, use_attention
+from toys import IMAGE, PROMPTS, VIDEO, family_of, make_inputs, tiny_model, use_attention
 
 VISION = ("vision_attention", "vision_keys")
 VISION_ATTENTIONS = ("sdpa", "eager", vision_reference.FLASH)
@@ -106,7 +106,9 @@ def test_vision_tower(prompt, family, vision_attention, placement, place):
     state = apply_sparsevlm(model, **options, engine=False)
     contexts = options["selector"].seen
     # In half precision the engine rounds otherwise, which attention as sharp as this shows: other tests look there.
-    runs = vision_attention != vision_reference.FLASH and place.device == "cpu" and family in ON_ENGINE
+    runs = (
+        vision_attention != vision_reference.FLASH and place.device == "cpu" and toys.FAMILIES[family].tower_on_engine
+    )
 
     def on_engine():
         with state.options(engine=True):

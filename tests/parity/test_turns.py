@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from runs import IMAGE_TURNS, OPTIONS, AtRandom, BeforeAndInside, build, check_second_turn
-from test_oracle import ATTENTIONS
+from ways import ATTENTIONS
 
 from covering import covering_array, factor_groups
 from toys import FAMILIES, IS_OLD, PROMPTS

@@ -95,14 +95,6 @@ def test_a_cache_without_windows_serves_layers_with_them(place):
     check_generated(run, run.model.generate(**run.inputs, **GREEDY, past_key_values=DynamicCache()))
 
 
-def test_layers_that_cap_their_scores_are_refused():
-    """As those of PaliGemma 2."""
-    model = tiny_model("paligemma")
-    model.model.language_model.config.attn_logit_softcapping = 50.0
-    with pytest.raises(NotImplementedError, match=r"cap attention scores \(attn_logit_softcapping=50\.0\)"):
-        adapter_for(model)
-
-
 def test_default_targets_are_the_layers_with_full_attention():
     model = tiny_model("gemma3", n_layers=9)
     assert adapter_for(model).decoder.default_targets == (1, 4, 7)

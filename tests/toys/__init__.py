@@ -2,7 +2,7 @@
 
 from .kinds import AUDIO, AUDIO_END, AUDIO_START, IMAGE, INDICATORS, IS_OLD, PAD, VIDEO, VISION_END, VISION_START
 from .models import FAMILIES, ON_ENGINE, family_of, tiny_model, use_attention
-from .prompts import PROMPTS, equally_long, join_visual, make_inputs, relative_error, split_visual
+from .prompts import PROMPTS, equally_long, join_visual, make_inputs, relative_error, runs_on_engine, split_visual
 
 __all__ = [
     "AUDIO",
@@ -23,6 +23,7 @@ __all__ = [
     "join_visual",
     "make_inputs",
     "relative_error",
+    "runs_on_engine",
     "split_visual",
     "tiny_model",
     "use_attention",

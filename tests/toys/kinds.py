@@ -82,7 +82,11 @@ class Family:
     remembered : tuple of str
         Attributes in which positions outlast a call.
     on_engine : bool
-        Whether the engine runs it.
+        Whether the engine runs its decoder.
+    only_on_hooks : tuple of str
+        Kinds of input that the engine leaves to the hooks all the same.
+    tower_on_engine : bool
+        Whether the engine runs its vision tower.
     positions_need_mask : bool
         Whether positions are plain ones without an attention mask, which ``generate`` makes and other calls do not.
     type_input : str
@@ -95,9 +99,14 @@ class Family:
         Whether some of its layers are recurrent, where a token can only be removed, not hidden.
     second_images : bool
         Whether transformers takes new images on a kept cache.
+    packed : bool
+        Whether pixels of several images follow each other along the last axis, not the first.
+    sharpness : float
+        Factor of the norms of queries and keys, so that attention is far from uniform, and not so far that rounding
+        grows.
     repeats : str
         What ``generate`` repeats for beams and returned sequences, one behind the other: visual inputs of whole
-        "samples", as it should, or, in older transformers, single "images" or "patches".
+        "samples", as it should, or, in older transformers, single "images" or "patches", or "packs" of all images.
     """
 
     make: Callable[[dict[str, Any], dict[str, Any]], tuple[type, Any]]
@@ -107,6 +116,8 @@ class Family:
     n_position_axes: int = 1
     remembered: tuple[str, ...] = ()
     on_engine: bool = True
+    only_on_hooks: tuple[str, ...] = ()
+    tower_on_engine: bool = False
     positions_need_mask: bool = False
     type_input: str = "mm_token_type_ids"
     attentions: tuple[str, ...] | None = None
@@ -114,7 +125,13 @@ class Family:
     prefix: bool = False
     is_hybrid: bool = False
     second_images: bool = True
+    packed: bool = False
+    sharpness: float = 1.5
     repeats: str = "samples"
+
+    def axis_of(self, name: str) -> int:
+        """Axis along which a visual input has the images."""
+        return -1 if self.packed and name.startswith("pixel") else 0
 
     def decoder_of(self, model) -> nn.Module:
         return operator.attrgetter(self.decoder)(model)
@@ -131,5 +148,5 @@ class Family:
         return attention in (self.attentions or (attention,)) and cache in (self.caches or (cache,))
 
 
-AS_IMAGES: dict[str, Any] = {"on_engine": False, "repeats": "images" if IS_OLD else "samples"}
-AS_PATCHES: dict[str, Any] = {"on_engine": False, "repeats": "patches" if IS_OLD else "samples"}
+AS_IMAGES: dict[str, Any] = {"repeats": "images" if IS_OLD else "samples"}
+AS_PATCHES: dict[str, Any] = {"repeats": "patches" if IS_OLD else "samples"}

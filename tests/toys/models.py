@@ -48,7 +48,7 @@ def tiny_model(
             if "q_proj.weight" in name or "k_proj.weight" in name:
                 weight.mul_(6)
             if "q_norm.weight" in name or "k_norm.weight" in name:  # which take the length out again
-                weight.mul_(1.5)
+                weight.mul_(FAMILIES[family].sharpness)
     model.generation_config.eos_token_id = None  # generate exactly as many tokens as asked for
     model.generation_config.pad_token_id = PAD
     return model

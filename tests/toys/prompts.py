@@ -46,7 +46,7 @@ def make_inputs(*rows, seed: int = 0, pad: bool = True, family: str = "qwen2_5_v
         inputs[FAMILIES[family].type_input] = padded(types, 0)
     if pad:
         inputs["attention_mask"] = padded([[1] * len(row) for row in ids], 0)
-    return inputs | {key: torch.cat(values) for key, values in visual.items()}
+    return inputs | {key: torch.cat(values, dim=FAMILIES[family].axis_of(key)) for key, values in visual.items()}
 
 
 def equally_long(rows, family: str = "qwen2_5_vl"):
@@ -68,16 +68,16 @@ def split_visual(inputs, rows, family: str = "qwen2_5_vl"):
             if name == "text":
                 continue
             for key, value in kinds[name].inputs(torch.Generator(), *kinds[name].size_of(size)).items():
-                start = queues.get(key, 0)
-                queues[key] = start + value.shape[0]
-                samples[-1].setdefault(key, []).append(inputs[key][start : queues[key]])
-    return [{key: torch.cat(values) for key, values in sample.items()} for sample in samples]
+                axis, start = FAMILIES[family].axis_of(key), queues.get(key, 0)
+                queues[key] = start + value.shape[axis]
+                samples[-1].setdefault(key, []).append(inputs[key].narrow(axis, start, value.shape[axis]))
+    return [join_visual([{key: value} for key, values in own.items() for value in values], family) for own in samples]
 
 
-def join_visual(samples):
+def join_visual(samples, family: str = "qwen2_5_vl"):
     """The visual inputs of a batch from those of its samples."""
-    keys = dict.fromkeys(key for sample in samples for key in sample)
-    return {key: torch.cat([sample[key] for sample in samples if key in sample]) for key in keys}
+    keys, axis_of = dict.fromkeys(key for sample in samples for key in sample), FAMILIES[family].axis_of
+    return {key: torch.cat([sample[key] for sample in samples if key in sample], dim=axis_of(key)) for key in keys}
 
 
 PROMPTS = {
@@ -100,6 +100,12 @@ PROMPTS = {
         [("text", 12)],
     ],
 }
+
+
+def runs_on_engine(case) -> bool:
+    """Whether the engine runs a case, a family and a prompt of :data:`PROMPTS` by name."""
+    family, rows = FAMILIES[case["family"]], PROMPTS[case["prompt"]]
+    return family.takes(rows) and not any(kind in family.only_on_hooks for row in rows for kind, *_ in row)
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import (
+    MiniCPMV4_6Config,
+    MiniCPMV4_6ForConditionalGeneration,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5OmniThinkerConfig,
@@ -137,6 +139,18 @@ def _qwen3_5_moe(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[
     return Qwen3_5MoeForConditionalGeneration, Qwen3_5MoeConfig(**_qwen3_5_parts(text, vision_options), **QWEN)
 
 
+def _minicpmv(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    parts = _qwen3_5_parts(text, {})
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": 8 * 4, "patch_size": 4, **vision_options}
+    text = {**parts["text_config"], "model_type": "qwen3_5_text"}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    parts = {"text_config": text, "vision_config": vision, "insert_layer_id": 1}
+    return MiniCPMV4_6ForConditionalGeneration, MiniCPMV4_6Config(
+        **parts, image_token_id=IMAGE, video_token_id=VIDEO, downsample_mode="16x"
+    )
+
+
 def _patches(n: int, generator: torch.Generator) -> Tensor:
     return torch.randn(n, 3 * 2 * PATCH * PATCH, generator=generator)
 
@@ -148,6 +162,18 @@ def qwen_image(generator: torch.Generator, h: int, w: int) -> dict[str, Tensor]:
 def qwen_video(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
     pixels, grid = _patches(t * 4 * h * w, generator), torch.tensor([[t, 2 * h, 2 * w]])
     return {"pixel_values_videos": pixels, "video_grid_thw": grid}
+
+
+def _slices(name: str, sizes: str) -> Callable[..., dict[str, Tensor]]:
+    """Slices, or frames, of one size: patches of four pixels a side in one long row."""
+
+    def draw(generator: torch.Generator, *size: int) -> dict[str, Tensor]:
+        *n_slices, h, w = size
+        count = n_slices[0] if n_slices else 1
+        pixels = torch.randn(1, 3, 4, count * 16 * h * w * 4, generator=generator)
+        return {name: pixels, sizes: torch.tensor([[4 * h, 4 * w]] * count)}
+
+    return draw
 
 
 def _timed_qwen_video(generator: torch.Generator, t: int, h: int, w: int) -> dict[str, Tensor]:
@@ -174,12 +200,25 @@ _OF_OMNI = {**OF_QWEN, "positions_need_mask": True}
 _OF_OMNI |= {} if hasattr(modeling_qwen2_5_omni, "Qwen2_5OmniThinkerModel") else _FLAT
 _OF_OMNI |= {"repeats": "patches"} if IS_OLD else {}
 QWEN_FAMILIES = {
-    "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **OF_QWEN),
-    "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(qwen_video), **OF_QWEN),
-    "qwen3_vl": Family(_qwen3_vl, _TIMED_FRAMES, **OF_QWEN, on_engine=False),
+    "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **OF_QWEN, tower_on_engine=True),
+    "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(qwen_video), **OF_QWEN, tower_on_engine=True),
+    "qwen3_vl": Family(_qwen3_vl, _TIMED_FRAMES, **OF_QWEN),
     "qwen3_vl_moe": Family(_qwen3_vl_moe, _TIMED_FRAMES, **OF_QWEN, on_engine=False),
     "qwen3_5": Family(_qwen3_5, _TIMED_FRAMES, **OF_QWEN, on_engine=False, is_hybrid=True),
     "qwen3_5_moe": Family(_qwen3_5_moe, _TIMED_FRAMES, **OF_QWEN, on_engine=False, is_hybrid=True),
+    "minicpmv4_6": Family(
+        _minicpmv,
+        {
+            # Older transformers encode slices of one size only.
+            "image": Kind(IMAGE, _slices("pixel_values", "target_sizes"), *AROUND, size=(4, 4) if IS_OLD else None),
+            "video": Kind(VIDEO, _slices("pixel_values_videos", "target_sizes_videos"), *AROUND, time=(80,)),
+        },
+        tower="model.vision_tower",
+        on_engine=False,
+        is_hybrid=True,
+        packed=True,
+        repeats="packs" if IS_OLD else "samples",
+    ),
     "qwen2_5_omni_thinker": Family(_qwen2_5_omni, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
     "qwen3_omni_moe_thinker": Family(_qwen3_omni_moe, _OMNI_KINDS, **_OF_OMNI, on_engine=False),
 }

@@ -10,6 +10,7 @@ from transformers import (
     CLIPVisionConfig,
     DeepseekVLConfig,
     DeepseekVLForConditionalGeneration,
+    Gemma2Config,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GemmaConfig,
@@ -92,7 +93,8 @@ def _idefics3(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[typ
 
 def _paligemma(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
     vision = SiglipVisionConfig(**{**_SMALL_TOWER, **vision_options}, projection_dim=64, vision_use_head=False)
-    text = GemmaConfig(**text, head_dim=16)
+    has_window = "sliding_window" in text  # as PaliGemma 2
+    text = (Gemma2Config if has_window else GemmaConfig)(**text, head_dim=16)
     config = PaliGemmaConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, projection_dim=64, hidden_size=64, vocab_size=96
     )
@@ -160,19 +162,23 @@ _BOTH_WAYS = {"type_input": "token_type_ids", "attentions": ("sdpa", "eager")}  
 TILED_FAMILIES = {
     "llava": Family(_llava, {"image": Kind(IMAGE, _small_image, size=(4, 4))}, **_TOWER),
     "llava_next": Family(_llava_next, {"image": _IN_TILES}, **_TOWER),
-    "llava_onevision": Family(_llava_onevision, {"image": _IN_TILES, "video": _IN_FRAMES}, **_TOWER),
+    "llava_onevision": Family(
+        _llava_onevision, {"image": _IN_TILES, "video": _IN_FRAMES}, **_TOWER, only_on_hooks=("video",) * IS_OLD
+    ),
     "internvl": Family(_internvl, {"image": Kind(IMAGE, _three_tiles, *AROUND, size=(3, 2, 2))}, **_TOWER),
     "smolvlm": Family(_smolvlm, {"image": _TILES_APART}, **_OF_IDEFICS),
     "idefics3": Family(_idefics3, {"image": _TILES_APART}, **_OF_IDEFICS),
     "paligemma": Family(
         _paligemma, {"image": Kind(IMAGE, _small_image, token_type=0, size=(3, 3))}, **_TOWER, **_BOTH_WAYS,
-        caches=("dynamic", "static"), prefix=True, second_images=False,
+        caches=("dynamic", "static"), prefix=True, second_images=False, on_engine=False,
     ),
     "gemma3": Family(
         _gemma3, {"image": Kind(IMAGE, _gemma3_image, *AROUND, 1, size=(4, 4))}, **_TOWER, **_BOTH_WAYS,
-        caches=("dynamic", "none"), second_images=not IS_OLD,
+        caches=("dynamic", "none"), second_images=not IS_OLD, on_engine=False,
     ),
-    "ovis2": Family(_ovis2, {"image": Kind(IMAGE, _three_tiles, (81,), (82,), size=(3, 2, 2))}, **_TOWER),
+    "ovis2": Family(
+        _ovis2, {"image": Kind(IMAGE, _three_tiles, (81,), (82,), size=(3, 2, 2))}, **_TOWER, on_engine=False
+    ),
     "deepseek_vl": Family(
         _deepseek_vl, {"image": Kind(IMAGE, _small_image, size=(3, 3))}, tower="model.vision_model", **AS_IMAGES
     ),

@@ -14,6 +14,11 @@ SPECIAL_TOKENS = {
     "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652,
     "<|vision_end|>": 151653, "<|vision_pad|>": 151654, "<|image_pad|>": 151655, "<|video_pad|>": 151656,
 }  # fmt: skip
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 _IMAGES = {
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "do_convert_rgb": True,
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
@@ -45,6 +50,7 @@ def write_checkpoint_files(config: Any, folder: Path) -> None:
         pad_token="<|endoftext|>",
         additional_special_tokens=[token for token in SPECIAL_TOKENS if token not in ("<|im_end|>", "<|endoftext|>")],
         padding_side="left",
+        chat_template=_CHAT_TEMPLATE,
     ).save_pretrained(folder)
     vision = config.vision_config
     sizes = {"patch_size": vision.patch_size, "temporal_patch_size": vision.temporal_patch_size}

@@ -11,11 +11,14 @@ import numpy as np
 from PIL import Image
 
 from ..inputs import ImageTextProcessor, load_processor
+from ..inputs.processor import has_own_processor
+from ..inputs.turns import move_inputs, process, render_turn
+from ..models import adapter_for
+from ..request.counting import visual_counts
 from .cases import Case, PictureCase
 from .providers import Inputs, Provider
 from .rounds import Measurement, Settings, measure
 
-_PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n<|im_start|>assistant\n"
 _LETTERS = 21  # of a question; as many tokens in a tokenizer of bytes
 
 
@@ -33,8 +36,9 @@ class Pictures:
 
     def __init__(self, folder: Path, device: Any, case: PictureCase, seed: int) -> None:
         self._device, self._case, self._generator = device, case, np.random.default_rng(seed)
-        # transformers' own where torchvision is there, else ours; ours cuts pictures on the model's device.
-        self._theirs, self._ours = load_processor(folder), ImageTextProcessor.from_folder(folder)
+        # transformers' own where torchvision is there, else ours, if there is one; ours cuts on the model's device.
+        self._theirs = load_processor(folder)
+        self._ours = ImageTextProcessor.from_folder(folder) if has_own_processor(folder) else self._theirs
 
     def processor_of(self, provider: Provider) -> Any:
         """The processor whose time counts."""
@@ -46,12 +50,21 @@ class Pictures:
         pixels = self._generator.integers(0, 256, shape, dtype=np.uint8)
         images = [Image.fromarray(one) for one in pixels]
         letters = self._generator.integers(ord("a"), ord("z") + 1, (self._case.batch, _LETTERS))
-        texts = [_PROMPT.format("".join(map(chr, one))) for one in letters]
+        texts = [
+            render_turn(
+                self._theirs, [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
+            )
+            for text in ("".join(map(chr, one)) for one in letters)
+        ]
 
         def made_by(provider: Provider) -> Callable[[], Inputs]:
             processor = self.processor_of(provider)
-            where = {} if provider.state is None else {"device": self._device}
-            return lambda: dict(processor(images=images, text=texts, return_tensors="pt", **where).to(self._device))
+            own = [[image] for image in images]
+            if isinstance(processor, ImageTextProcessor) and provider.state is not None:
+                return lambda: dict(
+                    processor(images=own, text=texts, return_tensors="pt", device=self._device).to(self._device)
+                )
+            return lambda: dict(move_inputs(process(processor, texts, own), provider.model))
 
         return made_by
 
@@ -71,9 +84,9 @@ def measure_picture(
     """
     model = providers[0].model
     pictures = Pictures(folder, model.device, case, settings.seed)
-    first = pictures.draw()(providers[0])()["input_ids"]
-    n_visual = int((first[0] == model.config.image_token_id).sum())
-    request = dataclasses.replace(case.request, n_visual=n_visual, n_text=first.shape[1] - n_visual)
+    first = pictures.draw()(providers[0])()
+    n_visual = visual_counts(adapter_for(model), first)[0]
+    request = dataclasses.replace(case.request, n_visual=n_visual, n_text=first["input_ids"].shape[1] - n_visual)
     measurements = measure(case, providers, settings, pictures.draw)
     for provider, measured in measurements.items():
         processor = pictures.processor_of(provider)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .. import api
 from ..config import SparseVLMConfig
-from ..selection.selectors import DEFAULT, SELECTORS
+from ..selection.context import VISION_NEEDS, SelectorTraits
+from ..selection.selectors import DEFAULT, SELECTORS, make_selector
 from ..state import SparseVLMState
 from ..warmup import WarmupReport
 from .cases import AnyCase, Case
@@ -76,8 +77,16 @@ class Provider(Setting):
 
     @property
     def may_run_on_hooks(self) -> bool:
-        """True if times count that the engine has not made: of the default call where the engine is off by default."""
-        return self.config is None or (self.config.engine is None and self.model.device.type != "cuda")
+        """True if times count that the engine has not made: of the default call where the engine is off by default, of
+        models that it cannot run, and of selectors that look into a tower that it does not run."""
+        if self.config is None or self.state is None or self.state.adapter.decoder.block is None:
+            return True
+        if (
+            self.state.adapter.vision.program is None
+            and SelectorTraits.of(make_selector(self.config)).needs & VISION_NEEDS
+        ):
+            return True
+        return self.config.engine is None and self.model.device.type != "cuda"
 
     def warmup(self, new_tokens: int) -> WarmupReport:
         """Run this library's warm-up, which is given no request: the ladder of capacities."""
@@ -135,14 +144,16 @@ def make_providers(
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     keeps : tuple of float
         Budgets below 1.
     static : bool
         Whether transformers' compiled decoding is measured as well.
     seed : int
     vision_keep : float
-        Share of the visual tokens that the tower computes in ``"ours-vision"``, which is there if it is below 1.
+        Share of the visual tokens that the tower computes in ``"ours-vision"``, which is there if it is below 1 and the
+        engine runs the tower.
     selectors : iterable of str
         Names of those that have a provider each.
 
@@ -165,7 +176,7 @@ def make_providers(
     settings: list[tuple[str, dict[str, Any]]] = [("ours-default", {}), ("ours-dense", {"keep": 1.0})]
     for keep in keeps:
         settings.append(("ours", {"keep": keep}))
-        if vision_keep < 1.0:
+        if vision_keep < 1.0 and state.adapter.vision.program is not None:
             settings.append(("ours-vision", {"keep": keep, "vision_keep": vision_keep}))
         settings += [(f"ours-{name}", {"keep": keep, "selector": name}) for name in names]
     for name, changes in settings:

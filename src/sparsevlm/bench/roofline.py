@@ -100,10 +100,13 @@ def _kv_bytes(adapter: ModelAdapter, element: int) -> int:
 
 
 def _vision_flops(adapter: ModelAdapter, patches: int) -> float:
-    """FLOPs of one image: two per weight and patch (a quarter in the merger), attention in windows and whole."""
+    """FLOPs of one image: two per weight and patch (a quarter in the merger), attention in windows and whole.
+
+    0 for a tower that no family describes: the bound is that of reading its weights then.
+    """
     tower = adapter.vision.program
     if tower is None:
-        raise NotImplementedError(f"no roofline bound is known for the vision tower of a {adapter.name}.")
+        return 0.0
     merger = sum(weight.numel() for weight in tower.merger.parameters())
     weights = sum(weight.numel() for weight in adapter.vision.module.parameters()) - merger
     width = tower.blocks[0].output.in_features

@@ -28,7 +28,8 @@ class Run:
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     settings : Settings
     origin : dict
         Columns ``commit``, ``model`` and ``command``.
@@ -104,6 +105,24 @@ class Run:
         return {**environment(self._model), **self._origin}
 
 
+def check_cases(model: Any, cases: Sequence[AnyCase], seed: int) -> None:
+    """Refuse cases of so many visual tokens where no example has as many.
+
+    Raises
+    ------
+    NotImplementedError
+    """
+    adapter = adapter_for(model)
+    for case in cases:
+        requests: Sequence[AnyCase] = case.requests(seed) if isinstance(case, MixedCase) else (case,)
+        asked = [one.n_visual for one in requests if isinstance(one, Case)]
+        if any(adapter.family.example_size(adapter, n_visual) != n_visual for n_visual in asked):
+            raise NotImplementedError(
+                f"{case.name} names a number of visual tokens, which a {adapter.name} does not make of an image of "
+                "fitting size. Measure pictures instead: --cases picture448-b1-n1,picture896-b1-n1."
+            )
+
+
 def run(
     model: Any, cases: Sequence[AnyCase], settings: Settings, origin: Row,
     on_case: Callable[[AnyCase, list[Row]], None] = lambda case, rows: None, *, checkpoint: Path | None = None,
@@ -113,7 +132,8 @@ def run(
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     cases : sequence of Case, PictureCase or MixedCase
     settings : Settings
     origin : dict
@@ -131,7 +151,10 @@ def run(
     ------
     ValueError
         If a selector does not exist.
+    NotImplementedError
+        If a case is of so many visual tokens, and the model's family has no example of such.
     """
+    check_cases(model, cases, settings.seed)
     bench = Run(model, settings, origin, checkpoint, vllm)
     estimates = [bench.estimate(case) for case in cases]
     say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from ..models import adapter_for
 from ..request.timing import Mark
 from .providers import Inputs, Provider
 
@@ -52,7 +53,8 @@ class ModuleTimes:
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     """
 
     def __init__(self, model: Any) -> None:
@@ -60,7 +62,8 @@ class ModuleTimes:
         self._spans: dict[str, list[tuple[Mark, Mark]]] = {}
         self._open: dict[str, Mark] = {}
         self._handles = []
-        for name, module in {"vision": model.model.visual, "prefill": model.model.language_model}.items():
+        adapter = adapter_for(model)
+        for name, module in {"vision": adapter.vision.module, "prefill": adapter.decoder.module}.items():
             self._handles.append(module.register_forward_pre_hook(self._begin(name)))
             self._handles.append(module.register_forward_hook(self._end(name)))
 

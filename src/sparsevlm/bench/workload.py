@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models import adapter_for
 from .cases import Case
-
-_BEFORE = 8  # text tokens in front of the image
 
 
 def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
@@ -17,30 +16,29 @@ def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a family with examples of this size.
     case : Case
     generator : torch.Generator
         On the model's device.
+
+    Raises
+    ------
+    NotImplementedError
+        If the family is another, of which inputs cannot be drawn without a processor.
     """
-    config, device = model.config, model.device
-    vision = config.vision_config
-    special = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
-    n_words = config.text_config.vocab_size - len(special)
-    words = torch.randint(0, n_words, (case.batch, case.n_text - 2), generator=generator, device=device)
+    adapter = adapter_for(model)
+    blank = adapter.family.example(adapter, (1, *case.grid), case.n_text)
+    inputs = {name: torch.cat([value] * case.batch) for name, value in blank.items()}
+    ids = inputs["input_ids"]
+    word = int(ids[0, 0])
+    special = {*ids[0].tolist(), *(modality.token_id for modality in adapter.modalities.values())} - {word}
+    n_words = model.config.get_text_config().vocab_size - len(special)
+    words = torch.randint(0, n_words, ids.shape, generator=generator, device=model.device)
     for token_id in sorted(special):
         words += words >= token_id  # no word is a special token
-
-    def column(token: int, n: int = 1) -> Tensor:
-        return torch.full((case.batch, n), token, dtype=torch.int64, device=device)
-
-    ids = [words[:, :_BEFORE], column(config.vision_start_token_id), column(config.image_token_id, case.n_visual)]
-    input_ids = torch.cat([*ids, column(config.vision_end_token_id), words[:, _BEFORE:]], dim=1)
-    height, width = (side * vision.spatial_merge_size for side in case.grid)
-    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "mm_token_type_ids": (input_ids == config.image_token_id).long(),
-        "pixel_values": torch.randn(case.batch * height * width, size, generator=generator, device=device),
-        "image_grid_thw": torch.tensor([[1, height, width]] * case.batch, device=device),
-    }
+    inputs["input_ids"] = torch.where(ids == word, words, ids)
+    for name, value in inputs.items():
+        if value.is_floating_point():
+            inputs[name] = torch.randn(value.shape, generator=generator, device=model.device).to(value.dtype)
+    return inputs

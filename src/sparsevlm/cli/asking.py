@@ -9,6 +9,8 @@ from typing import Any
 
 from PIL import Image
 
+from ..inputs.turns import move_inputs, process, render_turn
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -53,18 +55,18 @@ def build_inputs(
     frames: Sequence[Image.Image] = (),
     fps: float = 2.0,
 ) -> Any:
-    """Return the inputs of one user turn: images, then the video's frames, then the text."""
+    """Return the inputs of one user turn: images, then the video's frames, then the text.
+
+    Raises
+    ------
+    ValueError
+        If the processor takes no videos, or there is no way to write a prompt.
+    """
     content: list[dict[str, Any]] = [{"type": "image"}] * len(images) + [{"type": "video"}] * bool(frames)
     messages = [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}]
-    options: dict[str, Any] = {}
-    if images:
-        options["images"] = list(images)
-    if frames:
-        indices = list(range(len(frames)))
-        options["videos"] = [list(frames)]
-        options["video_metadata"] = [{"fps": fps, "total_num_frames": len(frames), "frames_indices": indices}]
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return processor(text=[text], return_tensors="pt", **options)
+    clip = {"fps": fps, "total_num_frames": len(frames), "frames_indices": list(range(len(frames)))}
+    videos, metadata = ([[list(frames)]], [clip]) if frames else ([], [])
+    return process(processor, [render_turn(processor, messages)], [images], videos, metadata)
 
 
 def ask(
@@ -72,7 +74,7 @@ def ask(
 ) -> Answer:
     """Generate greedily; every token that arrives calls ``on_token``."""
     watch = _Watch(on_token)
-    inputs = inputs.to(model.device)
+    inputs = move_inputs(inputs, model)
     begin = time.perf_counter()
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=watch)
     end = time.perf_counter()

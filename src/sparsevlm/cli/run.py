@@ -84,7 +84,7 @@ def run(
         found.to_json(report)
         typer.echo(f"wrote {report}")
     if picture is not None:
-        _draw(found, [*images, *([frames] if frames else [])], prompt, answers, picture)
+        _draw(found, [*images, *([frames] if frames else [])], prompt, answers, picture, processor)
         typer.echo(f"wrote {picture}")
 
 
@@ -121,8 +121,8 @@ def _answers(
     return {**answers, "pruned": sparse}, found
 
 
-def _draw(found: Any, visuals: list[Any], prompt: str, answers: dict[str, Any], picture: Path) -> None:
+def _draw(found: Any, visuals: list[Any], prompt: str, answers: dict[str, Any], picture: Path, processor: Any) -> None:
     from ..visualization import draw_report, save_picture
 
     said = "\n".join(f"{name}: {answer.text}" for name, answer in answers.items())
-    save_picture(draw_report(found, visuals, title=f"{prompt}\n{said}"), picture)
+    save_picture(draw_report(found, visuals, title=f"{prompt}\n{said}", processor=processor), picture)

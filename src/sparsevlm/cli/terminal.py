@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-# What users cause: files, options, unsupported models. Anything else is a fault of ours and ends with code 1.
-_USER_ERRORS = (ValueError, TypeError, IndexError, NotImplementedError, OSError)
+# What users cause: files, options, unsupported models, missing packages. Anything else is a fault of ours and ends with
+# code 1.
+_USER_ERRORS = (ValueError, TypeError, IndexError, NotImplementedError, OSError, ImportError)
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:

@@ -22,6 +22,12 @@ def visualize(
     video: Video = None,
     sample: Annotated[int, typer.Option("--sample", help="Which sample of the batch, from 0.")] = 0,
     title: Annotated[str, typer.Option("--title", help="Text above the picture.")] = "",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", help="Folder or hub id of the report's model, where its processor crops or stretches pictures."
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Draw from a saved report which patches were kept, recycled and dropped."""
@@ -29,6 +35,7 @@ def visualize(
         raise ValueError("give the pictures of the request: --image FILE (once per image) or --video FOLDER.")
     out = prepare_file(out, ".png") or out
     check_not_overwritten(out, "--out", [*(image or ()), video])
+    from ..inputs import load_processor
     from ..inputs.decoding import check_is_file
     from ..report import Report
     from ..visualization import draw_report, save_picture
@@ -36,5 +43,7 @@ def visualize(
     images, frames = read_visuals(image, video, frame)
     visuals: list[Any] = [*images, *([frames] if frames else [])]
     check_is_file(report, f"report {report}", noun="a report", wanted="the JSON file that --report wrote")
-    save_picture(draw_report(Report.from_json(report), visuals, sample=sample, title=title), out)
+    processor = None if model is None else load_processor(model)
+    found = Report.from_json(report)
+    save_picture(draw_report(found, visuals, sample=sample, title=title, processor=processor), out)
     typer.echo(f"wrote {out}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compat import cache_of
 from ..config import SparseVLMConfig
-from ..models import Grid, ModelAdapter
+from ..models import Grid, Layout, ModelAdapter
 from ..request.inputs import visual_grids
 from ..request.opening import plan_samples
 from ..request.request import Request, StageRecord
@@ -24,7 +24,9 @@ from .vision.patch_pruning import n_kept
 from .vision.program import VisionOutput
 from .vision.tables import Grids
 
-_READ = ("input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts")
+_READ = (
+    "input_ids", "attention_mask", "mm_token_type_ids", "second_per_grid_ts", "image_sizes", "batch_num_images",
+)  # fmt: skip
 _ENCODED = "mm_encoder_outputs"
 # Positions of a batch, and what a model adds to those of new tokens, if it tells.
 Positions = tuple[Tensor, Tensor | None]
@@ -80,8 +82,8 @@ class Call:
         Pixels, or what was encoded of them, by argument.
     on_host : dict
         Copies of the arguments that say where the images are.
-    grids : dict
-        Of its images in visual tokens, by kind, where they are known.
+    layouts : dict
+        Of its images, by kind, where they are known.
     copies : int
         Answers to each prompt: how often transformers repeats every row.
     past_len : int
@@ -92,7 +94,7 @@ class Call:
     arguments: dict[str, Any]
     visual: dict[str, Any]
     on_host: dict[str, Tensor]
-    grids: dict[str, list[Grid] | None]
+    layouts: dict[str, Sequence[Layout] | None]
     copies: int
     past_len: int
     pending: PendingVision | None = None
@@ -109,14 +111,15 @@ class Call:
         read = (*_READ, *(name for modality in modalities.values() for name in modality.size_inputs))
         tensors = {name: arguments.get(name) for name in read}
         on_host = {name: tensor.cpu() for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-        encoded = visual.get(_ENCODED) or {}
-        grids = {
-            kind: adapter.family.grids(adapter, kind, on_host)
-            for kind, modality in modalities.items()
-            if modality.pixels in visual or encoded.get(kind) is not None
-        }
         cache = cache_of(given)
-        return cls(arguments, visual, on_host, grids, copies, 0 if cache is None else cache.get_seq_length())
+        call = cls(arguments, visual, on_host, {}, copies, 0 if cache is None else cache.get_seq_length())
+        known = {**given, **on_host, "input_ids": call.ids}
+        call.layouts = {
+            kind: adapter.family.layouts(adapter, kind, known)
+            for kind, modality in modalities.items()
+            if modality.pixels in visual or call.encoded(kind) is not None
+        }
+        return call
 
     @property
     def ids(self) -> Tensor:
@@ -204,9 +207,9 @@ class Call:
         needs : frozenset of str
             What is read of the tower.
         """
-        kind = next(iter(self.grids))
-        grids = self.grids[kind]
-        if len(self.grids) != 1 or _ENCODED in self.visual or grids is None:
+        kind = next(iter(self.layouts))
+        grids: Any = self.layouts[kind]  # those of a tower that has a program
+        if len(self.layouts) != 1 or _ENCODED in self.visual or grids is None:
             return
         patches = self.visual[adapter.modalities[kind].pixels]
         device = next(adapter.vision.module.parameters()).device
@@ -225,22 +228,25 @@ class Call:
         """How many tokens of each image the tower computes; ``None``: all."""
         if config.vision_keep >= 1.0:
             return None
-        by_sample = visual_grids(adapter, self.grids, self.ids)
+        by_sample = visual_grids(adapter, self.layouts, self.ids)
         if sum(map(len, by_sample)) != len(grids):
             by_sample = [[grid] for grid in grids]  # placeholders that do not fit, which is refused later
         return tuple(number for own in by_sample for number in _computed(own, config))  # type: ignore[arg-type]
 
     def misfit(self, adapter: ModelAdapter) -> str | None:
         """Images whose pixels are not what their grids and the tower say, which the model itself refuses."""
-        for kind, grids in self.grids.items():
+        tower = adapter.vision.program
+        if tower is None:  # its own modules look at their inputs
+            return None
+        grids: Any
+        for kind, grids in self.layouts.items():
             pixels = self.visual.get(adapter.modalities[kind].pixels)
             if pixels is None:
                 continue
             n_patches = sum(t * h * w for t, h, w in grids or ()) * adapter.vision.patches_per_token
             if grids is None or pixels.ndim != 2 or pixels.shape[0] != n_patches:
                 return f"{kind} pixels of shape {tuple(pixels.shape)} for {n_patches} patches"
-            tower = adapter.vision.program
-            if tower is not None and pixels.shape[1] != (size := tower.projection.weight[0].numel()):
+            if pixels.shape[1] != (size := tower.projection.weight[0].numel()):
                 return f"{kind} pixels of shape {tuple(pixels.shape)} for patches of {size} numbers"
         return None
 
@@ -252,7 +258,7 @@ class Prompt:
     Attributes
     ----------
     ids : Tensor of shape (batch, q_len), int64
-    positions : Tensor of shape (3, batch, q_len), int64
+    positions : Tensor of shape (n_axes, batch, q_len), int64
     feature_rows : Tensor of shape (batch, q_len), int64
         Row of the vision tower's output, images before videos, that stands for a visual token; -1 for other tokens.
     n_features : int
@@ -295,7 +301,7 @@ class Prompt:
 
     @property
     def next_positions(self) -> Tensor:
-        """Of the first new token, of shape (3, batch)."""
+        """Of the first new token, of shape (n_axes, batch)."""
         return self.positions[:, :, -1] + 1
 
     def vision_rows(self, request: Request, read: VisionRows, device: torch.device) -> list[VisionRows]:
@@ -312,6 +318,11 @@ class Prompt:
         flat = embeds.flatten(0, 1)
         flat[to_device(visual, device)] = features[to_device(rows[visual], device)].to(flat.dtype)
         return flat.view_as(embeds)
+
+    def late_rows(self, features: Tensor) -> Tensor:
+        """Features in the places of their tokens, 0 elsewhere, (batch, q_len, hidden_size)."""
+        rows = to_device(self.feature_rows, features.device)
+        return features[rows.clamp_min(0)].masked_fill_(rows[..., None] < 0, 0.0)
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.skinny_linear import FLOAT8, LinearWeights, check_float8, round_to_float8
-from ..models.base import BlockModules
+from ..models.decoder import BlockModules
 from .fused_weights import is_plain
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from ..kernels.skinny_linear import LinearWeights
 from ..models import ModelAdapter
-from ..models.base import BlockModules
+from ..models.decoder import BlockModules
 
 if TYPE_CHECKING:
     from .float8_weights import Float8Weights

@@ -28,6 +28,7 @@ from .vision.features import encode_now
 from .vision.program import VisionOutput
 
 _FLOAT8 = "; new tokens by float8 copies of the weights"
+_ALL_COMPUTED = "images and videos in one call, or images given encoded"
 _NOT_FLOAT8 = f"; new tokens by the model's own weights, as float8 copies serve {MOST_ROWS} samples at most"
 
 
@@ -60,6 +61,10 @@ class Engine:
     @property
     def _adapter(self) -> ModelAdapter:
         return self._session.adapter
+
+    @property
+    def _has_one_axis(self) -> bool:
+        return self._adapter.decoder.n_position_axes == 1
 
     @property
     def _runner(self) -> ModelRunner:
@@ -118,16 +123,16 @@ class Engine:
         """Read a call, and begin to encode its images; where it is not for the engine, say so."""
         self._runner.quick_check()
         call = Call.of(self._adapter, arguments, copies)
-        if call.grids:
+        if call.layouts:
             check_mask(call.on_host.get("attention_mask"))
         past_len = call.past_len
-        self.reason = ("no image or video" if not call.grids and not past_len else call.misfit(self._adapter)) or ""
+        self.reason = ("no image or video" if not call.layouts and not past_len else call.misfit(self._adapter)) or ""
         if past_len and not self.reason:
             self.reason = unsupported_past(self._adapter, compat.cache_of(arguments), len(call.ids)) or ""
             self.reason = self.reason or ("several answers on a kept cache" if copies > 1 else "")
         if self.reason:
             return call
-        if call.grids and self._may_encode():
+        if call.layouts and self._may_encode():
             try:
                 config = self._session.options.config
                 needs = self._session.options.traits.needs & VISION_NEEDS
@@ -172,7 +177,7 @@ class Engine:
         """
         self.reason = unsupported_call(prepared, generation_config, modes) or ""
         positions = prepared.get("position_ids")
-        if not isinstance(positions, Tensor) or positions.ndim != 3:
+        if not isinstance(positions, Tensor) or positions.ndim != (2 if self._has_one_axis else 3):
             self.reason = self.reason or f"position_ids of {getattr(positions, 'ndim', 0)} dimensions"
         if self.reason:
             raise UnsupportedByEngineError
@@ -215,11 +220,13 @@ class Engine:
     ) -> tuple[Tensor, Decoding]:
         """Run a prompt."""
         ids = call.prepared("input_ids", input_ids)
-        positions = call.prepared("position_ids", prepared["position_ids"], dim=1)
+        positions = call.prepared("position_ids", prepared["position_ids"], dim=0 if self._has_one_axis else 1)
+        if self._has_one_axis:
+            positions = positions.expand(ids.shape)[None]
         mask = call.prepared("attention_mask", prepared.get("attention_mask"))
         request, prompt, seen = self._open(call, {"input_ids": ids, "attention_mask": mask}, positions)
         begin = Mark.now(seen.tokens.device)
-        logits = self._runner.prefill.run(request, prompt, seen.tokens, seen.rows)
+        logits = self._runner.prefill.run(request, prompt, seen)
         end = Mark.now(seen.tokens.device)
         request.add_time("prefill", begin, end)
         space = self._runner.prefill.space
@@ -236,7 +243,7 @@ class Engine:
             turn = Turn.of(call, self._adapter, input_ids, prepared, mask_length)
         except ValueError as error:
             raise self._refuse(str(error)) from error
-        if call.grids:
+        if call.layouts:
             request, prompt, seen = self._open(call, turn.inputs, turn.positions)
         else:
             request, prompt, seen = turn.open_text(self._session), turn.prompt(self._adapter), None
@@ -261,11 +268,12 @@ class Engine:
     def _open(self, call: Call, inputs: Mapping[str, Any], positions: Tensor) -> tuple[Request, Prompt, VisionOutput]:
         """Begin the request of a prompt with images: its tokens, and the rows of the vision tower."""
         adapter, ids, inputs = self._adapter, inputs["input_ids"], {**inputs, **call.visual}
-        request = open_request(self._session, inputs, visual_masks(adapter, inputs), call.grids)
+        request = open_request(self._session, inputs, visual_masks(adapter, inputs), call.layouts)
         if (refused := unsupported_request(request)) is not None:
             raise self._refuse(refused)
         request.see_positions(adapter, positions)
-        prompt = Prompt.of(adapter, ids, positions[-3:], call.grids, call.copies)
+        n_axes = adapter.decoder.n_position_axes
+        prompt = Prompt.of(adapter, ids, positions[-n_axes:], call.layouts, call.copies)
         if call.pending is not None and call.pending.n_tokens != prompt.n_features:
             call.pending = None
         if call.pending is not None and (kept := call.pending.kept()) is not None:
@@ -273,7 +281,7 @@ class Engine:
             leave_out(adapter, request, prompt)
             warn_clamped(self._session, request)
         needs = frozenset() if request.drops_nothing else request.traits.needs & VISION_NEEDS
-        seen = self._encoded(call, needs)
+        seen = self._encoded(call, request, needs)
         if seen is None:
             reading = ", ".join(sorted(needs))
             raise self._refuse(f"selector {request.traits.name!r} needs {reading} of a tower that is not the engine's")
@@ -281,17 +289,21 @@ class Engine:
             raise self._refuse("placeholders and features that differ in number")  # the model's own error follows
         request.run_on("engine", "packed samples")
         if prompt.kept is None and request.config.vision_keep < 1.0:
-            request.remark("; the tower computed all: images and videos in one call, or images given encoded")
+            why = self._runner.tower_unsupported and f"{self._runner.tower_unsupported}, which has no program"
+            request.remark(f"; the tower computed all: {why or _ALL_COMPUTED}")
         if request.config.image_cache:
             request.count_cached(seen.n_cached)
-        if call.pending is not None:
-            request.add_time("vision", call.pending.begin, call.pending.end)
         return request, prompt, seen
 
-    def _encoded(self, call: Call, needs: frozenset[str]) -> VisionOutput | None:
-        """Rows of the vision tower: images before videos."""
-        if call.pending is not None:
-            call.pending.wait()
-            return call.pending.seen
-        cache_bytes = self._session.options.config.image_cache
-        return encode_now(call, self._adapter, self._runner, self._may_encode, cache_bytes, needs)
+    def _encoded(self, call: Call, request: Request, needs: frozenset[str]) -> VisionOutput | None:
+        """Rows of the vision tower, images before videos; the request books their time."""
+        if (pending := call.pending) is not None:
+            pending.wait()
+            request.add_time("vision", pending.begin, pending.end)
+            return pending.seen
+        cache_bytes, device = self._session.options.config.image_cache, self._adapter.decoder.embed.weight.device
+        begin = Mark.now(device)
+        seen = encode_now(call, self._adapter, self._runner, self._may_encode, cache_bytes, needs)
+        if any(modality.pixels in call.visual for modality in self._adapter.modalities.values()):
+            request.add_time("vision", begin, Mark.now(device))  # else all were given encoded
+        return seen

@@ -129,7 +129,7 @@ class ModelRunner:
             [adapter.model, adapter.base_model, adapter.decoder.head, *adapter.decoder.module.modules()]
         )
         self._tower_fingerprint = ModelFingerprint(adapter.vision.module.modules())
-        self._classes = {type(adapter.vision.module), type(adapter.decoder.layers[0])}
+        self._classes = {type(adapter.base_model), type(adapter.vision.module), type(adapter.decoder.layers[0])}
         for block in weights.blocks[:1]:
             self._classes |= {type(block.attention), type(block.mlp), type(block.attention_norm)}
         if adapter.vision.program is not None:

@@ -106,7 +106,8 @@ def unsupported_patches(adapter: ModelAdapter) -> str | None:
     for name in _METHODS:
         if not _is_stock(getattr(type(adapter.model), name, None) or _is_stock):
             return f"{type(adapter.model).__name__}.{name} was replaced"
-    for module in (adapter.decoder.module, adapter.vision.module):
+    # A tower without a program runs by its own modules, whatever attention they take.
+    for module in (adapter.decoder.module, *[adapter.vision.module] * (adapter.vision.program is not None)):
         name = module.config._attn_implementation or "eager"
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         if not name.startswith(_ATTENTIONS) or (function is not None and not _is_stock(function)):
@@ -123,7 +124,8 @@ def unsupported_decoder(adapter: ModelAdapter) -> str | None:
         return reason
     for layer in decoder.layers:
         block = decoder.block.modules_of(layer)
-        parts = (layer, block.attention, block.mlp, block.attention_norm, block.mlp_norm)
+        parts = [layer, block.attention, block.mlp, block.attention_norm, block.mlp_norm]
+        parts += [norm for norm in (block.query_norm, block.key_norm) if norm is not None]
         linear = (block.query, block.key, block.value, block.output, block.gate, block.up, block.down)
         if (reason := _foreign(parts, linear) or _no_silu(block.activation)) is not None:
             return reason + _quantization(adapter.model)
@@ -148,7 +150,7 @@ def unsupported_classes(kinds: Iterable[type]) -> str | None:
 
 
 def _undescribed(adapter: ModelAdapter) -> str:
-    return f"the decoder layers of {adapter.name}, which are not described"
+    return adapter.decoder.undescribed or f"the decoder layers of {adapter.name}, which are not described"
 
 
 def unsupported_tower(adapter: ModelAdapter) -> str | None:

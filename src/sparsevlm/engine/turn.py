@@ -61,6 +61,8 @@ class Turn:
         ids, mask = call.prepared("input_ids", input_ids), call.prepared("attention_mask", prepared["attention_mask"])
         cache, positions, n_axes = cache_of(prepared), prepared["position_ids"].cpu(), adapter.decoder.n_position_axes
         length = mask_length if mask is None else mask.shape[1]
+        if positions.ndim == 2:
+            positions = positions[None]
         if ids.shape[1] == length:  # of the whole conversation
             ids = ids[:, call.past_len :]
         n = ids.shape[1]
@@ -69,8 +71,8 @@ class Turn:
         mask = torch.ones((len(ids), length), dtype=torch.bool) if mask is None else mask
         if not bool(mask[:, -1].all()):
             raise ValueError("a prompt whose last token is masked")
-        positions = positions[-n_axes:, :, -n:].expand(n_axes, -1, -1)
-        return cls(cache, ids, mask, positions, not call.grids, [])
+        positions = positions[-n_axes:, :, -n:].expand(n_axes, len(ids), -1)
+        return cls(cache, ids, mask, positions, not call.layouts, [])
 
     @property
     def text(self) -> list[Tensor]:
@@ -129,15 +131,18 @@ class Turn:
             row_capacity(seen.numel() + packed.n_rows + 1), power_of_two(self.ids.shape[0])
         )
         embeds = prompt.embeddings(adapter, weight[:0] if encoded is None else encoded.tokens)
+        late = () if encoded is None else tuple(map(prompt.late_rows, encoded.late))
         axes = to_device(prompt.positions, weight.device)
         of_rows = [axes[:, b, own] for b, own in enumerate(packed.positions)]
-        rows = [embeds[b, own] for b, own in enumerate(packed.positions)]
+        rows, *late_rows = (
+            torch.cat([one[b, own] for b, own in enumerate(packed.positions)]) for one in (embeds, *late)
+        )
         assert runner.weights is not None  # since it was looked at
         turn = SecondTurn(adapter, runner.weights, space, self.cache, to_device(seen, weight.device))
         pruned = None if encoded is None else request
         if pruned is not None:
             request.see_embeddings(embeds)
-        logits = turn.run(pruned, packed, torch.cat(rows), torch.cat(of_rows, dim=1))
+        logits = turn.run(pruned, packed, rows, torch.cat(of_rows, dim=1), late_rows)
         request.forget_embeddings()
         self.rows = turn.rows
         if not request.finished:

@@ -30,6 +30,8 @@ class AttentionInputs:
     mask : None or Tensor
         Of the layout that the attention in force takes.
     scaling : float
+    softcap : float, optional
+        Scores are capped to ``softcap · tanh(score / softcap)`` before the mask.
     cu_seqlens : Tensor of shape (n_sequences + 1,), int32, optional
         Where the sequences begin that are packed into one row.
     """
@@ -38,6 +40,7 @@ class AttentionInputs:
     key: Tensor
     mask: Any
     scaling: float
+    softcap: float | None = None
     cu_seqlens: Tensor | None = None
 
 
@@ -112,9 +115,17 @@ def _probed_attention(
 ) -> Any:
     probe = AttentionProbe._armed[module]
     probe.give_config_back()
-    scaling = kwargs.get("scaling") or query.shape[-1] ** -0.5
+    scaling, softcap = kwargs.get("scaling") or query.shape[-1] ** -0.5, kwargs.get("softcap")
+    if softcap is None and (cap := getattr(module.config, "attn_logit_softcapping", None)):
+        raise NotImplementedError(
+            f"a {type(module).__name__} caps its scores (attn_logit_softcapping={cap}) by itself, without a word to "
+            "its attention function: what is read would not be its attention. Choose a selector that reads no "
+            "attention of the text, such as 'span' with keep."
+        )
+    if module.config._attn_implementation == "sdpa":  # which leaves the cap out
+        softcap = None
     with no_autocast(query.device):
-        probe.reader(AttentionInputs(query, key, attention_mask, scaling, kwargs.get("cu_seq_lens_q")))
+        probe.reader(AttentionInputs(query, key, attention_mask, scaling, softcap, kwargs.get("cu_seq_lens_q")))
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
     return attention(module, query, key, value, attention_mask, **kwargs)

@@ -21,7 +21,7 @@ from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
 from .late_rows import LateRows
 from .proof import Proof
-from .pruning import ForwardPass, before_layer
+from .pruning import ForwardPass, before_layer, gathered_arguments
 from .vision_hooks import VisionHooks, bound_arguments
 
 _DIRECT = "a direct call of the model"
@@ -44,7 +44,7 @@ class ModelHooks:
         self._adapter = session.adapter
         self._vision = VisionHooks(session)
         self._forward: ForwardPass | None = None
-        self._logits_to_keep = 0
+        self._logits_to_keep = self._n_last = 0
         self._begin: Mark | None = None
         self._inside: list[nn.Module] = []
         self._proof: Proof | None = None
@@ -84,7 +84,7 @@ class ModelHooks:
         add(adapter.vision.module.register_forward_pre_hook(self._before_tower, with_kwargs=True))
         add(adapter.vision.module.register_forward_hook(self._after_tower, always_call=True))
         add(adapter.decoder.module.register_forward_pre_hook(self._before_text, with_kwargs=True))
-        add(adapter.decoder.module.register_forward_hook(self._leave, always_call=True))
+        add(adapter.decoder.module.register_forward_hook(self._after_text, always_call=True))
         self._layers = tuple(adapter.decoder.layers)
         for layer_idx, layer in enumerate(self._layers):
             add(layer.register_forward_pre_hook(_LayerHook(self, layer_idx), with_kwargs=True))
@@ -165,7 +165,7 @@ class ModelHooks:
             self._prove(module, inputs, ids.shape[:2], cache)
         request = open_request(self._session, inputs, masks, self._vision.layouts(inputs, masks), logits_to_keep)
         if cache is not None and not request.drops_nothing:
-            check_cache(cache, self._adapter.n_layers, self._adapter.decoder.sliding_layers)
+            check_cache(cache, self._adapter.decoder.first_shared, self._adapter.decoder.sliding_layers)
             check_fillers(self._adapter, request)
         if request.config.vision_keep < 1.0 and request.first is None:
             request.remark("; the tower computed all, vision_keep is the engine's")
@@ -234,11 +234,26 @@ class ModelHooks:
         embeds = kwargs["inputs_embeds"]
         request.see_embeddings(embeds)
         choose_embedding_raters(request, lambda b, tokens: embeds[b, tokens.to(embeds.device)])
-        late = self._adapter.decoder.late_features
-        if late is None or request.drops_nothing or not late.come_behind(min(request.target_layers), kwargs):
+        keep = kwargs.get("logits_to_keep")
+        keep = keep if isinstance(keep, int) else 0
+        request.compute_last(0 if _records(module, kwargs) else keep)
+        if request.drops_nothing:
             return None
-        forward.late = LateRows(request, kwargs[late.mask], kwargs[late.features])
-        return args, {**kwargs, late.mask: None, late.features: None}
+        late, changed = self._adapter.decoder.late_features, kwargs
+        if late is not None and late.come_behind(min(request.target_layers), kwargs):
+            forward.late = LateRows(request, kwargs[late.mask], kwargs[late.features])
+            changed = {**kwargs, late.mask: None, late.features: None}
+        if keep:  # the text model would cut tables by the length of the whole sequence, or nothing at all
+            self._n_last, changed = keep, {**changed, "logits_to_keep": 0}
+        return None if changed is kwargs else (args, changed)
+
+    def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Give the rows that logits are wanted of, if the text model was to choose them."""
+        n_last, self._n_last = self._n_last, 0
+        if n_last and output is not None:
+            output.last_hidden_state = output.last_hidden_state[:, -n_last:]
+        self._leave(module, args, output)
+        return output
 
     def _check_layers(self, layers: Iterable[nn.Module]) -> None:
         """Refuse layers that have no hook, which would take dropped tokens for their own."""
@@ -295,6 +310,12 @@ class ModelHooks:
                 forward.request.forget_embeddings()
 
 
+def _records(module: Any, arguments: Mapping[str, Any]) -> bool:
+    """Tells whether a text model is to return what its layers make of all rows."""
+    names = ("output_hidden_states", "output_attentions", "output_router_logits")
+    return any(arguments.get(name) or getattr(module.config, name, False) for name in names)
+
+
 class _LayerHook:
     """Forward pre-hook of one decoder layer."""
 
@@ -315,5 +336,5 @@ class _LayerHook:
             forward.cache = cache_of(kwargs)
         pruned, changed = before_layer(self.hooks._adapter, forward, self.layer_idx, hidden_states, kwargs)
         if args:
-            return (pruned, *args[1:]), changed
+            return gathered_arguments(self.hooks._adapter, forward, pruned, args), changed
         return args, {**changed, "hidden_states": pruned}

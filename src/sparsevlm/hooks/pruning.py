@@ -48,6 +48,8 @@ class ForwardPass:
         What was read at the target layer that has just run, and in the vision tower.
     late : LateRows or None
         Features to be added behind the first layers, where the decoder itself is not to do so.
+    q_len : int
+        Tokens of the pass.
     """
 
     cache: Cache | None
@@ -61,6 +63,7 @@ class ForwardPass:
     probe: AttentionProbe | None = None
     readout: Readout = field(default_factory=Readout)
     late: LateRows | None = None
+    q_len: int = 0
 
     @property
     def _cache_layers(self) -> Sequence[Any]:
@@ -123,6 +126,7 @@ def before_layer(
     forward.disarm()
     if layer_idx == 0:
         forward.note_tables()
+        forward.q_len = hidden_states.shape[1]
     if request is not None:
         request.to(hidden_states.device)
         if forward.late is not None:
@@ -130,12 +134,14 @@ def before_layer(
     if request is not None and layer_idx - 1 in request.target_layers:
         hidden_states = _prune(forward, request, layer_idx - 1, hidden_states)
     rows = None if request is None else request.rows
+    if layer_idx == adapter.decoder.first_shared and request is not None and rows is not None:
+        hidden_states = hidden_states[:, -request.n_last :]
     if forward.is_flash and (rows is not None or forward.table_of(layer_idx) is not None):
         _check_flash(adapter, layer_idx)
     if adapter.decoder.layer_types[layer_idx] == RECURRENT:
         kwargs = _recurrent_kwargs(forward, rows, kwargs)
     else:
-        kwargs = _gathered_kwargs(forward, layer_idx, rows, hidden_states, kwargs)
+        kwargs = _gathered_kwargs(adapter, forward, layer_idx, rows, hidden_states, kwargs)
     if request is not None:
         for sample in request.samples:
             sample.enter_layer()
@@ -146,26 +152,50 @@ def before_layer(
     return hidden_states, kwargs
 
 
+def gathered_arguments(
+    adapter: ModelAdapter, forward: ForwardPass, hidden_states: Tensor, args: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """Positional arguments of a layer that is given ``hidden_states``: what they hold for each token goes on with it.
+
+    A merged token has what belongs to the place that it takes, as it has its position.
+    """
+    rows = None if forward.request is None else forward.request.rows
+    if rows is None:
+        return (hidden_states, *args[1:])
+    rows, per_token = rows[:, -hidden_states.shape[1] :], adapter.decoder.per_token
+    return (
+        hidden_states,
+        *(_at_rows(arg, rows) if i in per_token and arg is not None else arg for i, arg in enumerate(args) if i),
+    )
+
+
 def _gathered_kwargs(
-    forward: ForwardPass, layer_idx: int, rows: Tensor | None, hidden: Tensor, kwargs: dict[str, Any]
+    adapter: ModelAdapter,
+    forward: ForwardPass,
+    layer_idx: int,
+    rows: Tensor | None,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
 ) -> dict[str, Any]:
-    table = forward.table_of(layer_idx)
-    mask, flash, buffer = kwargs.get("attention_mask"), forward.is_flash, forward.buffer(layer_idx)
+    source, n_rows = adapter.decoder.key_layers[layer_idx], hidden.shape[1]
+    table = forward.table_of(source)
+    mask, flash, buffer = kwargs.get("attention_mask"), forward.is_flash, forward.buffer(source)
     # Flash attention cuts a static layer's buffer to its mask: without one, all of it is seen.
     needs_cut = flash and mask is None and buffer is not None
     if rows is None and (table is None or (mask is None and not table.has_padding and not needs_cut)):
         return kwargs
     if rows is None:
         assert table is not None
-        past_len, q_len = table.logical_length(forward.appended[table]), hidden.shape[1]
+        past_len, q_len = table.logical_length(forward.appended[table]), forward.q_len
+        queries = _last_rows(table, q_len, n_rows) if mask is None and n_rows < q_len else None
     else:
         assert forward.request is not None
-        past_len, q_len = forward.request.past_len, forward.request.q_len
-        kwargs = {**kwargs, "position_embeddings": _rotary(forward, rows, kwargs["position_embeddings"])}
+        past_len, q_len, queries = forward.request.past_len, forward.request.q_len, rows[:, -n_rows:]
+        kwargs = {**kwargs, "position_embeddings": _rotary(forward, queries, kwargs["position_embeddings"])}
         kwargs["position_ids"] = None  # gapped ids would be taken for packed sequences by flash attention
-        if forward.cache is not None:
+        if forward.cache is not None and source == layer_idx:
             table = _placed_table(forward, forward.cache, layer_idx, rows, past_len, q_len)
-    key = ("mask", id(table), id(mask))
+    key = ("mask", id(table), id(mask), n_rows)
     if key not in forward.memo:
         width = None if flash else _mask_width(buffer, mask, table)
         if table is None:
@@ -174,12 +204,19 @@ def _gathered_kwargs(
         else:
             coming = 0 if rows is not None else forward.appended[table] + q_len
             slots, has_padding = table.slots(coming, width), table.has_padding
-        has_padding = has_padding or width is not None or needs_cut
+        is_part = rows is not None and 1 < n_rows < rows.shape[1]  # whose causality is no longer that of the first row
+        has_padding = has_padding or width is not None or needs_cut or is_part
         needed = mask is not None or has_padding
         forward.memo[key] = (
-            pruned_mask(mask, rows, slots, past_len, q_len, has_padding=has_padding, flash=flash) if needed else None
+            pruned_mask(mask, queries, slots, past_len, q_len, has_padding=has_padding, flash=flash) if needed else None
         )
     return {**kwargs, "attention_mask": forward.memo[key]}
+
+
+def _last_rows(table: SlotTable, q_len: int, n_rows: int) -> Tensor:
+    """The last rows of a pass, which the model itself has cut, (batch, n_rows)."""
+    positions = table.positions
+    return torch.arange(q_len - n_rows, q_len, device=positions.device).expand(positions.shape[0], -1)
 
 
 def _recurrent_kwargs(forward: ForwardPass, rows: Tensor | None, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -213,16 +250,17 @@ def _mask_width(buffer: int | None, mask: Any, table: SlotTable | None) -> int |
 
 
 def _rotary(forward: ForwardPass, rows: Tensor, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    key = ("rotary", id(tables))
+    key = ("rotary", id(tables), rows.shape[1])
     if key not in forward.memo:
-        idx = rows.clamp_min(0).to(tables[0].device)
-
-        def gather(table: Tensor) -> Tensor:
-            table = table.expand(rows.shape[0], -1, -1)
-            return table.gather(1, idx[:, :, None].expand(-1, -1, table.shape[-1]))
-
-        forward.memo[key] = (gather(tables[0]), gather(tables[1]))
+        forward.memo[key] = (_at_rows(tables[0], rows), _at_rows(tables[1], rows))
     return forward.memo[key]
+
+
+def _at_rows(states: Tensor, rows: Tensor) -> Tensor:
+    """What is at some rows of a tensor (batch or 1, q_len, size), where fillers have that of any."""
+    idx = rows.clamp_min(0).to(states.device)
+    states = states.expand(rows.shape[0], -1, -1)
+    return states.gather(1, idx[:, :, None].expand(-1, -1, states.shape[-1]))
 
 
 def _placed_table(

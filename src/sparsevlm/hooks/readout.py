@@ -70,5 +70,13 @@ def _rows_attention(
     elif isinstance(mask, Tensor):
         key_mask = torch.nn.functional.pad(mask[b].bool(), (0, key.shape[1] - mask.shape[1]))
     return text_to_visual_attention(
-        query[:, rows], key, visual_rows + offset, rows + offset, inputs.scaling, row_mask, key_mask, n_top_heads
+        query[:, rows],
+        key,
+        visual_rows + offset,
+        rows + offset,
+        inputs.scaling,
+        row_mask,
+        key_mask,
+        n_top_heads,
+        inputs.softcap,
     )

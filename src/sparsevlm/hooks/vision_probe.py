@@ -31,7 +31,8 @@ class VisionProbe:
     order : Tensor of shape (n_visual,), int64, optional
         Index in reading order of each visual token, in the order in which the tower works; ``None``: the same.
     patch_grids : sequence of (h, w), optional
-        Patches of each image, where the tower has them row by row, one image behind the other.
+        Patches of each image, where the tower has them row by row: one image behind the other, or each in a row of its
+        own that may be filled up behind them.
     """
 
     def __init__(
@@ -55,10 +56,14 @@ class VisionProbe:
 
     @torch.no_grad()
     def _read(self, block: Any, inputs: AttentionInputs) -> None:
-        for query, key in zip(inputs.query, inputs.key, strict=True):
+        grids, n_images = self._grids or (), inputs.query.shape[0]
+        # An image in a row of its own may be filled up behind its patches.
+        ends = [self._vision.n_prefix + h * w for h, w in grids] if len(grids) == n_images else [None] * n_images
+        for end, all_queries, all_keys in zip(ends, inputs.query, inputs.key, strict=True):
+            query, key = all_queries[:, :end], all_keys[:, :end]
             bounds = self._bounds(query.shape[1], inputs.cu_seqlens)
-            for start, end in itertools.pairwise(bounds) if block in self._received else ():
-                received = received_attention(query[:, start:end], key[:, start:end], inputs.scaling)
+            for begin, stop in itertools.pairwise(bounds) if block in self._received else ():
+                received = received_attention(query[:, begin:stop], key[:, begin:stop], inputs.scaling)
                 self._received[block].append(self._of_patches(received))
             if block is self._last and self._keys is not None:
                 self._keys.append(key.float().mean(dim=0)[self._vision.n_prefix :])

@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from .dispatch import use_triton
+
+
+@dataclass(frozen=True)
+class Norm:
+    """RMSNorm: ``weight · x / sqrt(mean(x²) + eps)``.
+
+    Attributes
+    ----------
+    weight : Tensor of shape (size,)
+    eps : float
+    """
+
+    weight: Tensor
+    eps: float
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -87,7 +103,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 def rotate_into(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    slot: Tensor | None = None,
+    slot: Tensor | None = None, norms: tuple[Norm, Norm] | None = None,
 ) -> Tensor:  # fmt: skip
     """As :func:`rotate`, and put keys and values where they are kept.
 
@@ -100,6 +116,8 @@ def rotate_into(
         Written.
     slot : Tensor of shape (1,), int32, optional
         Which of ``room`` is written; on the device.
+    norms : tuple of Norm, optional
+        Of each head of the queries, and of the keys, of shape (head_dim,): taken first, with one ``eps``.
 
     Returns
     -------
@@ -109,15 +127,19 @@ def rotate_into(
     if use_triton(query):
         from .triton.elementwise import rotate_into as triton_version
 
-        return triton_version(query, key, value, cos, sin, keys, values, slot)
-    return rotate_into_reference(query, key, value, cos, sin, keys, values, slot)
+        return triton_version(query, key, value, cos, sin, keys, values, slot, norms)
+    return rotate_into_reference(query, key, value, cos, sin, keys, values, slot, norms)
 
 
 def rotate_into_reference(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    slot: Tensor | None = None,
+    slot: Tensor | None = None, norms: tuple[Norm, Norm] | None = None,
 ) -> Tensor:  # fmt: skip
     """Reference in plain torch."""
+    if norms is not None:
+        query, key = (
+            rms_norm_reference(x, norm.weight, norm.eps, None)[0] for x, norm in zip((query, key), norms, strict=True)
+        )
     query, key = rotate_reference(query, key, cos, sin)
     for kept, new in ((keys, key), (values, value)):
         if slot is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .dispatch import use_triton
-from .elementwise import rms_norm_reference, swiglu_reference
+from .elementwise import Norm, rms_norm_reference, swiglu_reference
 
 # More rows are for matrix kernels.
 MOST_ROWS = 16
@@ -35,20 +35,6 @@ class LinearWeights:
     weight: Tensor
     bias: Tensor | None = None
     scale: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Norm:
-    """RMSNorm of the inputs: ``weight · x / sqrt(mean(x²) + eps)``.
-
-    Attributes
-    ----------
-    weight : Tensor of shape (n_in,)
-    eps : float
-    """
-
-    weight: Tensor
-    eps: float
 
 
 def check_float8(device: torch.device) -> None:

@@ -1,8 +1,10 @@
 """Model families as data: where the decoder, the vision tower and the visual tokens of a model are."""
 
-from .base import RECURRENT, SLIDING, Decoder, Family, LateFeatures, Modality, ModelAdapter, Vision
-from .layout import Grid, Layout, Tiles, n_tokens, separators
+from .base import Family, Modality, ModelAdapter
+from .decoder import RECURRENT, SLIDING, Decoder, LateFeatures
+from .layout import Grid, Layout, Tiles, View, as_grid, n_tokens, separators, views
 from .registry import FAMILIES, adapter_for, register_adapter, supported_model_types
+from .tower import Vision
 from .wrapping import check_module, compiled_parts, may_have_compiled, unwrap, wrapper_hint
 
 __all__ = [
@@ -17,8 +19,10 @@ __all__ = [
     "Modality",
     "ModelAdapter",
     "Tiles",
+    "View",
     "Vision",
     "adapter_for",
+    "as_grid",
     "check_module",
     "compiled_parts",
     "may_have_compiled",
@@ -27,5 +31,6 @@ __all__ = [
     "separators",
     "supported_model_types",
     "unwrap",
+    "views",
     "wrapper_hint",
 ]

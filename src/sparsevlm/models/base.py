@@ -6,18 +6,18 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from .decoder import FULL, SLIDING, Decoder
 from .layout import Grid, Layout, grid_coordinates
+from .tower import Vision
 
-# Kinds of decoder layers, by transformers' names.
-FULL, SLIDING, RECURRENT = "full_attention", "sliding_attention", "linear_attention"
 _AROUND = tuple(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video", "audio") for end in ("start", "end"))
-_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", *_AROUND, "boi_token_index", "eoi_token_index")
+_OF_GEMMA = tuple(f"{end}{kind}_token_{name}" for end in ("bo", "eo") for kind in "ia" for name in ("id", "index"))
+_SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", *_AROUND, *_OF_GEMMA)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Modality:
         Token that stands for one visual token of it in the prompt.
     size_inputs : tuple of str
         Arguments that say how the pixels are divided into images.
+    encoder_inputs : tuple of str
+        Further arguments of ``get_image_features`` (or ``get_video_features``), passed where a call brings them.
     in_parts : bool
         Whether other tokens may stand between those of one input: written times before frames, sound.
     """
@@ -40,255 +42,7 @@ class Modality:
     token_id: int
     size_inputs: tuple[str, ...] = ()
     in_parts: bool = False
-
-
-@dataclass(frozen=True)
-class LateFeatures:
-    """Visual features that the decoder adds to the output of its first layers, as by DeepStack.
-
-    Attributes
-    ----------
-    mask : str
-        Argument of the decoder that tells visual tokens, (batch, q_len) bool.
-    features : str
-        Argument of the decoder with a tensor (n_visual, hidden_size) for each of these layers, beginning with the
-        first; rows are those of the mask, one sample behind the other.
-    """
-
-    mask: str
-    features: str
-
-    def come_behind(self, layer: int, arguments: Mapping[str, Any]) -> bool:
-        """Tells whether the output of any layer behind a given one gets such, by the decoder's arguments."""
-        return len(arguments.get(self.features) or ()) > layer + 1
-
-
-@dataclass(frozen=True)
-class BlockModules:
-    """Modules of one decoder layer by role.
-
-    Attributes
-    ----------
-    attention, mlp : nn.Module
-        Whole parts.
-    attention_norm, mlp_norm : nn.Module
-        RMS norms before them, with ``weight`` and ``variance_epsilon``.
-    query, key, value, output, gate, up, down : nn.Linear
-    activation : nn.Module
-    head_dim : int
-    scaling : float
-    """
-
-    attention: Any
-    mlp: Any
-    attention_norm: Any
-    mlp_norm: Any
-    query: Any
-    key: Any
-    value: Any
-    output: Any
-    gate: Any
-    up: Any
-    down: Any
-    activation: Any
-    head_dim: int
-    scaling: float
-
-
-@dataclass(frozen=True)
-class DecoderBlock:
-    """A decoder layer that the engine can run: paths of its modules by role.
-
-    Stands for ``h += output(attention(norm(h)))``, then ``h += down(activation(gate(norm(h))) · up(norm(h)))``, with
-    RMS norms and rotary positions over whole heads in halves. A family describes a layer where that is all it does.
-    """
-
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    attention_norm: str = "input_layernorm"
-    mlp_norm: str = "post_attention_layernorm"
-    query: str = "self_attn.q_proj"
-    key: str = "self_attn.k_proj"
-    value: str = "self_attn.v_proj"
-    output: str = "self_attn.o_proj"
-    gate: str = "mlp.gate_proj"
-    up: str = "mlp.up_proj"
-    down: str = "mlp.down_proj"
-    activation: str = "mlp.act_fn"
-
-    def modules_of(self, layer: nn.Module) -> BlockModules:
-        """The modules of a layer."""
-        found = {name: attrgetter(path)(layer) for name, path in vars(self).items()}
-        attention = found["attention"]
-        return BlockModules(**found, head_dim=attention.head_dim, scaling=attention.scaling)
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """The decoder stack of a model.
-
-    Attributes
-    ----------
-    module : nn.Module
-        Called with ``inputs_embeds``.
-    layers : nn.ModuleList
-        Each called as ``layer(hidden_states, attention_mask=, position_embeddings=, …)``.
-    attentions : tuple of nn.Module or None
-        Attention module of each layer, which looks its function up under ``self.config._attn_implementation``;
-        ``None``: the layer is recurrent.
-    embed, norm, rotary, head : nn.Module
-        Token embeddings, last norm, rotary embeddings and language-model head.
-    n_position_axes : int
-        Axes of its rotary positions: 3 for M-RoPE.
-    block : DecoderBlock or None
-        What the engine has to know of a layer; ``None``: the family runs on hooks only.
-    late_features : LateFeatures or None
-        ``None``: visual features are all in the embeddings.
-    experts_per_token : int
-        Of a layer whose MLP is made of experts, how many of them compute a token; 0: no layer is.
-    state_size : int
-        Numbers in the state that a recurrent layer carries from token to token.
-    """
-
-    module: Any
-    layers: Any
-    attentions: tuple[Any, ...]
-    embed: Any
-    norm: Any
-    rotary: Any
-    head: Any
-    n_position_axes: int = 1
-    block: DecoderBlock | None = None
-    late_features: LateFeatures | None = None
-    experts_per_token: int = 0
-    state_size: int = 0
-
-    @functools.cached_property
-    def layer_types(self) -> tuple[str, ...]:
-        """Kind of each layer, by transformers' names."""
-        config = self.module.config
-        found = getattr(config, "layer_types", None)
-        if found is None:
-            found = [SLIDING if getattr(config, "sliding_window", None) else FULL] * len(self.layers)
-        return tuple(found)
-
-    @functools.cached_property
-    def sliding_layers(self) -> frozenset[int]:
-        """Layers with a sliding window."""
-        return frozenset(i for i, kind in enumerate(self.layer_types) if kind == SLIDING)
-
-    @property
-    def default_targets(self) -> tuple[int, ...]:
-        """Target layers where none are named: those with full attention if others have not, or every 4th from 2."""
-        last, types = len(self.layers) - 1, self.layer_types
-        full = tuple(i for i in range(last) if types[i] == FULL)
-        return tuple(range(2, last, 4)) if len(full) in (0, last) else full
-
-    @classmethod
-    def of_llama(cls, module: Any, head: Any, n_position_axes: int = 1, block: DecoderBlock | None = None) -> Decoder:
-        """A decoder whose parts have the names that they have in transformers' Llama, as in most of its models."""
-        attentions = tuple(getattr(layer, "self_attn", None) for layer in module.layers)
-        parts = (module.embed_tokens, module.norm, module.rotary_emb, head)
-        return cls(module, module.layers, attentions, *parts, n_position_axes, block)
-
-
-@dataclass(frozen=True)
-class TowerBlock:
-    """One block of a :class:`PackedTower`, its modules by role.
-
-    Attributes
-    ----------
-    module : nn.Module
-        The whole block.
-    attention, mlp : nn.Module
-        Whole parts; the MLP runs as it is where it is not gated.
-    attention_norm, mlp_norm : nn.Module
-        RMS norms, or ``nn.LayerNorm``.
-    qkv, output : nn.Linear
-    n_heads : int
-    scaling : float
-    is_full : bool
-        Whether all patches of an image (or frame) see each other, not only those of a window.
-    gate, up, down : nn.Linear or None
-    """
-
-    module: Any
-    attention: Any
-    mlp: Any
-    attention_norm: Any
-    mlp_norm: Any
-    qkv: Any
-    output: Any
-    n_heads: int
-    scaling: float
-    is_full: bool
-    gate: Any = None
-    up: Any = None
-    down: Any = None
-
-
-@dataclass(frozen=True)
-class PackedTower:
-    """A vision tower that the engine can run: over the packed patches of all images, with rotary positions.
-
-    Attributes
-    ----------
-    projection : nn.Module
-        Embeds a patch; a convolution whose kernel is its stride, without bias.
-    rotary : nn.Module
-        ``rotary(like, positions)`` gives cosines and sines.
-    blocks : tuple of TowerBlock
-    merger : nn.Module
-        From patches to visual tokens.
-    side : int
-        Patches per side that form one visual token.
-    window : int or None
-        Visual tokens per side of a window; ``None``: no block has windows.
-    """
-
-    projection: Any
-    rotary: Any
-    blocks: tuple[TowerBlock, ...]
-    merger: Any
-    side: int
-    window: int | None = None
-
-
-@dataclass(frozen=True)
-class Vision:
-    """The vision tower of a model.
-
-    Attributes
-    ----------
-    module : nn.Module
-    readable : tuple of (int, nn.Module)
-        Index and attention module of each block in which all patches of an image (or frame) see each other and whose
-        output is used, ascending; it looks its function up as those of the decoder do.
-    n_blocks : int
-        Number of blocks whose output is used.
-    patches_per_token : int
-        Patches that form one visual token.
-    n_prefix : int
-        Tokens of the tower before the patches of each image, such as a class token.
-    program : PackedTower or None
-        What the engine has to know of it; ``None``: its own modules run.
-    unreadable : str
-        Why ``readable`` is empty, where that is not for want of blocks with full attention.
-    """
-
-    module: Any
-    readable: tuple[tuple[int, Any], ...]
-    n_blocks: int
-    patches_per_token: int = 1
-    n_prefix: int = 0
-    program: PackedTower | None = None
-    unreadable: str = ""
-
-    @property
-    def read_blocks(self) -> tuple[tuple[int, Any], tuple[int, Any]]:
-        """Of ``readable``, which selectors read: the one nearest to the middle of the tower (of two as near, the
-        earlier) and the last."""
-        return min(self.readable, key=lambda block: abs(2 * block[0] - self.n_blocks)), self.readable[-1]
+    encoder_inputs: tuple[str, ...] = ()
 
 
 class Family:
@@ -300,12 +54,13 @@ class Family:
     protects_separators: bool = True
     # Whether the first request has to show that gathering all rows changes nothing.
     must_be_proven: bool = False
+    # Whether the pixels of all images of a batch are one row, which older transformers repeat as a whole.
+    packs_pixels: ClassVar[bool] = False
     speaks: ClassVar[bool] = False  # another model makes speech of the hidden states that generate returns
     layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, SLIDING})
 
     def check(self, model: Any) -> None:
-        """Refuse a model of the family that cannot be pruned: with layers of another kind, capped scores, or
-        tensor-parallel.
+        """Refuse a model of the family that cannot be pruned: with layers of another kind, or tensor-parallel.
 
         Raises
         ------
@@ -316,11 +71,6 @@ class Family:
             raise NotImplementedError(
                 f"decoder layers of kind {min(unknown)!r} are not supported in a {type(model).__name__}: pruning "
                 f"them was not tested. Supported are {', '.join(sorted(self.layer_kinds))}."
-            )
-        if cap := getattr(self.decoder(model).module.config, "attn_logit_softcapping", None):
-            raise NotImplementedError(
-                f"decoder layers that cap attention scores (attn_logit_softcapping={cap}) are not supported: what is "
-                "read of them would not be the model's attention. Use a model without, such as Gemma 3 or PaliGemma."
             )
         if getattr(model, "_tp_size", None) not in (None, 1):
             raise NotImplementedError(
@@ -364,8 +114,12 @@ class Family:
         """
         return self.grids(adapter, kind, inputs)
 
+    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int | None:
+        """Visual tokens of the example with about ``n_visual`` of them; ``None``: the family has no examples."""
+        return None
+
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
-        """Inputs of ``generate`` with one blank image of (t, h, w) visual tokens amid ``n_text`` other tokens.
+        """Inputs of ``generate`` with one blank image of about (t, h, w) visual tokens amid ``n_text`` other tokens.
 
         Raises
         ------

@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from .base import Decoder, Modality, Vision
+from .base import Modality
+from .decoder import Decoder
 from .plain import PlainFamily
+from .tower import Vision
 
 _TOWERS = ("visual", "vision_tower", "vision_model", "vision_encoder", "image_tower")
 _TOKENS = ("image_token_id", "image_token_index")

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
-from .base import Family, Modality, ModelAdapter, Vision
+from .base import Family, Modality, ModelAdapter
+from .examples import blank_prompt
 from .layout import Grid, Layout, grid_coordinates, n_tokens
+from .tower import Vision
 
 
 class GriddedFamily(Family):
@@ -45,17 +47,20 @@ class GriddedFamily(Family):
         """From ``image_grid_thw`` and ``video_grid_thw``."""
         return _merged(adapter, inputs.get(f"{kind}_grid_thw"))
 
+    layouts = grids  # an image is one grid
+
+    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
+        """Any number."""
+        return n_visual
+
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
         """As the processor makes them."""
         config, device = adapter.model.config, adapter.model.device
-        tokens = {modality.token_id for modality in adapter.modalities.values()} | adapter.special_token_ids
-        word = next(i for i in range(len(tokens) + 1) if i not in tokens)
         n_visual, side = math.prod(grid), config.vision_config.spatial_merge_size
-        ids = torch.full((1, n_visual + n_text), word, dtype=torch.int64, device=device)
-        first = n_text // 4 + 1
+        ids, first = blank_prompt(adapter, n_visual, n_text), n_text // 4 + 1
         for place, name in ((first - 1, "vision_start_token_id"), (first + n_visual, "vision_end_token_id")):
-            ids[:, place] = getattr(config, name, word)
-        ids[:, first : first + n_visual] = config.image_token_id
+            if (token := getattr(config, name, None)) is not None:
+                ids[:, place] = token
         size = adapter.vision.module.patch_embed.proj.weight[0].numel()
         in_patches = [grid[0], grid[1] * side, grid[2] * side]
         return {

@@ -26,14 +26,43 @@ class Tiles:
         By part: whether a separator ends each of its rows.
     ends_all : bool
         Whether a separator stands behind the last part.
+    columns : tuple of int
+        By part: how many of its ``t`` grids lie beside each other as tiles of the picture, row by row of tiles; 0: not
+        known. Empty: no part is in tiles.
     """
 
     parts: tuple[Grid, ...]
     ends_rows: tuple[bool, ...]
     ends_all: bool = False
+    columns: tuple[int, ...] = ()
 
 
 Layout = Grid | Tiles
+View = tuple[int, int, int, int]
+
+
+def views(layout: Layout) -> tuple[View, ...]:
+    """Views (rows, columns, height, width) of a picture, one behind the other; empty for a single grid and for a video.
+
+    Each is of ``rows`` times ``columns`` tiles of ``height`` times ``width`` tokens, separators apart. 0 columns: of
+    ``rows`` tiles whose arrangement is not known.
+    """
+    if not isinstance(layout, Tiles) or (not layout.columns and any(t > 1 for t, _, _ in layout.parts)):
+        return ()
+    columns = layout.columns or (1,) * len(layout.parts)
+    return tuple((t // (n or 1), n, h, w) for (t, h, w), n in zip(layout.parts, columns, strict=True))
+
+
+def as_grid(layout: Layout) -> Grid | None:
+    """Grid (t, h, w) of a layout, separators apart, tiles of one size one behind the other; ``None``: it has none."""
+    if not isinstance(layout, Tiles):
+        return layout
+    if len(layout.parts) == 1:
+        return layout.parts[0]
+    sizes = {part[1:] for part in layout.parts}
+    if len(sizes) > 1 or layout.ends_all or any(layout.ends_rows):
+        return None
+    return (sum(t for t, _, _ in layout.parts), *sizes.pop())
 
 
 def n_tokens(layout: Layout) -> int:

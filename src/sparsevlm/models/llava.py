@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .base import ModelAdapter
-from .layout import Grid, Layout, Tiles
+from .examples import BlankImage
+from .layout import Grid, Layout, Tiles, n_tokens
 from .plain import PlainFamily, drops_class_token
 
 
@@ -66,6 +67,26 @@ class LlavaFamily(PlainFamily):
             for size, cut in zip(sizes, is_cut, strict=True)
         ]
         return [_tiles(packed[:, 0], side) for packed in _packed(adapter, counts, sizes, side)]
+
+    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+        """Of the tower's size, or of that among the sizes of cut images whose tokens come near."""
+        config = adapter.model.config
+        side = getattr(config.vision_config, "image_size", None)
+        if side is None:
+            return None
+        if not _is_cut(config):
+            whole = (1, 3, side, side)
+            grids = self.grids(adapter, "image", {"pixel_values": torch.empty(whole, device="meta")})
+            return None if grids is None else BlankImage(n_tokens(grids[0]), whole)
+        found = []
+        for height, width in config.image_grid_pinpoints:
+            pixels = (1, 1 + (height // side) * (width // side), 3, side, side)
+            given = {"pixel_values": torch.empty(pixels, device="meta"), "image_sizes": torch.tensor([[height, width]])}
+            layouts = self.layouts(adapter, "image", given)
+            if layouts is None:
+                return None
+            found.append(BlankImage(n_tokens(layouts[0]), pixels, (height, width)))
+        return min(found, key=lambda image: abs(image.n_visual - n_visual))
 
     def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
         """Of images that differ in size, which such a tower packs."""

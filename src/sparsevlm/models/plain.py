@@ -10,13 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import Decoder, Family, Modality, ModelAdapter, Vision
-from .layout import Grid, Layout
+from .base import Family, Modality, ModelAdapter
+from .blocks import with_block, without_block
+from .decoder import Decoder
+from .examples import BlankImage
+from .layout import Grid, Layout, n_tokens
+from .tower import Vision
+
+# What is taken of the tower; other arguments of an encoder are those of images.
+_OF_TOWER = ("vision_feature_layer", "vision_feature_select_strategy")
 
 
 @dataclass(frozen=True)
 class PlainFamily(Family):
-    """A plain text model behind a vision tower; it runs on hooks.
+    """A plain text model behind a vision tower.
 
     Attributes
     ----------
@@ -36,6 +43,9 @@ class PlainFamily(Family):
     in_parts : bool
         Whether text may stand among the tokens of one image or video.
     n_position_axes : int
+    encoder_inputs : tuple of str or None
+        Arguments of ``get_image_features`` beside the pixels, of a base model that puts what this gives in the place of
+        placeholders and does no more: then the engine may take its place. ``None``: it runs on hooks.
     """
 
     model_types: tuple[str, ...] = ()
@@ -50,12 +60,17 @@ class PlainFamily(Family):
     video_token: str = ""
     in_parts: bool = False
     n_position_axes: int = 1
+    encoder_inputs: tuple[str, ...] | None = None
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
         text = attrgetter(self.text)(model)
         decoder = Decoder.of_llama(text, model.get_output_embeddings(), self.n_position_axes)
-        return replace(decoder, experts_per_token=getattr(text.config, "num_experts_per_tok", None) or 0)
+        decoder = replace(decoder, experts_per_token=getattr(text.config, "num_experts_per_tok", None) or 0)
+        decoder = with_block(decoder)
+        if decoder.block is None or self.encoder_inputs is not None:
+            return decoder
+        return without_block(decoder, f"the way of a {type(model).__name__} to its decoder, which is not described")
 
     def vision(self, model: Any) -> Vision:
         """The vision tower of a model, as far as the block whose output is taken."""
@@ -63,7 +78,7 @@ class PlainFamily(Family):
         blocks = self._blocks(tower)
         taken = getattr(model.config, "vision_feature_layer", -1)
         # Outputs are counted from the embeddings on: the last of n blocks is output n, or -1.
-        counts = [index if index >= 0 else len(blocks) + 1 + index for index in _listed(taken)]
+        counts = [index if index >= 0 else len(blocks) + 1 + index for index in listed(taken)]
         n_blocks = min(max(counts), len(blocks))
         readable = () if self.unreadable else tuple(enumerate(map(attrgetter(self.attention), blocks[:n_blocks])))
         return Vision(
@@ -74,6 +89,20 @@ class PlainFamily(Family):
             n_prefix=int(drops_class_token(model)),
             unreadable=self.unreadable,
         )
+
+    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+        """An image of about ``n_visual`` visual tokens; ``None``: the family has none that is made in code."""
+        return None
+
+    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int | None:
+        """Visual tokens of the blank image with about so many."""
+        image = self.blank_image(adapter, n_visual)
+        return None if image is None else image.n_visual
+
+    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
+        """A blank image, where the family has one."""
+        image = self.blank_image(adapter, math.prod(grid))
+        return super().example(adapter, grid, n_text) if image is None else image.inputs(adapter, n_text)
 
     def _blocks(self, tower: nn.Module) -> list[Any]:
         if not self.blocks:
@@ -88,62 +117,13 @@ class PlainFamily(Family):
 
     def modalities(self, model: Any) -> dict[str, Modality]:
         """Images, and videos where the family has them."""
-        kinds = {"image": Modality("pixel_values", model.config.image_token_id, in_parts=self.in_parts)}
+        more = self.encoder_inputs or ()
+        token = model.config.image_token_id
+        kinds = {"image": Modality("pixel_values", token, in_parts=self.in_parts, encoder_inputs=more)}
         if self.video_token:
-            token = getattr(model.config, self.video_token)
-            kinds["video"] = Modality("pixel_values_videos", token, in_parts=self.in_parts)
+            token, of_tower = getattr(model.config, self.video_token), tuple(set(more) & set(_OF_TOWER))
+            kinds["video"] = Modality("pixel_values_videos", token, in_parts=self.in_parts, encoder_inputs=of_tower)
         return kinds
-
-
-@dataclass(frozen=True)
-class TiledFamily(PlainFamily):
-    """Images in tiles of one size, each of as many visual tokens; tiles of one image may stand apart in the prompt.
-
-    What reaches the model does not tell how tiles lie beside each other: they count as steps in time.
-
-    Attributes
-    ----------
-    tile_tokens : str
-        Where the configuration has the number of visual tokens of a tile, instead of ``merge``.
-    """
-
-    tile_tokens: str = ""
-
-    def patches_per_side(self, model: Any) -> int:
-        """Patches per side that form one visual token."""
-        if not self.tile_tokens:
-            return super().patches_per_side(model)
-        vision = model.config.vision_config
-        per_side = math.isqrt(attrgetter(self.tile_tokens)(model.config))
-        return int(vision.image_size // vision.patch_size // per_side)
-
-    def tile(self, model: Any) -> tuple[int, int] | None:
-        """Patches (h, w) of a tile; ``None``: its tokens form no grid."""
-        config = model.config.vision_config
-        if getattr(model.config, "vision_feature_select_strategy", "default") == "full":
-            return None  # with a class token
-        size, patch = (_listed(getattr(config, name)) for name in ("image_size", "patch_size"))
-        return size[0] // patch[0], size[-1] // patch[-1]
-
-    def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
-        """From the runs of placeholders, each of which holds whole tiles."""
-        tile, ids = self.tile(adapter.model), inputs.get("input_ids")
-        if tile is None or ids is None:
-            return None
-        side, grids = self.patches_per_side(adapter.model), []
-        height, width = (math.ceil(length / side) for length in tile)
-        for length in runs(ids, adapter.modalities[kind].token_id):
-            if length % (height * width):
-                return None
-            grids.append((length // (height * width), height, width))
-        return grids
-
-    def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
-        """Of each tile, where several patches form one visual token."""
-        tile, side = self.tile(adapter.model), self.patches_per_side(adapter.model)
-        if tile is None or side == 1:
-            return None
-        return [tile] * arguments["pixel_values"].shape[0]
 
 
 @dataclass(frozen=True)
@@ -190,8 +170,10 @@ class PackedFamily(PlainFamily):
         return [(h, w) for t, h, w in arguments["grid_thw"].tolist() for _ in range(t)]
 
     def coordinates(self, layouts: Iterable[Layout], position_ids: Tensor | None, visual: Tensor) -> Tensor:
-        """M-RoPE's positions, where the family has them."""
-        if position_ids is None or position_ids.shape[0] != 3:
+        """By the grids; M-RoPE, where the family has it, counts rows and columns of a frame from where it stands."""
+        layouts = tuple(layouts)
+        fits = sum(map(n_tokens, layouts)) == visual.shape[0]
+        if fits or position_ids is None or position_ids.shape[0] != 3:
             return super().coordinates(layouts, position_ids, visual)
         return position_ids[:, visual].long()
 
@@ -201,6 +183,18 @@ class SizedFamily(PlainFamily):
     """Images of any size, which the inputs name as ``image_sizes`` in pixels; text may end each row of tokens."""
 
     in_parts: bool = True
+
+    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+        """Nearly square, no larger than the tower takes."""
+        if self.encoder_inputs is None or "image_sizes" not in self.encoder_inputs:
+            return None
+        vision = adapter.model.config.vision_config
+        unit = _first(vision.patch_size) * self.patches_per_side(adapter.model)
+        most = _first(vision.image_size) // unit
+        height = min(most, max(1, math.isqrt(n_visual)))
+        width = min(most, max(1, n_visual // height))
+        size = (height * unit, width * unit)
+        return BlankImage(height * width, (1, 3, *size), size)
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From the sizes."""
@@ -225,23 +219,10 @@ def drops_class_token(model: Any) -> bool:
     return getattr(model.config, "vision_feature_select_strategy", None) == "default"
 
 
-def runs(input_ids: Any, token_id: int) -> list[int]:
-    """Lengths of the runs of a token, row by row of a batch."""
-    lengths: list[int] = []
-    for row in (input_ids == token_id).tolist():
-        before = False
-        for is_token in row:
-            if is_token and before:
-                lengths[-1] += 1
-            elif is_token:
-                lengths.append(1)
-            before = is_token
-    return lengths
-
-
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """The value of a configuration as a list, which it may be or not."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _first(value: Any) -> Any:
-    return _listed(value)[0]
+    return listed(value)[0]

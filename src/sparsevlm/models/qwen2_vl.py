@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .base import Decoder, DecoderBlock, PackedTower, TowerBlock, Vision
+from .blocks import with_block
+from .decoder import Decoder
 from .gridded import GriddedFamily
+from .tower import PackedTower, TowerBlock, Vision
 
 # The vision configuration of Qwen2.5-VL has these, that of Qwen2-VL does not.
 _ONLY_IN_2_5 = ("fullatt_block_indexes", "window_size")
@@ -29,7 +31,7 @@ class Qwen2VLFamily(GriddedFamily):
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
-        return Decoder.of_llama(model.model.language_model, model.lm_head, n_position_axes=3, block=DecoderBlock())
+        return with_block(Decoder.of_llama(model.model.language_model, model.lm_head, n_position_axes=3))
 
     def vision(self, model: Any) -> Vision:
         """The vision tower of a model."""

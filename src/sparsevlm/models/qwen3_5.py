@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .base import FULL, RECURRENT, Decoder
+from .decoder import FULL, RECURRENT, Decoder
 from .gridded import TimedFramesFamily
 
 
@@ -23,5 +23,10 @@ class Qwen3_5Family(TimedFramesFamily):  # noqa: N801 - the model's name
         return dataclasses.replace(
             Decoder.of_llama(text_model, model.lm_head, n_position_axes=3),
             experts_per_token=getattr(config, "num_experts_per_tok", None) or 0,
-            state_size=config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim,
+            state_size=state_size(config),
         )
+
+
+def state_size(config: Any) -> int:
+    """Numbers in the state of a gated delta net, by the text model's configuration."""
+    return int(config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim)

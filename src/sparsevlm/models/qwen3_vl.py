@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .base import Decoder, LateFeatures
+from .blocks import with_block
+from .decoder import Decoder, LateFeatures
 from .gridded import TimedFramesFamily
-
-_DEEPSTACK = LateFeatures(mask="visual_pos_masks", features="deepstack_visual_embeds")
 
 
 class Qwen3VLFamily(TimedFramesFamily):
@@ -18,8 +17,8 @@ class Qwen3VLFamily(TimedFramesFamily):
     class_names = ("Qwen3VLForConditionalGeneration", "Qwen3VLMoeForConditionalGeneration")
 
     def decoder(self, model: Any) -> Decoder:
-        """The decoder of a model; it runs on hooks only."""
-        return deepstack_decoder(model.model.language_model, model.lm_head, self.tower(model))
+        """The decoder of a model; with experts it runs on hooks only."""
+        return with_block(deepstack_decoder(model.model.language_model, model.lm_head, self.tower(model)))
 
 
 def deepstack_decoder(text_model: Any, head: Any, tower: Any) -> Decoder:
@@ -38,6 +37,6 @@ def deepstack_decoder(text_model: Any, head: Any, tower: Any) -> Decoder:
         )
     return dataclasses.replace(
         Decoder.of_llama(text_model, head, n_position_axes=3),
-        late_features=_DEEPSTACK,
+        late_features=LateFeatures("visual_pos_masks", "deepstack_visual_embeds", "deepstack_features", n_late),
         experts_per_token=getattr(text_model.config, "num_experts_per_tok", None) or 0,
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import Decoder, Modality, ModelAdapter
+from .base import Modality, ModelAdapter
+from .decoder import Decoder
 from .gridded import GriddedFamily
 from .layout import Grid
 from .qwen3_vl import deepstack_decoder

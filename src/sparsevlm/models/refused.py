@@ -14,9 +14,8 @@ _INDEXED = (
     "its attention picks keys by an index that each layer caches beside keys and values, and that would go on to name "
     "tokens which are gone. It leaves out keys by itself; run it without SparseVLM"
 )
-_OWN_INPUTS = (
-    "its layers may take inputs of their own for every token, and the last ones keys and values of earlier layers; "
-    "neither follows what is dropped. Use a Gemma 3"
+_STREAMS = (
+    "its layers work on several streams of hidden states at once, which were not tested. Use a Gemma 3 or a Gemma 4"
 )
 _DIFFUSION = (
     "it writes blocks of tokens by diffusion, over which attention runs both ways and again and again. Use a model "
@@ -34,9 +33,7 @@ REFUSED = {
     "T5Gemma2ForConditionalGeneration": _CROSS,
     "VisionEncoderDecoderModel": _CROSS,
     "GitForCausalLM": _IN_FRONT,
-    "Gemma4ForConditionalGeneration": _OWN_INPUTS,
-    "Gemma4UnifiedForConditionalGeneration": _OWN_INPUTS,
-    "Gemma3nForConditionalGeneration": _OWN_INPUTS,
+    "Gemma3nForConditionalGeneration": _STREAMS,
     "HYV4VLForConditionalGeneration": _INDEXED,
     "Glm5NextForConditionalGeneration": _INDEXED,
     "Qwen4ExpForConditionalGeneration": _INDEXED,

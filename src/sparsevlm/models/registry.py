@@ -5,26 +5,38 @@ from __future__ import annotations
 from typing import Any
 
 from .base import Family, ModelAdapter
+from .gemma4 import Gemma4Family
 from .generic import GenericFamily
+from .idefics import IdeficsFamily
 from .llava import LlavaFamily
-from .plain import PackedFamily, SizedFamily, TiledFamily
+from .minicpmv import MiniCPMVFamily
+from .ovis2 import Ovis2Family
+from .plain import PackedFamily, SizedFamily
 from .qwen2_vl import Qwen2VLFamily
 from .qwen3_5 import Qwen3_5Family
 from .qwen3_vl import Qwen3VLFamily
 from .qwen_omni import OmniFamily
 from .refused import ENCODER_DECODER, REFUSED
+from .tiled import TiledFamily
 from .wrapping import check_module, wrapper_hint
 
+_LAYER = ("vision_feature_layer",)
+_TAKEN = (*_LAYER, "vision_feature_select_strategy")
+_OF_TILES = (*_TAKEN, "image_sizes")
 _CUT = "the tokens of a picture in tiles are not those of the tower: margins are cut off, and large pictures scaled"
 FAMILIES: tuple[Family, ...] = (
     Qwen2VLFamily(),
     Qwen3VLFamily(),
     Qwen3_5Family(),
     OmniFamily(),
-    LlavaFamily(("llava",), ("LlavaForConditionalGeneration",), in_parts=True),
-    LlavaFamily(("llava_next",), ("LlavaNextForConditionalGeneration",), unreadable=_CUT),
+    LlavaFamily(("llava",), ("LlavaForConditionalGeneration",), in_parts=True, encoder_inputs=_OF_TILES),
+    LlavaFamily(("llava_next",), ("LlavaNextForConditionalGeneration",), unreadable=_CUT, encoder_inputs=_OF_TILES),
     LlavaFamily(
-        ("llava_onevision",), ("LlavaOnevisionForConditionalGeneration",), unreadable=_CUT, video_token="video_token_id"
+        ("llava_onevision",),
+        ("LlavaOnevisionForConditionalGeneration",),
+        unreadable=_CUT,
+        video_token="video_token_id",
+        encoder_inputs=(*_OF_TILES, "vision_aspect_ratio", "batch_num_images"),
     ),
     TiledFamily(
         ("internvl",),
@@ -32,27 +44,46 @@ FAMILIES: tuple[Family, ...] = (
         blocks="encoder.layer",
         attention="attention",
         merge="downsample_ratio",
+        whole="last",
+        encoder_inputs=_TAKEN,
     ),
-    TiledFamily(
+    IdeficsFamily(
         ("idefics3", "smolvlm"),
         ("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
         text="model.text_model",
         tower="model.vision_model",
         merge="scale_factor",
         unreadable="patches that only fill a tile up would count as well",
+        encoder_inputs=("pixel_attention_mask",),
     ),
-    TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image"),
-    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",)),
-    TiledFamily(
+    TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image", is_cut=False),
+    Gemma4Family(("gemma4",), ("Gemma4ForConditionalGeneration",), merge="vision_config.pooling_kernel_size"),
+    Gemma4Family(
+        ("gemma4_unified",),
+        ("Gemma4UnifiedForConditionalGeneration",),
+        tower="model.embed_vision",
+        blocks="",
+        unreadable="it has no blocks: pixels become tokens in one step",
+    ),
+    MiniCPMVFamily(("minicpmv4_6",), ("MiniCPMV4_6ForConditionalGeneration",)),
+    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",), is_cut=False),
+    Ovis2Family(
         ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"
     ),
-    TiledFamily(("deepseek_vl",), ("DeepseekVLForConditionalGeneration",), tower="model.vision_model"),
+    TiledFamily(
+        ("deepseek_vl",),
+        ("DeepseekVLForConditionalGeneration",),
+        tower="model.vision_model",
+        is_cut=False,
+        encoder_inputs=(),
+    ),
     SizedFamily(
         ("mistral3",),
         ("Mistral3ForConditionalGeneration",),
         blocks="transformer.layers",
         attention="attention",
         merge="spatial_merge_size",
+        encoder_inputs=(*_LAYER, "image_sizes"),
     ),
     PackedFamily(  # frames of a video have the image's placeholder
         ("glm4v", "glm46v", "glm4v_moe", "glm_ocr"),

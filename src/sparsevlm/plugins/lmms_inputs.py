@@ -15,9 +15,11 @@ from ..inputs import as_rgb, load_frames, load_image
 from ..inputs.decoding import check_is_file
 from ..inputs.media import rgb_frames
 from ..inputs.sources import resolve
+from ..inputs.turns import process, render_turn
 
 # Frames per second that a folder or list of frames is taken to have: that of Qwen's own sampling.
 FRAMES_PER_SECOND = 2.0
+_BOUNDS = ("shortest_edge", "longest_edge")
 
 
 @dataclass(frozen=True)
@@ -86,18 +88,14 @@ def batch_inputs(processor: Any, conversations: Sequence[Conversation]) -> Any:
     -------
     BatchFeature
     """
-    images = [image for one in conversations for image in one.images]
-    clips = [clip for one in conversations for clip in one.clips]
-    options: dict[str, Any] = {"images": images} if images else {}
-    if clips:
-        options["videos"] = [clip.frames for clip in clips]
-        options["video_metadata"] = [
-            {"fps": clip.fps, "total_num_frames": clip.n_total, "frames_indices": clip.indices} for clip in clips
-        ]
-    texts = [
-        processor.apply_chat_template(one.messages, tokenize=False, add_generation_prompt=True) for one in conversations
+    metadata = [
+        {"fps": clip.fps, "total_num_frames": clip.n_total, "frames_indices": clip.indices}
+        for one in conversations
+        for clip in one.clips
     ]
-    return processor(text=texts, padding=True, return_tensors="pt", **options)
+    texts = [render_turn(processor, one.messages) for one in conversations]
+    images = [one.images for one in conversations]
+    return process(processor, texts, images, [[clip.frames for clip in one.clips] for one in conversations], metadata)
 
 
 def nearest_grid(width: int, height: int, n_visual: int) -> tuple[int, int]:
@@ -124,9 +122,40 @@ def with_n_visual(image: Image.Image, n_visual: int, side: int) -> Image.Image:
     return image.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
 
 
+def token_side(processor: Any) -> int:
+    """Pixels per side of what becomes one visual token.
+
+    Raises
+    ------
+    NotImplementedError
+        If the processor does not turn any multiple of that into a grid of as many tokens.
+    """
+    _check_bounded(processor, "n_visual")
+    return int(processor.image_processor.patch_size * processor.image_processor.merge_size)
+
+
+def _check_bounded(processor: Any, option: str) -> None:
+    """Refuse processors whose sizes are no bounds on pixels, as those of Qwen and GLM are."""
+    images = processor.image_processor
+    size = getattr(images, "size", None) or {}
+    if not hasattr(images, "merge_size") or any(dict(size).get(name) is None for name in _BOUNDS):
+        raise NotImplementedError(
+            f"{option} needs an image processor that bounds pixels (size with {' and '.join(_BOUNDS)}, and "
+            f"merge_size), got {type(images).__name__} with size {dict(size)}. Leave {option} out."
+        )
+
+
 def bound_pixels(processor: Any, least: int | None, most: int | None) -> None:
-    """Replace the processor's bounds on the pixels of an image or a frame; ``None`` leaves one as it is."""
-    bounds = {name: value for name, value in (("shortest_edge", least), ("longest_edge", most)) if value is not None}
+    """Replace the processor's bounds on the pixels of an image or a frame; ``None`` leaves one as it is.
+
+    Raises
+    ------
+    NotImplementedError
+        If it has none.
+    """
+    bounds = {name: value for name, value in zip(_BOUNDS, (least, most), strict=True) if value is not None}
+    if bounds:
+        _check_bounded(processor, "min_pixels and max_pixels")
     for owner in (processor.image_processor, getattr(processor, "video_processor", None)):
         if owner is not None and (size := owner.size) is not None:
             owner.size = type(size)(**{**dict(size), **bounds})

@@ -19,10 +19,13 @@ from tqdm import tqdm
 from ..api import apply_sparsevlm, remove_sparsevlm
 from ..bundled import bundled_path
 from ..inputs import load_model, load_processor
+from ..inputs.turns import move_inputs
+from ..models import adapter_for
+from ..request.counting import visual_counts
 from ..selection.selectors import make_selector
 from .lmms_arguments import parse_arguments
 from .lmms_generation import cut_at, generation_options, unused_options
-from .lmms_inputs import Conversation, batch_inputs, bound_pixels, read_conversation, with_n_visual
+from .lmms_inputs import Conversation, batch_inputs, bound_pixels, read_conversation, token_side, with_n_visual
 from .lmms_totals import RunTotals, dense_total, merged, pruned_total
 
 BUNDLED = "bundled"
@@ -34,7 +37,7 @@ _GENERATION_ONLY = (
 
 
 class SparseVLM(lmms):
-    """Qwen2-VL or Qwen2.5-VL with pruned visual tokens; see :class:`.lmms_arguments.ModelArguments`.
+    """A vision-language model with pruned visual tokens; see :class:`.lmms_arguments.ModelArguments`.
 
     With several processes (``accelerate launch``) each holds a copy of the model and answers its share of the requests.
 
@@ -68,8 +71,9 @@ class SparseVLM(lmms):
         )
         self._device: torch.device = self.model.device
         self.processor = load_processor(path)
-        self._side = self.processor.image_processor.patch_size * self.processor.image_processor.merge_size
+        self._adapter = adapter_for(self.model)
         if chosen.n_visual is not None:
+            self._side = token_side(self.processor)
             # So wide that the processor does not resize a second time.
             bound_pixels(self.processor, self._side**2, 2 * (chosen.n_visual + 1) * self._side**2)
         else:
@@ -178,7 +182,8 @@ class SparseVLM(lmms):
         _, _, given, _, task, _ = batch[0].args
         self._tell_idle(task, given)
         options, stops = generation_options(given)
-        inputs = batch_inputs(self.processor, [self._conversation(request) for request in batch]).to(self.device)
+        inputs = batch_inputs(self.processor, [self._conversation(request) for request in batch])
+        inputs = move_inputs(inputs, self.model)
         begin = time.perf_counter()
         output = self.model.generate(**inputs, **options)
         new = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
@@ -213,9 +218,7 @@ class SparseVLM(lmms):
         if self._state is not None:
             self._totals.add(task, pruned_total(self._state.report, counted))
             return
-        config, ids = self.model.config, inputs["input_ids"]
-        visual = (ids == config.image_token_id) | (ids == config.video_token_id)
-        self._totals.add(task, dense_total(visual.sum(dim=1).tolist(), counted))
+        self._totals.add(task, dense_total(visual_counts(self._adapter, inputs), counted))
 
     def _gathered(self) -> list[RunTotals]:
         if self.world_size == 1 or not torch.distributed.is_initialized():

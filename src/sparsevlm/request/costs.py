@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
 from ..models import RECURRENT, SLIDING, ModelAdapter
 
 
-def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_len: int) -> float:
+def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_len: int, n_last: int = 0) -> float:
     """FLOPs of the decoder layers over one sample's prefill.
 
     Two per weight and token in the projections and the MLP (of experts, those that compute a token), ``4 · heads ·
@@ -24,17 +25,26 @@ def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_l
         Tokens of the sample that each layer computes.
     past_len : int
         Tokens cached before (taken as dense).
+    n_last : int
+        Tokens at the end that layers without keys of their own compute; 0: all.
     """
-    total, config = 0.0, adapter.decoder.module.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    width = config.num_attention_heads * head_dim
-    kinds = adapter.decoder.layer_types
-    for layer, kind, tokens in zip(adapter.decoder.layers, kinds, tokens_per_layer, strict=True):
-        weights = _weights_per_token(layer, adapter.decoder.experts_per_token)
-        pairs = _visible_pairs(tokens, past_len, config.sliding_window if kind == SLIDING else past_len + tokens)
-        mixing = 6.0 * adapter.decoder.state_size * tokens if kind == RECURRENT else 4.0 * width * pairs
-        total += 2.0 * weights * tokens + mixing
+    total, decoder = 0.0, adapter.decoder
+    config = decoder.module.config
+    for i, tokens in enumerate(tokens_per_layer):
+        kind, weights = decoder.layer_types[i], _weights_per_token(decoder.layers[i], decoder.experts_per_token)
+        computed = min(tokens, n_last) if n_last and i >= decoder.first_shared else tokens
+        before = past_len + tokens - computed
+        pairs = _visible_pairs(computed, before, config.sliding_window if kind == SLIDING else past_len + tokens)
+        width = config.num_attention_heads * _head_dim(decoder.attentions[i], config)
+        total += 2.0 * weights * computed
+        total += 6.0 * decoder.state_size * tokens if kind == RECURRENT else 4.0 * width * pairs
     return total
+
+
+def _head_dim(attention: Any, config: Any) -> int:
+    """Of a layer's own heads, which may be larger in some layers than in others."""
+    own = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
+    return own or config.hidden_size // config.num_attention_heads
 
 
 def _visible_pairs(tokens: int, past_len: int, window: int) -> float:

@@ -211,7 +211,7 @@ def check_copies(adapter: ModelAdapter, inputs: Mapping[str, Any], copies: int) 
     """Refuse copies of prompts with several images each, where transformers gives them to the wrong prompts.
 
     Older versions repeat every image by itself ([A, A, B, B] for a prompt with A and B), unless the model's class
-    knows which belong together. Newer ones encode before they repeat.
+    knows which belong together, or all images of the batch together. Newer ones encode before they repeat.
 
     Parameters
     ----------
@@ -225,18 +225,23 @@ def check_copies(adapter: ModelAdapter, inputs: Mapping[str, Any], copies: int) 
     ------
     NotImplementedError
     """
-    ids = inputs.get("input_ids")
-    if copies == 1 or ids is None or "_expand_inputs_for_generation" in vars(type(adapter.model)):
+    ids, packs = inputs.get("input_ids"), adapter.family.packs_pixels
+    knows = "_expand_inputs_for_generation" in vars(type(adapter.model)) and not packs
+    if copies == 1 or ids is None or knows:
         return
     for kind, modality in adapter.modalities.items():
         pixels = inputs.get(modality.pixels)
         if not isinstance(pixels, Tensor):
             continue
-        if pixels.shape[0] != ids.shape[0] or not bool((ids == modality.token_id).any(dim=1).all()):
+        if packs:
+            mixed = ids.shape[0] > copies
+        else:
+            mixed = pixels.shape[0] != ids.shape[0] or not bool((ids == modality.token_id).any(dim=1).all())
+        if mixed:
             raise NotImplementedError(
                 f"this version of transformers gives the {kind}s of a prompt with several of them (or with several "
-                f"tiles) to the wrong prompts where each is copied {copies} times, with SparseVLM and without. Install "
-                "transformers 5.24, or pass num_beams=1 and num_return_sequences=1."
+                f"tiles), or of several prompts, to the wrong prompts where each is copied {copies} times, with "
+                "SparseVLM and without. Install transformers 5.24, or pass num_beams=1 and num_return_sequences=1."
             )
 
 
@@ -263,7 +268,7 @@ def check_call(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
     if inputs.get("labels") is not None:
         raise NotImplementedError(
             "labels= needs a loss over the whole sequence, of which pruning leaves a part. Compute the loss "
-            "after remove_sparsevlm(model)."
+            "after remove_sparsevlm(model); to generate, leave them out."
         )
     has_pixels = any(inputs.get(modality.pixels) is not None for modality in adapter.modalities.values())
     if isinstance(inputs.get("logits_to_keep"), Tensor) and has_pixels:

@@ -61,7 +61,7 @@ def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, trait
     ValueError
         If a layer is out of range, or the budget cannot hold on these layers.
     """
-    n_layers = adapter.n_layers
+    n_layers, last = adapter.n_layers, adapter.decoder.last_target
     if traits.placement != TARGET_LAYERS and config.keep is None and isinstance(config.schedule, (str, type(None))):
         raise ValueError(f"selector {traits.name!r} runs before the decoder, where no rank is known: set keep.")
     if traits.placement == BEFORE_DECODER:
@@ -72,14 +72,26 @@ def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, trait
     if not layers:
         raise ValueError(
             f"{adapter.name} has {n_layers} decoder layers, too few for the default target layers (every 4th from 2); "
-            f"name target_layers in 0..{n_layers - 2}."
+            f"name target_layers in 0..{last}."
         )
-    if outside := [layer for layer in layers if layer > n_layers - 2]:
+    if outside := [layer for layer in layers if layer > last]:
         raise ValueError(
             f"target_layers {outside} are out of range: {adapter.name} has {n_layers} decoder layers, and tokens can "
-            f"be dropped after layers 0..{n_layers - 2}."
+            f"be dropped after layers 0..{last}.{_shares(adapter)}"
         )
     return (-1, *layers) if traits.placement == EVERYWHERE else layers
+
+
+def _shares(adapter: ModelAdapter) -> str:
+    """Why the range ends before the last layers, if it does."""
+    decoder = adapter.decoder
+    if not decoder.n_shared:
+        return ""
+    sources = sorted(set(decoder.key_layers[decoder.first_shared :]))
+    return (
+        f" Layers from {decoder.first_shared} on attend to the keys and values of layers {sources}, which must not "
+        "hold tokens that are dropped later."
+    )
 
 
 def check_needs(adapter: ModelAdapter, traits: SelectorTraits) -> None:

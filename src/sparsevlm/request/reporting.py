@@ -16,12 +16,12 @@ def make_report(adapter: ModelAdapter, request: Request) -> Report:
     dense = sparse = 0.0
     is_broken_off = request.failed is not None and not request.finished
     for b, n_valid in enumerate(() if is_broken_off else request.n_valid):
-        per_sample = prefill_flops(adapter, [n_valid] * adapter.n_layers, request.past_len)
+        per_sample = prefill_flops(adapter, [n_valid] * adapter.n_layers, request.past_len, request.n_last)
         dense += per_sample
         if request.samples and len(request.samples[b].layer_tokens) == adapter.n_layers:
             n_other = n_valid - request.samples[b].visual.shape[0]
             tokens = [n_other + visual for visual in request.samples[b].layer_tokens]
-            sparse += prefill_flops(adapter, tokens, request.past_len)
+            sparse += prefill_flops(adapter, tokens, request.past_len, request.n_last)
         else:
             sparse += per_sample
     rows = () if request.rows is None else tuple(tuple(row[-request.logits_to_keep :]) for row in request.rows.tolist())
@@ -54,6 +54,7 @@ def _sample_report(request: Request, sample: Sample) -> SampleReport:
         final_tokens=sample.alive.shape[0],
         visual_positions=tuple(sample.visual.tolist()),
         grids=sample.grids,
+        views=sample.views,
         budget=None if plan is None else plan.budget,
         budget_clamped="; ".join(clamped) or None,
         stages=tuple(record.report(sample.image_sizes) for record in sample.stages),

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..config import SparseVLMConfig
-from ..models import Grid, Layout, ModelAdapter, Tiles
+from ..models import Grid, Layout, ModelAdapter, View, as_grid, views
 from ..report import StageReport
 from ..selection.budget import Plan
 from ..selection.context import Selection, Selector, SelectorTraits
@@ -76,8 +76,14 @@ class Sample:
     @property
     def grids(self) -> tuple[Grid, ...]:
         """Grid (t, h, w) of each image or video; empty where one is not known, or is no single grid."""
-        grids = tuple(layout for layout in self.layouts if not isinstance(layout, Tiles))
+        grids = tuple(grid for grid in map(as_grid, self.layouts) if grid is not None)
         return grids if len(grids) == len(self.layouts) else ()
+
+    @property
+    def views(self) -> tuple[tuple[View, ...], ...]:
+        """Views of each image; empty where none has any."""
+        found = tuple(map(views, self.layouts))
+        return found if any(found) else ()
 
     @property
     def positions(self) -> Tensor:
@@ -197,6 +203,8 @@ class Request:
         Cache that the request filled; later passes on it are its decode steps.
     logits_to_keep : int
         Rows at the end that the caller wants logits of; 0: all.
+    n_last : int
+        Rows at the end that layers without keys of their own compute; 0: all.
     copies : int
         Rows per prompt: beams or returned sequences.
     prompt : Tensor of shape (batch, q_len), int64, or None
@@ -235,6 +243,7 @@ class Request:
     finished: bool = False
     cache: weakref.ref[Cache] | None = None
     logits_to_keep: int = 0
+    n_last: int = 0
     copies: int = 1
     prompt: Tensor | None = None
     first: Request | None = None
@@ -302,6 +311,10 @@ class Request:
     def forget_embeddings(self) -> None:
         """Drop what only the prompt needs."""
         self.features, self.vision = None, []
+
+    def compute_last(self, n_rows: int) -> None:
+        """Note how many rows layers without keys of their own compute; 0: all."""
+        self.n_last = n_rows
 
     def place(self, rows: Tensor) -> None:
         """Take the position of each row that is left in the hidden states, (batch, n_rows); -1: a filler."""

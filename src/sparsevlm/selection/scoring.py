@@ -24,6 +24,7 @@ def text_to_visual_attention(
     mask: Tensor | None = None,
     key_mask: Tensor | None = None,
     n_top_heads: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Head-mean attention of text rows to visual keys, without any L×L matrix.
 
@@ -50,13 +51,15 @@ def text_to_visual_attention(
     n_top_heads : int, optional
         Average only over this many heads: those with the largest ``Σ_ij P_hij``, ties to the lower one. Costs a second
         pass over the chunks. ``None``: all heads.
+    softcap : float, optional
+        Logits are capped to ``softcap · tanh(logit / softcap)`` before the mask, as in Gemma 2.
 
     Returns
     -------
     Tensor of shape (n_rows, n_visual), float32
     """
     n_heads, n_rows, _ = query.shape
-    given = (query, key, visual_idx, row_limit, scaling, mask, key_mask)
+    given = (query, key, visual_idx, row_limit, scaling, mask, key_mask, softcap)
     heads: slice | Tensor = slice(None)
     if n_top_heads is not None:
         mass = query.new_zeros(n_heads, dtype=torch.float32)
@@ -82,6 +85,7 @@ def _visual_blocks(
     scaling: float,
     mask: Tensor | None,
     key_mask: Tensor | None,
+    softcap: float | None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Attention per head, (heads, n_chunk_rows, n_visual), of one chunk of rows after the other."""
     n_heads, n_rows, _ = query.shape
@@ -94,6 +98,8 @@ def _visual_blocks(
         rows = slice(start, min(start + chunk, n_rows))
         q = query[:, rows].float().reshape(n_kv_heads, groups, -1, query.shape[-1])
         logits = torch.matmul(q * scaling, key_t.unsqueeze(1)).flatten(0, 1)
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
         if mask is not None:
             block = mask[rows]
             is_bool = block.dtype == torch.bool

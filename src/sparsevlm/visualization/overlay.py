@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,6 +15,7 @@ from PIL import Image
 
 from ..inputs import as_rgb
 from ..report import Report, SampleReport, StageReport
+from .fitting import as_seen, has_shape
 from .page import Page, Panel
 
 # An image, or the frames of a video.
@@ -47,6 +49,8 @@ class Row:
         Its grid in tokens.
     label : str
         What to write above it; empty for none.
+    tiles : tuple of int
+        Rows and columns of tiles into which the grid is cut; its tokens come tile by tile.
     """
 
     image: Image.Image
@@ -55,12 +59,28 @@ class Row:
     height: int
     width: int
     label: str = ""
+    tiles: tuple[int, int] = (1, 1)
+
+    def arranged(self, states: np.ndarray) -> np.ndarray:
+        """Values of a sample's visual tokens as this grid, (height, width)."""
+        own = states[self.first : self.first + self.height * self.width]
+        rows, columns = self.tiles
+        cells = own.reshape(rows, columns, self.height // rows, self.width // columns)
+        return cells.transpose(0, 2, 1, 3).reshape(self.height, self.width)
 
 
 def draw_report(
-    report: Report, visuals: Sequence[Visual], *, sample: int = 0, title: str = "", max_frames: int = 4
+    report: Report,
+    visuals: Sequence[Visual],
+    *,
+    sample: int = 0,
+    title: str = "",
+    max_frames: int = 4,
+    processor: Any = None,
 ) -> Figure:
     """Draw the original and one panel per target layer for every image of a sample.
+
+    Of an image in tiles, every view has a line of its own: the whole picture, and all tiles put together.
 
     Parameters
     ----------
@@ -73,6 +93,8 @@ def draw_report(
         Written above, such as question and answer.
     max_frames : int
         Of a video, at most this many temporal steps are shown, evenly spaced.
+    processor : ProcessorMixin, optional
+        That of the request: of pictures that it crops, fills up or stretches, what the model saw is drawn.
 
     Raises
     ------
@@ -87,9 +109,9 @@ def draw_report(
     if not 0 <= sample < len(report.samples):
         raise IndexError(f"the report has {len(report.samples)} samples, numbered from 0; there is no sample {sample}.")
     chosen = report.samples[sample]
-    if not chosen.grids:
+    if not chosen.grids and not chosen.views:
         raise ValueError(f"sample {sample} of the report has no images to draw.")
-    rows = _rows(chosen, visuals, max_frames)
+    rows = rows_of(chosen, visuals, max_frames=max_frames, processor=processor)
     notes = [] if report.failed is None else [f"The request failed: {report.failed}."]
     notes.extend([f"Nothing was pruned: {report.skipped_because}."] if report.skipped_because else [])
     notes.extend([chosen.budget_clamped] if chosen.budget_clamped else [])
@@ -170,38 +192,95 @@ def _edges(grown: np.ndarray, state: int) -> np.ndarray:
     return middle & ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:])
 
 
-def _rows(sample: SampleReport, visuals: Sequence[Visual], max_frames: int) -> list[Row]:
-    if len(visuals) != len(sample.grids):
-        raise ValueError(
-            f"the report's sample has {len(sample.grids)} images or videos, but {len(visuals)} were given."
-        )
-    rows, first = [], 0
-    for number, (visual, (steps, height, width)) in enumerate(zip(visuals, sample.grids, strict=True), 1):
-        frames = [visual] if isinstance(visual, Image.Image) else list(visual)
-        per_step = max(1, math.ceil(len(frames) / steps))
-        if math.ceil(len(frames) / per_step) != steps or per_step > 2:
-            raise ValueError(f"visual {number} has {len(frames)} frames, but the report's grid has {steps} steps.")
-        _check_shape(frames[0], number, steps, height, width)
-        for step in _spread(steps, max_frames):
-            label = f"image {number}" if isinstance(visual, Image.Image) else f"frame {step * per_step + 1}"
-            label = label if len(visuals) > 1 or steps > 1 else ""
-            rows.append(Row(frames[step * per_step], sample, first + step * height * width, height, width, label))
-        first += steps * height * width
+def rows_of(
+    sample: SampleReport, visuals: Sequence[Visual], *, max_frames: int = 4, processor: Any = None
+) -> list[Row]:
+    """What :func:`draw_report` draws of a sample: one row per image, view or frame.
+
+    Raises
+    ------
+    ValueError
+        If the images do not fit the report.
+    """
+    n_images = max(len(sample.grids), len(sample.views))
+    if len(visuals) != n_images and sum(map(_n_frames, visuals)) == n_images:
+        visuals = [frame for visual in visuals for frame in _frames(visual)]  # frames that are images to the model
+    if len(visuals) != n_images:
+        raise ValueError(f"the report's sample has {n_images} images or videos, but {len(visuals)} were given.")
+    sizes = sample.images or tuple(math.prod(grid) for grid in sample.grids)
+    rows, first = list[Row](), 0
+    for number, (visual, size) in enumerate(zip(visuals, sizes, strict=True), 1):
+        views = sample.views[number - 1] if sample.views else ()
+        grid = (1, *views[0][2:]) if views else sample.grids[number - 1]
+        n_tokens = sum(n_rows * max(1, n_columns) * h * w for n_rows, n_columns, h, w in views) or math.prod(grid)
+        if n_tokens != size:
+            raise ValueError(f"image {number} has separators among its visual tokens, which were dropped like others.")
+        if len(views) > 1 and isinstance(visual, Image.Image):
+            rows += _view_rows(visual, sample, first, views, f"image {number}" if len(visuals) > 1 else "")
+        else:
+            rows += _grid_rows(visual, sample, first, grid, number, len(visuals) > 1, max_frames, processor)
+        first += size
     return rows
 
 
-def _check_shape(image: Image.Image, number: int, steps: int, height: int, width: int) -> None:
-    """Raise where no scaling of the image gives the grid, whichever way the processor rounded both sides."""
-    for below, above in ((0.5, 0.5), (0.0, 1.0), (1.0, 0.0)):  # to the nearest, down, up
-        lowest = max((height - below) / image.height, (width - below) / image.width)
-        highest = min((height + above) / image.height, (width + above) / image.width)
-        if lowest <= highest:
-            return
-    raise ValueError(
-        f"visual {number} ({image.width}x{image.height} pixels) does not fit the report: its "
-        f"{steps * height * width} visual tokens form a grid of {width}x{height}. "
-        f"Is it the picture that the report was made with?"
-    )
+def _view_rows(
+    image: Image.Image, sample: SampleReport, first: int, views: Sequence[tuple[int, int, int, int]], name: str
+) -> list[Row]:
+    """One row per view of a picture."""
+    found = []
+    for n_rows, n_columns, height, width in views:
+        tiles = (n_rows, n_columns) if n_columns else nearest_arrangement(n_rows, image.width / image.height)
+        kind = "whole picture" if tiles == (1, 1) else f"{tiles[0]} x {tiles[1]} tiles"
+        label = ", ".join(filter(None, (name, kind)))
+        found.append(Row(image, sample, first, tiles[0] * height, tiles[1] * width, label, tiles))
+        first += tiles[0] * tiles[1] * height * width
+    return found
+
+
+def nearest_arrangement(n_tiles: int, aspect: float) -> tuple[int, int]:
+    """Rows and columns of a number of tiles whose aspect is nearest to that of a picture, which is how such are cut."""
+    pairs = [(n_tiles // columns, columns) for columns in range(1, n_tiles + 1) if n_tiles % columns == 0]
+    return min(pairs, key=lambda pair: abs(pair[1] / pair[0] - aspect))
+
+
+def _grid_rows(
+    visual: Visual,
+    sample: SampleReport,
+    first: int,
+    grid: tuple[int, int, int],
+    number: int,
+    is_one_of_several: bool,
+    max_frames: int,
+    processor: Any,
+) -> list[Row]:
+    """One row per frame of a picture or video that is a single grid."""
+    (steps, height, width), frames, rows = grid, _frames(visual), []
+    per_step = max(1, math.ceil(len(frames) / steps))
+    if math.ceil(len(frames) / per_step) != steps or per_step > 2:
+        raise ValueError(f"visual {number} has {len(frames)} frames, but the report's grid has {steps} steps.")
+    if processor is not None:
+        part = processor.image_processor if isinstance(visual, Image.Image) else processor.video_processor
+        frames = [as_seen(part, frame, height, width) for frame in frames]
+    if not has_shape(frames[0], height, width):
+        raise ValueError(
+            f"visual {number} ({frames[0].width}x{frames[0].height} pixels) does not fit the report: its "
+            f"{steps * height * width} visual tokens form a grid of {width}x{height}. Is it the picture that the "
+            "report was made with? If the model's processor crops or stretches pictures, pass it as processor "
+            "(--model of the command)."
+        )
+    for step in _spread(steps, max_frames):
+        label = f"image {number}" if isinstance(visual, Image.Image) else f"frame {step * per_step + 1}"
+        label = label if is_one_of_several or steps > 1 else ""
+        rows.append(Row(frames[step * per_step], sample, first + step * height * width, height, width, label))
+    return rows
+
+
+def _frames(visual: Visual) -> list[Image.Image]:
+    return [visual] if isinstance(visual, Image.Image) else list(visual)
+
+
+def _n_frames(visual: Visual) -> int:
+    return len(_frames(visual))
 
 
 def _spread(steps: int, limit: int) -> list[int]:
@@ -215,9 +294,9 @@ def _panels(row: Row) -> list[Panel]:
     original = np.full((row.height, row.width), KEPT, dtype=np.uint8)
     cells = [Panel("original", f"{size} visual tokens", shade(row.image, original))]
     for stage, states in zip(row.sample.stages, token_states(row.sample), strict=True):
-        part = states[row.first : row.first + size]
+        part = row.arranged(states)
         name = f"layer {stage.layer}" if stage.layer >= 0 else "before the decoder"
-        cells.append(Panel(name, _counts(stage, part), shade(row.image, part.reshape(row.height, row.width))))
+        cells.append(Panel(name, _counts(stage, part), shade(row.image, part)))
     return cells
 
 

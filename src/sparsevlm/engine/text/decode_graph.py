@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.attention import RaggedCache, decode_attention
-from ...kernels.elementwise import rotate_into
-from ...kernels.skinny_linear import MOST_ROWS, Norm, skinny_linear
+from ...kernels.elementwise import Norm, rotate_into
+from ...kernels.skinny_linear import MOST_ROWS, skinny_linear
 from ...models import ModelAdapter
+from ...models.decoder import BlockModules
 from ..capacities import power_of_two
 from ..cuda_graphs import GraphPool, LRUCache, to_device
 from ..fused_weights import DecodeWeights, FusedWeights, is_plain
-from .layer import Attend, run_decode_layer, run_layer, summed
+from .layer import Attend, head_norms, rotary_tables, run_decode_layer, run_layer, summed
 from .workspace import Workspace
 
 
@@ -77,18 +78,19 @@ def decode_step(
     """
     hidden = adapter.decoder.embed(tokens)
     slot = state.n_new.clone()
-    cos, sin = adapter.decoder.rotary(hidden[:, None], (first + slot)[:, :, None])
-    cos, sin = cos[:, 0], sin[:, 0]
+    cos, sin = rotary_tables(adapter.decoder, hidden, first + slot)
     state.n_new.add_(1)
 
-    def attention(cache: RaggedCache, scaling: float) -> Attend:
+    def attention(cache: RaggedCache, block: BlockModules) -> Attend:
+        norms = head_norms(block)
+
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            query = rotate_into(query, key, value, cos, sin, cache.new_keys, cache.new_values, slot)
-            return decode_attention(query, cache, scaling)
+            query = rotate_into(query, key, value, cos, sin, cache.new_keys, cache.new_values, slot, norms)
+            return decode_attention(query, cache, block.scaling)
 
         return attend
 
-    attends = [attention(cache, block.scaling) for cache, block in zip(state.caches, weights.blocks, strict=True)]
+    attends = [attention(cache, block) for cache, block in zip(state.caches, weights.blocks, strict=True)]
     if tokens.shape[0] > (_MOST_PLAIN_ROWS if isinstance(weights, FusedWeights) else MOST_ROWS):
         assert isinstance(weights, FusedWeights)
         residual: Tensor | None = None

@@ -9,6 +9,7 @@ import torch
 from ...models import ModelAdapter
 from ...selection.raters import padded_embedding_raters
 from ..cuda_graphs import GraphPool, LRUCache
+from .layer import rotary_tables
 from .workspace import PromptInputs, PromptShape, Workspace
 
 _MOST_GRAPHS = 512
@@ -31,8 +32,7 @@ def embed_prompt(adapter: ModelAdapter, space: Workspace, shape: PromptShape, ch
     features = space.features[given.feature_rows.clamp_min(0)]
     hidden = torch.where(given.feature_rows[:, None] >= 0, features, embeds)
     space.hidden[:rows] = hidden
-    cos, sin = adapter.decoder.rotary(hidden[None], given.positions[:, None])
-    space.cos[:rows], space.sin[:rows] = cos[0], sin[0]
+    space.cos[:rows], space.sin[:rows] = rotary_tables(adapter.decoder, hidden, given.positions)
     space.cu_seqlens[: batch + 1] = given.cu_seqlens
     space.visual_rows[:batch, : shape.n_visual] = given.visual_rows
     space.alive[:batch, : shape.n_visual] = torch.arange(shape.n_visual, device=hidden.device)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...kernels.elementwise import rms_norm, swiglu
-from ...kernels.skinny_linear import Norm, skinny_linear
-from ...models.base import BlockModules
+from ...kernels.elementwise import Norm, rms_norm, swiglu
+from ...kernels.skinny_linear import skinny_linear
+from ...models.decoder import BlockModules, Decoder
 from ..fused_weights import DecodeWeights, FusedWeights
 
 # Elements of gate and up that are there at once: products of fewer rows than that take as long for each.
@@ -31,9 +31,9 @@ def run_layer(
     residual : Tensor of shape (n_rows, hidden_size), optional
         Second part of the input.
     attend : callable
-        ``attend(query, key, value)`` with projections of shape (n_rows, heads, head_dim) rotates queries and keys and
-        gives the mixed values of shape (n_rows, heads, head_dim); it also keeps keys and values, if they are needed
-        again.
+        ``attend(query, key, value)`` with projections of shape (n_rows, heads, head_dim) norms heads, where the block
+        does (:func:`head_norms`), rotates queries and keys and gives the mixed values of shape (n_rows, heads,
+        head_dim); it also keeps keys and values, if they are needed again.
 
     Returns
     -------
@@ -89,6 +89,32 @@ def run_decode_layer(block: BlockModules, weights: DecodeWeights, hidden: Tensor
     else:
         activated = swiglu(*(skinny_linear(hidden, one, norm) for one in products))
     return skinny_linear(activated, down, residual=hidden)
+
+
+def head_norms(block: BlockModules) -> tuple[Norm, Norm] | None:
+    """Norms of every head of queries and of keys, where there are such."""
+    if block.query_norm is None:
+        return None
+    query, key = (Norm(one.weight, one.variance_epsilon) for one in (block.query_norm, block.key_norm))
+    return query, key
+
+
+def rotary_tables(decoder: Decoder, like: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions.
+
+    Parameters
+    ----------
+    decoder : Decoder
+    like : Tensor
+        With the device and dtype of the tables.
+    positions : Tensor of shape (n_position_axes, n), int64
+
+    Returns
+    -------
+    cos, sin : Tensor of shape (n, head_dim)
+    """
+    cos, sin = decoder.rotary(like, positions if decoder.n_position_axes == 1 else positions[:, None])
+    return cos[0], sin[0]
 
 
 def in_parts(run: Callable[[Tensor], Tensor], rows: Tensor, width: int) -> Tensor:

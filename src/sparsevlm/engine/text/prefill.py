@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ...models import ModelAdapter
 from ...request.request import Request
-from ...request.step import Readout, VisionRows, choose_embedding_raters, prune_step, reads, reads_text
+from ...request.step import Readout, choose_embedding_raters, prune_step, reads, reads_text
 from ...selection.context import BEFORE_DECODER
 from ...selection.padded import draw_seed
 from ..call import Prompt
 from ..capacities import STEPPED, power_of_two, row_capacity
 from ..cuda_graphs import GraphPool
 from ..fused_weights import FusedWeights
+from ..vision.program import VisionOutput
 from .embed import PromptPrograms
 from .prune_program import PrunePrograms, PruneShape, PruneStep, visual_capacity
 from .readout import read
@@ -127,7 +128,7 @@ class Prefill:
             self.prompts = PromptPrograms(self._adapter, self._pool, self.space)
         return self.space
 
-    def run(self, request: Request, prompt: Prompt, features: Tensor, vision: VisionRows | None = None) -> Tensor:
+    def run(self, request: Request, prompt: Prompt, seen: VisionOutput) -> Tensor:
         """Run a prompt.
 
         Parameters
@@ -135,16 +136,15 @@ class Prefill:
         request : Request
             Its samples are on the host; they and its records are brought up to date.
         prompt : Prompt
-        features : Tensor of shape (n_features, hidden_size)
-        vision : VisionRows, optional
-            What was read of the tower, by the rows of ``features``.
+        seen : VisionOutput
+            Of the tower.
 
         Returns
         -------
         Tensor of shape (batch, vocab_size)
             Logits of every sample's last row; overwritten by the next call.
         """
-        packed = PackedRows.of(request)
+        features, vision, packed = seen.tokens, seen.rows, PackedRows.of(request)
         counts = TokenCounts.of(request) if chooses_on_device(request, self._adapter) else None
         shape = _shape(request, packed, counts is not None)
         by_stage = [shape.rows] if counts is None else _rows_by_stage(request, shape, counts)
@@ -156,6 +156,8 @@ class Prefill:
         space.integers[: integers.shape[0]].copy_(integers, non_blocking=True)
         # All that the tower gave is taken before another program runs, which may have its memory.
         space.features[: features.shape[0]].copy_(features)
+        if seen.late:
+            space.place_late(seen.late, PromptInputs.of(shape, space.n_axes, space.integers).feature_rows)
         if counts is not None:
             space.take_readings(vision)
         elif {"features", "text_features"} & request.traits.needs:
@@ -196,7 +198,7 @@ class Prefill:
                 room = min(power_of_two(rows), self.space.room.rows)
                 prune = PruneShape.of(room, shape.batch, n_visual, max(most_left), n_text, request, counts.by_rank)
                 scaling = self._weights.blocks[stop - 1].scaling if stop else 0.0
-                step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank)
+                step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank, len(self.space.late))
                 packed.append((self.prune_programs.run(request.selector, step).clone(), prune.n_keep))
                 first, n_visual = stop, prune.n_keep
         bytes_per_row = self.space.bytes_per_row
@@ -318,7 +320,8 @@ def prune(
         return packed
     for b, kept in enumerate(survivors):
         if kept.merges:
-            space.hidden[packed.local(b, kept.after)] = kept.merged(space.hidden[visual[b]])
+            for rows in (space.hidden, *space.late):
+                rows[packed.local(b, kept.after)] = kept.merged(rows[visual[b]])
     left = PackedRows.of(request)
     space.gather(torch.cat([packed.local(b, own) for b, own in enumerate(left.positions)]))
     space.begin_stage(left.starts, batch)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...config import SparseVLMConfig
@@ -90,6 +91,8 @@ class PruneStep:
         What the selector reads of it.
     by_rank, recycles : bool
         Whether the rank decides the counts, and whether clusters are among what it counts.
+    first_late : int
+        First layer behind it whose output gets visual features.
     config : SparseVLMConfig
         What belongs to one request alone has its default.
     """
@@ -100,15 +103,20 @@ class PruneStep:
     needs: frozenset[str]
     by_rank: bool
     recycles: bool
+    first_late: int
     config: SparseVLMConfig
 
     @classmethod
-    def of(cls, request: Request, shape: PruneShape, target: int, scaling: float, by_rank: bool) -> PruneStep:
-        """Of a target layer of a request; -1: before the decoder."""
+    def of(
+        cls, request: Request, shape: PruneShape, target: int, scaling: float, by_rank: bool, n_late: int
+    ) -> PruneStep:
+        """Of a target layer of a request (-1: before the decoder) in a model whose first ``n_late`` layers get visual
+        features."""
+        first_late = min(target + 1, n_late)
         needs, traits = request.traits.needs, request.traits
         if not (needs or by_rank or traits.padded):  # one program for all options
-            return cls(shape, False, 0.0, needs, False, False, _NO_OPTIONS)
-        return cls(shape, target < 0, scaling, needs, by_rank, traits.recycles, request.config.shared)
+            return cls(shape, False, 0.0, needs, False, False, first_late, _NO_OPTIONS)
+        return cls(shape, target < 0, scaling, needs, by_rank, traits.recycles, first_late, request.config.shared)
 
 
 def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
@@ -129,9 +137,13 @@ def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
         context, ranks = _context(space, step, states, valid, n_visual, readout)
         floors = space.min_keep_per_image[:batch]
         selection = select_padded(selector, context, packed.image_idx, floors, shape.n_images)
+    late = [(plane, plane[packed.visual_rows]) for plane in space.late[step.first_late :]]
     chosen = close_up(packed, selection.is_kept, context.n_keep, shape.n_keep)
-    if selection.merge_target is not None:
-        _merge(space, shape, states, selection, chosen)
+    for plane, features in late:
+        _follow(space, shape, plane, features, chosen)
+    for rows, own in ((space.hidden, states), *late):
+        if selection.merge_target is not None:
+            _merge(space, shape, rows, own, selection, chosen)
     space.stage.add_(1)
     recycled = selection.is_recycled
     return Choice(
@@ -199,13 +211,26 @@ def _packed(space: Workspace, shape: PruneShape) -> Packed:
     )
 
 
-def _merge(space: Workspace, shape: PruneShape, states: Tensor, selection: PaddedSelection, chosen: Tensor) -> None:
+def _follow(space: Workspace, shape: PruneShape, plane: Tensor, features: Tensor, chosen: Tensor) -> None:
+    """Let features that are still to be added, (batch, n_visual, hidden_size), follow the tokens that are kept."""
+    batch, last = shape.batch, shape.rows - 1
+    counts = torch.arange(shape.n_keep, device=chosen.device) < space.n_visual[:batch, None]
+    rows = torch.where(counts, space.visual_rows[:batch, : shape.n_keep], last).flatten()
+    plane[: shape.rows] = 0.0
+    kept = features.gather(1, chosen[..., None].expand(-1, -1, features.shape[-1]))
+    plane.index_copy_(0, rows, kept.flatten(0, 1))
+    plane[last] = 0.0  # padding, where what does not count was written
+
+
+def _merge(
+    space: Workspace, shape: PruneShape, hidden: Tensor, states: Tensor, selection: PaddedSelection, chosen: Tensor
+) -> None:
     """Write the rows that others were merged into, after all closed up."""
     target, weight, batch = selection.merge_target, selection.weight, shape.batch
     assert target is not None
     assert weight is not None
     rows = space.visual_rows[:batch, : shape.n_keep]
-    write_merged(space.hidden[: shape.rows], rows, space.n_visual[:batch], states, chosen, target, weight)
+    write_merged(hidden[: shape.rows], rows, space.n_visual[:batch], states, chosen, target, weight)
 
 
 class PrunePrograms(LRUCache[tuple[Hashable, PruneStep], Callable[[], Tensor]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from ...request.step import choose_embedding_raters, reads
 from ..cuda_graphs import to_device
 from ..fused_weights import FusedWeights
 from .kept_cache import PastRows
-from .layer import Attend, run_layer, summed
+from .layer import Attend, head_norms, rotary_tables, run_layer, summed
 from .prefill import PackedRows, prune
 from .workspace import Workspace
 
@@ -113,7 +114,9 @@ class SecondTurn:
         self.rows: list[Tensor] = []
         self.n_keys = 0
 
-    def run(self, request: Request | None, packed: PackedRows, embeds: Tensor, positions: Tensor) -> Tensor:
+    def run(
+        self, request: Request | None, packed: PackedRows, embeds: Tensor, positions: Tensor, late: Sequence[Tensor]
+    ) -> Tensor:
         """Run the turn.
 
         Parameters
@@ -124,6 +127,8 @@ class SecondTurn:
             Of the turn, on the device of ``embeds``.
         embeds : Tensor of shape (n_rows, hidden_size)
         positions : Tensor of shape (n_axes, n_rows), int64
+        late : sequence of Tensor of shape (n_rows, hidden_size)
+            What is added to the output of the first layers.
 
         Returns
         -------
@@ -131,9 +136,11 @@ class SecondTurn:
             Logits of every sample's last row.
         """
         space, decoder, device = self._space, self._adapter.decoder, embeds.device
-        cos, sin = decoder.rotary(embeds[None], positions[:, None])
-        for kept, rows in ((space.hidden, embeds), (space.cos, cos[0]), (space.sin, sin[0])):
+        tables = rotary_tables(decoder, embeds, positions)
+        for kept, rows in zip((space.hidden, space.cos, space.sin), (embeds, *tables), strict=True):
             kept[: packed.n_rows] = rows
+        for plane, rows in zip(space.late, late, strict=False):
+            plane[: packed.n_rows] = rows
         stage = Stage(packed, device)
         if request is not None:
             choose_embedding_raters(request, lambda b, of: space.hidden[packed.local(b, of)])
@@ -147,6 +154,8 @@ class SecondTurn:
                 sample.enter_layer()
             is_read = pruned is not None and reads(pruned)
             hidden, residual = self._run_layer(layer_idx, stage, hidden, residual, is_read)
+            if layer_idx < len(late):
+                hidden, residual = summed(hidden, residual) + space.late[layer_idx][: stage.packed.n_rows], None
             if pruned is not None:
                 stage = self._prune(pruned, stage, layer_idx, summed(hidden, residual))
                 hidden, residual = space.hidden[: stage.packed.n_rows], None
@@ -178,26 +187,27 @@ class SecondTurn:
         space, keys, layer = self._space, self._keys(layer_idx, stage), self._layers[layer_idx]
         past, n, n_keys = self._past[self._tables[layer_idx]], stage.packed.n_rows, keys.packed.n_rows
         buffers = space.keys[layer_idx][:n_keys], space.values[layer_idx][:n_keys]
-        scaling, most = self._weights.blocks[layer_idx].scaling, (stage.packed.longest, keys.packed.longest)
+        block, most = self._weights.blocks[layer_idx], (stage.packed.longest, keys.packed.longest)
         for buffer, kept in zip(buffers, (layer.keys, layer.values), strict=True):
             buffer[keys.past] = kept.transpose(1, 2)[past.samples, past.slots]
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             own_keys, own_values = (buffer.new_empty((n, *buffer.shape[1:])) for buffer in buffers)
-            query = rotate_into(query, key, value, space.cos[:n], space.sin[:n], own_keys, own_values)
+            tables = space.cos[:n], space.sin[:n]
+            query = rotate_into(query, key, value, *tables, own_keys, own_values, norms=head_norms(block))
             for buffer, own in zip(buffers, (own_keys, own_values), strict=True):
                 buffer[keys.new] = own
             if is_read:
                 space.query[keys.new] = query
-            return continued_attention(query, *buffers, stage.cu_seqlens, keys.cu_seqlens, most, scaling)
+            return continued_attention(query, *buffers, stage.cu_seqlens, keys.cu_seqlens, most, block.scaling)
 
         return attend
 
     def _prune(self, request: Request, stage: Stage, target: int, hidden: Tensor) -> Stage:
         """Decide what goes on from a layer, whose rows lie at the places of its keys for that."""
         space, keys, n = self._space, self._keys(target, stage), stage.packed.n_rows
-        own = hidden, space.cos[:n].clone(), space.sin[:n].clone()
-        for kept, rows in zip((space.hidden, space.cos, space.sin), own, strict=True):
+        own = hidden, *(kept[:n].clone() for kept in space.moved[1:])
+        for kept, rows in zip(space.moved, own, strict=True):
             kept[keys.new] = rows
         space.begin_stage(keys.packed.starts, request.batch)
         left = prune(request, space, keys.packed, target, self._weights.blocks[target].scaling, request.batch)

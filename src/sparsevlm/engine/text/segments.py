@@ -10,9 +10,10 @@ from torch import Tensor
 from ...kernels.attention import equal_attention, varlen_attention
 from ...kernels.elementwise import rotate_into
 from ...models import ModelAdapter
+from ...models.decoder import BlockModules
 from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
-from .layer import Attend, run_layer, summed
+from .layer import Attend, head_norms, run_layer, summed
 from .workspace import Workspace
 
 # Programs that are kept; they share their memory, a graph itself is small.
@@ -62,8 +63,10 @@ def run_segment(adapter: ModelAdapter, weights: FusedWeights, space: Workspace, 
         if is_last and segment.is_read:
             hidden, residual = summed(hidden, residual), None
             space.previous[:rows] = hidden
-        attend = _attention(space, segment, layer_idx, block.scaling, is_last and segment.is_read)
+        attend = _attention(space, segment, layer_idx, block, is_last and segment.is_read)
         hidden, residual = run_layer(block, weights, hidden, residual, attend)
+        if layer_idx < len(space.late):
+            hidden, residual = summed(hidden, residual) + space.late[layer_idx][:rows], None
     if segment.stop == len(weights.blocks):
         last = summed(hidden, residual)[cu_seqlens[1:-1].long().sub_(1).clamp_min_(0)]
         logits: Tensor = adapter.decoder.head(adapter.decoder.norm(last))
@@ -73,14 +76,15 @@ def run_segment(adapter: ModelAdapter, weights: FusedWeights, space: Workspace, 
     return None
 
 
-def _attention(space: Workspace, segment: Segment, layer_idx: int, scaling: float, is_read: bool) -> Attend:
+def _attention(space: Workspace, segment: Segment, layer_idx: int, block: BlockModules, is_read: bool) -> Attend:
     """Attention of a layer, which leaves keys and values in the workspace."""
     rows = segment.rows
     cos, sin = space.cos[:rows], space.sin[:rows]
     keys, values = space.keys[layer_idx][:rows], space.values[layer_idx][:rows]
+    norms, scaling = head_norms(block), block.scaling
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query = rotate_into(query, key, value, cos, sin, keys, values)
+        query = rotate_into(query, key, value, cos, sin, keys, values, norms=norms)
         if is_read:
             space.query[:rows], space.read_keys[:rows] = query, keys
         if segment.batch == 1:  # the sample does not see the padding behind it

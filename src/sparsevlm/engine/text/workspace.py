@@ -15,6 +15,7 @@ from ...request.step import VisionRows
 from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import to_device
 from ..fused_weights import FusedWeights
+from .layer import rotary_tables
 
 # Target layers that drop something, at most; what a request brings holds counts for so many.
 MOST_STAGES = 16
@@ -175,6 +176,8 @@ class Workspace:
     query, read_keys : Tensor of shape (rows, heads, head_dim) and (rows, kv_heads, head_dim)
         Rotated, of the last layer that ran.
     cos, sin : Tensor of shape (rows, head_dim)
+    late : list of Tensor of shape (rows, hidden_size)
+        By layer, what is added to the output of the first ones: features of visual tokens, 0 for others.
     cu_seqlens : Tensor of shape (batch + 2,), int32
         The last sequence is padding.
     layer_cu_seqlens : Tensor of shape (n_layers, batch + 2), int32
@@ -218,7 +221,8 @@ class Workspace:
             indices(*shape, dtype=torch.float32) for shape in ((2, rows), (rows, of_keys))
         )
         self.query, self.read_keys = (weight.new_zeros((rows, n, block.head_dim)) for n in (heads, kv_heads))
-        cos, _ = adapter.decoder.rotary(self.hidden[None, :1], indices(self.n_axes, 1, 1))
+        self.late = [torch.zeros_like(self.hidden) for _ in range(adapter.decoder.n_late)]
+        cos, _ = rotary_tables(adapter.decoder, self.hidden[:1], indices(self.n_axes, 1))
         self.cos, self.sin = (cos.new_zeros((rows, cos.shape[-1])) for _ in range(2))
         self.cu_seqlens = indices(batch + 2, dtype=torch.int32)
         self.layer_cu_seqlens = indices(len(weights.blocks), batch + 2, dtype=torch.int32)
@@ -233,13 +237,32 @@ class Workspace:
         self.is_faulty = indices(1, dtype=torch.bool)
 
     @property
+    def moved(self) -> list[Tensor]:
+        """Tensors whose rows are those of the tokens that are left."""
+        return [self.hidden, self.cos, self.sin, *self.late]
+
+    def place_late(self, late: Sequence[Tensor], feature_rows: Tensor) -> None:
+        """Take what is added behind the first layers.
+
+        Parameters
+        ----------
+        late : sequence of Tensor of shape (n_features, hidden_size)
+            By layer.
+        feature_rows : Tensor of shape (n_rows,), int64
+            Which of them belongs to each row of the prompt; -1: none.
+        """
+        for plane, features in zip(self.late, late, strict=True):
+            own = features[feature_rows.clamp_min(0)]
+            plane[: feature_rows.shape[0]] = own.masked_fill_(feature_rows[:, None] < 0, 0.0)
+
+    @property
     def bytes_per_row(self) -> int:
         """Of the keys and values of one row of one layer."""
         return 2 * self.keys[0][0].numel() * self.keys[0].element_size()
 
     def snapshot(self, rows: int) -> Callable[[], None]:
         """Remember what a prune step or a segment moves on; the function that is given takes it back."""
-        tensors = [self.hidden[:rows], self.cos[:rows], self.sin[:rows], self.visual_rows, self.alive, self.image_idx]
+        tensors = [*(tensor[:rows] for tensor in self.moved), self.visual_rows, self.alive, self.image_idx]
         tensors += [self.text_rows, self.n_visual, self.cu_seqlens, self.stage, self.is_faulty]
         before = [tensor.clone() for tensor in tensors]
 
@@ -258,6 +281,8 @@ class Workspace:
     def gather(self, rows: Tensor) -> None:
         """Let only some rows go on."""
         gather_rows(rows, self.hidden, self.cos, self.sin)
+        for plane in self.late:
+            plane[: rows.shape[0]] = plane[rows]
 
     def begin_stage(self, starts: Sequence[int], batch: int) -> None:
         """Take the first row of every sample, and the number of all rows, from the host; further samples are empty."""

@@ -1,8 +1,10 @@
-"""Rows of the vision tower for images that were not encoded ahead: those of several kinds, or given encoded."""
+"""Rows of the vision tower for images that were not encoded ahead: those of several kinds, given encoded, or of a tower
+that runs by its own modules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,12 +44,14 @@ def encode_now(
         Images before videos; ``None``: something is to be read, and the tower's program does not run.
     """
     found: list[Tensor] = []
+    late: list[Tensor] = []
     read: list[VisionRows] = []
     n_cached: int | None = None
-    for kind, grids in call.grids.items():
+    for kind, layouts in call.layouts.items():
         output, modality = call.encoded(kind), adapter.modalities[kind]
         if output is None:
             pixels = call.visual[modality.pixels]
+            grids: Any = None if adapter.vision.program is None else layouts
             seen = None if grids is None else _by_program(runner, may_encode, pixels, tuple(grids), cache_bytes, needs)
             if seen is not None:
                 found.append(seen.tokens.clone())  # before the next kind is encoded
@@ -57,12 +61,31 @@ def encode_now(
                 continue
             if needs:
                 return None
-            sizes = {name: call.arguments.get(name) for name in modality.size_inputs}
-            output = getattr(adapter.base_model, f"get_{kind}_features")(pixels, **sizes)
+            output = _by_modules(call, adapter, kind)
         if needs:
             return None
-        found += output.pooler_output
-    return VisionOutput(torch.cat(found), n_cached=n_cached, rows=VisionRows.joined(read) if needs else None)
+        weight = adapter.decoder.embed.weight  # which may be on another device than the tower
+        found.append(_rows(output.pooler_output).to(weight.device))
+        if (features := adapter.decoder.late_features) is not None:
+            late.append(torch.stack([_rows(of_layer) for of_layer in getattr(output, features.output)]).to(weight))
+    # Of several kinds, each layer gets rows of all.
+    joined = tuple(torch.cat(late, dim=1)) if late else ()
+    rows = VisionRows.joined(read) if needs else None
+    return VisionOutput(torch.cat(found), n_cached=n_cached, rows=rows, late=joined)
+
+
+def _by_modules(call: Call, adapter: ModelAdapter, kind: str) -> Any:
+    """What the model's own modules make of the images of a kind."""
+    modality = adapter.modalities[kind]
+    sizes = {name: call.arguments.get(name) for name in modality.size_inputs}
+    given = {name: call.arguments.get(name) for name in modality.encoder_inputs}
+    more = {name: value for name, value in given.items() if value is not None}
+    return getattr(adapter.base_model, f"get_{kind}_features")(call.visual[modality.pixels], **sizes, **more)
+
+
+def _rows(of_images: Any) -> Tensor:
+    """Rows of all images, one tensor (…, hidden_size) each, one behind the other."""
+    return torch.cat([rows.reshape(-1, rows.shape[-1]) for rows in of_images])
 
 
 def _by_program(

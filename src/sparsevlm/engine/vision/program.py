@@ -14,7 +14,7 @@ from ...kernels.attention import padded_attention, varlen_attention
 from ...kernels.elementwise import rms_norm, rotate, swiglu
 from ...kernels.received_attention import received_attention
 from ...models import ModelAdapter
-from ...models.base import PackedTower, TowerBlock
+from ...models.tower import PackedTower, TowerBlock
 from ...request.step import VisionRows
 from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
@@ -152,6 +152,8 @@ class VisionOutput:
         Images that were encoded before; ``None``: nobody looked for them.
     rows : VisionRows or None
         What was read of the tower, by token.
+    late : tuple of Tensor of shape (n_tokens, text hidden_size)
+        What the decoder adds to the output of its first layers, by layer.
     """
 
     tokens: Tensor
@@ -159,6 +161,7 @@ class VisionOutput:
     ready: torch.cuda.Event | None = None
     n_cached: int | None = None
     rows: VisionRows | None = None
+    late: tuple[Tensor, ...] = ()
 
 
 class VisionSpace:

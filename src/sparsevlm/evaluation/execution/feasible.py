@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ... import api
-from ...inputs import load_skeleton
-from ..settings import ALL, DENSE, EvalConfig, Setting, make_settings
+from ...inputs import load_processor, load_skeleton
+from ...models import adapter_for
+from ..settings import ALL, DENSE, DOWNSAMPLE, EvalConfig, Setting, make_settings
+from .downsample import VisualCounter
 
 _NO_SIZE = "downsample needs a budget that is a size: a fraction or a number of tokens, not adaptive"
 
@@ -33,10 +36,11 @@ def feasible_settings(
     """
     model = load_skeleton(folder)
     reasons, feasible = dict(unsupported), []
+    not_smaller = lru_cache(maxsize=None)(lambda: _reason_against_smaller_images(model, folder))
     for setting in make_settings(config):
         if setting.name in unsupported:
             continue
-        reason = _unsupported_reason(model, setting)
+        reason = not_smaller() if setting.selector == DOWNSAMPLE else _unsupported_reason(model, setting)
         if reason is None:
             feasible.append(setting)
             continue
@@ -46,6 +50,11 @@ def feasible_settings(
     if feasible == [Setting(DENSE)] and not set(config.selectors) <= {DENSE}:
         raise ValueError(f"nothing is left to compare with dense: {next(iter(reasons.values()), _NO_SIZE)}.")
     return feasible, reasons
+
+
+def _reason_against_smaller_images(model: Any, folder: Path) -> str | None:
+    """Reason why smaller images do not become fewer tokens, or ``None``."""
+    return VisualCounter(adapter_for(model), load_processor(folder)).unsupported_reason()
 
 
 def _unsupported_reason(model: Any, setting: Setting) -> str | None:

@@ -10,15 +10,18 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from PIL import Image
 
 from ... import api
 from ...inputs import load_model, load_processor
+from ...inputs.turns import move_inputs, process, render_turn
 from ...models import adapter_for
 from ...report import SampleReport
 from ...request.costs import prefill_flops
+from ...request.counting import visual_counts
 from ..settings import DOWNSAMPLE, EvalConfig, Setting
 from ..suites.suite import Sample
-from .downsample import downsampled
+from .downsample import VisualCounter, cuts_grids, downsampled, scaled_to_fit
 from .resolved_model import resolve_model
 
 
@@ -68,6 +71,7 @@ class BatchGenerator:
         self.max_new_tokens = max_new_tokens
         self._adapter = adapter_for(self.model)
         self._flops = lru_cache(maxsize=None)(lambda tokens: prefill_flops(self._adapter, tokens, 0))
+        self._count = VisualCounter(self._adapter, self.processor)
         self._last_inputs: tuple[Sequence[Sample], Any] | None = None
         self._state: Any = None
 
@@ -84,8 +88,7 @@ class BatchGenerator:
             report = None if setting.pruning is None else self._state.report
         new = output[:, inputs["input_ids"].shape[1] :]
         texts = [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
-        image_token, lengths = self.model.config.image_token_id, inputs["attention_mask"].sum(dim=1).tolist()
-        n_visual = (inputs["input_ids"] == image_token).sum(dim=1).tolist()
+        lengths, n_visual = inputs["attention_mask"].sum(dim=1).tolist(), visual_counts(self._adapter, inputs)
         reports: Sequence[SampleReport | None] = [None] * len(samples) if report is None else report.samples
         answers = []
         for text, visual, length, sample_report in zip(texts, n_visual, lengths, reports, strict=True):
@@ -117,26 +120,26 @@ class BatchGenerator:
                 self._last_inputs = samples, self._processed(samples)
             return self._last_inputs[1]
         assert setting.keep is not None  # no setting without a budget is made
-        processor = self.processor.image_processor
-        images = (downsampled(processor, sample.images, setting.keep) for sample in samples)
+        smaller = [self._downsampled(sample, setting.keep) for sample in samples]
         return self._processed(
-            [dataclasses.replace(sample, images=smaller) for sample, smaller in zip(samples, images, strict=True)]
+            [dataclasses.replace(sample, images=images) for sample, images in zip(samples, smaller, strict=True)]
         )
+
+    def _downsampled(self, sample: Sample, keep: int | float) -> tuple[Image.Image, ...]:
+        processor = self.processor.image_processor
+        if cuts_grids(processor):
+            return downsampled(processor, sample.images, keep)
+        return scaled_to_fit(self._count, sample.images, keep)
 
     def _processed(self, samples: Sequence[Sample]) -> Any:
         prompts = [self._prompt(sample) for sample in samples]
-        images = [image for sample in samples for image in sample.images]
-        inputs = self.processor(text=prompts, images=images, padding=True, return_tensors="pt")
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        return inputs.to(self.model.device)
+        inputs = process(self.processor, prompts, [sample.images for sample in samples])
+        return move_inputs(inputs, self.model)
 
     def _prompt(self, sample: Sample) -> str:
         text = sample.question + (f"\n{self.instruction}" if self.instruction else "")
         content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": text}]
-        prompt: str = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-        )
-        return prompt
+        return render_turn(self.processor, [{"role": "user", "content": content}])
 
     def _now(self) -> float:
         if self.model.device.type == "cuda":

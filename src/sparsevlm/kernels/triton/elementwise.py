@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..elementwise import Norm
 from .dependent_launch import begins_early, gdc_launch_dependents, gdc_wait, launch_options
 
 # So few rows are new tokens, whose kernels follow each other closely.
@@ -86,23 +87,32 @@ _FEW_ROWS = 256
 
 
 @triton.jit
-def _turn(x_ptr, out_ptr, cos_a, cos_b, sin_a, sin_b, N_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+def _turn(
+    x_ptr, out_ptr, cos_a, cos_b, sin_a, sin_b, weight_ptr, eps, N_HEADS: tl.constexpr, HALF: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_NORM: tl.constexpr,
+):  # fmt: skip
     heads, columns = tl.arange(0, triton.next_power_of_2(N_HEADS))[:, None], tl.arange(0, BLOCK)[None, :]
     at = heads * 2 * HALF + columns
     inside = (heads < N_HEADS) & (columns < HALF)
     dtype = out_ptr.dtype.element_ty
     a = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(x_ptr + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        scale = tl.rsqrt((tl.sum(a * a, axis=1) + tl.sum(b * b, axis=1)) / (2 * HALF) + eps)[:, None]
+        weight_a = tl.load(weight_ptr + columns, mask=columns < HALF, other=0.0).to(tl.float32)
+        weight_b = tl.load(weight_ptr + columns + HALF, mask=columns < HALF, other=0.0).to(tl.float32)
+        a = (weight_a * (a * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
+        b = (weight_b * (b * scale).to(dtype).to(tl.float32)).to(dtype).to(tl.float32)
     tl.store(out_ptr + at, (a * cos_a - b * sin_a).to(dtype), mask=inside)
     tl.store(out_ptr + at + HALF, (b * cos_b + a * sin_b).to(dtype), mask=inside)
 
 
 @triton.jit
 def _rotate(
-    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, query_out, key_out, value_out, slot_ptr,
-    query_stride, key_stride, value_stride, kept_stride,
+    query_ptr, key_ptr, value_ptr, cos_ptr, sin_ptr, query_out, key_out, value_out, slot_ptr, query_weight, key_weight,
+    query_stride, key_stride, value_stride, kept_stride, eps,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
-    HAS_VALUE: tl.constexpr, HAS_SLOT: tl.constexpr, PDL: tl.constexpr,
+    HAS_VALUE: tl.constexpr, HAS_SLOT: tl.constexpr, HAS_NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -116,11 +126,17 @@ def _rotate(
     sin_a = tl.load(sin_ptr + table, mask=inside, other=0.0).to(tl.float32)[None, :]
     sin_b = tl.load(sin_ptr + table + HALF, mask=inside, other=0.0).to(tl.float32)[None, :]
     out_row = query_out + row * 2 * HALF * N_HEADS
-    _turn(query_ptr + row * query_stride, out_row, cos_a, cos_b, sin_a, sin_b, N_HEADS, HALF, BLOCK)
+    _turn(
+        query_ptr + row * query_stride, out_row, cos_a, cos_b, sin_a, sin_b, query_weight, eps, N_HEADS, HALF, BLOCK,
+        HAS_NORM,
+    )  # fmt: skip
     kept = row * kept_stride
     if HAS_SLOT:
         kept += tl.load(slot_ptr) * 2 * HALF * N_KV_HEADS
-    _turn(key_ptr + row * key_stride, key_out + kept, cos_a, cos_b, sin_a, sin_b, N_KV_HEADS, HALF, BLOCK)
+    _turn(
+        key_ptr + row * key_stride, key_out + kept, cos_a, cos_b, sin_a, sin_b, key_weight, eps, N_KV_HEADS, HALF,
+        BLOCK, HAS_NORM,
+    )  # fmt: skip
     if HAS_VALUE:
         SIZE: tl.constexpr = triton.next_power_of_2(2 * HALF * N_KV_HEADS)
         whole = tl.arange(0, SIZE)
@@ -136,26 +152,32 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 def rotate_into(
     query: Tensor, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    slot: Tensor | None,
+    slot: Tensor | None, norms: tuple[Norm, Norm] | None = None,
 ) -> Tensor:  # fmt: skip
     """See :func:`sparsevlm.kernels.elementwise.rotate_into`."""
-    return _launch(query, key, value, cos, sin, keys, values, slot)
+    return _launch(query, key, value, cos, sin, keys, values, slot, norms)
 
 
 def _launch(
     query: Tensor, key: Tensor, value: Tensor | None, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    slot: Tensor | None,
+    slot: Tensor | None, norms: tuple[Norm, Norm] | None = None,
 ) -> Tensor:  # fmt: skip
     n_rows, n_heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     if n_rows:
         half, given = head_dim // 2, key if value is None else value
         early = slot is not None and begins_early(query)
+        weights, eps = (out, out) if norms is None else tuple(norm.weight for norm in norms), 0.0
+        if norms is not None:
+            eps = norms[0].eps
+            if norms[1].eps != eps:
+                raise ValueError(f"queries and keys are normed with one eps, got {eps} and {norms[1].eps}.")
         _rotate[(n_rows,)](
             _with_close_heads(query), _with_close_heads(key), _with_close_heads(given), cos.contiguous(),
-            sin.contiguous(), out, keys, values, out if slot is None else slot,
-            query.stride(0), key.stride(0), given.stride(0), keys.stride(0),
-            n_heads, key.shape[1], half, triton.next_power_of_2(half), value is not None, slot is not None, early,
+            sin.contiguous(), out, keys, values, out if slot is None else slot, *weights,
+            query.stride(0), key.stride(0), given.stride(0), keys.stride(0), eps,
+            n_heads, key.shape[1], half, triton.next_power_of_2(half), value is not None, slot is not None,
+            norms is not None, early,
             num_warps=4 if n_rows <= _FEW_ROWS else 1, **launch_options(early),
         )  # fmt: skip
     return out

@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..skinny_linear import MOST_ROWS, LinearWeights, Norm
+from ..elementwise import Norm
+from ..skinny_linear import MOST_ROWS, LinearWeights
 from .dependent_launch import begins_early, gdc_launch_dependents, gdc_wait, launch_options
 from .elementwise import rms_norm
 

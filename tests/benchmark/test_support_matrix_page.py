@@ -1,0 +1,59 @@
+"""The published support matrix is that of its rows, and holds what is promised."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmark import support_matrix
+from sparsevlm.models.registry import FAMILIES
+from toys import FAMILIES as TOYS
+from toys import tiny_model
+
+PROMISED_CLASSES = (
+    "Qwen2VL", "Qwen2_5_VL", "Qwen3VL", "Qwen3VLMoe", "InternVL", "Llava", "LlavaNext", "LlavaOnevision", "SmolVLM",
+    "Idefics3", "Mistral3", "Glm4v", "Gemma3", "PaliGemma", "Qwen3_5", "Qwen2_5OmniThinker",
+)  # fmt: skip
+PROMISED_MODES = ("greedy", "sampling", "beams", "left-padded batch", "two images", "second turn")
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return support_matrix.read()
+
+
+def test_the_page_is_that_of_the_rows(rows):
+    assert support_matrix.MATRIX.with_suffix(".md").read_text(encoding="utf-8") == support_matrix.page(rows)
+
+
+def test_every_family_is_there(rows):
+    found = {row["class"] for row in rows}
+    assert {family.class_names[0] for family in FAMILIES} <= found
+    assert {type(tiny_model(family)).__name__ for family in TOYS} == found
+
+
+def test_what_is_promised_is_supported(rows):
+    """Where transformers itself does not answer, there is nothing to be equal to."""
+    status = {(row["class"], row["mode"], row["attention"], row["transformers"]): row["status"] for row in rows}
+    versions = {row["transformers"] for row in rows}
+    assert len(versions) == 2
+    for name in PROMISED_CLASSES:
+        for mode in PROMISED_MODES:
+            for attention in ("eager", "sdpa"):
+                for version in versions:
+                    found = status[f"{name}ForConditionalGeneration", mode, attention, version]
+                    assert found in (support_matrix.SUPPORTED, support_matrix.UNKNOWN), (name, mode, attention, version)
+
+
+def test_a_cell_tells_attentions_and_versions_apart():
+    def row(attention, version, path, status="supported", reason=""):
+        own = {"path": path, "status": status, "reason": reason, "transformers": version, "attention": attention}
+        return {"family": "a", "class": "AForConditionalGeneration", "mode": "greedy", **own}
+
+    one = [row("sdpa", "5.1.0", "engine"), row("eager", "5.1.0", "engine")]
+    assert "| A | engine |" in support_matrix.page(one)
+    differs = [*one, row("flash", "5.1.0", "hooks")]
+    assert "| A | engine: sdpa, eager<br>hooks: flash |" in support_matrix.page(differs)
+    refused = [row("sdpa", "5.1.0", "engine"), row("sdpa", "5.2.0", "", "refused", "too new")]
+    page = support_matrix.page(refused)
+    assert "| A | engine: sdpa 5.1.0<br>refused (1): sdpa 5.2.0 |" in page
+    assert "1. too new" in page
