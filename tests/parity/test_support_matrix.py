@@ -41,12 +41,13 @@ def test_cell(family, mode, attention, request):
     prompt, way, cache = MODES[mode]
     case = {"family": family, "prompt": prompt, "way": way, "cache": cache, "attention": attention, "mask": "mask"}
     case["variant"] = "by attention"
-    path, status, reason = "", UNKNOWN, not_run_by_family(case) or not_known_to_transformers(case)
+    path, status, reason = "", UNKNOWN, not_known_to_transformers(case) or not_run_by_family(case)
     assert not not_asked(case)
     if not reason:
         path, status, reason = outcome(case)
-    elif refused := FAMILIES[family].takes(PROMPTS[prompt]) and refusal(case):
-        status, reason = REFUSED, refused
+    elif not not_known_to_transformers(case) and FAMILIES[family].takes(PROMPTS[prompt]):
+        refused = refusal(case)
+        status, reason = (REFUSED, refused) if refused else (status, reason)
     row = {
         "family": family,
         "class": type(tiny_model(family)).__name__,
