@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .examples import BlankImage, blank_inputs
 from .layout import Grid, Layout, grid_coordinates
 
 # Kinds of decoder layers, by transformers' names.
@@ -298,6 +300,8 @@ class Vision:
         What the engine has to know of it; ``None``: its own modules run.
     unreadable : str
         Why ``readable`` is empty, where that is not for want of blocks with full attention.
+    blocks : tuple of nn.Module
+        Blocks whose output is used; empty: they are not known.
     """
 
     module: Any
@@ -307,6 +311,7 @@ class Vision:
     n_prefix: int = 0
     program: PackedTower | None = None
     unreadable: str = ""
+    blocks: tuple[Any, ...] = ()
 
     @property
     def read_blocks(self) -> tuple[tuple[int, Any], tuple[int, Any]]:
@@ -388,6 +393,19 @@ class Family:
         """
         return self.grids(adapter, kind, inputs)
 
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
+        """An image of about (t, h, w) visual tokens; ``None``: the family has none that is made in code."""
+        return None
+
+    def blank_images(self, adapter: ModelAdapter, grid: Grid) -> tuple[BlankImage, ...]:
+        """Images as users send them that have, together, about (t, h, w) visual tokens; empty: as above."""
+        image = self.blank_image(adapter, grid)
+        return () if image is None else (image,) * max(1, round(math.prod(grid) / image.n_visual))
+
+    def inputs_of(self, adapter: ModelAdapter, images: Sequence[BlankImage], n_text: int) -> dict[str, Tensor]:
+        """Inputs of ``generate`` with images amid ``n_text`` other tokens, as the processor makes them."""
+        return blank_inputs(adapter, images, n_text)
+
     def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
         """Visual tokens of the example with about ``n_visual`` of them."""
         return n_visual
@@ -400,9 +418,12 @@ class Family:
         NotImplementedError
             If the family has none.
         """
-        raise NotImplementedError(
-            f"there are no examples for a {adapter.name}: name typical inputs of generate, as the processor makes them."
-        )
+        if (image := self.blank_image(adapter, grid)) is None:
+            raise NotImplementedError(
+                f"there are no examples for a {adapter.name}: name typical inputs of generate, as the processor makes "
+                "them."
+            )
+        return self.inputs_of(adapter, (image,), n_text)
 
     def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
         """The same from the arguments of the vision tower."""

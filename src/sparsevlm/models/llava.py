@@ -68,7 +68,7 @@ class LlavaFamily(PlainFamily):
         ]
         return [_tiles(packed[:, 0], side) for packed in _packed(adapter, counts, sizes, side)]
 
-    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
         """Of the tower's size, or of that among the sizes of cut images whose tokens come near."""
         config = adapter.model.config
         side = getattr(config.vision_config, "image_size", None)
@@ -85,8 +85,9 @@ class LlavaFamily(PlainFamily):
             layouts = self.layouts(adapter, "image", given)
             if layouts is None:
                 return None
-            found.append(BlankImage(n_tokens(layouts[0]), pixels, (height, width)))
-        return min(found, key=lambda image: abs(image.n_visual - n_visual))
+            size = ("image_sizes", (height, width))
+            found.append(BlankImage(n_tokens(layouts[0]), pixels, size, n_tiles=pixels[1]))
+        return min(found, key=lambda image: abs(image.n_visual - math.prod(grid)))
 
     def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
         """Of images that differ in size, which such a tower packs."""

@@ -86,21 +86,13 @@ class PlainFamily(Family):
             patches_per_token=self.patches_per_side(model) ** 2,
             n_prefix=int(drops_class_token(model)),
             unreadable=self.unreadable,
+            blocks=tuple(blocks[:n_blocks]),
         )
-
-    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
-        """An image of about ``n_visual`` visual tokens; ``None``: the family has none that is made in code."""
-        return None
 
     def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
         """Visual tokens of the blank image with about so many."""
-        image = self.blank_image(adapter, n_visual)
+        image = self.blank_image(adapter, (1, 1, n_visual))
         return n_visual if image is None else image.n_visual
-
-    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
-        """A blank image, where the family has one."""
-        image = self.blank_image(adapter, math.prod(grid))
-        return super().example(adapter, grid, n_text) if image is None else image.inputs(adapter, n_text)
 
     def _blocks(self, tower: nn.Module) -> list[Any]:
         if not self.blocks:
@@ -136,10 +128,13 @@ class TiledFamily(PlainFamily):
         Where the configuration has the number of visual tokens of a tile, instead of ``merge``.
     in_one_run : bool
         Whether tiles of one image stand one behind the other in the prompt, as in examples.
+    most_tiles : int
+        Of one image, as its processor cuts it by default: one, or the image as a whole beside at least two.
     """
 
     tile_tokens: str = ""
     in_one_run: bool = False
+    most_tiles: int = 0
 
     def patches_per_side(self, model: Any) -> int:
         """Patches per side that form one visual token."""
@@ -157,15 +152,23 @@ class TiledFamily(PlainFamily):
         size, patch = (_listed(getattr(config, name)) for name in ("image_size", "patch_size"))
         return size[0] // patch[0], size[-1] // patch[-1]
 
-    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
         """Of as many tiles as come near."""
         tile, side = self.tile(adapter.model), self.patches_per_side(adapter.model)
         if tile is None or not self.in_one_run:
             return None
         per_tile = math.prod(math.ceil(length / side) for length in tile)
-        n_tiles = max(1, round(n_visual / per_tile))
+        n_tiles = max(1, round(math.prod(grid) / per_tile))
         size = _listed(adapter.model.config.vision_config.image_size)
-        return BlankImage(n_tiles * per_tile, (n_tiles, 3, size[0], size[-1]))
+        return BlankImage(n_tiles * per_tile, (n_tiles, 3, size[0], size[-1]), n_tiles=n_tiles)
+
+    def blank_images(self, adapter: ModelAdapter, grid: Grid) -> tuple[BlankImage, ...]:
+        """As few as hold the tiles, each of about as many."""
+        if (whole := self.blank_image(adapter, grid)) is None:
+            return ()
+        per_tile, rest = whole.n_visual // whole.n_tiles, whole.pixels[1:]
+        counts = _even_parts(whole.n_tiles, self.most_tiles or whole.n_tiles)
+        return tuple(BlankImage(n * per_tile, (n, *rest), n_tiles=n) for n in counts)
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From the runs of placeholders, each of which holds whole tiles."""
@@ -244,17 +247,17 @@ class SizedFamily(PlainFamily):
 
     in_parts: bool = True
 
-    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
         """Nearly square, no larger than the tower takes."""
         if self.encoder_inputs is None or "image_sizes" not in self.encoder_inputs:
             return None
         vision = adapter.model.config.vision_config
         unit = _first(vision.patch_size) * self.patches_per_side(adapter.model)
-        most = _first(vision.image_size) // unit
+        most, n_visual = _first(vision.image_size) // unit, math.prod(grid)
         height = min(most, max(1, math.isqrt(n_visual)))
         width = min(most, max(1, n_visual // height))
         size = (height * unit, width * unit)
-        return BlankImage(height * width, (1, 3, *size), size)
+        return BlankImage(height * width, (1, 3, *size), ("image_sizes", size))
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From the sizes."""
@@ -272,6 +275,14 @@ class SizedFamily(PlainFamily):
             return None
         patch = _first(adapter.model.config.vision_config.patch_size)
         return [(int(height) // patch, int(width) // patch) for height, width in sizes]
+
+
+def _even_parts(n_tiles: int, most: int) -> list[int]:
+    """Tiles of each image: 28 of 13 at most are 10, 9 and 9; no image has two."""
+    if n_tiles == 2:
+        return [1, 1]
+    n_images = math.ceil(n_tiles / most)
+    return [n_tiles // n_images + (i < n_tiles % n_images) for i in range(n_images)]
 
 
 def drops_class_token(model: Any) -> bool:

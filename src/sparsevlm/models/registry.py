@@ -41,6 +41,7 @@ FAMILIES: tuple[Family, ...] = (
         merge="downsample_ratio",
         encoder_inputs=_TAKEN,
         in_one_run=True,
+        most_tiles=13,
     ),
     TiledFamily(
         ("idefics3", "smolvlm"),
