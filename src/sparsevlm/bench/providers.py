@@ -135,14 +135,16 @@ def make_providers(
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     keeps : tuple of float
         Budgets below 1.
     static : bool
         Whether transformers' compiled decoding is measured as well.
     seed : int
     vision_keep : float
-        Share of the visual tokens that the tower computes in ``"ours-vision"``, which is there if it is below 1.
+        Share of the visual tokens that the tower computes in ``"ours-vision"``, which is there if it is below 1 and
+        the engine runs the tower.
     selectors : iterable of str
         Names of those that have a provider each.
 
@@ -154,6 +156,7 @@ def make_providers(
     names = chosen_selectors(selectors)
     ours = shared_copy(model)
     state = api.apply_sparsevlm(ours)
+    prunes_tower = vision_keep < 1.0 and state.adapter.vision.program is not None
     providers = [Provider("hf-dense", 1.0, None, model, _dense_generate(model))]
     if importlib.util.find_spec("flash_attn") is not None and model.device.type == "cuda":
         flash = shared_copy(model)
@@ -165,7 +168,7 @@ def make_providers(
     settings: list[tuple[str, dict[str, Any]]] = [("ours-default", {}), ("ours-dense", {"keep": 1.0})]
     for keep in keeps:
         settings.append(("ours", {"keep": keep}))
-        if vision_keep < 1.0:
+        if prunes_tower:
             settings.append(("ours-vision", {"keep": keep, "vision_keep": vision_keep}))
         settings += [(f"ours-{name}", {"keep": keep, "selector": name}) for name in names]
     for name, changes in settings:

@@ -13,6 +13,7 @@ from ..models import adapter_for
 from .cases import AnyCase, Case, MixedCase, PictureCase
 from .checkpoint import write_checkpoint_files
 from .estimate import Pace, estimated_seconds, in_words
+from .fitting import fitted_cases
 from .mixed import MixedMeasurement, measure_mixed, mixed_rows
 from .pictures import measure_picture
 from .providers import Provider, Setting, make_providers
@@ -28,7 +29,8 @@ class Run:
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     settings : Settings
     origin : dict
         Columns ``commit``, ``model`` and ``command``.
@@ -113,7 +115,8 @@ def run(
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     cases : sequence of Case, PictureCase or MixedCase
     settings : Settings
     origin : dict
@@ -125,14 +128,17 @@ def run(
     vllm : mapping of str to Measurement
         What vLLM took, by the name of the case.
     say : callable
-        Called with a line on the time that all cases take, and with one before each.
+        Called with a line on the time that all cases take, with one before each, and with those on what is left out.
 
     Raises
     ------
     ValueError
-        If a selector does not exist.
+        If a selector does not exist, or a model can have none of the cases.
     """
     bench = Run(model, settings, origin, checkpoint, vllm)
+    cases = fitted_cases(bench.adapter, cases, settings.seed, say)
+    if settings.vision_keep < 1.0 and bench.adapter.vision.program is None:
+        say(f"ours-vision: left out; the vision tower of a {bench.adapter.name} runs by its own modules")
     estimates = [bench.estimate(case) for case in cases]
     say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}")
     pace, rows = Pace(estimates), []

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from ..models import adapter_for
 from ..request.timing import Mark
 from .providers import Inputs, Provider
+from .roofline import vision_modules
 
 
 class ArrivalTimes(BaseStreamer):
@@ -48,11 +50,12 @@ class ArrivalTimes(BaseStreamer):
 
 
 class ModuleTimes:
-    """Device times of the vision tower and of the decoder, by hooks on their modules.
+    """Device times of the vision tower, with what projects its output, and of the decoder, by hooks on their modules.
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     """
 
     def __init__(self, model: Any) -> None:
@@ -60,7 +63,9 @@ class ModuleTimes:
         self._spans: dict[str, list[tuple[Mark, Mark]]] = {}
         self._open: dict[str, Mark] = {}
         self._handles = []
-        for name, module in {"vision": model.model.visual, "prefill": model.model.language_model}.items():
+        adapter = adapter_for(model)
+        parts = [("prefill", adapter.decoder.module), *(("vision", module) for module in vision_modules(adapter))]
+        for name, module in parts:
             self._handles.append(module.register_forward_pre_hook(self._begin(name)))
             self._handles.append(module.register_forward_hook(self._end(name)))
 

@@ -2,14 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..models import BlankImage, ModelAdapter, adapter_for, blank_word
 from .cases import Case
 
-_BEFORE = 8  # text tokens in front of the image
+
+def images_of(adapter: ModelAdapter, case: Case) -> tuple[BlankImage, ...]:
+    """Images of one sample of a case: one, or several where one has fewer tokens.
+
+    Raises
+    ------
+    NotImplementedError
+        If images of the model's family cannot be made in code.
+    """
+    images = adapter.family.blank_images(adapter, (1, *case.grid))
+    if not images:
+        raise NotImplementedError(
+            f"the inputs of a {adapter.name} cannot be made in code, and no others are measured. Supported are the "
+            "families that have examples for the warm-up: Qwen-VL, LLaVA, InternVL and Mistral3."
+        )
+    return images
+
+
+def fitted(adapter: ModelAdapter, case: Case) -> Case:
+    """The case with as many visual tokens as the model's images make of it, which may be a few more or less."""
+    n_visual = sum(image.n_visual for image in images_of(adapter, case))
+    return case if n_visual == case.n_visual else dataclasses.replace(case, n_visual=n_visual, height=None)
 
 
 def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
@@ -17,30 +40,25 @@ def fresh_inputs(model: Any, case: Case, generator: torch.Generator) -> dict[str
 
     Parameters
     ----------
-    model : Qwen2_5_VLForConditionalGeneration or Qwen2VLForConditionalGeneration
+    model : PreTrainedModel
+        Of a supported family.
     case : Case
+        With as many visual tokens as the model's images have.
     generator : torch.Generator
         On the model's device.
     """
-    config, device = model.config, model.device
-    vision = config.vision_config
-    special = {config.image_token_id, config.video_token_id, config.vision_start_token_id, config.vision_end_token_id}
-    n_words = config.text_config.vocab_size - len(special)
-    words = torch.randint(0, n_words, (case.batch, case.n_text - 2), generator=generator, device=device)
+    adapter = adapter_for(model)
+    inputs = adapter.family.inputs_of(adapter, images_of(adapter, case), case.n_text)
+    ids, pixels, word = inputs["input_ids"], inputs.pop("pixel_values"), blank_word(adapter)
+    special = {modality.token_id for modality in adapter.modalities.values()} | set(ids.unique().tolist()) - {word}
+    inputs = {name: torch.cat([tensor] * case.batch) for name, tensor in inputs.items()}
+    is_word = inputs["input_ids"] == word
+    size = (case.batch, int((ids == word).sum()))
+    n_words = model.config.get_text_config().vocab_size - len(special)
+    words = torch.randint(0, n_words, size, generator=generator, device=model.device)
     for token_id in sorted(special):
         words += words >= token_id  # no word is a special token
-
-    def column(token: int, n: int = 1) -> Tensor:
-        return torch.full((case.batch, n), token, dtype=torch.int64, device=device)
-
-    ids = [words[:, :_BEFORE], column(config.vision_start_token_id), column(config.image_token_id, case.n_visual)]
-    input_ids = torch.cat([*ids, column(config.vision_end_token_id), words[:, _BEFORE:]], dim=1)
-    height, width = (side * vision.spatial_merge_size for side in case.grid)
-    size = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-    return {
-        "input_ids": input_ids,
-        "attention_mask": torch.ones_like(input_ids),
-        "mm_token_type_ids": (input_ids == config.image_token_id).long(),
-        "pixel_values": torch.randn(case.batch * height * width, size, generator=generator, device=device),
-        "image_grid_thw": torch.tensor([[1, height, width]] * case.batch, device=device),
-    }
+    inputs["input_ids"][is_word] = words.flatten()
+    shape = (case.batch * pixels.shape[0], *pixels.shape[1:])
+    noise = torch.randn(shape, generator=generator, device=model.device)
+    return {**inputs, "pixel_values": noise.to(pixels.dtype)}

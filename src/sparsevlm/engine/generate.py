@@ -281,6 +281,7 @@ class Engine:
             leave_out(adapter, request, prompt)
             warn_clamped(self._session, request)
         needs = frozenset() if request.drops_nothing else request.traits.needs & VISION_NEEDS
+        begin = Mark.now(adapter.decoder.embed.weight.device)
         seen = self._encoded(call, needs)
         if seen is None:
             reading = ", ".join(sorted(needs))
@@ -293,7 +294,9 @@ class Engine:
             request.remark(f"; the tower computed all: {why or _ALL_COMPUTED}")
         if request.config.image_cache:
             request.count_cached(seen.n_cached)
-        if call.pending is not None:
+        if call.pending is None:
+            request.add_time("vision", begin, Mark.now(seen.tokens.device))
+        else:
             request.add_time("vision", call.pending.begin, call.pending.end)
         return request, prompt, seen
 

@@ -301,7 +301,9 @@ class Vision:
     unreadable : str
         Why ``readable`` is empty, where that is not for want of blocks with full attention.
     blocks : tuple of nn.Module
-        Blocks whose output is used; empty: they are not known.
+        All blocks, of which the output of the first ``n_blocks`` is used; empty: they are not known.
+    projector : nn.Module or None
+        What makes visual tokens of its output, where that is not part of it.
     """
 
     module: Any
@@ -312,6 +314,7 @@ class Vision:
     program: PackedTower | None = None
     unreadable: str = ""
     blocks: tuple[Any, ...] = ()
+    projector: Any = None
 
     @property
     def read_blocks(self) -> tuple[tuple[int, Any], tuple[int, Any]]:

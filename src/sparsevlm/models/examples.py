@@ -23,6 +23,8 @@ class BlankImage:
         Placeholders that it takes.
     pixels : tuple of int
         Shape of ``pixel_values``; of several images they are joined along the first axis.
+    n_patches : int
+        Patches that the vision tower computes of it.
     size : tuple of (str, tuple of int), optional
         Input that tells its size, and what that holds of it.
     around : tuple of int
@@ -33,6 +35,7 @@ class BlankImage:
 
     n_visual: int
     pixels: tuple[int, ...]
+    n_patches: int
     size: tuple[str, tuple[int, ...]] | None = None
     around: tuple[int, ...] = ()
     n_tiles: int = 1

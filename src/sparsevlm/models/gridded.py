@@ -57,6 +57,7 @@ class GriddedFamily(Family):
         return BlankImage(
             math.prod(grid),
             (math.prod(in_patches), adapter.vision.module.patch_embed.proj.weight[0].numel()),
+            math.prod(in_patches),
             size=("image_grid_thw", in_patches),
             around=tuple(getattr(config, f"vision_{end}_token_id", word) for end in ("start", "end")),
         )

@@ -86,7 +86,8 @@ class PlainFamily(Family):
             patches_per_token=self.patches_per_side(model) ** 2,
             n_prefix=int(drops_class_token(model)),
             unreadable=self.unreadable,
-            blocks=tuple(blocks[:n_blocks]),
+            blocks=tuple(blocks),
+            projector=getattr(self.base_model(model), "multi_modal_projector", None),
         )
 
     def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
@@ -160,15 +161,17 @@ class TiledFamily(PlainFamily):
         per_tile = math.prod(math.ceil(length / side) for length in tile)
         n_tiles = max(1, round(math.prod(grid) / per_tile))
         size = _listed(adapter.model.config.vision_config.image_size)
-        return BlankImage(n_tiles * per_tile, (n_tiles, 3, size[0], size[-1]), n_tiles=n_tiles)
+        n_patches = n_tiles * math.prod(tile)
+        return BlankImage(n_tiles * per_tile, (n_tiles, 3, size[0], size[-1]), n_patches, n_tiles=n_tiles)
 
     def blank_images(self, adapter: ModelAdapter, grid: Grid) -> tuple[BlankImage, ...]:
         """As few as hold the tiles, each of about as many."""
         if (whole := self.blank_image(adapter, grid)) is None:
             return ()
-        per_tile, rest = whole.n_visual // whole.n_tiles, whole.pixels[1:]
+        per_tile = whole.n_visual // whole.n_tiles
         counts = _even_parts(whole.n_tiles, self.most_tiles or whole.n_tiles)
-        return tuple(BlankImage(n * per_tile, (n, *rest), n_tiles=n) for n in counts)
+        found = (self.blank_image(adapter, (1, 1, n * per_tile)) for n in counts)
+        return tuple(image for image in found if image is not None)
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From the runs of placeholders, each of which holds whole tiles."""
@@ -257,7 +260,8 @@ class SizedFamily(PlainFamily):
         height = min(most, max(1, math.isqrt(n_visual)))
         width = min(most, max(1, n_visual // height))
         size = (height * unit, width * unit)
-        return BlankImage(height * width, (1, 3, *size), ("image_sizes", size))
+        n_patches = height * width * self.patches_per_side(adapter.model) ** 2
+        return BlankImage(height * width, (1, 3, *size), n_patches, ("image_sizes", size))
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From the sizes."""

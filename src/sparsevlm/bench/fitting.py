@@ -1,0 +1,54 @@
+"""Cases as a model can have them: as many visual tokens as its images make, and none for which it has no inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from ..models import ModelAdapter
+from .cases import AnyCase, Case, MixedCase, PictureCase
+from .checkpoint import MODEL_TYPES
+from .workload import fitted
+
+
+def fitted_cases(
+    adapter: ModelAdapter, cases: Sequence[AnyCase], seed: int, say: Callable[[str], None]
+) -> tuple[AnyCase, ...]:
+    """Returns the cases that a model can have, by their true numbers of visual tokens.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    cases : sequence of Case, PictureCase or MixedCase
+    seed : int
+        By which requests of mixed shapes are drawn.
+    say : callable
+        Called with a line on each case that is changed or left out.
+
+    Raises
+    ------
+    ValueError
+        If none is left.
+    """
+    found: dict[str, AnyCase] = {}
+    for case in cases:
+        if reason := _why_left_out(adapter, case, seed):
+            say(f"{case.name}: left out; {reason}")
+            continue
+        changed = fitted(adapter, case) if isinstance(case, Case) else case
+        if changed.name != case.name:
+            say(f"{case.name}: as {changed.name}, the nearest number of visual tokens that images of the model make")
+        found[changed.name] = changed
+    if not found:
+        raise ValueError(
+            f"of a {adapter.name} none of these cases can be measured: {', '.join(case.name for case in cases)}. Name "
+            "others by --cases, such as v1024-b1-n1."
+        )
+    return tuple(found.values())
+
+
+def _why_left_out(adapter: ModelAdapter, case: AnyCase, seed: int) -> str:
+    if isinstance(case, PictureCase) and adapter.model.config.model_type not in MODEL_TYPES:
+        return f"pictures are measured of {' and '.join(MODEL_TYPES)} only, whose processors are at hand"
+    if isinstance(case, MixedCase) and any(fitted(adapter, one) != one for one in case.requests(seed)):
+        return f"images of a {adapter.name} have a few sizes only, and no two of its requests may have one size"
+    return ""
