@@ -27,6 +27,7 @@ from sparsevlm.engine.cuda_graphs import GraphPool
 from sparsevlm.engine.fused_weights import FusedWeights
 from sparsevlm.engine.text.decode_graph import DecodeGraphs
 from sparsevlm.engine.text.prefill import Prefill
+from sparsevlm.engine.vision.program import VisionOutput
 from sparsevlm.request.inputs import visual_masks
 from sparsevlm.request.opening import open_request
 from sparsevlm.state import SparseVLMState
@@ -83,7 +84,8 @@ class GraphBenchmark:
         adapter, case = self.state.adapter, self.case
         gc.collect()  # programs of the case before
         prompt, host = self._prompt()
-        features = self.bench.random(prompt.n_features, adapter.decoder.module.config.hidden_size)
+        size = adapter.decoder.module.config.hidden_size
+        features = VisionOutput(self.bench.random(prompt.n_features, size))
         prefill = Prefill(adapter, self.weights, pool)
         decode_graphs = DecodeGraphs(adapter, self.weights, pool)
         request = self._request(host)

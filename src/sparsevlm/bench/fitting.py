@@ -29,21 +29,26 @@ def fitted_cases(
     ValueError
         If none is left.
     """
-    found: dict[str, AnyCase] = {}
+    found: list[AnyCase] = []
+    changed: set[str] = set()
     for case in cases:
         if reason := _why_left_out(adapter, case, seed):
             say(f"{case.name}: left out; {reason}")
             continue
-        changed = fitted(adapter, case) if isinstance(case, Case) else case
-        if changed.name != case.name:
-            say(f"{case.name}: as {changed.name}, the nearest number of visual tokens that images of the model make")
-        found[changed.name] = changed
+        nearest = fitted(adapter, case) if isinstance(case, Case) else case
+        if nearest.name != case.name:
+            say(f"{case.name}: as {nearest.name}, the nearest number of visual tokens that images of the model make")
+            changed.add(nearest.name)
+        if nearest.name in changed and nearest.name in {one.name for one in found}:
+            say(f"{case.name}: left out; {nearest.name} is measured already")
+            continue
+        found.append(nearest)
     if not found:
         raise ValueError(
             f"of a {adapter.name} none of these cases can be measured: {', '.join(case.name for case in cases)}. Name "
             "others by --cases, such as v1024-b1-n1."
         )
-    return tuple(found.values())
+    return tuple(found)
 
 
 def _why_left_out(adapter: ModelAdapter, case: AnyCase, seed: int) -> str:
