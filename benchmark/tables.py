@@ -65,10 +65,10 @@ def chosen(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
 
 
 def chosen_calls(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
-    """Selects rows of whole calls: of the 7b shape, unless a filter names a model."""
-    default = f" model={MODEL.replace(' ', '+')}*"
-    filters = [one if "model=" in one else one + default for one in filter_text.split(" or ")]
-    return chosen(rows, " or ".join(filters))
+    """Selects rows of whole calls: of the 7b shape, unless the filter names a model."""
+    if "model=" not in filter_text:
+        rows = [row for row in rows if row.get("model", MODEL).startswith(MODEL)]
+    return chosen(rows, filter_text)
 
 
 def _fitting(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
