@@ -22,7 +22,7 @@ class BlankImage:
     n_visual : int
         Placeholders that it takes.
     pixels : tuple of int
-        Shape of ``pixel_values``; of several images they are joined along the first axis.
+        Shape of ``pixel_values``; of several images they are joined along the first axis, filled up along the others.
     n_patches : int
         Patches that the vision tower computes of it.
     size : tuple of (str, tuple of int), optional
@@ -83,7 +83,8 @@ def blank_inputs(
         Of the pixels; the model's where omitted.
     """
     ids, device = blank_prompt(adapter, images, n_text), adapter.model.device
-    shape = (sum(image.pixels[0] for image in images), *images[0].pixels[1:])
+    first, *others = zip(*(image.pixels for image in images), strict=True)
+    shape = (sum(first), *map(max, others))
     pixels = torch.zeros(shape, dtype=dtype or adapter.model.dtype, device=device)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
     for name in {image.size[0] for image in images if image.size}:
