@@ -29,6 +29,7 @@ def test_cases():
 
 def test_images_are_as_near_to_squares_as_their_tokens_allow():
     grids = {n: Case(n, 1, 1).grid for n in (1, 15, 100, 1152, 2048, 2047)}
+    assert Case(2047, 2, 3).of_one_image.name == "v2025-b2-n3"
     assert grids == {1: (1, 1), 15: (3, 5), 100: (10, 10), 1152: (32, 36), 2048: (32, 64), 2047: (45, 45)}
 
 

@@ -138,7 +138,6 @@ def test_a_run_of_each_family(shape):
         assert times["first_token"] < times["total"]
         assert all(float(by[provider, phase]["floor"]) > 0 for phase in times)
         assert by[provider, "total"]["path"] == ("dense" if provider == "hf-dense" else "engine")
-    assert float(by["ours", "prefill"]["floor"]) < float(by["ours-dense", "prefill"]["floor"])
     assert any(line.startswith("picture448-b1-n1: left out; pictures are measured of qwen2_vl") for line in said)
     assert any(line.startswith("ours-vision: left out; the vision tower of a") for line in said)
     assert (shape == "qwen3-vl-tiny") != any(line.startswith("mixed24: left out; images of a") for line in said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import re
@@ -47,6 +48,11 @@ class Case:
         exact = (h for h in range(side, 0, -1) if self.n_visual % h == 0 and self.n_visual <= 2 * h * h)
         height = self.height or next(exact, side)
         return height, self.n_visual // height
+
+    @property
+    def of_one_image(self) -> Case:
+        """The same with as many visual tokens as one image of its grid has."""
+        return dataclasses.replace(self, n_visual=math.prod(self.grid), height=self.grid[0])
 
 
 @dataclass(frozen=True)

@@ -281,8 +281,7 @@ class Engine:
             leave_out(adapter, request, prompt)
             warn_clamped(self._session, request)
         needs = frozenset() if request.drops_nothing else request.traits.needs & VISION_NEEDS
-        begin = Mark.now(adapter.decoder.embed.weight.device)
-        seen = self._encoded(call, needs)
+        seen = self._encoded(call, request, needs)
         if seen is None:
             reading = ", ".join(sorted(needs))
             raise self._refuse(f"selector {request.traits.name!r} needs {reading} of a tower that is not the engine's")
@@ -294,16 +293,17 @@ class Engine:
             request.remark(f"; the tower computed all: {why or _ALL_COMPUTED}")
         if request.config.image_cache:
             request.count_cached(seen.n_cached)
-        if call.pending is None:
-            request.add_time("vision", begin, Mark.now(seen.tokens.device))
-        else:
+        if call.pending is not None:
             request.add_time("vision", call.pending.begin, call.pending.end)
         return request, prompt, seen
 
-    def _encoded(self, call: Call, needs: frozenset[str]) -> VisionOutput | None:
+    def _encoded(self, call: Call, request: Request, needs: frozenset[str]) -> VisionOutput | None:
         """Rows of the vision tower: images before videos."""
         if call.pending is not None:
             call.pending.wait()
             return call.pending.seen
-        cache_bytes = self._session.options.config.image_cache
-        return encode_now(call, self._adapter, self._runner, self._may_encode, cache_bytes, needs)
+        cache_bytes, device = self._session.options.config.image_cache, self._adapter.decoder.embed.weight.device
+        begin = Mark.now(device)
+        seen = encode_now(call, self._adapter, self._runner, self._may_encode, cache_bytes, needs)
+        request.add_time("vision", begin, Mark.now(device))
+        return seen
