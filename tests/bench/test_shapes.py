@@ -50,12 +50,11 @@ def test_a_shape_has_the_parameters_of_its_checkpoint(shape, adapters):
     assert n_parameters / 1e9 == pytest.approx(PUBLISHED[shape], abs=0.006)
     assert sum(weights_of(adapter).values()) == pytest.approx(n_parameters, rel=0.01)
     assert adapter.decoder.block is not None, adapter.decoder.undescribed  # the engine runs it
-    assert shapes.shape_label(shape).startswith(f"{shape} shape, random weights")
 
 
-def test_all_shapes_are_known():
+def test_all_shapes_are_known(adapters):
     assert set(shapes.SHAPES) == {*PUBLISHED, *TINY}
-    assert "rotary positions" in shapes.shape_label("internvl3-8b")
+    assert adapters["internvl3-8b"].decoder.most_positions == 32768  # its dynamic positions scale nothing up to there
     assert shapes.shape_label("7b") == "7b shape, random weights"
 
 

@@ -17,7 +17,7 @@ FACTORS = {
     "prompt": tuple(PROMPTS),
     "variant": tuple(VARIANTS),
     "attention": ATTENTIONS,
-    "way": tuple(WAYS),
+    "way": tuple(name for name, way in WAYS.items() if way.is_crossed),
     "cache": ("dynamic", "static", "none"),
     "mask": ("mask", "no mask"),
     "family": tuple(FAMILIES),

@@ -20,7 +20,8 @@ from toys import FAMILIES, PROMPTS, tiny_model
 # By mode: prompt, way of asking, cache.
 MODES = {
     "greedy": ("one image", "greedy", "dynamic"),
-    "sampling": ("one image", "several sequences", "dynamic"),
+    "sampling": ("one image", "sampling", "dynamic"),
+    "several sequences": ("one image", "several sequences", "dynamic"),
     "beams": ("one image", "beams", "dynamic"),
     "left-padded batch": ("batch, left padding", "greedy", "dynamic"),
     "two images": ("two images", "greedy", "dynamic"),

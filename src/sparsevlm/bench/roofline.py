@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import RECURRENT, SLIDING, BlankImage, ModelAdapter
-from ..request.costs import prefill_flops
+from ..models import SLIDING, BlankImage, ModelAdapter
+from ..request.costs import kv_numbers, prefill_flops
 from .cases import Case
 from .workload import images_of
 
@@ -118,22 +118,10 @@ def _count(*modules: nn.Module) -> int:
 
 
 def _cache_bytes(adapter: ModelAdapter, tokens: Sequence[int], element: int) -> int:
-    """Bytes of a sample's keys and values in the layers that have their own, of a sliding window no more than it."""
-    decoder, total = adapter.decoder, 0
-    config, n_own = decoder.module.config, decoder.first_shared
-    for kind, attention, n_tokens in zip(decoder.layer_types[:n_own], decoder.attentions, tokens, strict=False):
-        if kind != RECURRENT:
-            n_read = min(n_tokens, config.sliding_window) if kind == SLIDING else n_tokens
-            total += 2 * _key_width(attention, config) * n_read * element
-    return total
-
-
-def _key_width(attention: Any, config: Any) -> int:
-    """Numbers of a token's keys in one layer, whose heads may be others than those of the next."""
-    if (projection := getattr(attention, "k_proj", None)) is not None:
-        return int(projection.out_features)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(config.num_key_value_heads * head_dim)
+    """Bytes of a sample's keys and values that a decode step reads, of a sliding window no more than that holds."""
+    kinds, config = adapter.decoder.layer_types, adapter.decoder.module.config
+    read = (min(n, config.sliding_window) if kind == SLIDING else n for n, kind in zip(tokens, kinds, strict=True))
+    return element * sum(n * numbers for n, numbers in zip(read, kv_numbers(adapter), strict=True))
 
 
 def _vision_flops(adapter: ModelAdapter, image: BlankImage, keep: float) -> float:

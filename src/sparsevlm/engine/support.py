@@ -62,8 +62,13 @@ def unsupported_arguments(
     return reason or (None if cache is None else unsupported_cache(cache))
 
 
-def unsupported_call(prepared: Mapping[str, Any], generation_config: Any, modes: Mapping[str, Any]) -> str | None:
+def unsupported_call(
+    adapter: ModelAdapter, prepared: Mapping[str, Any], generation_config: Any, modes: Mapping[str, Any]
+) -> str | None:
     """Why a call is not for the engine, by what transformers has made of it."""
+    most = adapter.decoder.most_positions
+    if most is not None and generation_config.max_length > most:
+        return f"more than the {most} positions up to which rotary positions of type 'dynamic' are the default ones"
     if not samples_or_greedy(generation_config, modes) or generation_config.prefill_chunk_size is not None:
         return _UNSUITED
     return unsupported_cache(cache_of(prepared))
