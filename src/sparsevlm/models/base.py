@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .decoder import FULL, SLIDING, Decoder
+from .examples import BlankImage, blank_inputs
 from .layout import Grid, Layout, grid_coordinates
 from .tower import Vision
 
@@ -114,9 +116,23 @@ class Family:
         """
         return self.grids(adapter, kind, inputs)
 
-    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int | None:
-        """Visual tokens of the example with about ``n_visual`` of them; ``None``: the family has no examples."""
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
+        """An image of about (t, h, w) visual tokens; ``None``: the family has none that is made in code."""
         return None
+
+    def blank_images(self, adapter: ModelAdapter, grid: Grid) -> tuple[BlankImage, ...]:
+        """Images as users send them that have, together, about (t, h, w) visual tokens; empty: as above."""
+        image = self.blank_image(adapter, grid)
+        return () if image is None else (image,) * max(1, round(math.prod(grid) / image.n_visual))
+
+    def inputs_of(self, adapter: ModelAdapter, images: Sequence[BlankImage], n_text: int) -> dict[str, Tensor]:
+        """Inputs of ``generate`` with images amid ``n_text`` other tokens, as the processor makes them."""
+        return blank_inputs(adapter, images, n_text)
+
+    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
+        """Visual tokens of the example with about ``n_visual`` of them; so many where the family has no examples."""
+        image = self.blank_image(adapter, (1, 1, n_visual))
+        return n_visual if image is None else image.n_visual
 
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
         """Inputs of ``generate`` with one blank image of about (t, h, w) visual tokens amid ``n_text`` other tokens.
@@ -126,9 +142,12 @@ class Family:
         NotImplementedError
             If the family has none.
         """
-        raise NotImplementedError(
-            f"there are no examples for a {adapter.name}: name typical inputs of generate, as the processor makes them."
-        )
+        if (image := self.blank_image(adapter, grid)) is None:
+            raise NotImplementedError(
+                f"there are no examples for a {adapter.name}: name typical inputs of generate, as the processor makes "
+                "them."
+            )
+        return self.inputs_of(adapter, (image,), n_text)
 
     def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
         """The same from the arguments of the vision tower."""
