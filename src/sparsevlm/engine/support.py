@@ -11,7 +11,7 @@ from torch.nn.modules import module as module_hooks
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import GenerationSettings, cache_of, samples_or_greedy
+from ..compat import GenerationSettings, cache_of, samples_or_greedy, tensor_parallel_group
 from ..kernels.dispatch import triton_problem
 from ..models import SLIDING, ModelAdapter
 from ..request.kv_cache import PrunedDynamicLayer
@@ -86,14 +86,14 @@ def unsupported_mode(adapter: ModelAdapter) -> str | None:
         return _undescribed(adapter)
     if SLIDING in adapter.decoder.layer_types:
         return "decoder layers with a sliding window"
+    if tensor_parallel_group(adapter.model) is not None:
+        return "a tensor-parallel model: nothing of the engine waits for other ranks"
     device = adapter.decoder.embed.weight.device
     if device.type == "meta":
         return "offloaded weights"
     if torch.is_autocast_enabled(device.type):
         return "autocast"
-    if adapter.decoder.module.training:
-        return "training mode"
-    return unsupported_patches(adapter)
+    return "training mode" if adapter.decoder.module.training else unsupported_patches(adapter)
 
 
 def unsupported_patches(adapter: ModelAdapter) -> str | None:

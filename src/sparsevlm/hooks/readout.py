@@ -54,7 +54,7 @@ def read_target_layer(
         if last:  # apart from the text rows, which are the same numbers with it and without
             readout.last = [_rows_attention(request, b, sample.last, offset, inputs)[0] for b, sample in samples]
 
-    return AttentionProbe(attention, read)
+    return AttentionProbe(attention, read, request.tp_group)
 
 
 def _rows_attention(
