@@ -12,6 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from transformers.distributed import DistributedConfig
 
 from sparsevlm import apply_sparsevlm
@@ -101,6 +105,33 @@ def failure(model, options, inputs) -> str:
     return "none"
 
 
+def refusal(device: str) -> str:
+    """What is said of weights that torch has spread."""
+    model = tiny_model().to(device)
+    mlp = model.model.language_model.layers[1].mlp
+    mesh = init_device_mesh(device, (N_RANKS,))
+    mlp.up_proj.weight = nn.Parameter(distribute_tensor(mlp.up_proj.weight.detach(), mesh, [Shard(0)]))
+    try:
+        apply_sparsevlm(model)
+    except NotImplementedError as error:
+        return str(error)
+    return "none"
+
+
+def sharded_model(device: str) -> Any:
+    """A model whose weights are sharded, where each process answers for itself."""
+    model = tiny_model().to(device)
+    for layer in model.model.language_model.layers:
+        fully_shard(layer)
+    return model
+
+
+def own_prompt(rank: int, device: str) -> dict[str, torch.Tensor]:
+    """A prompt that no other process has."""
+    row = [("text", 3), ("image", 4, 4 + rank), ("text", 7)]
+    return {name: value.to(device) for name, value in make_inputs(row, seed=rank).items()}
+
+
 def main(folder: Path, device: str) -> None:
     rank = int(os.environ["RANK"])
     torch.set_num_threads(1)
@@ -122,6 +153,9 @@ def main(folder: Path, device: str) -> None:
     found["engine"], _ = answer(model, {**OPTIONS, "engine": True}, inputs)
     found["fails"] = failure(model, {**OPTIONS, "selector": Fails()}, inputs)
     found["other options"] = failure(model, {**OPTIONS, "keep": 0.5 + 0.2 * rank}, inputs)
+    found["by other means"] = refusal(device)
+    found["fsdp"], own = answer(sharded_model(device), SELECTED["attention of the text"], own_prompt(rank, device))
+    tensors |= {f"fsdp/{part}": value for part, value in own.items()}
     save_file(tensors, folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()

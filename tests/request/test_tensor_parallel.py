@@ -12,10 +12,11 @@ import pytest
 import torch
 import two_ranks
 from safetensors.torch import load_file
+from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
 import sparsevlm
 from sparsevlm import apply_sparsevlm
-from toys import PROMPTS, make_inputs, relative_error, tiny_model
+from toys import relative_error, tiny_model
 
 pytest.importorskip("accelerate", reason="transformers loads tensor-parallel models with accelerate")
 WHERE = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -97,3 +98,24 @@ def test_all_ranks_are_told_of_an_error_of_the_one_that_chooses(ranks):
 def test_other_options_on_another_rank_are_refused_on_both(ranks):
     for found in ranks.found:
         assert found["other options"].startswith("RuntimeError: the ranks of a tensor-parallel model were given diff")
+
+
+def test_weights_that_torch_has_spread_are_refused(ranks):
+    for found in ranks.found:
+        assert "layers.1.mlp.up_proj.weight is spread over processes by other means" in found["by other means"]
+        assert "Load with tp_plan='auto'" in found["by other means"]
+
+
+def test_sharded_copies_answer_each_for_itself(ranks):
+    for rank in range(2):
+        model, inputs = tiny_model().to(ranks.device), two_ranks.own_prompt(rank, ranks.device)
+        wanted, tensors = two_ranks.answer(model, two_ranks.SELECTED["attention of the text"], inputs)
+        assert ranks.found[rank]["fsdp"]["report"]["samples"] == wanted["report"]["samples"]
+        assert relative_error(ranks.tensors[rank]["fsdp/logits"], tensors["logits"]) <= 1e-5
+
+
+def test_a_part_of_a_pipeline_is_refused():
+    model = tiny_model()
+    model.model.language_model.layers[4] = PipelineIdentityLayer()
+    with pytest.raises(NotImplementedError, match=r"pipeline-parallel .*language_model\.layers\.4 is on another rank"):
+        apply_sparsevlm(model)

@@ -286,7 +286,7 @@ def _context(
         n_images=max(1, len(sample.image_sizes)),
         rater_attention=None if raters is None else readout.text[b][raters],
         last_attention=readout.last[b] if readout.last else None,
-        previous_hidden_states=readout.previous[b] if readout.previous else None,
+        previous_hidden_states=readout.previous[b].to(device) if readout.previous else None,
         vision_attention=vision.vision_attention,
         vision_keys=vision.vision_keys,
         **read,
