@@ -30,6 +30,7 @@ _METHODS = frozenset(
 # By the names under which transformers and this library's plain path know them.
 _ATTENTIONS = ("eager", "sdpa", "flash_attention", "sparsevlm_")
 _STOCK = ("transformers.", "torch.nn.", f"{__name__.partition('.')[0]}.")
+_QUANTIZED = "transformers.integrations."  # where transformers has linear layers of other methods
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -161,10 +162,9 @@ def unsupported_tower(adapter: ModelAdapter) -> str | None:
     if (reason := _misplaced(vision.module)) is not None:
         return reason
     for block in vision.program.blocks:
-        parts = (block.module, block.attention, block.mlp, block.attention_norm, block.mlp_norm)
         linear = [module for module in block.module.modules() if isinstance(module, nn.Linear)]
         gated = None if block.gate is None else _no_silu(block.mlp.act_fn)
-        if (reason := _foreign(parts, linear) or gated) is not None:
+        if (reason := _foreign(block.module.modules(), linear) or gated) is not None:
             return reason
     return None
 
@@ -184,11 +184,13 @@ def _misplaced(module: nn.Module) -> str | None:
 def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | None:
     """A module that is not transformers' own, whose work the engine would not do."""
     for module in parts:
-        if not type(module).__module__.startswith(_STOCK):
+        if not type(module).__module__.startswith(_STOCK) or type(module).__module__.startswith(_QUANTIZED):
             return f"a {type(module).__name__}"
     for module in linear:
         if type(module) is not nn.Linear:  # an adapter can be switched, a graph of it cannot
             return f"a {type(module).__name__} in the place of a linear layer"
+        if "forward" in vars(module) or type(module._parameters) is not dict:
+            return f"a {type(module).__name__} whose forward was replaced"
         for weight in module.parameters():
             if type(weight.data) is not Tensor:
                 return f"a {type(weight.data).__name__} in the place of a weight"
