@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import two_ranks
 from safetensors.torch import load_file
 from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
 
 import sparsevlm
+import two_ranks
 from sparsevlm import apply_sparsevlm
 from toys import relative_error, tiny_model
 
