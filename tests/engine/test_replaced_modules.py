@@ -190,7 +190,6 @@ def test_weights_that_are_fetched_from_elsewhere_are_left_alone(part):
         assert "a Linear whose forward was replaced (quantized by compressed-tensors; the" in state.report.path_reason
 
 
-
 class Packed(torch.Tensor):
     """Stands for the weight of a quantized layer."""
 
