@@ -12,14 +12,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsevlm import apply_sparsevlm
 from sparsevlm.models import adapter_for, n_tokens, supported_model_types
 from sparsevlm.models.registry import FAMILIES as REGISTRY
-from sparsevlm.request.costs import prefill_flops
+from sparsevlm.request.costs import kv_numbers, prefill_flops
 from toys import FAMILIES, IMAGE, PROMPTS, VISION_END, VISION_START, make_inputs, tiny_model
 
 ROOMS = Path(__file__).parents[2] / "src" / "sparsevlm"
 
 
 def test_every_checkpoint_type_has_a_toy():
-    assert set(supported_model_types()) == set(FAMILIES)
+    assert set(supported_model_types()) == {tiny_model(name).config.model_type for name in FAMILIES}
 
 
 def test_a_family_is_one_file_and_a_line_of_the_registry():
@@ -91,6 +91,18 @@ def test_flops_count_the_weights_that_each_token_meets(name):
         assert any(hasattr(layer.mlp, "experts") for layer in layers)
 
 
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "gemma3", "gemma4", "gemma4_unified", "paligemma2"])
+def test_keys_and_values_are_those_of_the_cache(name):
+    """Of heads of several sizes, and of layers that read those of others."""
+    model, inputs = tiny_model(name), make_inputs(*PROMPTS["one image"], family=name)
+    cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    decoder, wanted = adapter_for(model).decoder, []
+    for layer, source in enumerate(decoder.key_layers):
+        keys = None if decoder.attentions[layer] is None else cache.layers[source].keys
+        wanted.append(0 if keys is None else 2 * keys.shape[1] * keys.shape[3])
+    assert kv_numbers(adapter_for(model)) == wanted
+
+
 @pytest.mark.parametrize(("layer", "n_blocks"), [(-2, 3), (-1, 4), (4, 4), (2, 2), ([-2, 1], 3)])
 def test_llava_reads_the_tower_up_to_the_block_that_is_taken(layer, n_blocks):
     model = tiny_model("llava")
@@ -120,6 +132,7 @@ WHY_ON_HOOKS = {
     "paddleocr_vl": "a decoder of class PaddleOCRTextModel, which is not described",
     "kimi_k25": "a decoder of class DeepseekV3Model, which is not described",
     "paligemma": "a decoder of class GemmaModel, which is not described",
+    "paligemma2": "a decoder of class Gemma2Model, which is not described",
     "gemma3": "a decoder of class Gemma3TextModel, which is not described",
     "gemma4": "a decoder of class Gemma4TextModel, which is not described",
     "gemma4_unified": "a decoder of class Gemma4UnifiedTextModel, which is not described",
