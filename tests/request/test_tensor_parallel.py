@@ -19,7 +19,8 @@ from sparsevlm import apply_sparsevlm
 from toys import relative_error, tiny_model
 
 pytest.importorskip("accelerate", reason="transformers loads tensor-parallel models with accelerate")
-WHERE = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+WHERE = ["cpu", *[pytest.param("cuda", marks=pytest.mark.gpu)] * torch.cuda.is_available()]
+TOLERANCE = {"cpu": 1e-5, "cuda": 5e-5}
 SEEN = {"cpu": {"CUDA_VISIBLE_DEVICES": ""}, "cuda": {}}
 
 
@@ -51,7 +52,7 @@ def ranks(request, tmp_path_factory):
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=240)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -74,12 +75,14 @@ def test_ranks_are_alike(ranks, case):
 def test_ranks_answer_as_one_process(ranks, case):
     family, prompt, options = two_ranks.cases()[case]
     model = tiny_model(family).to(ranks.device)
-    wanted, tensors = two_ranks.answer(model, options, two_ranks.inputs_of(family, prompt, ranks.device))
+    wanted, tensors = two_ranks.answer(
+        model, {**options, "engine": False}, two_ranks.inputs_of(family, prompt, ranks.device)
+    )
     found = ranks.found[0][case]
     assert found["report"]["samples"] == wanted["report"]["samples"]
     assert found["lengths"] == wanted["lengths"]
     assert torch.equal(ranks.tensors[0][f"{case}/sequences"], tensors["sequences"])
-    assert relative_error(ranks.tensors[0][f"{case}/logits"], tensors["logits"]) <= 1e-5
+    assert relative_error(ranks.tensors[0][f"{case}/logits"], tensors["logits"]) <= TOLERANCE[ranks.device]
 
 
 def test_the_engine_stands_back(ranks):
@@ -111,7 +114,8 @@ def test_sharded_copies_answer_each_for_itself(ranks):
         model, inputs = tiny_model().to(ranks.device), two_ranks.own_prompt(rank, ranks.device)
         wanted, tensors = two_ranks.answer(model, two_ranks.SELECTED["attention of the text"], inputs)
         assert ranks.found[rank]["fsdp"]["report"]["samples"] == wanted["report"]["samples"]
-        assert relative_error(ranks.tensors[rank]["fsdp/logits"], tensors["logits"]) <= 1e-5
+        error = relative_error(ranks.tensors[rank]["fsdp/logits"], tensors["logits"])
+        assert error <= TOLERANCE[ranks.device]
 
 
 def test_a_part_of_a_pipeline_is_refused():
