@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import types
@@ -193,6 +194,31 @@ def test_a_checkpoint_that_came_quantized_is_told(how):
     remove_sparsevlm(model)
     apply_sparsevlm(model, **OPTIONS)
     assert torch.equal(model.generate(**inputs, **GREEDY), found)
+
+
+@pytest.mark.parametrize("part", ["decoder", "tower"])
+def test_weights_that_are_fetched_from_elsewhere_are_left_alone(part):
+    """As compressed-tensors does: linear layers of the usual class, with another forward and another store."""
+    model, inputs = tiny_model(), make_inputs(*PICTURE)
+    apply_sparsevlm(model, **OPTIONS)
+    wanted = model.generate(**inputs, **GREEDY)
+    remove_sparsevlm(model)
+    parts = (
+        [model.model.language_model.layers[i].mlp.up_proj for i in range(3)]
+        if part == "decoder"
+        else [block.attn.proj for block in model.model.visual.blocks]
+    )
+    for linear in parts:
+        linear.forward = functools.partial(nn.Linear.forward, linear)
+        linear._parameters = collections.UserDict(linear._parameters)
+    model.quantization_method = QuantizationMethod.COMPRESSED_TENSORS
+    places = [linear.weight.data_ptr() for linear in parts]
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+        assert [linear.weight.data_ptr() for linear in parts] == places
+    if part == "decoder":
+        assert "a Linear whose forward was replaced (quantized by compressed-tensors; the" in state.report.path_reason
 
 
 class Packed(torch.Tensor):

@@ -44,6 +44,7 @@ class ModelFingerprint:
         self._modules = tuple(modules)
         self._own = [vars(module) for module in self._modules]
         self._dicts = [own[name] for own in self._own for name in ("_parameters", "_modules") if own[name]]
+        self._dicts = [kept for kept in self._dicts if isinstance(kept, dict)]  # others fetch weights from elsewhere
         self._things = self._look()
         self._classes = list(map(type, self._modules))
         named = ((own, tuple(filter(own.__contains__, _READ_ONCE))) for own in self._own)

@@ -11,7 +11,7 @@ from torch.nn.modules import module as module_hooks
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import GenerationSettings, cache_of, samples_or_greedy
+from ..compat import GenerationSettings, cache_of, samples_or_greedy, tensor_parallel_group
 from ..kernels.dispatch import triton_problem
 from ..models import SLIDING, ModelAdapter
 from ..request.kv_cache import PrunedDynamicLayer
@@ -30,6 +30,7 @@ _METHODS = frozenset(
 # By the names under which transformers and this library's plain path know them.
 _ATTENTIONS = ("eager", "sdpa", "flash_attention", "sparsevlm_")
 _STOCK = ("transformers.", "torch.nn.", f"{__name__.partition('.')[0]}.")
+_QUANTIZED = "transformers.integrations."  # where transformers has linear layers of other methods
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -91,14 +92,14 @@ def unsupported_mode(adapter: ModelAdapter) -> str | None:
         return _undescribed(adapter)
     if SLIDING in adapter.decoder.layer_types:
         return "decoder layers with a sliding window"
+    if tensor_parallel_group(adapter.model) is not None:
+        return "a tensor-parallel model: nothing of the engine waits for other ranks"
     device = adapter.decoder.embed.weight.device
     if device.type == "meta":
         return "offloaded weights"
     if torch.is_autocast_enabled(device.type):
         return "autocast"
-    if adapter.decoder.module.training:
-        return "training mode"
-    return unsupported_patches(adapter)
+    return "training mode" if adapter.decoder.module.training else unsupported_patches(adapter)
 
 
 def unsupported_patches(adapter: ModelAdapter) -> str | None:
@@ -166,10 +167,9 @@ def unsupported_tower(adapter: ModelAdapter) -> str | None:
     if (reason := _misplaced(vision.module)) is not None:
         return reason
     for block in vision.program.blocks:
-        parts = (block.module, block.attention, block.mlp, block.attention_norm, block.mlp_norm)
         linear = [module for module in block.module.modules() if isinstance(module, nn.Linear)]
         gated = None if block.gate is None else _no_silu(block.mlp.act_fn)
-        if (reason := _foreign(parts, linear) or gated) is not None:
+        if (reason := _foreign(block.module.modules(), linear) or gated) is not None:
             return reason
     return None
 
@@ -189,11 +189,13 @@ def _misplaced(module: nn.Module) -> str | None:
 def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | None:
     """A module that is not transformers' own, whose work the engine would not do."""
     for module in parts:
-        if not type(module).__module__.startswith(_STOCK):
+        if not type(module).__module__.startswith(_STOCK) or type(module).__module__.startswith(_QUANTIZED):
             return f"a {type(module).__name__}"
     for module in linear:
         if type(module) is not nn.Linear:  # an adapter can be switched, a graph of it cannot
             return f"a {type(module).__name__} in the place of a linear layer"
+        if "forward" in vars(module) or type(module._parameters) is not dict:
+            return f"a {type(module).__name__} whose forward was replaced"
         for weight in module.parameters():
             if type(weight.data) is not Tensor:
                 return f"a {type(weight.data).__name__} in the place of a weight"

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..compat import unsupported_parallelism
 from .decoder import FULL, SLIDING, Decoder
 from .examples import BlankImage, blank_inputs
 from .layout import Grid, Layout, grid_coordinates
@@ -62,7 +63,8 @@ class Family:
     layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, SLIDING})
 
     def check(self, model: Any) -> None:
-        """Refuse a model of the family that cannot be pruned: with layers of another kind, or tensor-parallel.
+        """Refuse a model of the family that cannot be pruned: with layers of another kind, or spread over
+        processes by unknown means.
 
         Raises
         ------
@@ -74,10 +76,8 @@ class Family:
                 f"decoder layers of kind {min(unknown)!r} are not supported in a {type(model).__name__}: pruning "
                 f"them was not tested. Supported are {', '.join(sorted(self.layer_kinds))}."
             )
-        if getattr(model, "_tp_size", None) not in (None, 1):
-            raise NotImplementedError(
-                "tensor-parallel models are not supported: each rank would choose other tokens. Load without tp_plan."
-            )
+        if (problem := unsupported_parallelism(model)) is not None:
+            raise NotImplementedError(problem)
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
