@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import GREEDY, VARIANTS, build, check_generated
 
-from conftest import Place
+from places import Place
 from sparsevlm import apply_sparsevlm
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 

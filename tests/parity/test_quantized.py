@@ -9,7 +9,7 @@ import torch
 from quantized import METHODS, quantized_model
 from runs import GREEDY, VARIANTS, Run, check_generated
 
-from conftest import CPU, GPU
+from places import CPU, GPU
 from sparsevlm import apply_sparsevlm
 from toys import PROMPTS, make_inputs, relative_error
 

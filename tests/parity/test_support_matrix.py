@@ -14,7 +14,7 @@ from benchmark.support_matrix import COLUMNS, REFUSED, SUPPORTED, UNKNOWN
 from runs import take_second_turn
 from ways import ATTENTIONS, TURNS, made, not_asked, not_known_to_transformers, not_run_by_family, try_case
 
-from conftest import CPU
+from places import CPU
 from toys import FAMILIES, PROMPTS, tiny_model
 
 # By mode: prompt, way of asking, cache.
