@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
@@ -44,6 +47,37 @@ def test_requests_share_programs_by_capacities():
     assert ask(7, 6) == (4, 2, 1)
     state.detach()
     assert state._engine._runner.prefill.space is None
+
+
+@pytest.mark.parametrize("how", ["detached", "a larger request", "another weight"])
+def test_memory_is_free_at_once(how, monkeypatch):
+    """Before other memory is taken, and without Python's collector, which may come much later."""
+    monkeypatch.setattr(workspace, "_LEAST_ROWS", 64)
+    model = tiny_model()
+    state = apply_sparsevlm(model, keep=0.6, min_keep=3, target_layers=[0, 2], engine=True)
+    model.generate(**make_inputs([("text", 3), ("image", 6, 6), ("text", 7)]), **GREEDY)
+    held = weakref.WeakSet([state._engine._runner.prefill.space])
+    towers = weakref.WeakSet(state._engine._runner.vision._encoders._things.values())
+    make, held_while_made = workspace.Workspace.__init__, []
+
+    def see(*args):
+        held_while_made.append(len(held))
+        make(*args)
+
+    monkeypatch.setattr(workspace.Workspace, "__init__", see)
+    gc.disable()
+    try:
+        if how == "detached":
+            state.detach()
+        else:
+            if how == "another weight":
+                model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+            model.generate(**make_inputs([("text", 3), ("image", 20, 20), ("text", 300)]), **GREEDY)
+        assert not held
+        assert bool(towers) == (how == "a larger request")  # the tower has room for it
+        assert held_while_made == ([] if how == "detached" else [0])
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("selector", ["span", "random"])

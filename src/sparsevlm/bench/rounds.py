@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -195,6 +196,7 @@ def _measure_peaks(
 def begin_peak(providers: list[Provider]) -> None:
     """Frees what earlier calls of all providers have left, and forgets how much memory they took."""
     reset(providers)
+    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

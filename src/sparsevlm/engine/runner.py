@@ -125,7 +125,8 @@ class ModelRunner:
             weights.fuse_tower()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         shared = (adapter, weights, pool)
-        self.prefill, self.decode_graphs, self.vision = Prefill(*shared), DecodeGraphs(*shared), VisionPrograms(*shared)
+        self.decode_graphs, self.vision = DecodeGraphs(*shared), VisionPrograms(*shared)
+        self.prefill = Prefill(*shared, self.decode_graphs)
         self._decoder_fingerprint = ModelFingerprint(
             [adapter.model, adapter.base_model, adapter.decoder.head, *adapter.decoder.module.modules()]
         )
@@ -144,8 +145,8 @@ class ModelRunner:
 
     def _forget_programs(self) -> None:
         if self._made:
-            for kept in (self.decode_graphs, self.prefill, self.vision):
-                kept.clear()
+            self.prefill.clear()
+            self.vision.clear()
             self._pool.clear()
         self.images = None
         self._made = False

@@ -20,6 +20,7 @@ from ..capacities import STEPPED, power_of_two, row_capacity
 from ..cuda_graphs import GraphPool
 from ..fused_weights import FusedWeights
 from ..vision.program import VisionOutput
+from .decode_graph import DecodeGraphs
 from .embed import PromptPrograms
 from .prune_program import PrunePrograms, PruneShape, PruneStep, visual_capacity
 from .readout import read
@@ -92,6 +93,8 @@ class Prefill:
     adapter : ModelAdapter
     weights : FusedWeights
     pool : GraphPool
+    decode_graphs : DecodeGraphs
+        Stand over the same workspace, and go with it.
 
     Attributes
     ----------
@@ -99,15 +102,20 @@ class Prefill:
         Holds the last prompt's keys and values.
     """
 
-    def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
-        self._adapter, self._weights, self._pool = adapter, weights, pool
+    def __init__(
+        self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool, decode_graphs: DecodeGraphs
+    ) -> None:
+        self._adapter, self._weights, self._pool, self._decode_graphs = adapter, weights, pool, decode_graphs
         self.space: Workspace | None = None
         self.segments: Segments | None = None
         self.prune_programs: PrunePrograms | None = None
         self.prompts: PromptPrograms | None = None
 
     def clear(self) -> None:
-        """Free everything."""
+        """Free everything now: programs refer to what keeps them, so that by themselves they wait for the collector."""
+        for programs in (self._decode_graphs, self.segments, self.prune_programs, self.prompts):
+            if programs is not None:
+                programs.clear()
         self.space = self.segments = self.prune_programs = self.prompts = None
 
     def make_room(self, rows: int, batch: int, by_layer: tuple[int, ...] | None = None) -> Workspace:
