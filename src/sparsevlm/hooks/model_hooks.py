@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of, check_layer_arguments
-from ..request.inputs import check_call, check_copies, check_inputs, check_mode, check_packing, visual_masks
+from ..models import Layout
+from ..request.inputs import check_call, check_copies, check_inputs, check_mode, check_packing, visual_grids, visual_masks
+from ..request.kept_features import FeatureExchange, FeaturesTakenError
 from ..request.kv_cache import cache_bytes, check_cache, memory_note
 from ..request.opening import check_fillers, open_request
 from ..request.request import Request
 from ..request.session import Session
-from ..request.step import choose_embedding_raters
+from ..request.step import VisionRows, choose_embedding_raters
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
 from .late_rows import LateRows
@@ -46,6 +49,7 @@ class ModelHooks:
         self._logits_to_keep = self._n_last = 0
         self._begin: Mark | None = None
         self._inside: list[nn.Module] = []
+        self._layouts: Sequence[Sequence[Layout]] = ()
         self._proof: Proof | None = None
         self._is_proven = not session.adapter.family.must_be_proven
         self._handles: list[RemovableHandle] = []
@@ -152,15 +156,22 @@ class ModelHooks:
         self._end_forward()
         check_mode(self._adapter)
         self._vision.begin_pass(inputs)
-        masks = visual_masks(self._adapter, inputs)
+        exchange = self._session.exchange
+        kept = None if exchange is None else exchange.hand_over()
+        masks = visual_masks(self._adapter, inputs) if kept is None else kept.masks(self._adapter, ids)
         self._session.check_images_found(inputs, bool(masks))
         if not masks:
             self._begin_dense(cache, ids, inputs.get("attention_mask"))
             return
+        layouts = self._vision.layouts(inputs, masks) if kept is None else kept.layouts
+        if exchange is not None and exchange.only_takes:
+            self._forward = ForwardPass(None, visual_masks=masks, ids=ids)
+            self._layouts = visual_grids(self._adapter, layouts, ids)
+            return
         check_copies(self._adapter, inputs, self._session.copies)
         if not self._is_proven:
             self._prove(module, inputs, ids.shape[:2], cache)
-        request = open_request(self._session, inputs, masks, self._vision.layouts(inputs, masks), logits_to_keep)
+        request = open_request(self._session, inputs, masks, layouts, logits_to_keep)
         if cache is not None and not request.drops_nothing:
             check_cache(cache, self._adapter.decoder.first_shared, self._adapter.decoder.sliding_layers)
             check_fillers(self._adapter, request)
@@ -170,7 +181,9 @@ class ModelHooks:
             request.remark("; the model's own weights were read, weights='fp8' is the engine's")
         if request.config.image_cache and request.first is None:
             request.remark("; images were encoded anew, image_cache is the engine's")
-        self._forward = ForwardPass(cache, request, masks, is_flash=self._is_flash)
+        self._forward = ForwardPass(
+            cache, request, masks, is_flash=self._is_flash, ids=inputs.get("input_ids"), kept=kept
+        )
 
     def _prove(self, module: nn.Module, inputs: Mapping[str, Any], shape: tuple[int, int], cache: Any) -> None:
         """Let a model that nobody has described prove itself, once."""
@@ -215,13 +228,14 @@ class ModelHooks:
         if self._proof is not None:
             return None
         self._enter(module)
-        forward = self._forward
+        forward, exchange, given = self._forward, self._session.exchange, kwargs
+        if forward is not None and exchange is not None:
+            kwargs = self._exchange_features(forward, exchange, kwargs)
         request = forward.request if forward is not None else None
         if forward is None or request is None:
             return None
         if request.traits.needs & VISION_NEEDS and not request.drops_nothing and request.first is None:
-            visual = [sample.visual for sample in request.samples]
-            forward.readout.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
+            forward.readout.vision = self._vision_rows(forward, [sample.visual for sample in request.samples])
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 3:
             check_packing(positions, kwargs.get("attention_mask"))
@@ -232,15 +246,51 @@ class ModelHooks:
         keep = kwargs.get("logits_to_keep")
         keep = keep if isinstance(keep, int) else 0
         request.compute_last(0 if _records(module, kwargs) else keep)
-        if request.drops_nothing:
-            return None
-        late, changed = self._adapter.decoder.late_features, kwargs
-        if late is not None and late.come_behind(min(request.target_layers), kwargs):
-            forward.late = LateRows(request, kwargs[late.mask], kwargs[late.features])
-            changed = {**kwargs, late.mask: None, late.features: None}
-        if keep:  # the text model would cut tables by the length of the whole sequence, or nothing at all
-            self._n_last, changed = keep, {**changed, "logits_to_keep": 0}
-        return None if changed is kwargs else (args, changed)
+        changed = kwargs
+        if not request.drops_nothing:
+            late = self._adapter.decoder.late_features
+            if late is not None and late.come_behind(min(request.target_layers), kwargs):
+                forward.late = LateRows(request, kwargs[late.mask], kwargs[late.features])
+                changed = {**kwargs, late.mask: None, late.features: None}
+            if keep:  # the text model would cut tables by the length of the whole sequence, or nothing at all
+                self._n_last, changed = keep, {**changed, "logits_to_keep": 0}
+        return None if changed is given else (args, changed)
+
+    def _vision_rows(self, forward: ForwardPass, visual: Sequence[Tensor]) -> list[VisionRows]:
+        """Readings of the vision tower by sample, whose visual tokens are at given positions."""
+        traits = self._session.options.traits
+        if forward.kept is not None:
+            rows = forward.kept.of_rows(len(visual))
+            return [VisionRows() if row.vision is None else row.vision.only(traits.needs & VISION_NEEDS) for row in rows]
+        return self._vision.rows(forward.visual_masks, visual, traits)
+
+    def _exchange_features(
+        self, forward: ForwardPass, exchange: FeatureExchange, kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Put in what earlier turns have kept, or take what is to be kept; arguments of the text model.
+
+        Raises
+        ------
+        FeaturesTakenError
+            Where the pass was to do no more.
+        """
+        from .features import put_in, take
+
+        session, ids = self._session, forward.ids
+        if forward.kept is not None:
+            assert ids is not None  # since features were handed over
+            return put_in(self._adapter, forward.kept, ids, kwargs)
+        request = forward.request
+        if ids is not None and forward.visual_masks and (request is None or request.first is None):
+            visual = torch.stack(list(forward.visual_masks.values())).any(dim=0)
+            positions = [row.nonzero()[:, 0] for row in visual]
+            vision = self._vision_rows(forward, positions) if session.options.traits.needs & VISION_NEEDS else []
+            given, copies = session.given, 1 if exchange.only_takes else session.copies
+            layouts = [sample.layouts for sample in request.samples] if request is not None else self._layouts
+            exchange.taken = take(self._adapter, forward.visual_masks, ids, kwargs, vision, layouts, given, copies)
+        if exchange.only_takes:
+            raise FeaturesTakenError
+        return kwargs
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Give the rows that logits are wanted of, if the text model was to choose them."""

@@ -219,6 +219,10 @@ class Request:
         The error that the call ended in.
     images_cached : int
         Images and videos that were encoded in earlier calls.
+    n_refreshed : int
+        Tokens of earlier turns that were prefilled again.
+    kept_bytes : int
+        Bytes of visual features that are kept with the cache.
     unsettled : callable, optional
         Brings samples and records up to date with what the device has chosen, when somebody asks.
     serial : int
@@ -254,6 +258,8 @@ class Request:
     path_reason: str = "hooks on the model's own modules"
     failed: str | None = None
     images_cached: int = 0
+    n_refreshed: int = 0
+    kept_bytes: int = 0
     unsettled: Callable[[], None] | None = None
     serial: int = field(default_factory=itertools.count().__next__)
 
@@ -358,6 +364,14 @@ class Request:
                 "; image_cache was not asked: vision_keep, encoded images, a selector that looks into the tower, or a "
                 "tower by its own modules"
             )
+
+    def count_refreshed(self, n_tokens: int) -> None:
+        """Note how many tokens of earlier turns were prefilled again."""
+        self.n_refreshed = n_tokens
+
+    def count_kept(self, n_bytes: int) -> None:
+        """Note how many bytes of visual features are kept with the cache."""
+        self.kept_bytes = n_bytes
 
     def goes_on(self, path: str) -> None:
         """Note the path that a later turn runs on, if it is another."""

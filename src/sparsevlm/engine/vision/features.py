@@ -3,15 +3,16 @@ that runs by its own modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...models import ModelAdapter
+from ...models import Layout, ModelAdapter
+from ...request.kept_features import KeptFeatures, rows_of
 from ...request.step import VisionRows
-from ..call import Call
+from ..call import Call, Prompt
 from ..runner import ModelRunner
 from .program import VisionOutput
 from .tables import Grids
@@ -106,3 +107,65 @@ def _by_program(
         runner.release_memory()
         runner.look()
         return None
+
+
+def handed_over(kept: KeptFeatures, prompt: Prompt, copies: int, needs: frozenset[str]) -> VisionOutput | None:
+    """Features of earlier turns in the tower's order, images before videos; ``None``: they do not fit the prompt.
+
+    Parameters
+    ----------
+    kept : KeptFeatures
+    prompt : Prompt
+        Its rows in groups of ``copies``.
+    copies : int
+    needs : frozenset of str
+        What was to be read of the tower.
+    """
+    places = torch.cat([own[own >= 0] for own in prompt.feature_rows[::copies]])
+    tokens = torch.cat([row.tokens for row in kept.rows])
+    if places.shape[0] != tokens.shape[0]:
+        return None
+    order = torch.empty_like(places)
+    order[places] = torch.arange(places.shape[0])
+    order, brought = order.to(tokens.device), [row for row in kept.rows if row.tokens.shape[0]]
+    read = VisionRows.joined([row.vision.only(needs) for row in brought if row.vision is not None]) if needs else None
+    late = zip(*(row.late for row in brought), strict=True)
+    return VisionOutput(
+        tokens[order],
+        rows=None if read is None else read.at(order),
+        late=tuple(torch.cat(of_layer)[order] for of_layer in late),
+    )
+
+
+def taken(
+    adapter: ModelAdapter,
+    prompt: Prompt,
+    copies: int,
+    seen: VisionOutput,
+    kinds: Sequence[str],
+    layouts: Sequence[Sequence[Layout]],
+    given: Mapping[str, Any],
+) -> KeptFeatures:
+    """What the images of a prompt have become, to be kept for later turns.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    prompt : Prompt
+        Its rows in groups of ``copies``.
+    copies : int
+    seen : VisionOutput
+        Of all of its images.
+    kinds : sequence of str
+    layouts : sequence of sequence of Layout
+        By prompt; empty where they are not known.
+    given : mapping
+        Arguments of the call.
+    """
+    weight = adapter.decoder.embed.weight
+    places = [own[own >= 0].to(seen.tokens.device) for own in prompt.feature_rows[::copies]]
+    tokens = [seen.tokens[at].to(weight.dtype) for at in places]
+    late = [[rows[at].to(weight.dtype) for at in places] for rows in seen.late]
+    read = [] if seen.rows is None else [seen.rows.at(at) for at in places]
+    rows = rows_of(adapter, prompt.ids[::copies], kinds, tokens, late, read, layouts, given)
+    return KeptFeatures(rows, tuple(kinds), frozenset(adapter.modalities[kind].token_id for kind in kinds))
