@@ -42,6 +42,8 @@ class PlainFamily(Family):
         Where the configuration has the placeholder of videos; empty: the family has no videos.
     in_parts : bool
         Whether text may stand among the tokens of one image or video.
+    sees_whole_prompt : bool
+        Whether every token of a prompt attends to all of it.
     n_position_axes : int
     encoder_inputs : tuple of str or None
         Arguments of ``get_image_features`` beside the pixels, of a base model that puts what this gives in the place of
@@ -59,6 +61,7 @@ class PlainFamily(Family):
     merge: str = ""
     video_token: str = ""
     in_parts: bool = False
+    sees_whole_prompt: bool = False
     n_position_axes: int = 1
     encoder_inputs: tuple[str, ...] | None = None
 

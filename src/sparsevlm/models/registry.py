@@ -66,7 +66,7 @@ FAMILIES: tuple[Family, ...] = (
         unreadable="it has no blocks: pixels become tokens in one step",
     ),
     MiniCPMVFamily(("minicpmv4_6",), ("MiniCPMV4_6ForConditionalGeneration",)),
-    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",), is_cut=False),
+    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",), is_cut=False, sees_whole_prompt=True),
     Ovis2Family(
         ("ovis2",), ("Ovis2ForConditionalGeneration",), attention="attention", merge="vision_config.hidden_stride"
     ),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from ..compat import cache_of
+from ..compat import GenerationSettings, cache_of
 from ..models import ModelAdapter
 from ..selection.context import VISION_NEEDS
 from .kept_features import FeatureExchange, FeaturesTakenError, KeptFeatures, RowFeatures, size_names
@@ -121,9 +121,11 @@ def converse(session: Session, arguments: dict[str, Any], encode: Encode, run: R
     past_len = 0 if cache is None else int(cache.get_seq_length())
     if past_len:
         return LaterTurn.of(session.adapter, arguments, past_len).run(session, encode, run)
+    if cache is None and not GenerationSettings(session.adapter.model, arguments)["return_dict_in_generate"]:
+        return run(arguments)  # its cache is gone with the call
     exchange = session.exchange = FeatureExchange()
     output = run(arguments)
-    cache = cache_of(output) if isinstance(output, Mapping) and cache is None else cache
+    cache = cache_of(output) if cache is None else cache
     ids, features = _ids(arguments), exchange.taken
     if features is None and ids is not None and not _brings_images(session.adapter, arguments):
         features = KeptFeatures((RowFeatures(torch.empty(0)),) * ids.shape[0])
