@@ -155,12 +155,6 @@ class SparseVLMConfig:
         if self.weights is None:
             object.__setattr__(self, "weights", "model")
         _check_choice("weights", self.weights, WEIGHTS)
-        _check_choice("turns", self.turns, TURNS)
-        if self.turns == REFRESH and self.vision_keep < 1.0:
-            raise ValueError(
-                f"turns='refresh' keeps the features of all patches for later questions, and vision_keep="
-                f"{self.vision_keep} computes some: leave one of the two out."
-            )
         for name in ("recycle", "strict"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
@@ -175,6 +169,7 @@ class SparseVLMConfig:
                 "weights='fp8' is read by the engine, and engine=False switches it off: leave one of the two out (in "
                 "state.options(engine=False), say weights='model')."
             )
+        self._check_turns()
         self._check_target_layers()
         self._check_keep()
         self._check_schedule()
@@ -232,6 +227,14 @@ class SparseVLMConfig:
                     f"{name} is a part of preset={preset!r}: leave it unset, or leave the preset out; got "
                     f"{getattr(self, name)!r}."
                 )
+
+    def _check_turns(self) -> None:
+        _check_choice("turns", self.turns, TURNS)
+        if self.turns == REFRESH and self.vision_keep < 1.0:
+            raise ValueError(
+                "turns='refresh' keeps the features of all visual tokens for later questions, and vision_keep="
+                f"{self.vision_keep} computes some of them: leave one of the two out."
+            )
 
     def _check_target_layers(self) -> None:
         if self.target_layers is None:

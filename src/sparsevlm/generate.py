@@ -14,9 +14,9 @@ from transformers.generation import GenerationMixin
 from . import compat
 from .config import REFRESH
 from .engine.generate import Engine, UnsupportedByEngineError
-from .request.conversation import converse
 from .request.inputs import check_inputs, check_prefill
 from .request.session import Session
+from .request.turns import converse
 
 
 class Generate:

@@ -117,7 +117,7 @@ def test_a_later_question_is_answered_as_by_a_fresh_call(family, prompt, selecto
         chat.answer(first.sequences)
         past = chat.tokens["attention_mask"][:, : cache.get_seq_length()].sum()
         new = chat.add([TURNS[kind]] * len(PROMPTS[prompt]), seed)
-        handle = FAMILIES[family].tower_of(chat.model).register_forward_hook(lambda *args: ran.append(kind))
+        handle = FAMILIES[family].tower_of(chat.model).register_forward_hook(lambda *args, kind=kind: ran.append(kind))
         first = chat.ask(new, cache)
         handle.remove()
         assert cache_of(first) is cache

@@ -13,9 +13,7 @@ from ..request.kept_features import KeptFeatures, rows_of
 from ..request.step import VisionRows
 
 
-def put_in(
-    adapter: ModelAdapter, kept: KeptFeatures, ids: Tensor, arguments: dict[str, Any]
-) -> dict[str, Any]:
+def put_in(adapter: ModelAdapter, kept: KeptFeatures, ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:
     """Arguments of the decoder with features in their places.
 
     Parameters
@@ -34,7 +32,8 @@ def put_in(
     if late is not None and any(row.late for row in rows):
         by_row = [row.late for row in rows if row.late]
         mask = torch.stack(list(kept.masks(adapter, ids).values())).any(dim=0)
-        changed |= {late.mask: mask.to(embeds.device), late.features: [torch.cat(layer) for layer in zip(*by_row, strict=True)]}
+        features = [torch.cat(of_layer) for of_layer in zip(*by_row, strict=True)]
+        changed |= {late.mask: mask.to(embeds.device), late.features: features}
     return changed
 
 

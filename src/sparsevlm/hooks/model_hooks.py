@@ -12,7 +12,15 @@ from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of, check_layer_arguments
 from ..models import Layout
-from ..request.inputs import check_call, check_copies, check_inputs, check_mode, check_packing, visual_grids, visual_masks
+from ..request.inputs import (
+    check_call,
+    check_copies,
+    check_inputs,
+    check_mode,
+    check_packing,
+    visual_grids,
+    visual_masks,
+)
 from ..request.kept_features import FeatureExchange, FeaturesTakenError
 from ..request.kv_cache import cache_bytes, check_cache, memory_note
 from ..request.opening import check_fillers, open_request
@@ -259,10 +267,10 @@ class ModelHooks:
     def _vision_rows(self, forward: ForwardPass, visual: Sequence[Tensor]) -> list[VisionRows]:
         """Readings of the vision tower by sample, whose visual tokens are at given positions."""
         traits = self._session.options.traits
-        if forward.kept is not None:
-            rows = forward.kept.of_rows(len(visual))
-            return [VisionRows() if row.vision is None else row.vision.only(traits.needs & VISION_NEEDS) for row in rows]
-        return self._vision.rows(forward.visual_masks, visual, traits)
+        if forward.kept is None:
+            return self._vision.rows(forward.visual_masks, visual, traits)
+        rows, needs = forward.kept.of_rows(len(visual)), traits.needs & VISION_NEEDS
+        return [VisionRows() if row.vision is None else row.vision.only(needs) for row in rows]
 
     def _exchange_features(
         self, forward: ForwardPass, exchange: FeatureExchange, kwargs: dict[str, Any]

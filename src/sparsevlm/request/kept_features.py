@@ -70,8 +70,8 @@ class RowFeatures:
             n_images, so_far = n_images + 1, so_far + n_tokens(layout)
         if so_far != n:
             raise ValueError(
-                f"the cache was cropped to {n} of {self.tokens.shape[0]} visual tokens, which are not whole images. Crop "
-                "it between images, or begin anew with a new cache."
+                f"the cache was cropped to {n} of {self.tokens.shape[0]} visual tokens, which are not whole images. "
+                "Crop it between images, or begin anew with a new cache."
             )
         taken, kinds = self.layouts[:n_images], size_names(adapter)
         counts = {name: sum(kind == kinds[name] for kind, _ in taken) for name in self.sizes}
@@ -227,7 +227,8 @@ def rows_of(
     NotImplementedError
         If it cannot be told which image is of which prompt.
     """
-    of_rows = [_by_kind(adapter, row, kinds, own) for row, own in zip(ids.tolist(), layouts or [()] * len(ids), strict=True)]
+    known = zip(ids.tolist(), layouts or [()] * len(ids), strict=True)
+    of_rows = [_by_kind(adapter, row, kinds, own) for row, own in known]
     sizes = _sizes(adapter, kinds, of_rows, given)
     return tuple(
         RowFeatures(
@@ -269,7 +270,10 @@ def size_names(adapter: ModelAdapter) -> dict[str, str]:
 
 
 def _sizes(
-    adapter: ModelAdapter, kinds: Sequence[str], layouts: Sequence[Sequence[tuple[str, Layout]]], given: Mapping[str, Any]
+    adapter: ModelAdapter,
+    kinds: Sequence[str],
+    layouts: Sequence[Sequence[tuple[str, Layout]]],
+    given: Mapping[str, Any],
 ) -> list[dict[str, Tensor]]:
     """Arguments that positions depend on, by prompt."""
     found: list[dict[str, Tensor]] = [{} for _ in layouts]
