@@ -24,7 +24,7 @@ _SOUND = ("input_features", "audio")
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a cache keeps of the conversation that it holds; copies of the cache share it, pickles go without.
+    """What a cache keeps of the conversation that it holds; copies of the cache share it.
 
     Attributes
     ----------
@@ -76,9 +76,6 @@ class Conversation:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversation:
         return self
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
 
 
 def _layer_of(cache: Cache) -> int:

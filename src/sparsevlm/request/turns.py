@@ -125,7 +125,7 @@ class LaterTurn:
         if before is None or before.model() is not adapter.model:
             raise ValueError(
                 f"turns='refresh' does not know the conversation in this {type(cache).__name__}: it was filled without "
-                "turns='refresh', without input_ids, by another model or outside of generate, or was pickled. "
+                "turns='refresh', without input_ids, by another model, or outside of generate. "
                 f"Begin anew with a new cache, all tokens and all pixels, {_LATER}."
             )
         if ids is None or arguments.get("assistant_model") is not None:
@@ -183,10 +183,11 @@ class LaterTurn:
     def _check(self, adapter: ModelAdapter, brings: bool) -> None:
         tokens = torch.tensor([modality.token_id for modality in adapter.modalities.values()], device=self.ids.device)
         n_new = int(torch.isin(self.ids[:, self.past_len :], tokens).sum())
-        if n_new and not brings:
+        if bool(n_new) != brings:
+            given = "pixels were" if brings else "no pixels were"
             raise ValueError(
-                f"the new tokens hold {n_new} placeholders of images or videos, but no pixels were given for them. "
-                "Pass the pixels of the new images (not those of earlier turns, whose features are kept)."
+                f"the new tokens hold {n_new} placeholders of images or videos, and {given} given. Pass the pixels of "
+                "new images alone: the features of earlier ones are kept."
             )
         sounds = brings_sound(self.arguments)
         if (sounds or self.before.has_sound) and (brings or any(row.tokens.shape[0] for row in self.features.rows)):
@@ -309,6 +310,8 @@ def encode_by_modules(session: Session, arguments: Mapping[str, Any]) -> KeptFea
 
     Raises
     ------
+    ValueError
+        If the images are not those of the prompt.
     RuntimeError
         If the decoder was not reached.
     """
@@ -317,6 +320,11 @@ def encode_by_modules(session: Session, arguments: Mapping[str, Any]) -> KeptFea
     try:
         with torch.no_grad(), contextlib.suppress(FeaturesTakenError):
             session.adapter.base_model(**arguments, use_cache=False)
+    except ValueError as error:
+        raise ValueError(
+            f"the images do not fit the new tokens ({error}). Pass the pixels of new images alone: the features of "
+            "earlier ones are kept."
+        ) from error
     finally:
         session.exchange, session.given = None, given
     if exchange.taken is None:
