@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -59,20 +60,27 @@ def _order(row: Row) -> tuple[str, ...]:
 
 def page(rows: Iterable[Row]) -> str:
     """Renders the page: a table of families and modes, and the reasons."""
+    rows = list(rows)
     by_cell: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        by_cell.setdefault((row["class"], row["mode"]), []).append(row)
-    classes = list(dict.fromkeys(name for name, _ in by_cell))
+        by_cell.setdefault((row["family"], row["mode"]), []).append(row)
     modes = list(dict.fromkeys(mode for _, mode in by_cell))
     reasons: dict[str, int] = {}
     lines = [f"| class | {' | '.join(modes)} |", "|---" * (len(modes) + 1) + "|"]
-    for name in classes:
-        cells = [_cell(by_cell.get((name, mode), []), reasons) for mode in modes]
-        lines.append(f"| {name.removesuffix('ForConditionalGeneration')} | {' | '.join(cells)} |")
+    for family, name in _names(rows).items():
+        cells = [_cell(by_cell.get((family, mode), []), reasons) for mode in modes]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     versions = sorted({row["transformers"] for row in rows}, key=lambda version: [*map(int, version.split("."))])
     lines += ["", f"transformers {' and '.join(versions)}; names of classes without `ForConditionalGeneration`.", ""]
     lines += [f"{number}. {reason}" for reason, number in reasons.items()]
     return _HEAD + "\n".join(lines) + "\n"
+
+
+def _names(rows: Iterable[Row]) -> dict[str, str]:
+    """Name of each family: its class, with what tells it apart where others have the same."""
+    classes = {row["family"]: row["class"].removesuffix("ForConditionalGeneration") for row in rows}
+    several = [name for name, n in Counter(classes.values()).items() if n > 1]
+    return {family: f"{name} (`{family}`)" if name in several else name for family, name in classes.items()}
 
 
 def _cell(rows: Sequence[Row], reasons: dict[str, int]) -> str:

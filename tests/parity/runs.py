@@ -149,8 +149,7 @@ def build(
     if place.device == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = False
     flash_emulation.register()
-    caps = "attn_logit_softcapping" in (text_options or {})  # which sdpa does not do
-    model = tiny_model(family, "eager" if caps else "sdpa", text_options=text_options)
+    model = tiny_model(family, text_options=text_options)
     use_attention(model, attention)
     model = model.to(place.device, place.dtype)
     inputs = {n: v.to(place.device) for n, v in make_inputs(*rows, pad=mask, seed=seed, family=family).items()}

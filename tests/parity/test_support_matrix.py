@@ -10,12 +10,12 @@ import csv
 import flash_emulation
 import pytest
 import transformers
-from benchmark.support_matrix import COLUMNS
+from benchmark.support_matrix import COLUMNS, REFUSED, SUPPORTED, UNKNOWN
 from runs import take_second_turn
 from ways import ATTENTIONS, TURNS, made, not_asked, not_known_to_transformers, not_run_by_family, try_case
 
 from conftest import CPU
-from toys import FAMILIES, tiny_model
+from toys import FAMILIES, PROMPTS, tiny_model
 
 # By mode: prompt, way of asking, cache.
 MODES = {
@@ -41,10 +41,13 @@ def test_cell(family, mode, attention, request):
     prompt, way, cache = MODES[mode]
     case = {"family": family, "prompt": prompt, "way": way, "cache": cache, "attention": attention, "mask": "mask"}
     case["variant"] = "by attention"
-    path, status, reason = "", "not in transformers", not_run_by_family(case) or not_known_to_transformers(case)
+    path, status, reason = "", UNKNOWN, not_known_to_transformers(case) or not_run_by_family(case)
     assert not not_asked(case)
     if not reason:
         path, status, reason = outcome(case)
+    elif not not_known_to_transformers(case) and FAMILIES[family].takes(PROMPTS[prompt]):
+        refused = refusal(case)
+        status, reason = (REFUSED, refused) if refused else (status, reason)
     row = {
         "family": family,
         "class": type(tiny_model(family)).__name__,
@@ -53,7 +56,7 @@ def test_cell(family, mode, attention, request):
         "attention": attention.replace(flash_emulation.NAME, "flash"),
         "path": path,
         "status": status,
-        "reason": reason,
+        "reason": reason.replace(flash_emulation.NAME, "flash"),
     }
     with open(
         request.config.getoption("--support-matrix"), "a", newline="", encoding="utf-8"
@@ -73,6 +76,17 @@ def outcome(case) -> tuple[str, str, str]:
             try_case(case, CPU, engine=False)
             reason = ""
     except NotImplementedError as error:
-        return "", "refused", str(error)
+        return "", REFUSED, str(error)
     reason = reason.removeprefix("hooks on the model's own modules (").removesuffix(")")
-    return {"plain": "hooks"}.get(path, path), "supported", reason.replace(flash_emulation.NAME, "flash")
+    return {"plain": "hooks"}.get(path, path), SUPPORTED, reason
+
+
+def refusal(case) -> str:
+    """What is said to a case that is not compared; empty: it is not refused, whatever comes of it."""
+    try:
+        try_case(case, CPU)
+    except NotImplementedError as error:
+        return str(error)
+    except Exception:
+        return ""
+    return ""

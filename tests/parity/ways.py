@@ -193,17 +193,21 @@ def not_known_to_transformers(case) -> str:
 def not_run_by_family(case) -> str:
     """Why transformers, or this library, does not take a case in its family; empty: it does."""
     family, rows = FAMILIES[case["family"]], PROMPTS[case["prompt"]]
-    if not family.takes(rows):
-        return "the family has no such inputs"
-    if not family.runs(case["attention"], case["cache"]):
-        return f"the family does not run with {case['attention']} and a {case['cache']} cache"
-    if case["way"] == "turn with image" and not family.second_images:
-        return "transformers takes no new image on a kept cache"
-    if case["way"] == "turn with image" and family.is_hybrid and len(rows) > 1:
-        return "recurrent layers take a batch with padding in the middle for tokens"
-    if case["way"] == "prompt lookup" and family.is_hybrid:
-        return "states of recurrent layers cannot be cropped"
-    return ""
+    attention, cache, way = case["attention"], case["cache"], case["way"]
+    how = {"none": "without a cache", "static": "with a static cache", "dynamic": "with a dynamic cache"}
+    reasons = {
+        "the family has no such inputs": not family.takes(rows),
+        f"{attention} leaves out what the family asks of attention: a cap on scores, or sight both ways": (
+            not family.runs(attention, "dynamic")
+        ),
+        f"the family does not run {how[cache]}": not family.runs(attention, cache),
+        "transformers takes no new image on a kept cache": way == "turn with image" and not family.second_images,
+        "recurrent layers take a batch with padding in the middle for tokens": (
+            way == "turn with image" and family.is_hybrid and len(rows) > 1
+        ),
+        "states of recurrent layers cannot be cropped": way == "prompt lookup" and family.is_hybrid,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
 
 
 def not_asked(case) -> str:

@@ -69,6 +69,8 @@ class Kind:
 class Family:
     """One model family; its key in :data:`FAMILIES` is the ``model_type`` of its configuration.
 
+    PaliGemma 2, of the same type as PaliGemma, differs from it in what can be asked of it only.
+
     Attributes
     ----------
     make : callable

@@ -1,16 +1,9 @@
-"""Checkpoints of the toys with the real processors of transformers, whose tokenizers are made in code."""
+"""Checkpoints of the toys with the real processors of transformers, one a family."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import transformers
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, ProcessorMixin
 
 from sparsevlm.inputs import torchvision_works
 
@@ -18,118 +11,22 @@ from .kinds import (
     AUDIO,
     AUDIO_END,
     AUDIO_START,
-    EOS,
     IMAGE,
     INDICATORS,
     IS_OLD,
-    PAD,
     PATCH,
     VIDEO,
     VISION_END,
     VISION_START,
 )
+from .processed import Processed, made
 
-_WORDS = ("\n", "what", "is", "in", "the", "picture", "video", "user", "assistant", "Here", "and", "crops")
 # What older transformers have torchvision for, newer ones do with Pillow.
 _FORMERLY = ("torchvision",) if IS_OLD else ()
-_TEMPLATE = (
-    "{% for message in messages %}user {% for part in message['content'] %}{% if part['type'] == 'image' %}IMAGE"
-    "{% elif part['type'] == 'video' %}VIDEO{% else %}{{ part['text'] }}{% endif %}{% endfor %}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant \n{% endif %}"
-)
 _SIDE = 2 * PATCH  # of a visual token of two patches a side
 _SMALL = {"shortest_edge": _SIDE**2, "longest_edge": 64 * _SIDE**2}
 _PACKED = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2, "size": _SMALL}
 _TILE = {"height": 4 * PATCH, "width": 4 * PATCH}
-
-
-@dataclass(frozen=True)
-class Processed:
-    """What makes the processor of a family.
-
-    Attributes
-    ----------
-    name : str
-        Of its class.
-    tokens : mapping of str to int
-        Special tokens of its tokenizer.
-    image, video : str
-        What a chat template writes for one; empty: there are no videos.
-    named : mapping of str to str
-        Attributes of the tokenizer that hold special tokens.
-    parts : callable
-        ``parts()`` makes what it is made of beside the tokenizer.
-    options : dict
-        More arguments.
-    has_template : bool
-        Whether prompts come from a chat template.
-    needs : tuple of str
-        Packages without which it cannot be made.
-    """
-
-    name: str
-    tokens: Mapping[str, int]
-    image: str
-    parts: Callable[[], dict[str, Any]]
-    video: str = ""
-    named: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-    has_template: bool = True
-    needs: tuple[str, ...] = ()
-
-    def make(self) -> ProcessorMixin:
-        """The processor, of small sizes."""
-        template = _TEMPLATE.replace("IMAGE", self.image).replace("VIDEO", self.video)
-        tokenizer = _tokenizer(self.tokens, self.named)
-        cls = getattr(transformers, self.name)
-        template = template if self.has_template else None
-        return cls(**self.parts(), tokenizer=tokenizer, chat_template=template, **self.options)
-
-
-def missing_packages(family: str) -> list[str]:
-    """Packages that the processor of a family needs and that are not installed, or cannot be imported."""
-    works = {"torchvision": torchvision_works}
-    return [
-        name
-        for name in PROCESSED[family].needs
-        if not works.get(name, lambda name=name: importlib.util.find_spec(name) is not None)()
-    ]
-
-
-def save_processor(family: str, folder: Path) -> Path:
-    """Write the processor of a family to the folder of its checkpoint."""
-    PROCESSED[family].make().save_pretrained(folder)
-    return folder
-
-
-def _tokenizer(tokens: Mapping[str, int], named: Mapping[str, str]) -> PreTrainedTokenizerFast:
-    """Words and special tokens at given ids; a line break is a token of its own."""
-    vocabulary = {"[UNK]": 0, **{word: i for i, word in enumerate(_WORDS, 1)}, "<eos>": EOS, "<pad>": PAD, **tokens}
-    taken = set(vocabulary.values())
-    vocabulary |= {f"[free {i}]": i for i in range(PAD + 1) if i not in taken}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\S+"), "removed", invert=True)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in tokens])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", eos_token="<eos>", pad_token="<pad>", bos_token="<eos>",
-        padding_side="left", extra_special_tokens=dict(named),
-    )  # fmt: skip
-
-
-def _made(**classes: Any) -> Callable[[], dict[str, Any]]:
-    """Parts by their classes' names and arguments; image processors are Pillow's where torchvision is missing."""
-
-    def make() -> dict[str, Any]:
-        return {part: _class(name)(**options) for part, (name, options) in classes.items()}
-
-    return make
-
-
-def _class(name: str) -> type:
-    from transformers.utils import is_torchvision_available
-
-    has_other = not is_torchvision_available() and hasattr(transformers, f"{name}Pil")
-    return getattr(transformers, f"{name}Pil" if has_other else name)
 
 
 _QWEN_TOKENS = {
@@ -140,7 +37,7 @@ _QWEN_IMAGE, _QWEN_VIDEO = (f"<|vision_start|><|{kind}_pad|><|vision_end|>" for 
 
 def _qwen(name: str, video_processor: str = "Qwen2VLVideoProcessor", video: str = _QWEN_VIDEO) -> Processed:
     size = {"shortest_edge": _SIDE**2, "longest_edge": 512 * _SIDE**2}
-    parts = _made(
+    parts = made(
         image_processor=("Qwen2VLImageProcessor", _PACKED),
         video_processor=(video_processor, {**_PACKED, "size": size, "do_sample_frames": False}),
     )
@@ -160,7 +57,7 @@ _OMNI_TOKENS = {
 
 def _omni(name: str) -> Processed:
     video = {**_PACKED, "size": {**_SMALL, "longest_edge": 512 * _SIDE**2}, "do_sample_frames": False}
-    parts = _made(
+    parts = made(
         image_processor=("Qwen2VLImageProcessor", _PACKED),
         video_processor=("Qwen2VLVideoProcessor", video),
         feature_extractor=("WhisperFeatureExtractor", {"feature_size": 16}),
@@ -176,7 +73,7 @@ _GLM_TOKENS = {
 
 def _glm(name: str) -> Processed:
     video = {**_PACKED, "size": {**_SMALL, "longest_edge": 512 * _SIDE**2}, "do_sample_frames": False}
-    parts = _made(
+    parts = made(
         image_processor=(f"{name}ImageProcessor", {**_PACKED, "size": {**_SMALL, "longest_edge": 128 * _SIDE**2}}),
         video_processor=(f"{name}VideoProcessor", video),
     )
@@ -191,6 +88,43 @@ _OF_IDEFICS = {
     "<image>": IMAGE, "<fake_token_around_image>": 80, "<end_of_utterance>": 79, "<global-img>": 78,
     **{f"<row_{row}_col_{column}>": 50 + 6 * row + column for row in range(1, 4) for column in range(1, 5)},
 }  # fmt: skip
+_PALIGEMMA = Processed(
+    "PaliGemmaProcessor",
+    {"<image>": IMAGE},
+    "<image>",
+    made(image_processor=("SiglipImageProcessor", {"size": _SQUARE, "image_seq_length": 9})),
+    named={"image_token": "<image>"},
+    has_template=False,
+)
+
+
+def _gemma4(name: str) -> Processed:
+    """Of 70 visual tokens a picture or frame, at most: the least that it takes."""
+    sizes = {"patch_size": 4, "pooling_kernel_size": 2, "max_soft_tokens": 70}
+    parts = made(
+        image_processor=(f"{name}ImageProcessor", sizes),
+        video_processor=(f"{name}VideoProcessor", {**sizes, "do_sample_frames": False}),
+        feature_extractor=(f"{name}AudioFeatureExtractor", {}),
+    )
+    tokens = {
+        "<|image|>": IMAGE, "<|video|>": VIDEO, "<|image>": VISION_START, "<image|>": VISION_END,
+        "<|audio|>": AUDIO, "<|audio>": AUDIO_START, "<audio|>": AUDIO_END,
+    }  # fmt: skip
+    named = {
+        "image_token": "<|image|>", "boi_token": "<|image>", "eoi_token": "<image|>",
+        "audio_token": "<|audio|>", "boa_token": "<|audio>", "eoa_token": "<audio|>",
+    }  # fmt: skip
+    return Processed(f"{name}Processor", tokens, "<|image|>", parts, "<|video|>", named, needs=("torchvision",))
+
+
+# Older transformers encode pictures and slices of one size only.
+_MINICPMV_IMAGES = {"patch_size": 4, "scale_resolution": 64, "max_slice_nums": 1 if IS_OLD else 9}
+_MINICPMV_NAMES = {
+    "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+    "image_start_token": "<image>", "image_end_token": "</image>",
+    "slice_start_token": "<slice>", "slice_end_token": "</slice>",
+    "image_id_start_token": "<image_id>", "image_id_end_token": "</image_id>",
+}  # fmt: skip
 _IDEFICS_IMAGES = {"size": {"longest_edge": 12 * PATCH}, "max_image_size": {"longest_edge": 4 * PATCH}}
 PROCESSED: dict[str, Processed] = {
     "qwen2_vl": _qwen("Qwen2VLProcessor"),
@@ -201,18 +135,33 @@ PROCESSED: dict[str, Processed] = {
     "qwen3_5_moe": _QWEN3,
     "qwen2_5_omni_thinker": _omni("Qwen2_5OmniProcessor"),
     "qwen3_omni_moe_thinker": _omni("Qwen3OmniMoeProcessor"),
+    "minicpmv4_6": Processed(
+        "MiniCPMV4_6Processor",
+        {
+            "<|image_pad|>": IMAGE, "<|video_pad|>": VIDEO, "<image>": VISION_START, "</image>": VISION_END,
+            "<slice>": 80, "</slice>": 79, "<image_id>": 78, "</image_id>": 77,
+        },
+        "<|image_pad|>",
+        made(
+            image_processor=("MiniCPMV4_6ImageProcessor", _MINICPMV_IMAGES),
+            video_processor=("MiniCPMV4_6VideoProcessor", {**_MINICPMV_IMAGES, "do_sample_frames": False}),
+        ),
+        "<|video_pad|>",
+        _MINICPMV_NAMES,
+        needs=("torchvision",),
+    ),
     "llava": Processed(
         "LlavaProcessor",
         {"<image>": IMAGE},
         "<image>\n",
-        _made(image_processor=("CLIPImageProcessor", {"size": {"shortest_edge": 4 * PATCH}, "crop_size": _TILE})),
+        made(image_processor=("CLIPImageProcessor", {"size": {"shortest_edge": 4 * PATCH}, "crop_size": _TILE})),
         options=_CLASS_TOKEN,
     ),
     "llava_next": Processed(
         "LlavaNextProcessor",
         {"<image>": IMAGE},
         "<image>\n",
-        _made(
+        made(
             image_processor=(
                 "LlavaNextImageProcessor",
                 {"size": {"shortest_edge": _SMALL_TILE}, "crop_size": _SQUARE, "image_grid_pinpoints": _PINPOINTS},
@@ -224,7 +173,7 @@ PROCESSED: dict[str, Processed] = {
         "LlavaOnevisionProcessor",
         {"<image>": IMAGE, "<video>": VIDEO},
         "<image>\n",
-        _made(
+        made(
             image_processor=("LlavaOnevisionImageProcessor", {"size": _SQUARE, "image_grid_pinpoints": _PINPOINTS}),
             video_processor=("LlavaOnevisionVideoProcessor", {"size": _SQUARE, "do_sample_frames": False}),
         ),
@@ -236,7 +185,7 @@ PROCESSED: dict[str, Processed] = {
         "InternVLProcessor",
         {"<IMG_CONTEXT>": IMAGE, "<video>": VIDEO, "<img>": VISION_START, "</img>": VISION_END},
         "<IMG_CONTEXT>\n",
-        _made(
+        made(
             image_processor=("GotOcr2ImageProcessor", {"size": _TILE, "crop_to_patches": True, "max_patches": 6}),
             video_processor=("InternVLVideoProcessor", {"size": _TILE, "do_sample_frames": False}),
         ),
@@ -252,7 +201,7 @@ PROCESSED: dict[str, Processed] = {
         "Idefics3Processor",
         _OF_IDEFICS,
         "<image>",
-        _made(image_processor=("Idefics3ImageProcessor", _IDEFICS_IMAGES)),
+        made(image_processor=("Idefics3ImageProcessor", _IDEFICS_IMAGES)),
         options={"image_seq_len": 4},
         needs=_FORMERLY,
     ),
@@ -260,7 +209,7 @@ PROCESSED: dict[str, Processed] = {
         "SmolVLMProcessor",
         _OF_IDEFICS,
         "<image>",
-        _made(
+        made(
             image_processor=("SmolVLMImageProcessor", _IDEFICS_IMAGES),
             video_processor=("SmolVLMVideoProcessor", {**_IDEFICS_IMAGES, "num_frames": 4, "fps": 1}),
         ),
@@ -272,20 +221,16 @@ PROCESSED: dict[str, Processed] = {
         "Gemma3Processor",
         {"<image_soft_token>": IMAGE, "<start_of_image>": VISION_START, "<end_of_image>": VISION_END},
         "<start_of_image>",
-        _made(image_processor=("Gemma3ImageProcessor", {"size": {"height": 8 * PATCH, "width": 8 * PATCH}})),
+        made(image_processor=("Gemma3ImageProcessor", {"size": {"height": 8 * PATCH, "width": 8 * PATCH}})),
         named={
             "image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>",
         },
         options={"image_seq_length": 16},
     ),
-    "paligemma": Processed(
-        "PaliGemmaProcessor",
-        {"<image>": IMAGE},
-        "<image>",
-        _made(image_processor=("SiglipImageProcessor", {"size": _SQUARE, "image_seq_length": 9})),
-        named={"image_token": "<image>"},
-        has_template=False,
-    ),
+    "gemma4": _gemma4("Gemma4"),
+    "gemma4_unified": _gemma4("Gemma4Unified"),
+    "paligemma": _PALIGEMMA,
+    "paligemma2": _PALIGEMMA,
     "ovis2": Processed(
         "Ovis2Processor",
         {
@@ -293,7 +238,7 @@ PROCESSED: dict[str, Processed] = {
             **dict(zip(("<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"), INDICATORS, strict=True)),
         },
         "<image>\n",
-        _made(image_processor=("Ovis2ImageProcessor", {"size": _TILE, "crop_to_patches": True, "max_patches": 6})),
+        made(image_processor=("Ovis2ImageProcessor", {"size": _TILE, "crop_to_patches": True, "max_patches": 6})),
         options={"image_seq_length": 4},
         needs=_FORMERLY,
     ),
@@ -301,7 +246,7 @@ PROCESSED: dict[str, Processed] = {
         "DeepseekVLProcessor",
         {"<image_placeholder>": IMAGE},
         "<image_placeholder>",
-        _made(image_processor=("DeepseekVLImageProcessor", {"size": _SQUARE})),
+        made(image_processor=("DeepseekVLImageProcessor", {"size": _SQUARE})),
         named={"image_token": "<image_placeholder>"},
         options={"num_image_tokens": 9},
     ),
@@ -309,7 +254,7 @@ PROCESSED: dict[str, Processed] = {
         "PixtralProcessor",
         {"[IMG]": IMAGE, "[IMG_BREAK]": 80, "[IMG_END]": 81},
         "[IMG]",
-        _made(
+        made(
             image_processor=("PixtralImageProcessor", {"size": {"longest_edge": 12 * PATCH}, "patch_size": PATCH})
         ),
         options={"patch_size": PATCH, "spatial_merge_size": 2},
@@ -323,7 +268,7 @@ PROCESSED: dict[str, Processed] = {
         "PaddleOCRVLProcessor",
         {"<|IMAGE_PLACEHOLDER|>": IMAGE, "<|IMAGE_START|>": VISION_START, "<|IMAGE_END|>": VISION_END},
         "<|IMAGE_START|><|IMAGE_PLACEHOLDER|><|IMAGE_END|>",
-        _made(
+        made(
             image_processor=(
                 "PaddleOCRVLImageProcessor",
                 {"patch_size": PATCH, "merge_size": 2, "size": _SMALL, "temporal_patch_size": 1},
@@ -339,7 +284,7 @@ PROCESSED: dict[str, Processed] = {
             "<|media_content|>": 80, "<|media_end|>": VISION_END,
         },
         "<|media_begin|>image<|media_content|><|media_pad|><|media_end|>",
-        _made(
+        made(
             image_processor=("Kimi_K25ImageProcessor", {"patch_size": PATCH, "merge_size": 2}),
             video_processor=(
                 "Kimi_K25VideoProcessor",
@@ -350,3 +295,19 @@ PROCESSED: dict[str, Processed] = {
         needs=("torchvision",),
     ),
 }  # fmt: skip
+
+
+def missing_packages(family: str) -> list[str]:
+    """Packages that the processor of a family needs and that are not installed, or cannot be imported."""
+    works = {"torchvision": torchvision_works}
+    return [
+        name
+        for name in PROCESSED[family].needs
+        if not works.get(name, lambda name=name: importlib.util.find_spec(name) is not None)()
+    ]
+
+
+def save_processor(family: str, folder: Path) -> Path:
+    """Write the processor of a family to the folder of its checkpoint."""
+    PROCESSED[family].make().save_pretrained(folder)
+    return folder

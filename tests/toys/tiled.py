@@ -93,12 +93,18 @@ def _idefics3(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[typ
 
 def _paligemma(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
     vision = SiglipVisionConfig(**{**_SMALL_TOWER, **vision_options}, projection_dim=64, vision_use_head=False)
-    has_window = "sliding_window" in text  # as PaliGemma 2
-    text = (Gemma2Config if has_window else GemmaConfig)(**text, head_dim=16)
+    is_second = "attn_logit_softcapping" in text
+    text = (Gemma2Config if is_second else GemmaConfig)(**text, head_dim=16)
     config = PaliGemmaConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE, projection_dim=64, hidden_size=64, vocab_size=96
     )
     return PaliGemmaForConditionalGeneration, config
+
+
+def _paligemma2(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    """With a cap that bites, and a window."""
+    capped = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16, "sliding_window": 12, **text}
+    return _paligemma(capped, vision_options)
 
 
 def _ovis2(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
@@ -159,6 +165,10 @@ _TILES_APART = Kind(IMAGE, _apart, size=(3, 2, 2), tokens=lambda t, h, w: [80, *
 _TOWER = {"tower": "model.vision_tower", **AS_IMAGES}
 _OF_IDEFICS = {"decoder": "model.text_model", "tower": "model.vision_model", **AS_IMAGES}
 _BOTH_WAYS = {"type_input": "token_type_ids", "attentions": ("sdpa", "eager")}  # images, or prompts, see all of theirs
+_OF_PALIGEMMA: dict[str, Any] = {
+    **_TOWER, "kinds": {"image": Kind(IMAGE, _small_image, token_type=0, size=(3, 3))}, "prefix": True,
+    "second_images": False, "on_engine": False,
+}  # fmt: skip
 TILED_FAMILIES = {
     "llava": Family(_llava, {"image": Kind(IMAGE, _small_image, size=(4, 4))}, **_TOWER),
     "llava_next": Family(_llava_next, {"image": _IN_TILES}, **_TOWER),
@@ -168,9 +178,10 @@ TILED_FAMILIES = {
     "internvl": Family(_internvl, {"image": Kind(IMAGE, _three_tiles, *AROUND, size=(3, 2, 2))}, **_TOWER),
     "smolvlm": Family(_smolvlm, {"image": _TILES_APART}, **_OF_IDEFICS),
     "idefics3": Family(_idefics3, {"image": _TILES_APART}, **_OF_IDEFICS),
-    "paligemma": Family(
-        _paligemma, {"image": Kind(IMAGE, _small_image, token_type=0, size=(3, 3))}, **_TOWER, **_BOTH_WAYS,
-        caches=("dynamic", "static"), prefix=True, second_images=False, on_engine=False,
+    "paligemma": Family(_paligemma, **_OF_PALIGEMMA, **_BOTH_WAYS, caches=("dynamic", "static")),
+    # Under sdpa transformers leaves the cap out, or refuses.
+    "paligemma2": Family(
+        _paligemma2, **_OF_PALIGEMMA, **{**_BOTH_WAYS, "attentions": ("eager",)}, caches=("dynamic",)
     ),
     "gemma3": Family(
         _gemma3, {"image": Kind(IMAGE, _gemma3_image, *AROUND, 1, size=(4, 4))}, **_TOWER, **_BOTH_WAYS,
