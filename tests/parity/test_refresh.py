@@ -295,15 +295,19 @@ def test_features_die_with_the_cache(engine):
     chat, cache = begun(engine=engine)
     chat.add([TURNS["text"]], 9)
     chat.ask({}, cache)
-    kept = weakref.ref(conversation_of(cache).features.rows[0].tokens)
+    kept, other = weakref.ref(conversation_of(cache).features.rows[0].tokens), copy.deepcopy(cache)
+    del cache
     gc.collect()
     assert kept() is not None
-    other = copy.deepcopy(cache)
-    cache.reset()
-    assert conversation_of(cache) is None
-    assert kept() is not None
-    del other
-    chat.ask(join_visual(chat.visual))  # the last call's session holds none
+    other.reset()  # a new conversation begins
+    assert conversation_of(other) is None
+    gc.collect()
+    assert kept() is None
+    chat, cache = begun(engine=engine)
+    kept = weakref.ref(conversation_of(cache).features.rows[0].tokens)
+    chat.add([TURNS["text"]], 9)
+    chat.ask({}, cache)
+    del cache
     gc.collect()
     assert kept() is None
 

@@ -281,7 +281,11 @@ class Session:
             self.fail(error)
             raise
         finally:
-            self.in_generate = before["in_generate"]
+            self.in_generate, self.given, self.exchange = (
+                before["in_generate"],
+                {},
+                None,
+            )  # which hold pixels and caches
             if is_nested:
                 vars(self).update(before)
 
