@@ -2,15 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models import Layout, ModelAdapter
-from ..request.kept_features import KeptFeatures, rows_of
+from ..request.kept_features import FeatureExchange, FeaturesTakenError, KeptFeatures, rows_of
+from ..request.session import Session
 from ..request.step import VisionRows
+from ..selection.context import VISION_NEEDS
+from .pruning import ForwardPass
+
+
+def exchange_features(
+    session: Session,
+    exchange: FeatureExchange,
+    forward: ForwardPass,
+    arguments: dict[str, Any],
+    layouts: Sequence[Sequence[Layout]],
+    read: Callable[[Sequence[Tensor]], list[VisionRows]],
+) -> dict[str, Any]:
+    """Arguments of the decoder with features of earlier turns, if the pass has such; else its own are taken.
+
+    Parameters
+    ----------
+    session : Session
+    exchange : FeatureExchange
+        Of the call.
+    forward : ForwardPass
+    arguments : dict
+        Of the decoder.
+    layouts : sequence of sequence of Layout
+        By row, of a pass that is no request.
+    read : callable
+        Readings of the vision tower by row, whose visual tokens are at given positions.
+
+    Raises
+    ------
+    FeaturesTakenError
+        Where the pass was to do no more.
+    """
+    ids, request = forward.ids, forward.request
+    if forward.kept is not None:
+        assert ids is not None  # since features were handed over
+        return put_in(session.adapter, forward.kept, ids, arguments)
+    if ids is not None and forward.visual_masks and (request is None or request.first is None):
+        visual = torch.stack(list(forward.visual_masks.values())).any(dim=0)
+        vision = read([row.nonzero()[:, 0] for row in visual]) if session.options.traits.needs & VISION_NEEDS else []
+        of_rows = layouts if request is None else [sample.layouts for sample in request.samples]
+        copies = 1 if exchange.only_takes else session.copies
+        exchange.taken = take(
+            session.adapter, forward.visual_masks, ids, arguments, vision, of_rows, session.given, copies
+        )
+    if exchange.only_takes:
+        raise FeaturesTakenError
+    return arguments
 
 
 def put_in(adapter: ModelAdapter, kept: KeptFeatures, ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -21,7 +21,6 @@ from ..request.inputs import (
     visual_grids,
     visual_masks,
 )
-from ..request.kept_features import FeatureExchange, FeaturesTakenError
 from ..request.kv_cache import cache_bytes, check_cache, memory_note
 from ..request.opening import check_fillers, open_request
 from ..request.request import Request
@@ -29,6 +28,7 @@ from ..request.session import Session
 from ..request.step import VisionRows, choose_embedding_raters
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
+from .features import exchange_features
 from .late_rows import LateRows
 from .proof import Proof
 from .pruning import ForwardPass, before_layer, gathered_arguments
@@ -238,7 +238,8 @@ class ModelHooks:
         self._enter(module)
         forward, exchange, given = self._forward, self._session.exchange, kwargs
         if forward is not None and exchange is not None:
-            kwargs = self._exchange_features(forward, exchange, kwargs)
+            read = functools.partial(self._vision_rows, forward)
+            kwargs = exchange_features(self._session, exchange, forward, kwargs, self._layouts, read)
         request = forward.request if forward is not None else None
         if forward is None or request is None:
             return None
@@ -271,34 +272,6 @@ class ModelHooks:
             return self._vision.rows(forward.visual_masks, visual, traits)
         rows, needs = forward.kept.of_rows(len(visual)), traits.needs & VISION_NEEDS
         return [VisionRows() if row.vision is None else row.vision.only(needs) for row in rows]
-
-    def _exchange_features(
-        self, forward: ForwardPass, exchange: FeatureExchange, kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """Put in what earlier turns have kept, or take what is to be kept; arguments of the text model.
-
-        Raises
-        ------
-        FeaturesTakenError
-            Where the pass was to do no more.
-        """
-        from .features import put_in, take
-
-        session, ids = self._session, forward.ids
-        if forward.kept is not None:
-            assert ids is not None  # since features were handed over
-            return put_in(self._adapter, forward.kept, ids, kwargs)
-        request = forward.request
-        if ids is not None and forward.visual_masks and (request is None or request.first is None):
-            visual = torch.stack(list(forward.visual_masks.values())).any(dim=0)
-            positions = [row.nonzero()[:, 0] for row in visual]
-            vision = self._vision_rows(forward, positions) if session.options.traits.needs & VISION_NEEDS else []
-            given, copies = session.given, 1 if exchange.only_takes else session.copies
-            layouts = [sample.layouts for sample in request.samples] if request is not None else self._layouts
-            exchange.taken = take(self._adapter, forward.visual_masks, ids, kwargs, vision, layouts, given, copies)
-        if exchange.only_takes:
-            raise FeaturesTakenError
-        return kwargs
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Give the rows that logits are wanted of, if the text model was to choose them."""
