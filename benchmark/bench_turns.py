@@ -39,6 +39,7 @@ DENSE, ALONE, AVERAGE = "dense", "alone", "average"
 SELECTORS = ("span", "sparsevlm")
 KEEP = 0.25
 _MOST_NEW = 24
+_BATCH = 25
 _N_RESAMPLES = 2000
 
 
@@ -49,8 +50,8 @@ class Asked:
     task: str
     first: float
     second: float
-    tokens_again: int
-    features_bytes: int
+    tokens_again: float
+    features_bytes: float
     visual_tokens: float
 
 
@@ -67,45 +68,46 @@ def conversations(n: int) -> Iterator[tuple[Any, Question, Question]]:
         yield scene.image, (apart or others)[0], second
 
 
-class Chat:
-    """Conversation on a kept cache."""
+class Chats:
+    """Conversations side by side on one kept cache, with padding wherever their texts differ in length."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self._model, self._processor = model, processor
-        self._messages: list[dict[str, Any]] = []
-        self._output: Any = None
+        self._ids = self._mask = self._cache = None
 
-    def ask(self, question: str, image: Any = None) -> str:
-        """Answers one more question; the image comes with the first one."""
-        before = self._rendered().removesuffix("<|im_end|>\n") if self._messages else ""
-        images = [] if image is None else [{"type": "image"}]
-        self._messages.append({"role": "user", "content": [*images, {"type": "text", "text": question}]})
-        text = self._rendered(add_generation_prompt=True).removeprefix(before)
-        inputs = dict(
-            self._processor(text=[text], return_tensors="pt", **({} if image is None else {"images": [image]}))
-        )
-        if self._output is not None:
-            said = self._output.sequences
-            ended = said[0, -1] == self._processor.tokenizer.eos_token_id
-            inputs["input_ids"] = torch.cat(
-                [said[:, :-1] if ended else said, inputs["input_ids"].to(said.device)], dim=1
-            )
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    def ask(self, questions: Sequence[str], images: Sequence[Any] = ()) -> list[str]:
+        """Answers one more question each; images come with the first ones."""
+        prompts = [self._prompt(row, question) for row, question in enumerate(questions)]
+        images = {"images": [[image] for image in images]} if images else {}
+        inputs = dict(self._processor(text=prompts, padding=True, return_tensors="pt", **images))
+        inputs = {name: value.to(self._model.device) for name, value in inputs.items()}
+        if self._ids is not None:
+            inputs["input_ids"] = torch.cat([self._ids, inputs["input_ids"]], dim=1)
+            inputs["attention_mask"] = torch.cat([self._mask, inputs["attention_mask"]], dim=1)
             inputs.pop("mm_token_type_ids", None)
-            inputs["past_key_values"] = cache_of(self._output)
-        inputs = {
-            name: value.to(self._model.device) if hasattr(value, "to") else value for name, value in inputs.items()
-        }
-        self._output = self._model.generate(
-            **inputs, max_new_tokens=_MOST_NEW, do_sample=False, return_dict_in_generate=True
-        )
-        new = self._output.sequences[:, inputs["input_ids"].shape[1] :]
-        answer: str = self._processor.batch_decode(new, skip_special_tokens=True)[0].strip()
-        self._messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return answer
+            inputs["past_key_values"] = self._cache
+        output = self._model.generate(**inputs, max_new_tokens=_MOST_NEW, do_sample=False, return_dict_in_generate=True)
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        is_end = new == self._end
+        self._ids, self._cache = output.sequences, cache_of(output)
+        self._mask = torch.cat([inputs["attention_mask"], (is_end.cumsum(dim=1) - is_end.long() == 0).long()], dim=1)
+        return [text.strip() for text in self._processor.batch_decode(new, skip_special_tokens=True)]
 
-    def _rendered(self, **options: Any) -> str:
-        text: str = self._processor.apply_chat_template(self._messages, tokenize=False, **options)
+    @property
+    def _end(self) -> int:
+        token: int = self._processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+        return token
+
+    def _prompt(self, row: int, question: str) -> str:
+        """What the chat template adds for one more question, behind the end of the last answer."""
+        asked = {"type": "text", "text": question}
+        if self._ids is None:
+            return self._rendered([{"role": "user", "content": [{"type": "image"}, asked]}])
+        is_ended = bool((self._ids[row][self._mask[row].bool()][-1] == self._end).item())
+        return ("" if is_ended else "<|im_end|>") + "\n" + self._rendered([{"role": "user", "content": [asked]}])
+
+    def _rendered(self, messages: Sequence[Any]) -> str:
+        text: str = self._processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return text
 
 
@@ -116,19 +118,22 @@ def scored(answer: str, question: Question) -> float:
 
 def run(model: Any, processor: Any, n: int, state: Any, turns: str) -> list[Asked]:
     """Asks all conversations; of ``alone`` the second question only."""
-    found = []
-    for image, first, second in conversations(n):
-        chat, before = Chat(model, processor), float("nan")
+    found, asked = [], list(conversations(n))
+    for start in range(0, n, _BATCH):
+        images, first, second = zip(*asked[start : start + _BATCH], strict=True)
+        chats, before = Chats(model, processor), [float("nan")] * len(images)
         if turns == ALONE:
-            after = scored(chat.ask(second.text, image), second)
+            answers = chats.ask([one.text for one in second], images)
         else:
-            before = scored(chat.ask(first.text, image), first)
-            after = scored(chat.ask(second.text), second)
-        report = None if state is None else state.report
-        costs = (0, 0, float("nan")) if report is None else (
-            report.n_refreshed, report.features_bytes, report.average_in,
-        )  # fmt: skip
-        found.append(Asked(second.task, before, after, *costs))
+            answers = chats.ask([one.text for one in first], images)
+            before = [scored(answer, one) for answer, one in zip(answers, first, strict=True)]
+            answers = chats.ask([one.text for one in second])
+        after = [scored(answer, one) for answer, one in zip(answers, second, strict=True)]
+        costs = (0.0, 0.0, float("nan"))
+        if state is not None:
+            report = state.report
+            costs = (report.n_refreshed / len(images), report.features_bytes / len(images), report.average_in)
+        found += [Asked(one.task, *scores, *costs) for one, *scores in zip(second, before, after, strict=True)]
     return found
 
 
@@ -168,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bundled_path(), dtype="bfloat16" if given.device.startswith("cuda") else "float32", device=given.device
     )
     processor = load_processor(bundled_path())
-    rows: list[Row] = []
+    rows = list[Row]()
     for turns in (ALONE, DENSE):
         found = run(model, processor, given.n, None, turns)
         rows += rows_of(found, selector=DENSE, keep="1.0", turns=turns)
