@@ -144,6 +144,12 @@ def test_tests_lie_where_the_rooms_lie():
     assert rooms <= folders
 
 
+def test_no_two_files_of_tests_have_one_name():
+    """pytest imports them by name, wherever they lie."""
+    names = [path.name for path in TESTS.rglob("*.py") if path.name not in ("__init__.py", "conftest.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_the_benchmark_reads_no_engine():
     for path in files_of("bench"):
         assert "engine" not in imported_rooms(path), f"{path} reads the engine"

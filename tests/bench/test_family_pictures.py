@@ -7,14 +7,17 @@ import pytest
 from sparsevlm.bench.cases import Case, PictureCase
 from sparsevlm.bench.rounds import Settings
 from sparsevlm.bench.run import run
-from toys import tiny_model
+from toys import IS_OLD, tiny_model
 from toys.processors import missing_packages, save_processor
 
 SETTINGS = Settings((0.5,), iterations=1, warmup=1)
 ORIGIN = {"commit": "abc", "model": "tiny", "command": "sparsevlm bench"}
 
 
-@pytest.mark.parametrize(("family", "n_visual"), [("llava", 16), ("qwen3_vl", 16), ("internvl", 20)])
+@pytest.mark.parametrize(
+    ("family", "n_visual"),
+    [("llava", 16), ("qwen3_vl", 16), ("internvl", 20), ("gemma4", 64), ("minicpmv4_6", 16 if IS_OLD else 80)],
+)
 def test_rows(family, n_visual, tmp_path):
     if missing := missing_packages(family):
         pytest.skip(f"the processor of {family} needs {', '.join(missing)}: nox -s processors")

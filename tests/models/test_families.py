@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sparsevlm import apply_sparsevlm
 from sparsevlm.models import adapter_for, n_tokens, supported_model_types
 from sparsevlm.models.registry import FAMILIES as REGISTRY
-from sparsevlm.request.costs import prefill_flops
+from sparsevlm.request.costs import kv_numbers, prefill_flops
 from toys import FAMILIES, IMAGE, PROMPTS, VISION_END, VISION_START, make_inputs, tiny_model
 
 ROOMS = Path(__file__).parents[2] / "src" / "sparsevlm"
@@ -89,6 +89,18 @@ def test_flops_count_the_weights_that_each_token_meets(name):
     assert prefill_flops(adapter, [1] * len(layers), 0) == wanted
     if "moe" in name:
         assert any(hasattr(layer.mlp, "experts") for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_5", "gemma3", "gemma4", "gemma4_unified", "paligemma2"])
+def test_keys_and_values_are_those_of_the_cache(name):
+    """Of heads of several sizes, and of layers that read those of others."""
+    model, inputs = tiny_model(name), make_inputs(*PROMPTS["one image"], family=name)
+    cache = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True).past_key_values
+    decoder, wanted = adapter_for(model).decoder, []
+    for layer, source in enumerate(decoder.key_layers):
+        keys = None if decoder.attentions[layer] is None else cache.layers[source].keys
+        wanted.append(0 if keys is None else 2 * keys.shape[1] * keys.shape[3])
+    assert kv_numbers(adapter_for(model)) == wanted
 
 
 @pytest.mark.parametrize(("layer", "n_blocks"), [(-2, 3), (-1, 4), (4, 4), (2, 2), ([-2, 1], 3)])

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..models import ModelAdapter
-from ..request.costs import prefill_flops
+from ..request.costs import kv_numbers, prefill_flops
 from .cases import Case
 
 _REPEATS = 5
@@ -76,7 +76,7 @@ def roofline_bounds(
     layers = sum(weight.numel() for weight in adapter.decoder.layers.parameters())
     head = adapter.decoder.head.weight.numel()
     tokens = [round(visual) + case.n_text for visual in visual_per_layer]
-    kv = sum(tokens) * _kv_bytes(adapter, element)
+    kv = element * sum(n * numbers for n, numbers in zip(tokens, kv_numbers(adapter), strict=True))
     vision = max(
         case.batch * _vision_flops(adapter, patches) / roofline.flops_per_s, tower * element / roofline.bytes_per_s
     )
@@ -90,13 +90,6 @@ def roofline_bounds(
     if case.new_tokens > 1:
         bounds["decode_per_token"] = decode
     return {phase: 1e3 * seconds for phase, seconds in bounds.items()}
-
-
-def _kv_bytes(adapter: ModelAdapter, element: int) -> int:
-    """Bytes of the keys and values of one token in one layer."""
-    config = adapter.decoder.module.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_key_value_heads * head_dim * element
 
 
 def _vision_flops(adapter: ModelAdapter, patches: int) -> float:

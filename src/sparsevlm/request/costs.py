@@ -41,6 +41,19 @@ def prefill_flops(adapter: ModelAdapter, tokens_per_layer: Sequence[int], past_l
     return total
 
 
+def kv_numbers(adapter: ModelAdapter) -> list[int]:
+    """Numbers in the keys and values that each layer reads of one token, its own or those of an earlier layer; 0 of a
+    recurrent layer."""
+    config, attentions = adapter.decoder.module.config, adapter.decoder.attentions
+    return [0 if one is None else 2 * _kv_heads(one, config) * _head_dim(one, config) for one in attentions]
+
+
+def _kv_heads(attention: Any, config: Any) -> int:
+    """Of a layer's own, which may be fewer in some layers than in others."""
+    per_head = getattr(attention, "num_key_value_groups", None)
+    return int(config.num_attention_heads // per_head if per_head else config.num_key_value_heads)
+
+
 def _head_dim(attention: Any, config: Any) -> int:
     """Of a layer's own heads, which may be larger in some layers than in others."""
     own = getattr(attention, "head_dim", None) or getattr(config, "head_dim", None)
