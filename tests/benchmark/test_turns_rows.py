@@ -1,0 +1,49 @@
+"""Second questions of the benchmark, and the table of their stored rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def turns(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmark import bench_turns, turns_rows
+
+    return bench_turns, turns_rows
+
+
+def test_first_questions_are_about_something_else(turns):
+    bench, _ = turns
+    asked = list(bench.conversations(9))
+    assert [second.task for _, _, second in asked] == [*bench.SINGLE_TASKS]
+    assert all(first.task != second.task for _, first, second in asked)
+    assert sum(not set(first.box) & set(second.box) for _, first, second in asked) > 4
+
+
+def test_stored_rows_say_where_they_come_from(turns):
+    rows = turns[1].read_turns()
+    assert {row["selector"] for row in rows} >= {"dense", "span", "sparsevlm"}
+    for row in rows:
+        assert row["commit"] not in ("", "unknown")
+        assert "dirty" not in row["commit"]
+        assert row["command"].startswith("python -m benchmark.bench_turns")
+        assert row["task"] != "average" or row["note"] or int(row["n"]) >= 200
+
+
+def test_the_table_is_of_the_last_run(turns):
+    bench, rows_module = turns
+    shared = {**dict.fromkeys(bench.COLUMNS, ""), "commit": "c", "timestamp": "2"}
+    asked = [bench.Asked("number", 1.0, float(i % 2), 280.0, 262144.0, 64.0) for i in range(4)]
+    rows = [{**shared, **row} for row in bench.rows_of(asked, selector="span", keep="0.25", turns="refresh")]
+    refused = {**shared, "selector": "sparsevlm", "keep": "0.25", "turns": "agnostic", "task": "average"}
+    refused |= {"n": "0", "note": "no"}
+    lines = rows_module.turns_table([{**rows[0], "timestamp": "1", "selector": "old"}, *rows, refused]).splitlines()
+    assert lines[2].startswith("| span | 0.25 | refresh | **50.0** [0.0, 100.0] | 100.0 | 280 tokens | 262 kB | 50.0 |")
+    assert lines[3] == "| sparsevlm | 0.25 | agnostic | no | – | – | – | – |"
+    assert "n = 4 second questions" in lines[-1]
+    assert rows_module.turns_table([]).startswith("No rows yet")
