@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import importlib
+import io
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -128,8 +131,26 @@ def test_accuracy_beside_retained_tokens(monkeypatch):
     assert accuracy(rows, 64) == "no stored row"
 
 
-def test_ready(script):
+def test_ready(script, monkeypatch):
+    """The first process is one; what the others do, this one does."""
+    from benchmark import bench_ready
+
+    start, folders = subprocess.run, []
+
+    def run(command, **options):
+        if "--child" not in command:  # such as git
+            return start(command, **options)
+        folders.append(options["env"]["TRITON_CACHE_DIR"])
+        if len(folders) == 1:
+            return start(command, **options)
+        provider, device, small = command[-3:]
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            bench_ready.child(provider, device, small == "1")
+        return subprocess.CompletedProcess(command, 0, printed.getvalue())
+
+    monkeypatch.setattr(bench_ready.subprocess, "run", run)
     rows = script("bench_ready")
+    assert folders[0] == folders[1] != folders[2] == folders[3]
     assert [(row["provider"], row["timing"]) for row in rows[::7]] == [
         (provider, f"Triton's cache {cache}") for provider in ("ours-default", "ours") for cache in ("empty", "filled")
     ]
