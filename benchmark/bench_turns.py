@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from benchmark.timed import RESULTS
-from sparsevlm import apply_sparsevlm, remove_sparsevlm
+from sparsevlm import apply_sparsevlm
 from sparsevlm.bench.rows import Row, append_rows, check_columns, device_and_versions
 from sparsevlm.bundled import bundled_path
 from sparsevlm.compat import cache_of
@@ -162,40 +162,38 @@ def rows_of(found: Sequence[Asked], **columns: str) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Asks under all settings and appends the rows."""
+    """Asks under all settings, and appends the rows of each."""
     parser = argparse.ArgumentParser(prog="python -m benchmark.bench_turns")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--n", type=int, default=225, help="conversations, a multiple of the nine tasks at best")
+    parser.add_argument("--selectors", nargs="+", default=[DENSE, *SELECTORS], help="of these alone")
     parser.add_argument("--append-to", type=Path, default=RESULTS / "turns.csv")
     given = parser.parse_args(arguments)
     check_columns(given.append_to, COLUMNS)
-    model = load_model(
-        bundled_path(), dtype="bfloat16" if given.device.startswith("cuda") else "float32", device=given.device
-    )
-    processor = load_processor(bundled_path())
-    rows = list[Row]()
-    for turns in (ALONE, DENSE):
-        found = run(model, processor, given.n, None, turns)
-        rows += rows_of(found, selector=DENSE, keep="1.0", turns=turns)
-    for selector in SELECTORS:
-        for turns in (ALONE, *TURNS):
-            setting = {"selector": selector, "keep": str(KEEP), "turns": turns}
-            options = {"selector": selector, "keep": KEEP, "turns": TURNS[0] if turns == ALONE else turns}
-            try:
-                state = apply_sparsevlm(model, processor=processor, **options)
-            except ValueError:
-                note = "refused: it reads the question"
-                rows.append({**setting, "model": "bundled", "task": AVERAGE, "n": "0", "note": note})
-                continue
-            rows += rows_of(run(model, processor, given.n, state, turns), **setting)
-            remove_sparsevlm(model)
+    dtype = "bfloat16" if given.device.startswith("cuda") else "float32"
+    model, processor = load_model(bundled_path(), dtype=dtype, device=given.device), load_processor(bundled_path())
     command = shlex.join(["python", "-m", "benchmark.bench_turns", *(sys.argv[1:] if arguments is None else arguments)])
-    shared = {**device_and_versions(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-    shared |= {"commit": commit(), "command": command}
-    append_rows(given.append_to, [{**dict.fromkeys(COLUMNS, ""), **row, **shared} for row in rows])
-    for row in rows:
-        if row["task"] == AVERAGE:
-            print(row["selector"], row["turns"], row.get("accuracy", row.get("note")))
+    shared = {**device_and_versions(model.device), "dtype": dtype, "commit": commit(), "command": command}
+    for selector in given.selectors:
+        for turns in (ALONE, DENSE) if selector == DENSE else (ALONE, *TURNS):
+            rows = measured(model, processor, given.n, selector, turns)
+            append_rows(given.append_to, [{**dict.fromkeys(COLUMNS, ""), **row, **shared} for row in rows])
+            print(selector, turns, rows[-1].get("accuracy", rows[-1].get("note")), flush=True)
+
+
+def measured(model: Any, processor: Any, n: int, selector: str, turns: str) -> list[Row]:
+    """Rows of one setting."""
+    if selector == DENSE:
+        return rows_of(run(model, processor, n, None, turns), selector=DENSE, keep="1.0", turns=turns)
+    setting = {"selector": selector, "keep": str(KEEP), "turns": turns}
+    options = {"selector": selector, "keep": KEEP, "turns": TURNS[0] if turns == ALONE else turns}
+    try:
+        state = apply_sparsevlm(model, processor=processor, **options)
+    except ValueError:
+        note = "refused: it reads the question"
+        return [{**setting, "model": "bundled", "task": AVERAGE, "n": "0", "note": note}]
+    with state:
+        return rows_of(run(model, processor, n, state, turns), **setting)
 
 
 if __name__ == "__main__":

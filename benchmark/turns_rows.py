@@ -15,12 +15,14 @@ def read_turns() -> list[StoredRow]:
 
 
 def turns_table(rows: list[StoredRow]) -> str:
-    """Makes a Markdown table of the newest commit's last run: the score of second questions, on average and by task."""
+    """Makes a Markdown table of the newest commit, each setting's last run: the score of second questions, on average and
+    by task."""
     rows = of_newest_commit(rows)
     if not rows:
         return "No rows yet: `python -m benchmark.bench_turns` adds them.\n"
-    last = max(row["timestamp"] for row in rows)
-    rows = [row for row in rows if row["timestamp"] == last]
+    rows = sorted(rows, key=lambda row: row["timestamp"])
+    last = {_setting(row): row["timestamp"] for row in rows}
+    rows = [row for row in rows if row["timestamp"] == last[_setting(row)]]
     tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task != _AVERAGE]
     lines = [
         f"| selector | keep | turns | second question | first one | prefilled again | features | {' | '.join(tasks)} |",
@@ -28,7 +30,7 @@ def turns_table(rows: list[StoredRow]) -> str:
     ]
     settings: dict[tuple[str, str, str], dict[str, StoredRow]] = {}
     for row in rows:
-        settings.setdefault((row["selector"], row["keep"], row["turns"]), {})[row["task"]] = row
+        settings.setdefault(_setting(row), {})[row["task"]] = row
     for (selector, keep, turns), by_task in settings.items():
         average = by_task[_AVERAGE]
         said = "in one conversation" if turns == _DENSE else turns
@@ -53,6 +55,10 @@ def turns_table(rows: list[StoredRow]) -> str:
         "benchmark/results."
     )
     return "\n".join([*lines, "", caption]) + "\n"
+
+
+def _setting(row: StoredRow) -> tuple[str, str, str]:
+    return row["selector"], row["keep"], row["turns"]
 
 
 def _percent(value: str) -> str:

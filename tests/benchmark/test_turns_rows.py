@@ -35,14 +35,17 @@ def test_stored_rows_say_where_they_come_from(turns):
         assert row["task"] != "average" or row["note"] or int(row["n"]) >= 200
 
 
-def test_the_table_is_of_the_last_run(turns):
+def test_the_table_is_of_the_last_runs(turns):
     bench, rows_module = turns
     shared = {**dict.fromkeys(bench.COLUMNS, ""), "commit": "c", "timestamp": "2"}
     asked = [bench.Asked("number", 1.0, float(i % 2), 280.0, 262144.0, 64.0) for i in range(4)]
     rows = [{**shared, **row} for row in bench.rows_of(asked, selector="span", keep="0.25", turns="refresh")]
     refused = {**shared, "selector": "sparsevlm", "keep": "0.25", "turns": "agnostic", "task": "average"}
     refused |= {"n": "0", "note": "no"}
-    lines = rows_module.turns_table([{**rows[0], "timestamp": "1", "selector": "old"}, *rows, refused]).splitlines()
+    old = [{**row, "timestamp": "1", "accuracy": "0.1"} for row in rows]
+    lines = rows_module.turns_table(
+        [*old, *rows, refused, {**old[0], "commit": "older", "timestamp": "0"}]
+    ).splitlines()
     assert lines[2].startswith("| span | 0.25 | refresh | **50.0** [0.0, 100.0] | 100.0 | 280 tokens | 262 kB | 50.0 |")
     assert lines[3] == "| sparsevlm | 0.25 | agnostic | no | – | – | – | – |"
     assert "n = 4 second questions" in lines[-1]
