@@ -15,8 +15,7 @@ def read_turns() -> list[StoredRow]:
 
 
 def turns_table(rows: list[StoredRow]) -> str:
-    """Makes a Markdown table of the newest commit, each setting's last run: the score of second questions, on average and
-    by task."""
+    """Makes a Markdown table of each setting's last run at the newest commit: the score of second questions."""
     rows = of_newest_commit(rows)
     if not rows:
         return "No rows yet: `python -m benchmark.bench_turns` adds them.\n"
