@@ -38,6 +38,8 @@ TURNS = {
     "image": [("text", 2), ("image", 4, 5), ("text", 4)],
 }
 
+PAIRED = ["qwen2_5_vl", "qwen3_vl", "llava", "internvl", "gemma3", "qwen3_5", "ovis2"]
+
 
 class Chat:
     """A conversation in every row of a batch: what was given and answered so far, and the pixels of all of it."""
@@ -101,7 +103,7 @@ def possible(case):
 
 @parametrize_pairs(
     possible,
-    family=["qwen2_5_vl", "qwen3_vl", "llava", "internvl", "gemma3", "qwen3_5", "ovis2"],
+    family=PAIRED,
     prompt=["one image", "video", "batch, unequal counts"],
     selector=list(SELECTORS),
     engine=[False, True],
@@ -125,6 +127,13 @@ def test_a_later_question_is_answered_as_by_a_fresh_call(family, prompt, selecto
         assert report.features_bytes == conversation_of(cache).features.n_bytes > 0
         chat.check(first, exactly=turn == "text")  # a tower rounds images of one call otherwise than one by one
     assert "text" not in ran
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in PAIRED])
+def test_other_families(family):
+    chat, cache = begun(family)
+    chat.add([TURNS["text"]], 9)
+    chat.check(chat.ask({}, cache))
 
 
 def begun(family="qwen2_5_vl", prompt="one image", engine=False, more=None, **options):
