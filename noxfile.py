@@ -13,6 +13,11 @@ nox.options.default_venv_backend = "venv"
 # Both ends of the supported range. SPARSEVLM_TORCH picks another build, e.g. "torch==2.11.0".
 TORCH = os.environ.get("SPARSEVLM_TORCH", "torch==2.13.0")
 NEWEST, OLDEST = "transformers==5.24.0", "transformers==5.17.0"
+# What GPTQModel needs, but for torch.
+_OF_GPTQMODEL = (
+    *("threadpoolctl", "device-smi", "protobuf", "requests", "pypcre"),
+    *("tokenicer", "logbar", "dill", "defuser", "datasets"),
+)
 
 
 def run_tests(session: nox.Session, transformers: str, *options: str) -> None:
@@ -30,8 +35,11 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def tests_oldest(session: nox.Session) -> None:
-    """The tests with the oldest transformers of the range, but for those of what calls nothing of it."""
-    run_tests(session, OLDEST, "--ignore=tests/kernels", "--ignore-glob=tests/selection/test_[!o]*")
+    """The tests with the oldest transformers of the range: of models, requests and both paths, and of all commands but
+    the bench; not of what calls nothing of transformers, nor of what only calls the public functions."""
+    left_out = ("kernels", "benchmark", "bench", "docs", "scenes", "training", "visualization")
+    files = [f"--ignore=tests/{name}" for name in (*left_out, "engine/test_device_steps.py")]
+    run_tests(session, OLDEST, *files, "--ignore-glob=tests/selection/test_[!o]*")
 
 
 @nox.session
@@ -65,6 +73,18 @@ def processors(session: nox.Session) -> None:
     )  # named again: a newer torchvision would replace it
     tests = ("tests/inputs", "tests/bench/test_family_pictures.py")
     session.run("pytest", "-p", "torchvision_shim", *tests, *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
+def quantized(session: nox.Session) -> None:
+    """Quantized checkpoints on the CPU, by the packages that read them; GPTQModel compiles some of its kernels."""
+    session.install(TORCH)
+    session.install(NEWEST, "-e", ".[test]")
+    # Without what they ask for themselves, which would take another torch.
+    session.install("--no-deps", "bitsandbytes==0.50.2", "torchao==0.18.0", "compressed-tensors==0.20.0")
+    session.install("setuptools", "wheel", "ninja", "optimum==2.3.0", "loguru", *_OF_GPTQMODEL)
+    session.install("--no-deps", "--no-build-isolation", "gptqmodel==7.7.0", env={"BUILD_CUDA_EXT": "0"})
+    session.run("pytest", "tests/parity/test_quantized.py", *session.posargs)
 
 
 @nox.session

@@ -10,6 +10,8 @@ from pathlib import Path
 E2E = Path(__file__).parent / "results" / "e2e.csv"
 PHASES = {"first_token": "first token", "decode_per_token": "each further token", "total": "whole generate"}
 BASE = ("hf-dense", "1.0")
+MODEL = "7b shape"  # how the model's name begins in the rows that are shown where no other is named
+_OF_MODELS = {"hf-dense": BASE, "ours, keep=0.25": ("ours", "0.25"), "ours-default": ("ours-default", "adaptive")}
 MIXED, PICTURES = "mixed", "picture"  # how the names of such cases begin
 _NONE = "–"
 _NO_ROWS = "No rows yet: `python -m benchmark.bench_e2e` on a GPU adds them.\n"
@@ -83,7 +85,7 @@ class _Ratios:
 
     def __init__(self, everything: list[StoredRow]) -> None:
         self._base = {
-            (row["case"], row["timestamp"], row["phase"], row["metric"]): row
+            (row["model"], row["case"], row["timestamp"], row["phase"], row["metric"]): row
             for row in everything
             if (row["provider"], row["keep"]) == BASE
         }
@@ -95,7 +97,7 @@ class _Ratios:
         row = found.get((phase, _metric(case)))
         if row is None or not row["p50"] or case.startswith(MIXED):
             return _NONE
-        base = self._base.get((case, row["timestamp"], phase, row["metric"]))
+        base = self._base.get((row["model"], case, row["timestamp"], phase, row["metric"]))
         return f"{float(base['p50']) / float(row['p50']):.2f}" if base is not None and base["p50"] else _NONE
 
 
@@ -222,6 +224,30 @@ def selectors_table(rows: list[StoredRow], everything: list[StoredRow] | None = 
     return "\n".join([*lines, "", caption]) + "\n"
 
 
+def models_table(rows: list[StoredRow], everything: list[StoredRow] | None = None) -> str:
+    """Makes a Markdown table: per model and number of visual tokens the time of the first token, and the speed-up."""
+    rows = [row for row in of_newest_commit(rows) if row["phase"] == "first_token" and row["metric"] == "ms"]
+    if not rows:
+        return _NO_ROWS
+    heads = ["model", "visual tokens"]
+    for name in _OF_MODELS:
+        heads += [f"{name}, ms", *["x"] * (name != "hf-dense")]
+    lines, ratios, shown = _lines(heads), _Ratios(everything or rows), []
+    for model in dict.fromkeys(row["model"] for row in rows):
+        of_model = [row for row in rows if row["model"] == model]
+        shown += _shown(of_model)
+        for case, settings in _last_runs(of_model).items():
+            n_visual = next(iter(next(iter(settings.values())).values()))["n_visual"]
+            cells = [model.partition(" shape")[0], n_visual]
+            for name, setting in _OF_MODELS.items():
+                found = settings.get(setting, {})
+                cells.append(_figure(found.get(("first_token", "ms"))))
+                cells += [ratios.cell(found, case, "first_token")] * (name != "hf-dense")
+            lines.append(_line(cells))
+    caption = f"First token, medians; x: how many times faster than hf-dense in the same run. {_where(shown)}"
+    return "\n".join([*lines, "", caption]) + "\n"
+
+
 def figure(rows: list[StoredRow]) -> str:
     """Formats one median in milliseconds, for a sentence.
 
@@ -258,11 +284,11 @@ def _shown(rows: list[StoredRow]) -> list[StoredRow]:
 
 
 def _where(rows: list[StoredRow]) -> str:
-    def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(row[name] for row in rows))
+    def all_of(name: str, between: str = ", ") -> str:
+        return between.join(dict.fromkeys(row[name] for row in rows))
 
     return (
-        f"{all_of('model')}; {all_of('dtype')}, {all_of('gpu')}, torch {all_of('torch')}, triton {all_of('triton')}, "
-        f"transformers {all_of('transformers')}, commit {all_of('commit')}; rows with their commands: e2e.csv in "
-        "benchmark/results."
+        f"{all_of('model', '; ')}; {all_of('dtype')}, {all_of('gpu')}, torch {all_of('torch')}, "
+        f"triton {all_of('triton')}, transformers {all_of('transformers')}, commit {all_of('commit')}; rows with their "
+        "commands: e2e.csv in benchmark/results."
     )

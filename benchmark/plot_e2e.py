@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmark.e2e_rows import PHASES, Setting, StoredRow, last_runs, read_e2e
+from benchmark.e2e_rows import MODEL, PHASES, Setting, StoredRow, last_runs, read_e2e
 
 PLOT = Path(__file__).parent.parent / "docs" / "images" / "e2e.png"
 # Cases of equal requests, whose names begin so, and providers; a bar for every selector would be too thin to see.
@@ -31,6 +31,7 @@ def plot(rows: list[StoredRow], file: Path) -> None:
     Parameters
     ----------
     rows : list of dict
+        Of which those of the 7b shape are drawn.
     file : Path
 
     Raises
@@ -39,6 +40,7 @@ def plot(rows: list[StoredRow], file: Path) -> None:
         If there are no rows.
     """
     rows = [row for row in rows if row["case"].startswith(_CASES) and row["provider"] in _PROVIDERS]
+    rows = [row for row in rows if row["model"].startswith(MODEL)]
     if not rows:
         raise ValueError("there are no rows to draw: run python -m benchmark.bench_e2e first.")
     import matplotlib

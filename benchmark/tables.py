@@ -3,9 +3,10 @@
 A document marks the place of a table with ``<!-- accuracy: FILTER -->`` and ``<!-- end of accuracy -->``. The filter
 names columns of ``results/accuracy.csv`` and the values that its rows must have:
 ``suite=demo target_layers=default keep=0.5,0.25``; a value that ends in ``*`` stands for all that begin so, and ``or``
-stands between filters of which one must hold. With ``e2e``, ``selectors``, ``mixed`` or ``pictures`` in the place of
-``accuracy`` the table is one of ``results/e2e.csv``, with ``memory`` one of the bytes in it, with ``ready`` one of
-``results/ready.csv``, with ``turns`` one of ``results/turns.csv``.
+stands between filters of which one must hold. With ``e2e``, ``models``, ``selectors``, ``mixed`` or ``pictures`` in
+the place of ``accuracy`` the table is one of ``results/e2e.csv``, with ``memory`` one of the bytes in it, with
+``ready`` one of ``results/ready.csv``, with ``turns`` one of ``results/turns.csv``. Of ``results/e2e.csv`` rows of the
+7b shape are shown, but where a filter names ``model``.
 
 A table of these shows one commit: of the rows that its filter lets through those of the commit that was measured last,
 and of these every case's last run. Older rows stay in the file and are shown nowhere; a filter ``commit=...`` names
@@ -20,7 +21,17 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmark.e2e_rows import e2e_table, figure, memory_table, mixed_table, pictures_table, read_e2e, selectors_table
+from benchmark.e2e_rows import (
+    MODEL,
+    e2e_table,
+    figure,
+    memory_table,
+    mixed_table,
+    models_table,
+    pictures_table,
+    read_e2e,
+    selectors_table,
+)
 from benchmark.ready_rows import read_ready, ready_table
 from benchmark.turns_rows import read_turns, turns_table
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
@@ -32,7 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 _PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>accuracy|e2e|memory|mixed|pictures|ready|selectors|turns):(?P<filter>.*?) -->\n)"
+    r"(<!-- (?P<kind>accuracy|e2e|memory|mixed|models|pictures|ready|selectors|turns):(?P<filter>.*?) -->\n)"
     r".*?(<!-- end of (?P=kind) -->\n)",
     re.DOTALL,
 )
@@ -52,6 +63,13 @@ def chosen(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
     """Selects the rows that fit a table's filter; of several filters those of the first come first."""
     found = {id(row): row for one in filter_text.split(" or ") for row in _fitting(rows, one)}
     return list(found.values())
+
+
+def chosen_calls(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
+    """Selects rows of whole calls: of the 7b shape, unless the filter names a model."""
+    if "model=" not in filter_text:
+        rows = [row for row in rows if row.get("model", MODEL).startswith(MODEL)]
+    return chosen(rows, filter_text)
 
 
 def _fitting(rows: list[StoredRow], filter_text: str) -> list[StoredRow]:
@@ -166,8 +184,8 @@ def with_tables(text: str) -> str:
     whole_calls, accuracy = read_e2e(), stored_rows()
     others = {"ready": (ready_table, read_ready()), "turns": (turns_table, read_turns())}
     tables = {
-        "e2e": e2e_table, "memory": memory_table, "mixed": mixed_table, "pictures": pictures_table,
-        "selectors": selectors_table,
+        "e2e": e2e_table, "memory": memory_table, "mixed": mixed_table, "models": models_table,
+        "pictures": pictures_table, "selectors": selectors_table,
     }  # fmt: skip
 
     def table(match: re.Match[str]) -> str:
@@ -176,12 +194,12 @@ def with_tables(text: str) -> str:
         if match["kind"] in others:
             make, rows = others[match["kind"]]
             return match[1] + make(chosen(rows, match["filter"])) + match[4]
-        return match[1] + tables[match["kind"]](chosen(whole_calls, match["filter"]), whole_calls) + match[4]
+        return match[1] + tables[match["kind"]](chosen_calls(whole_calls, match["filter"]), whole_calls) + match[4]
 
     def sentence(match: re.Match[str]) -> str:
         if match["kind"] == "accuracy":
             return match[1] + accuracy_figure(chosen(accuracy, match["filter"])) + match[4]
-        return match[1] + figure(chosen(whole_calls, match["filter"])) + match[4]
+        return match[1] + figure(chosen_calls(whole_calls, match["filter"])) + match[4]
 
     return _FIGURE.sub(sentence, _BLOCK.sub(table, text))
 

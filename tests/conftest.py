@@ -1,7 +1,6 @@
 """Tiny models and inputs that every test shares."""
 
 import os
-from dataclasses import dataclass
 
 # Before numpy and torch are imported: matrices are small, and threads of tests that run side by side would wait for
 # each other. Processes that a test starts take it over.
@@ -13,28 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before transformers imports Triton
 
+from places import CPU, GPU
 from toys import tiny_model
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where and in which precision a parity test runs, and how near it has to come (relative error of logits)."""
-
-    device: str
-    dtype: torch.dtype
-    tolerance: float
-
-    def __str__(self):
-        return f"{self.device}-{str(self.dtype).removeprefix('torch.')}"
-
-
-CPU = Place("cpu", torch.float32, 5e-6)
-# Half precision rounds differently where rows are gathered first: measured against the same dtype's masked run.
-GPU = [
-    Place("cuda", torch.float32, 2e-5),
-    Place("cuda", torch.float16, 1e-2),
-    Place("cuda", torch.bfloat16, 6e-2),
-]
 
 
 def pytest_addoption(parser):

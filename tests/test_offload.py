@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparsevlm import apply_sparsevlm
-from toys import PROMPTS, make_inputs, tiny_model
+from toys import PROMPTS, family_of, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"keep": 0.6, "min_keep": 3, "target_layers": [1, 3]}
 GREEDY = {"max_new_tokens": 5, "do_sample": False}
@@ -20,11 +20,29 @@ PLACES = {
 }
 
 
+BATCH = PROMPTS["batch, unequal counts"]
+CUT = 3  # the first layer on the second device: a target layer, whose input comes from the first
+SELECTED = {
+    "states": {**OPTIONS, "selector": "span"},
+    "states before and after": {**OPTIONS, "selector": "v2drop"},
+    "attention of the text": {**OPTIONS, "selector": "sparsevlm"},
+    "attention of the last token": {**OPTIONS, "selector": "fastv"},
+    "attention in the tower": {"keep": 0.5, "min_keep": 3, "selector": "visionzip"},
+    "rank of the attention": {**OPTIONS, "keep": None, "rank_tolerance": 0.3},
+}
+
+
 def pruned(model):
-    state = apply_sparsevlm(model, **OPTIONS)
-    answer = model.generate(**make_inputs(*PROMPTS["one image"]), **GREEDY)
-    state.detach()
-    return answer
+    return answer(model, OPTIONS, make_inputs(*PROMPTS["one image"]))[0].sequences
+
+
+def answer(model, options, inputs):
+    """What ``generate`` returns, and what was kept."""
+    with apply_sparsevlm(model, **options) as state:
+        output = model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+        samples = state.report.samples
+    assert any(sample.final_tokens < sample.n_visual for sample in samples)
+    return output, samples
 
 
 def check(model, wanted):
@@ -83,3 +101,48 @@ def test_all_of_a_model(name, tmp_path):
     more = (tmp_path,) if name == "disk_offload" else ()
     getattr(accelerate, name)(model, *more, execution_device=torch.device("cpu"))
     check(model, wanted)
+
+
+def places_of(model, first, second):
+    """Device map that cuts the decoder at a target layer; all that is not in its second half is on the first place."""
+    places, path = {}, f"{family_of(model).decoder}.layers"
+    for name, _ in model.named_modules():
+        parent, _, own = name.rpartition(".")
+        if name and (path == parent or path.startswith(parent)) and not path.startswith(name):
+            places[name] = second if parent == path and int(own) >= CUT else first
+    return places
+
+
+@pytest.mark.parametrize("case", SELECTED)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5"])
+def test_half_of_a_decoder_is_dispatched_to_the_disk(family, case, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    inputs = make_inputs(*BATCH, family=family)
+    wanted, samples = answer(tiny_model(family), SELECTED[case], inputs)
+    model = tiny_model(family)
+    accelerate.dispatch_model(model, places_of(model, "cpu", "disk"), main_device="cpu", offload_dir=tmp_path)
+    assert any(weight.is_meta for weight in model.parameters())
+    output, found = answer(model, SELECTED[case], inputs)
+    assert found == samples
+    assert torch.equal(torch.stack(output.logits), torch.stack(wanted.logits))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", SELECTED)
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl", "gemma3", "qwen3_5"])
+def test_a_decoder_on_two_gpus(family, case):
+    accelerate = pytest.importorskip("accelerate")
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    inputs = {name: value.to("cuda:0") for name, value in make_inputs(*BATCH, family=family).items()}
+    options = {**SELECTED[case], "engine": False}
+    wanted, samples = answer(tiny_model(family).to("cuda:0"), options, inputs)
+    model = tiny_model(family)
+    accelerate.dispatch_model(model, places_of(model, 0, 1))
+    assert {weight.device.index for weight in model.parameters()} == {0, 1}
+    output, found = answer(model, options, inputs)
+    assert found == samples
+    assert relative_error(torch.stack(output.logits), torch.stack(wanted.logits)) <= 1e-5
+    state = apply_sparsevlm(model, **SELECTED[case])
+    model.generate(**inputs, **GREEDY)
+    assert (state.report.path, state.report.samples) == ("plain", samples)

@@ -8,14 +8,18 @@ import functools
 import inspect
 import logging
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 OLDEST, NEWEST = "5.17.0", "5.24.0"  # both ends of the range that the tests run on
 logger = logging.getLogger(__name__)
@@ -165,6 +169,42 @@ def samples_or_greedy(generation_config: Any, modes: Mapping[str, Any]) -> bool:
     """Tells whether a call generates greedily or by sampling, one token at a time."""
     mode = generation_config.get_generation_mode(modes.get("assistant_model"))
     return mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+
+
+def tensor_parallel_group(model: Any) -> ProcessGroup | None:
+    """Processes over which transformers has spread the weights of each layer; ``None``: this one has them all."""
+    if getattr(model, "_tp_size", None) in (None, 1):
+        return None
+    mesh = model._device_mesh
+    return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
+
+
+def unsupported_parallelism(model: Any) -> str | None:
+    """Why a model that is spread over processes cannot be pruned, with the remedy; ``None``: it can.
+
+    Tensor parallelism of transformers can, and copies of which each answers prompts of its own, sharded ones (FSDP)
+    among them.
+    """
+    for name, module in model.named_modules():
+        if type(module).__name__ == "PipelineIdentityLayer":
+            return (
+                f"pipeline-parallel models are not supported: {name} is on another rank. Load with tp_plan='auto', or "
+                "with a device_map, by which one process has its layers on several devices."
+            )
+    if tensor_parallel_group(model) is not None or not torch.distributed.is_available():
+        return None
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        return None
+    spread = next((name for name, weight in model.named_parameters() if isinstance(weight, DTensor)), None)
+    if spread is None:
+        return None
+    return (
+        f"{spread} is spread over processes by other means than transformers' own, which do not tell who has which "
+        "heads. Load with tp_plan='auto' (in newer transformers DistributedConfig(tp_plan='auto'))."
+    )
 
 
 def mask_length(generation_config: Any) -> int:

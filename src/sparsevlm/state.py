@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from .config import SparseVLMConfig, check_whole
-from .models import ModelAdapter, compiled_parts
+from .models import ModelAdapter, compiled_parts, may_have_compiled
 from .report import Report
 from .request.reporting import make_report
 from .request.session import Session
@@ -195,7 +194,7 @@ class SparseVLMState:
         adapter = self.adapter
         if hasattr(adapter.base_model, STATE_ATTRIBUTE):
             raise RuntimeError("another apply_sparsevlm is in force on this model: call remove_sparsevlm on it first.")
-        if "torch._dynamo" in sys.modules:  # which takes seconds to import; without it nothing has been compiled
+        if may_have_compiled():
             torch.compiler.reset()  # what was compiled without the hooks would go on to run without them
         if parts := compiled_parts(adapter.model, self._hooks.modules):
             logger.warning("sparsevlm: %s", _COMPILED.format(", ".join(part or adapter.name for part in parts[:3])))

@@ -97,7 +97,7 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Ru
         return Rung(n_visual, lambda: adapter.family.example(adapter, _grid(n_visual), n_text))
 
     # Some images come in a few sizes only; of a family without examples, each request says so.
-    return [rung(*size) for size in sorted({(adapter.family.example_size(adapter, n) or n, text) for n, text in sizes})]
+    return [rung(*size) for size in sorted({(adapter.family.example_size(adapter, n), text) for n, text in sizes})]
 
 
 def _grid(n_visual: int) -> Grid:

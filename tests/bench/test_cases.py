@@ -20,6 +20,17 @@ def test_cases():
     assert PictureCase(896).n_visual == 1024
     with pytest.raises(ValueError, match="there is no case v7"):
         named_cases(("v7",), full=True)
+    assert named_cases(("v2048-b2-n3",), full=False) == (Case(2048, 2, 3),)
+    with pytest.raises(
+        ValueError, match=r"there is no case v0-b1-n1, v16-b1-n0; there are v256-b1-n1, .*and any other v<"
+    ):
+        named_cases(("v0-b1-n1", "v64-b1-n1", "v16-b1-n0"), full=True)
+
+
+def test_images_are_as_near_to_squares_as_their_tokens_allow():
+    grids = {n: Case(n, 1, 1).grid for n in (1, 15, 100, 1152, 2048, 2047)}
+    assert Case(2047, 2, 3).of_one_image.name == "v2025-b2-n3"
+    assert grids == {1: (1, 1), 15: (3, 5), 100: (10, 10), 1152: (32, 36), 2048: (32, 64), 2047: (45, 45)}
 
 
 def test_no_mixed_request_is_repeated_and_the_warmup_has_seen_none():

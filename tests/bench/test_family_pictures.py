@@ -16,7 +16,14 @@ ORIGIN = {"commit": "abc", "model": "tiny", "command": "sparsevlm bench"}
 
 @pytest.mark.parametrize(
     ("family", "n_visual"),
-    [("llava", 16), ("qwen3_vl", 16), ("internvl", 20), ("gemma4", 64), ("minicpmv4_6", 16 if IS_OLD else 80)],
+    [
+        ("llava", 16),
+        ("qwen3_vl", 16),
+        ("internvl", 20),
+        ("gemma3", 16),
+        ("gemma4", 64),
+        ("minicpmv4_6", 16 if IS_OLD else 80),
+    ],
 )
 def test_rows(family, n_visual, tmp_path):
     if missing := missing_packages(family):
@@ -28,9 +35,10 @@ def test_rows(family, n_visual, tmp_path):
     assert {row["provider"] for row in rows} == {"hf-dense", "ours-default", "ours-dense", "ours", "ours-sparsevlm"}
     assert {row["n_visual"] for row in rows} == {str(n_visual)}
     assert all(float(row["p50"]) > 0 for row in rows if row["metric"] == "ms")
+    assert all(float(row["floor"]) > 0 for row in rows if row["phase"] == "vision" and row["metric"] == "ms")
 
 
-@pytest.mark.parametrize(("family", "n_visual", "batch"), [("llava", 16, 2), ("internvl", 20, 1), ("mistral3", 16, 1)])
+@pytest.mark.parametrize(("family", "n_visual", "batch"), [("mistral3", 16, 1), ("deepseek_vl", 18, 2)])
 def test_numbers_of_tokens_that_images_come_in(family, n_visual, batch):
     rows = run(tiny_model(family), [Case(n_visual, batch, 2)], SETTINGS, ORIGIN)
     assert {row["n_visual"] for row in rows} == {str(n_visual)}
@@ -44,8 +52,3 @@ def test_a_selector_that_looks_into_the_tower_is_timed_on_hooks():
     found = {row["path"]: row["note"] for row in rows if row["provider"] == "ours-visionzip"}
     assert list(found) == ["plain"]
     assert "of a tower that is not the engine's" in found["plain"]
-
-
-def test_a_number_of_tokens_needs_an_example_of_as_many():
-    with pytest.raises(NotImplementedError, match=r"v256-b1-n1 names a number .* a LlavaForConditionalGeneration"):
-        run(tiny_model("llava"), [Case(256, 1, 1)], SETTINGS, ORIGIN)

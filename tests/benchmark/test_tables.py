@@ -280,3 +280,53 @@ def test_a_plot_of_whole_calls(tables, tmp_path):
     assert (tmp_path / "e2e.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no rows to draw"):
         plot([], tmp_path / "none.png")
+
+
+def model_call(model, case, n_visual, provider="hf-dense", keep="1.0", **changes):
+    of = {"model": f"{model} shape, random weights", "case": case, "n_visual": n_visual, "batch": "1"}
+    return whole_call(provider, keep=keep, **of, **changes)
+
+
+def test_rows_of_other_models_are_shown_where_a_filter_names_them(tables, monkeypatch):
+    """Also those of a later commit, which would take the place of all others."""
+    rows = [whole_call("hf-dense", batch="1"), model_call("llava-1.5-7b", "v256-b1-n64", "576", timestamp="9")]
+    rows[1] |= {"p50": "77", "commit": "new"}
+    monkeypatch.setattr(tables, "read_e2e", lambda: rows)
+    text = "<!-- e2e: batch=1 -->\n<!-- end of e2e -->\n"
+    found = tables.with_tables(text)
+    assert "| v256-b1-n64 | hf-dense | 1.0 | 20.0 |" in found
+    assert "77.0" not in found
+    assert "commit abc;" in found
+    assert "| 77.0 |" in tables.with_tables(text.replace("batch=1", "model=llava-1.5-7b+shape*"))
+    made = "<!-- e2e figure: case=v256-b1-n64 -->20<!-- end -->"
+    assert tables.with_tables(made) == made
+
+
+def test_a_table_of_other_models(tables, monkeypatch):
+    rows = [whole_call("hf-dense", batch="1", n_visual="576"), model_call("qwen3-vl-8b", "v576-b1-n1", "576", p50="80")]
+    rows += [model_call("qwen3-vl-8b", "v576-b1-n1", "576", "ours", "0.25", p50="20")]
+    rows += [model_call("qwen3-vl-8b", "v576-b1-n1", "576", "ours-default", "adaptive", p50="40")]
+    rows += [model_call("llava-1.5-7b", "v1152-b1-n1", "1152", p50="90", timestamp="3")]
+    rows += [model_call("llava-1.5-7b", "v576-b1-n1", "576", "ours", "0.25", p50="30", timestamp="3")]
+    rows += [model_call("llava-1.5-7b", "v576-b1-n1", "576", p50="60", timestamp="3")]
+    monkeypatch.setattr(tables, "read_e2e", lambda: rows)
+    text = (ROOT / "docs" / "engine.md").read_text(encoding="utf-8")
+    (filter_text,) = re.findall("<!-- models:(.*?) -->", text)
+    shown = tables.chosen_calls(rows, filter_text.replace("new_tokens=1 ", ""))
+    lines = tables.models_table(shown, rows).splitlines()
+    assert lines[0] == ("| model | visual tokens | hf-dense, ms | ours, keep=0.25, ms | x | ours-default, ms | x |")
+    assert lines[2:5] == [
+        "| qwen3-vl-8b | 576 | 80.0 | 20.0 | 4.00 | 40.0 | 2.00 |",
+        "| llava-1.5-7b | 576 | 60.0 | 30.0 | 2.00 | – | – |",
+        "| llava-1.5-7b | 1152 | 90.0 | – | – | – | – |",
+    ]
+    assert "qwen3-vl-8b shape, random weights; llava-1.5-7b shape, random weights; bfloat16" in lines[-1]
+    assert len(lines) == 7
+    assert tables.models_table([]).startswith("No rows yet")
+
+
+def test_the_plot_is_of_the_7b_shape(tables, tmp_path):
+    from benchmark.plot_e2e import plot
+
+    with pytest.raises(ValueError, match="no rows to draw"):
+        plot([model_call("llava-1.5-7b", "v576-b1-n1", "576")], tmp_path / "none.png")

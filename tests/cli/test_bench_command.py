@@ -8,8 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from sparsevlm.bench.cases import Case, MixedCase
+from sparsevlm.bench.rounds import Settings
 from sparsevlm.bench.rows import COLUMNS
 from sparsevlm.cli import app
+from sparsevlm.cli import bench as bench_command
 from sparsevlm.cli.bench_tables import print_case
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -85,9 +87,26 @@ def test_tables(capsys):
     assert "out of memory" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("model", "is_measured"), [("tiny", True), ("llava-tiny", False)])
+def test_vllm_is_measured_of_models_whose_processors_are_at_hand(model, is_measured, monkeypatch, capsys):
+    from sparsevlm.bench import vllm_dense
+
+    measured = []
+    monkeypatch.setattr(vllm_dense, "vllm_is_installed", lambda: True)
+    monkeypatch.setattr(vllm_dense, "measure_vllm", lambda *arguments, **options: measured.append(options) or {})
+    place = bench_command._Place(model, None, "float32", "cuda", "sdpa")
+    assert bench_command._measure_vllm(place, [Case(100, 1, 1)], Settings()) == {}
+    assert bool(measured) == is_measured
+    assert ("vllm-dense: left out; it is measured of qwen2_vl" in capsys.readouterr().err) != is_measured
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["--model", "llava-tiny", "--cases", "picture896-b1-n1,mixed24", *FAST],
+            "none of these cases can be measured",
+        ),
         (["--cases", "v9"], "there is no case v9; there are v256-b1-n1"),
         (["--keep", "1.5"], "must be fractions between 0 and 1"),
         (["--keep", "half"], "must be fractions with commas"),

@@ -52,6 +52,18 @@ def test_calls(family, prompt, call):
     check(tiny_model(family), make_inputs(*PROMPTS[prompt], family=family), call=CALLS[call])
 
 
+@pytest.mark.parametrize(
+    ("family", "prompt"), [("llava", "one image"), ("qwen3_vl", "video"), ("qwen2_5_vl", "image and video")]
+)
+def test_the_time_of_towers_is_booked(family, prompt):
+    """Also of those that run by their own modules, and of images and videos together, which no graph encodes ahead."""
+    model = tiny_model(family)
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    model.generate(**make_inputs(*PROMPTS[prompt], family=family), **GREEDY)
+    assert state.report.path == "engine"
+    assert state.report.wall_ms["vision"] > 0
+
+
 @pytest.mark.parametrize("text", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
 @pytest.mark.parametrize("family", ["llava", "internvl"])
 def test_text_models(family, text, monkeypatch):

@@ -151,36 +151,37 @@ def spanned_share(states, picks):
 
 
 def by_budget_and_rank():
-    """Every selector by a budget, and those of target layers by the rank as well; on more scenes where it is the
-    default call, or the paper's method."""
+    """Every selector by a budget, and those of target layers by the rank as well."""
     for name, make in SELECTORS.items():
         for options in ({"keep": 0.25}, {}) if make().placement != BEFORE_DECODER else ({"keep": 0.25},):
-            n_scenes = 50 if name in ("span", "sparsevlm") else 10
             kind = f"{name} by {'budget' if options else 'rank'}"
+            # Of the default selector 97 of 100 answers are the same, whatever rounds; others choose less surely.
+            least = 0.97 if name == "span" else 0.9
             yield pytest.param(
-                "cuda", torch.bfloat16, n_scenes, TASKS, {**options, "selector": name}, id=kind, marks=pytest.mark.gpu
+                "cuda", torch.bfloat16, 50, TASKS, {**options, "selector": name}, least, id=kind, marks=pytest.mark.gpu
             )
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "n_scenes", "tasks", "options"),
+    ("device", "dtype", "n_scenes", "tasks", "options", "least"),
     [
-        pytest.param("cpu", torch.float32, 1, ("number", "list", "pair"), {"keep": 0.25}, id="cpu"),
+        pytest.param("cpu", torch.float32, 1, ("number", "list", "pair"), {"keep": 0.25}, 0.97, id="cpu"),
         *by_budget_and_rank(),
     ],
 )
-def test_the_trained_model_answers_alike(device, dtype, n_scenes, tasks, options):
+def test_the_trained_model_answers_alike(device, dtype, n_scenes, tasks, options, least):
     """The engine is as near to float32 as the plain path of the same dtype, and says the same or what ties with it."""
     processor = load_processor(bundled_path(), local_files_only=True)
     exact = load_model(bundled_path(), dtype="float32", device=device)
     model = load_model(bundled_path(), dtype=str(dtype).removeprefix("torch."), device=device)
     reference, state = (apply_sparsevlm(one, **options, engine=False) for one in (exact, model))
     near = {"plain": 0, "engine": 0}
-    right = {"plain": 0, "engine": 0}
-    n_kept = n_answers = n_same = 0
-    for batch, answers in scene_batches(processor, n_scenes, 25, tasks):
+    # Of each answer: is it right, is it what float32 says.
+    right, agrees = ({"plain": [], "engine": []} for _ in range(2))
+    n_kept = n_same = 0
+    for batch, answers in scene_batches(processor, n_scenes, 50, tasks):
         inputs = batch.to(device)
-        answer(exact, inputs)
+        texts = {"exact": answer(exact, inputs)}
         wanted = kept_of(reference)
         said = answer(model, inputs)
         kept = {"plain": kept_of(state)}
@@ -192,17 +193,28 @@ def test_the_trained_model_answers_alike(device, dtype, n_scenes, tasks, options
         pad = processor.tokenizer.pad_token_id
         said, again = (torch.nn.functional.pad(one, (0, width - one.shape[1]), value=pad) for one in (said, again))
         n_kept += sum(map(len, wanted))
-        n_answers += len(answers)
         n_same += int((said == again).all(dim=1).sum())
-        for name, tokens in (("plain", said), ("engine", again)):
+        texts |= {"plain": said, "engine": again}
+        texts = {name: processor.batch_decode(tokens, skip_special_tokens=True) for name, tokens in texts.items()}
+        for name in near:
             near[name] += shared(kept[name], wanted)
-            texts = processor.batch_decode(tokens, skip_special_tokens=True)
-            right[name] += sum(text.strip() == one for text, one in zip(texts, answers, strict=True))
+            right[name] += [text.strip() == one for text, one in zip(texts[name], answers, strict=True)]
+            agrees[name] += [text == one for text, one in zip(texts[name], texts["exact"], strict=True)]
         check_ties(model, state, inputs, said, again)
-    print(f"of {n_kept} tokens that float32 keeps: {near}; of {n_answers} answers right: {right}; the same: {n_same}")
+    counts = [{name: sum(marks) for name, marks in marked.items()} for marked in (right, agrees)]
+    print(f"of {n_kept} tokens that float32 keeps: {near}; of {len(right['plain'])} answers right: {counts[0]}, ")
+    print(f"as float32's: {counts[1]}, the same: {n_same}")
     assert near["engine"] >= near["plain"] - 0.01 * n_kept
-    assert abs(right["engine"] - right["plain"]) <= 0.02 * n_answers
-    assert n_same >= 0.97 * n_answers
+    assert abs(gained(right)) <= 3
+    assert gained(agrees) >= -3
+    assert n_same >= least * len(right["plain"])
+
+
+def gained(marks):
+    """How many standard deviations more marks the engine has than the plain path (McNemar's test, unsquared)."""
+    pairs = list(zip(marks["plain"], marks["engine"], strict=True))
+    won, lost = pairs.count((False, True)), pairs.count((True, False))
+    return (won - lost) / max(won + lost, 1) ** 0.5
 
 
 def check_ties(model, state, inputs, said, again):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import types
@@ -85,7 +86,18 @@ def subclass(module):
     module.__class__ = Own
 
 
+def change_number(model, what):
+    attention, norm = (getattr(model.model.language_model.layers[1], name) for name in ("self_attn", "input_layernorm"))
+    if what == "scale of scores":
+        attention.scaling *= 4
+    elif what == "epsilon of a norm":
+        norm.variance_epsilon = 0.5
+    elif what == "window of the tower":
+        model.model.visual.window_size //= 2
+
+
 def replace(model, what):
+    change_number(model, what)
     layers, blocks = model.model.language_model.layers, model.model.visual.blocks
     if what == "attention function":
         AttentionInterface.register("halved", halved)
@@ -108,6 +120,9 @@ def replace(model, what):
     elif what == "encoding":
         own = model.model.get_image_features
         model.model.get_image_features = functools.partial(own)
+    elif what == "positions of an image":
+        own = model.model.get_vision_position_ids
+        model.model.get_vision_position_ids = lambda *args, **kwargs: own(*args, **kwargs) + 1
     elif what == "inputs of a step":
         own = model.prepare_inputs_for_generation
         model.prepare_inputs_for_generation = types.MethodType(
@@ -118,7 +133,8 @@ def replace(model, what):
 REPLACED = {
     "attention function": "plain", "attention class": "plain", "norm class": "plain", "MLP class": "plain",
     "block class": "engine", "activation of the tower": "engine", "shared queries": "engine", "gate is up": "engine",
-    "encoding": "plain", "inputs of a step": "plain",
+    "encoding": "plain", "inputs of a step": "plain", "scale of scores": "engine", "epsilon of a norm": "engine",
+    "window of the tower": "engine", "positions of an image": "plain",
 }  # fmt: skip
 
 
@@ -136,6 +152,22 @@ def test_what_was_replaced_counts(what, when):
     assert state.report.path == REPLACED[what], state.report.path_reason
     with state.options(engine=False):
         assert torch.equal(model.generate(**inputs, **GREEDY), found)
+
+
+@pytest.mark.parametrize("how", ["one", "all"])
+def test_layers_that_were_replaced_are_told_on_hooks(how):
+    model, inputs = tiny_model(), make_inputs(*BATCH)
+    decoder = model.model.language_model
+    apply_sparsevlm(model, **OPTIONS, engine=False)
+    if how == "one":
+        decoder.layers[1] = copy.deepcopy(decoder.layers[1])
+    else:
+        decoder.layers = copy.deepcopy(decoder.layers)
+    with pytest.raises(RuntimeError, match=r"layers were replaced .* Call apply_sparsevlm\(model\) again"):
+        model.generate(**inputs, **GREEDY)
+    state = apply_sparsevlm(model, **OPTIONS, engine=False)
+    model.generate(**inputs, **GREEDY)
+    assert state.report.samples[0].stages[-1].kept
 
 
 class FP8Linear(nn.Linear):
@@ -162,6 +194,31 @@ def test_a_checkpoint_that_came_quantized_is_told(how):
     remove_sparsevlm(model)
     apply_sparsevlm(model, **OPTIONS)
     assert torch.equal(model.generate(**inputs, **GREEDY), found)
+
+
+@pytest.mark.parametrize("part", ["decoder", "tower"])
+def test_weights_that_are_fetched_from_elsewhere_are_left_alone(part):
+    """As compressed-tensors does: linear layers of the usual class, with another forward and another store."""
+    model, inputs = tiny_model(), make_inputs(*PICTURE)
+    apply_sparsevlm(model, **OPTIONS)
+    wanted = model.generate(**inputs, **GREEDY)
+    remove_sparsevlm(model)
+    parts = (
+        [model.model.language_model.layers[i].mlp.up_proj for i in range(3)]
+        if part == "decoder"
+        else [block.attn.proj for block in model.model.visual.blocks]
+    )
+    for linear in parts:
+        linear.forward = functools.partial(nn.Linear.forward, linear)
+        linear._parameters = collections.UserDict(linear._parameters)
+    model.quantization_method = QuantizationMethod.COMPRESSED_TENSORS
+    places = [linear.weight.data_ptr() for linear in parts]
+    state = apply_sparsevlm(model, **OPTIONS, engine=True)
+    for _ in range(2):
+        assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+        assert [linear.weight.data_ptr() for linear in parts] == places
+    if part == "decoder":
+        assert "a Linear whose forward was replaced (quantized by compressed-tensors; the" in state.report.path_reason
 
 
 class Packed(torch.Tensor):

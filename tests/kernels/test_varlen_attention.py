@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparsevlm.kernels.attention import continued_attention, equal_attention, varlen_attention
+from sparsevlm.kernels.attention import continued_attention, equal_attention, padded_attention, varlen_attention
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -53,3 +53,13 @@ def test_the_last_rows_against_exact(lengths, dtype, device):
     bounds = [torch.tensor([0, *n], device=device).cumsum(0).to(torch.int32) for n in (n_queries, n_keys)]
     found = continued_attention(parts[0][own], *parts[1:], *bounds, (max(n_queries), max(n_keys)), 0.1)
     assert (found.double() - whole[own]).abs().max() < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(("n", "n_rows"), [(64, 64), (960, 700), (1280, 1100)])
+def test_padding_is_not_seen(n, n_rows, dtype, device):
+    generator = torch.Generator().manual_seed(n)
+    parts = [torch.randn(n, 4, 80, generator=generator).to(device, dtype) for _ in range(3)]
+    found = padded_attention(*parts, torch.tensor([n_rows], device=device), 80**-0.5)[:n_rows]
+    wanted = exact(*(x[:n_rows] for x in parts), [n_rows], 80**-0.5, False)
+    assert (found.double() - wanted).abs().max() < TOLERANCE[dtype]

@@ -51,7 +51,7 @@ def another_mlp(text):
 
 
 def another_rotation(text):
-    text.rotary_emb.rope_type = "dynamic"
+    text.rotary_emb.rope_type = "longrope"
 
 
 def part_of_the_head(text):
@@ -63,7 +63,7 @@ CHANGES = {
     another_head_norm: "a GemmaRMSNorm in the decoder in the place of a Qwen3RMSNorm",
     another_last_norm: "a GemmaRMSNorm in the decoder in the place of a Qwen3RMSNorm",
     another_mlp: "a Identity in the decoder in the place of a Qwen3MLP",
-    another_rotation: "rotary positions of type 'dynamic', whose tables depend on more than the position",
+    another_rotation: "rotary positions of type 'longrope', whose tables depend on more than the position",
     part_of_the_head: "heads of 16 numbers beside 8 that are rotated",
 }
 
@@ -118,6 +118,28 @@ def test_rotary_scaling(kind):
         assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), found)
     assert report.path == ("plain" if kind == "longrope" else "engine")
     assert ("rotary positions of type 'longrope'" in report.path_reason) == (kind == "longrope")
+
+
+@pytest.mark.parametrize("n_new", [4, 40])
+def test_rotary_positions_that_change_behind_the_length_of_training(n_new):
+    """As in InternVL 3; also where a longer call has changed them before."""
+    options = {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
+        "max_position_embeddings": 40,
+    }
+    model = tiny_model("internvl", text_options=options)
+    inputs = make_inputs(*PROMPTS["one image"], family="internvl")
+    state = apply_sparsevlm(model, **OPTIONS)
+    lengths = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False}
+    found = model.generate(**inputs, **lengths)
+    report = state.report
+    with state.options(engine=False):
+        assert torch.equal(model.generate(**inputs, **lengths), found)
+    assert report.path == ("engine" if n_new == 4 else "plain")
+    assert ("more than the 40 positions" in report.path_reason) == (n_new == 40)
+    again, short = model.generate(**inputs, max_new_tokens=4, do_sample=False), state.report
+    assert short.path == "engine"
+    assert torch.equal(again, found[:, : again.shape[1]])
 
 
 def test_biases():

@@ -119,8 +119,7 @@ class Run:
 
     def make(self, *rows, seed: int):
         """Further inputs, at the same place."""
-        made = make_inputs(*rows, seed=seed, family=self.family)
-        return {name: value.to(self.place.device) for name, value in made.items()}
+        return placed(make_inputs(*rows, seed=seed, family=self.family), self.place)
 
     def expanded(self, repeats: int) -> dict[str, torch.Tensor]:
         """The inputs of every sample ``repeats`` times."""
@@ -147,17 +146,24 @@ def build(
     ``noisy``: the dense model's own rounding, four times, is allowed where it is more than the place allows.
     """
     if place.device == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     flash_emulation.register()
     model = tiny_model(family, text_options=text_options)
     use_attention(model, attention)
     model = model.to(place.device, place.dtype)
-    inputs = {n: v.to(place.device) for n, v in make_inputs(*rows, pad=mask, seed=seed, family=family).items()}
+    inputs = placed(make_inputs(*rows, pad=mask, seed=seed, family=family), place)
     if FAMILIES[family].is_hybrid or noisy:
         use_attention(model, "sdpa" if attention == flash_emulation.NAME else attention)
         place = replace(place, tolerance=max(place.tolerance, 4 * dense_noise(model, inputs)))
         use_attention(model, attention)
+    if place.dtype != torch.float32 and getattr(model.config.get_text_config(), "num_experts_per_tok", None):
+        place = replace(place, tolerance=0.3)  # rounding sends a token to another expert now and then
     return Run(model, family, rows, inputs, apply_sparsevlm(model, **variant), attention, cache, place)
+
+
+def placed(inputs, place) -> dict[str, torch.Tensor]:
+    """Inputs on the device of a place, pixels in its dtype: not every tower casts them."""
+    return {n: v.to(place.device, place.dtype if v.is_floating_point() else v.dtype) for n, v in inputs.items()}
 
 
 def dense_noise(model, inputs) -> float:
@@ -191,9 +197,11 @@ def check_generated(run: Run, output, repeats: int = 1) -> None:
     assert_prunes(report)
     assert batch == repeats * run.batch
     inputs, start = run.expanded(repeats), run.inputs["input_ids"].shape[1] - 1
-    check_steps(run, output, run.reference_logits(inputs, output.sequences[:, :-1], all_dropped(report, batch)), start)
+    wanted = run.reference_logits(inputs, output.sequences[:, :-1], all_dropped(report, batch))
+    check_steps(run, output, wanted, start)
     dense = run.reference_logits(inputs, output.sequences[:, :-1], [{}] * batch)
-    assert relative_error(output.logits[0], dense[:, start]) > max(1e-3, run.place.tolerance)
+    near, away = (relative_error(output.logits[0], logits[:, start]) for logits in (wanted, dense))
+    assert away > max(1e-3, min(run.place.tolerance, 3 * near))
 
 
 @dataclass

@@ -39,7 +39,8 @@ def test_every_combination_of_a_possible_case_occurs(factors, together, possible
 
 def test_no_way_and_no_cache_is_lost():
     asked = {(case["way"], case["cache"]) for case in test_oracle.CASES}
-    assert asked == {(name, cache) for name, way in test_oracle.WAYS.items() for cache in way.caches}
+    crossed = {name: way for name, way in test_oracle.WAYS.items() if way.is_crossed}
+    assert asked == {(name, cache) for name, way in crossed.items() for cache in way.caches}
     every = itertools.product(test_oracle.PROMPTS, test_oracle.VARIANTS, test_oracle.ATTENTIONS)
     assert {(case["prompt"], case["variant"], case["attention"]) for case in test_oracle.CASES} == set(every)
 

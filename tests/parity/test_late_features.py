@@ -62,7 +62,7 @@ def left_out_behind_the_last(monkeypatch):
 @pytest.mark.parametrize("family", LATE)
 def test_the_reference_tells_wrong_features(family, targets, spoil, place, monkeypatch):
     spoil(monkeypatch)
-    run = build(PROMPTS["two images"], TARGETS[targets], place, family=family)
+    run = build(PROMPTS["two images"], {**TARGETS[targets], "engine": False}, place, family=family)
     output = run.model.generate(**run.inputs, **GREEDY)
     dropped = all_dropped(run.state.report, 1)
     logits = run.reference_logits(run.inputs, output.sequences[:, :-1], dropped)
@@ -72,7 +72,7 @@ def test_the_reference_tells_wrong_features(family, targets, spoil, place, monke
 @pytest.mark.parametrize("targets", ["before the decoder", "0", "1"])
 def test_the_decoder_itself_would_fail(targets, place, monkeypatch):
     monkeypatch.setattr(LateFeatures, "come_behind", lambda *given: False)
-    run = build(PROMPTS["one image"], TARGETS[targets], place, family="qwen3_vl")
+    run = build(PROMPTS["one image"], {**TARGETS[targets], "engine": False}, place, family="qwen3_vl")
     with pytest.raises((IndexError, RuntimeError), match="mask"):
         run.model.generate(**run.inputs, **GREEDY)
 

@@ -14,13 +14,14 @@ from benchmark.support_matrix import COLUMNS, REFUSED, SUPPORTED, UNKNOWN
 from runs import take_second_turn
 from ways import ATTENTIONS, TURNS, made, not_asked, not_known_to_transformers, not_run_by_family, try_case
 
-from conftest import CPU
+from places import CPU
 from toys import FAMILIES, PROMPTS, tiny_model
 
 # By mode: prompt, way of asking, cache.
 MODES = {
     "greedy": ("one image", "greedy", "dynamic"),
-    "sampling": ("one image", "several sequences", "dynamic"),
+    "sampling": ("one image", "sampling", "dynamic"),
+    "several sequences": ("one image", "several sequences", "dynamic"),
     "beams": ("one image", "beams", "dynamic"),
     "left-padded batch": ("batch, left padding", "greedy", "dynamic"),
     "two images": ("two images", "greedy", "dynamic"),

@@ -35,6 +35,12 @@ def greedy(run):
     check_generated(run, output)
 
 
+def sampling(run):
+    torch.manual_seed(3)
+    output = run.model.generate(**run.inputs, **{**GREEDY, "do_sample": True}, **run.cache_options)
+    check_generated(run, output)
+
+
 def several_sequences(run):
     torch.manual_seed(3)
     several = {"do_sample": True, "num_return_sequences": 3}
@@ -128,15 +134,19 @@ def going_on_with_its_cache(run):
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is asked, with which caches, and whether a padding mask may be left out."""
+    """How a model is asked, with which caches, whether a padding mask may be left out, and whether it meets all else:
+    one that does not differs little from another that does.
+    """
 
     ask: Callable
     caches: tuple[str, ...] = ("dynamic", "static")
     mask_may_be_absent: bool = True
+    is_crossed: bool = True
 
 
 WAYS = {
     "greedy": Way(greedy, ("dynamic", "static", "none")),
+    "sampling": Way(sampling, is_crossed=False),
     "several sequences": Way(several_sequences, ("dynamic", "static", "none")),
     "beams": Way(beams, ("dynamic", "static", "none")),
     "prompt lookup": Way(prompt_lookup, ("dynamic",)),  # older transformers guess with no other

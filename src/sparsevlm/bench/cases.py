@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
@@ -20,12 +22,12 @@ class Case:
     Attributes
     ----------
     n_visual : int
-        Visual tokens of each sample: one image.
+        Visual tokens of each sample: one image, or several where a model's images have fewer.
     batch, new_tokens : int
     n_text : int
         Tokens of each sample that are not visual.
     height : int, optional
-        Visual tokens along the height of the image; ``None``: it is a square.
+        Visual tokens along the height of the image; ``None``: it is as near to a square as up to 2 to 1 allows.
     """
 
     n_visual: int
@@ -41,9 +43,16 @@ class Case:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Visual tokens along height and width of the image."""
-        height = self.height or round(self.n_visual**0.5)
+        """Visual tokens along height and width of the image; fewer than asked for where no such image has as many."""
+        side = math.isqrt(self.n_visual)
+        exact = (h for h in range(side, 0, -1) if self.n_visual % h == 0 and self.n_visual <= 2 * h * h)
+        height = self.height or next(exact, side)
         return height, self.n_visual // height
+
+    @property
+    def of_one_image(self) -> Case:
+        """The same with as many visual tokens as one image of its grid has."""
+        return dataclasses.replace(self, n_visual=math.prod(self.grid), height=self.grid[0])
 
 
 @dataclass(frozen=True)
@@ -178,10 +187,11 @@ FULL: tuple[AnyCase, ...] = (
     MixedCase(200),
 )
 _BY_NAME = {case.name: case for case in FULL}
+_EQUAL = re.compile(r"v([1-9]\d*)-b([1-9]\d*)-n([1-9]\d*)")  # names of batches of equal requests
 
 
 def named_cases(names: tuple[str, ...] | None, *, full: bool) -> tuple[AnyCase, ...]:
-    """Returns cases by their names, or all.
+    """Returns cases by their names, or all; a batch of equal requests may have other numbers than those that exist.
 
     Raises
     ------
@@ -190,6 +200,15 @@ def named_cases(names: tuple[str, ...] | None, *, full: bool) -> tuple[AnyCase, 
     """
     if names is None:
         return FULL if full else CORE
-    if unknown := [name for name in names if name not in _BY_NAME]:
-        raise ValueError(f"there is no case {', '.join(unknown)}; there are {', '.join(_BY_NAME)}.")
-    return tuple(_BY_NAME[name] for name in names)
+    found = {name: _BY_NAME.get(name) or _equal_requests(name) for name in names}
+    if unknown := [name for name, case in found.items() if case is None]:
+        raise ValueError(
+            f"there is no case {', '.join(unknown)}; there are {', '.join(_BY_NAME)}, and any other "
+            "v<visual tokens>-b<batch>-n<new tokens>."
+        )
+    return tuple(case for case in found.values() if case is not None)
+
+
+def _equal_requests(name: str) -> Case | None:
+    numbers = _EQUAL.fullmatch(name)
+    return None if numbers is None else Case(*map(int, numbers.groups()))

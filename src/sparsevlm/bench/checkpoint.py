@@ -9,6 +9,8 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+# Models of which these files are those of a processor, and which are measured in other engines.
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl")
 # Names and ids of Qwen2.5-VL; the bench's shapes have these ids.
 SPECIAL_TOKENS = {
     "<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645, "<|vision_start|>": 151652,

@@ -13,6 +13,7 @@ from ..models import adapter_for
 from .cases import AnyCase, Case, MixedCase, PictureCase
 from .checkpoint import write_checkpoint_files
 from .estimate import Pace, estimated_seconds, in_words
+from .fitting import fitted_cases
 from .mixed import MixedMeasurement, measure_mixed, mixed_rows
 from .pictures import measure_picture
 from .providers import Provider, Setting, make_providers
@@ -105,24 +106,6 @@ class Run:
         return {**environment(self._model), **self._origin}
 
 
-def check_cases(model: Any, cases: Sequence[AnyCase], seed: int) -> None:
-    """Refuse cases of so many visual tokens where no example has as many.
-
-    Raises
-    ------
-    NotImplementedError
-    """
-    adapter = adapter_for(model)
-    for case in cases:
-        requests: Sequence[AnyCase] = case.requests(seed) if isinstance(case, MixedCase) else (case,)
-        asked = [one.n_visual for one in requests if isinstance(one, Case)]
-        if any(adapter.family.example_size(adapter, n_visual) != n_visual for n_visual in asked):
-            raise NotImplementedError(
-                f"{case.name} names a number of visual tokens, which a {adapter.name} does not make of an image of "
-                "fitting size. Measure pictures instead: --cases picture448-b1-n1,picture896-b1-n1."
-            )
-
-
 def run(
     model: Any, cases: Sequence[AnyCase], settings: Settings, origin: Row,
     on_case: Callable[[AnyCase, list[Row]], None] = lambda case, rows: None, *, checkpoint: Path | None = None,
@@ -145,17 +128,17 @@ def run(
     vllm : mapping of str to Measurement
         What vLLM took, by the name of the case.
     say : callable
-        Called with a line on the time that all cases take, and with one before each.
+        Called with a line on the time that all cases take, with one before each, and with those on what is left out.
 
     Raises
     ------
     ValueError
-        If a selector does not exist.
-    NotImplementedError
-        If a case is of so many visual tokens, and the model's family has no example of such.
+        If a selector does not exist, or a model can have none of the cases.
     """
-    check_cases(model, cases, settings.seed)
     bench = Run(model, settings, origin, checkpoint, vllm)
+    cases = fitted_cases(bench.adapter, cases, settings.seed, say, has_processor=checkpoint is not None)
+    if settings.vision_keep < 1.0 and bench.adapter.vision.program is None:
+        say(f"ours-vision: left out; the vision tower of a {bench.adapter.name} runs by its own modules")
     estimates = [bench.estimate(case) for case in cases]
     say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}")
     pace, rows = Pace(estimates), []

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 from ..models import adapter_for
 from ..request.timing import Mark
 from .providers import Inputs, Provider
+from .roofline import vision_modules
 
 
 class ArrivalTimes(BaseStreamer):
@@ -49,7 +50,7 @@ class ArrivalTimes(BaseStreamer):
 
 
 class ModuleTimes:
-    """Device times of the vision tower and of the decoder, by hooks on their modules.
+    """Device times of the vision tower, with what projects its output, and of the decoder, by hooks on their modules.
 
     Parameters
     ----------
@@ -63,7 +64,8 @@ class ModuleTimes:
         self._open: dict[str, Mark] = {}
         self._handles = []
         adapter = adapter_for(model)
-        for name, module in {"vision": adapter.vision.module, "prefill": adapter.decoder.module}.items():
+        parts = [("prefill", adapter.decoder.module), *(("vision", module) for module in vision_modules(adapter))]
+        for name, module in parts:
             self._handles.append(module.register_forward_pre_hook(self._begin(name)))
             self._handles.append(module.register_forward_hook(self._end(name)))
 

@@ -35,7 +35,7 @@ def vllm_is_installed() -> bool:
 def measure_vllm(
     folder: Path, config: Any, cases: Sequence[AnyCase], settings: Settings, *, dtype: str, is_random: bool
 ) -> dict[str, Measurement]:
-    """Measures cases; those that fail have a note.
+    """Measures cases, by their names with as many visual tokens as one image has; those that fail have a note.
 
     Parameters
     ----------
@@ -49,6 +49,7 @@ def measure_vllm(
     is_random : bool
         Whether weights are drawn at random.
     """
+    cases = [case.of_one_image if isinstance(case, Case) else case for case in cases]
     job = {
         "model": str(folder), "dtype": dtype, "random": is_random, "seed": settings.seed,
         "image_ids": [config.vision_start_token_id, config.image_token_id, config.vision_end_token_id],

@@ -35,14 +35,20 @@ def bench(
     *,
     model: Annotated[
         str,
-        typer.Option("--model", help="7b or 3b (Qwen2.5-VL's shapes, random weights), tiny, a folder, or a hub id."),
+        typer.Option(
+            "--model",
+            help="7b or 3b (Qwen2.5-VL's shapes), qwen3-vl-8b, llava-1.5-7b or internvl3-8b (all with random weights), "
+            "tiny, a folder, or a hub id.",
+        ),
     ] = "7b",
     cases: Annotated[
         str | None,
         typer.Option(
             "--cases",
             help="Such as v1024-b1-n64, picture896-b1-n1 or mixed24 (24 requests of 24 shapes, behind a warm-up that "
-            "saw none of them), with commas.",
+            "saw none of them), with commas. Where images have a few sizes, as of LLaVA and InternVL, a case is "
+            "measured, and named, by the nearest number of visual tokens that they make; where none are made in code, "
+            "only pictures are measured, by the checkpoint's processor.",
             show_default="a core of fourteen",
         ),
     ] = None,
@@ -57,7 +63,11 @@ def bench(
         ),
     ] = "sparsevlm,random",
     vision_keep: Annotated[
-        float, typer.Option("--vision-keep", help="Share that the tower computes in ours-vision; 1: leave that out.")
+        float,
+        typer.Option(
+            "--vision-keep",
+            help="Share that the tower computes in ours-vision; 1: leave that out, as where the engine runs no tower.",
+        ),
     ] = 0.5,
     seconds: Annotated[
         float, typer.Option("--seconds", help="For timed calls of each provider in a case; three are made in any case.")
@@ -68,7 +78,11 @@ def bench(
         bool, typer.Option("--static/--no-static", help="Measure transformers' compiled decoding as well (on a GPU).")
     ] = True,
     vllm: Annotated[
-        bool, typer.Option("--vllm/--no-vllm", help="Measure vLLM as well, dense, where it is installed (on a GPU).")
+        bool,
+        typer.Option(
+            "--vllm/--no-vllm",
+            help="Measure vLLM as well, dense, where it is installed (on a GPU; of Qwen2-VL and Qwen2.5-VL).",
+        ),
     ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of pixels, words, shapes and random choices.")] = 0,
     dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = "bfloat16",
@@ -83,6 +97,7 @@ def bench(
     from ..bench.rounds import NOT_TIMED, Settings
     from ..bench.rows import COLUMNS, append_rows, check_columns
     from ..bench.run import run
+    from ..bench.shapes import shape_label
     from ..evaluation.execution.provenance import commit
     from .bench_tables import print_case
 
@@ -95,7 +110,7 @@ def bench(
     quiet_transformers()
     origin = {"commit": commit(), "command": shlex.join(["sparsevlm", *sys.argv[1:]])}
     place = _Place.of(model, dtype, device, attn)
-    origin["model"] = f"{model} shape, random weights" if place.checkpoint is None else Path(model).name
+    origin["model"] = shape_label(model) if place.checkpoint is None else Path(model).name
     of_vllm = _measure_vllm(place, chosen, settings) if vllm else {}
     with progress("loading the model"):
         loaded = place.load()
@@ -164,18 +179,22 @@ def _measure_vllm(place: _Place, cases: Sequence[AnyCase], settings: Settings) -
     import torch
     from transformers import AutoConfig
 
-    from ..bench.checkpoint import write_checkpoint_files
+    from ..bench.checkpoint import MODEL_TYPES, write_checkpoint_files
     from ..bench.shapes import empty_model
     from ..bench.vllm_dense import measure_vllm, vllm_is_installed
 
     if not vllm_is_installed() or not place.device.startswith("cuda"):
         return {}
+    if is_random := place.checkpoint is None:
+        with torch.device("meta"):
+            config = empty_model(place.model, torch.bfloat16, "sdpa").config
+    else:
+        config = AutoConfig.from_pretrained(place.checkpoint, local_files_only=True, trust_remote_code=False)
+    if config.model_type not in MODEL_TYPES:
+        typer.echo(f"vllm-dense: left out; it is measured of {' and '.join(MODEL_TYPES)} only", err=True)
+        return {}
     with progress("measuring vLLM, in a process of its own"), tempfile.TemporaryDirectory() as written:
-        folder, is_random = place.checkpoint or Path(written), place.checkpoint is None
+        folder = place.checkpoint or Path(written)
         if is_random:
-            with torch.device("meta"):
-                config = empty_model(place.model, torch.bfloat16, "sdpa").config
             write_checkpoint_files(config, folder)
-        else:
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return measure_vllm(folder, config, cases, settings, dtype=place.dtype, is_random=is_random)

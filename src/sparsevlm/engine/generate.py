@@ -203,7 +203,7 @@ class Engine:
         UnsupportedByEngineError
             If it is not for the engine after all.
         """
-        self.reason = unsupported_call(prepared, generation_config, modes) or ""
+        self.reason = unsupported_call(self._adapter, prepared, generation_config, modes) or ""
         positions = prepared.get("position_ids")
         if not isinstance(positions, Tensor) or positions.ndim != (2 if self._has_one_axis else 3):
             self.reason = self.reason or f"position_ids of {getattr(positions, 'ndim', 0)} dimensions"

@@ -26,6 +26,8 @@ from .vision.tables import Grids
 logger = logging.getLogger(__name__)
 
 _MOST_POSITIONS = 16
+# Numbers of modules that programs have read.
+_READ_ONCE = ("scaling", "attention_scaling", "variance_epsilon", "eps", "window_size")
 _LEFT_BEHIND = "transformers.utils.output_capturing"
 _HOOKS, _PRE_HOOKS = operator.itemgetter("_forward_hooks"), operator.itemgetter("_forward_pre_hooks")
 
@@ -42,22 +44,30 @@ class ModelFingerprint:
         self._modules = tuple(modules)
         self._own = [vars(module) for module in self._modules]
         self._dicts = [own[name] for own in self._own for name in ("_parameters", "_modules") if own[name]]
+        self._dicts = [kept for kept in self._dicts if isinstance(kept, dict)]  # others fetch weights from elsewhere
         self._things = self._look()
         self._classes = list(map(type, self._modules))
+        named = ((own, tuple(filter(own.__contains__, _READ_ONCE))) for own in self._own)
+        self._readers = [(operator.itemgetter(*names), own) for own, names in named if names]
+        self._numbers = self._read()
         self._weights = [thing for thing in self._things if isinstance(thing, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._weights))
 
     def _look(self) -> list[Any]:
         return list(itertools.chain.from_iterable(map(dict.values, self._dicts)))
 
+    def _read(self) -> list[Any]:
+        return [reader(own) for reader, own in self._readers]
+
     def changed(self) -> bool:
-        """Tells whether weights lie elsewhere (another device or dtype, other tensors) or modules were replaced.
+        """Tells whether weights lie elsewhere (another device or dtype, other tensors), modules were replaced, or
+        numbers that programs have read are others.
 
         Weights that changed where they lie need no notice: programs read them there.
         """
         things = self._look()
         same = len(things) == len(self._things) and all(map(operator.is_, things, self._things))
-        if not same or list(map(type, self._modules)) != self._classes:
+        if not same or list(map(type, self._modules)) != self._classes or self._read() != self._numbers:
             return True
         return list(map(Tensor.data_ptr, self._weights)) != self._addresses
 

@@ -11,7 +11,7 @@ from torch.nn.modules import module as module_hooks
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..compat import GenerationSettings, cache_of, samples_or_greedy
+from ..compat import GenerationSettings, cache_of, samples_or_greedy, tensor_parallel_group
 from ..kernels.dispatch import triton_problem
 from ..models import SLIDING, ModelAdapter
 from ..request.kv_cache import PrunedDynamicLayer
@@ -24,12 +24,13 @@ _METHODS = frozenset(
     {
         "_prefill", "_sample", "_update_model_kwargs_for_generation", "compute_3d_position_ids", "forward",
         "get_image_features", "get_input_embeddings", "get_placeholder_mask", "get_rope_index", "get_video_features",
-        "prepare_inputs_for_generation",
+        "get_vision_position_ids", "prepare_inputs_for_generation",
     }
 )  # fmt: skip
 # By the names under which transformers and this library's plain path know them.
 _ATTENTIONS = ("eager", "sdpa", "flash_attention", "sparsevlm_")
 _STOCK = ("transformers.", "torch.nn.", f"{__name__.partition('.')[0]}.")
+_QUANTIZED = "transformers.integrations."  # where transformers has linear layers of other methods
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -62,8 +63,13 @@ def unsupported_arguments(
     return reason or (None if cache is None else unsupported_cache(cache))
 
 
-def unsupported_call(prepared: Mapping[str, Any], generation_config: Any, modes: Mapping[str, Any]) -> str | None:
+def unsupported_call(
+    adapter: ModelAdapter, prepared: Mapping[str, Any], generation_config: Any, modes: Mapping[str, Any]
+) -> str | None:
     """Why a call is not for the engine, by what transformers has made of it."""
+    most = adapter.decoder.most_positions
+    if most is not None and generation_config.max_length > most:
+        return f"more than the {most} positions up to which rotary positions of type 'dynamic' are the default ones"
     if not samples_or_greedy(generation_config, modes) or generation_config.prefill_chunk_size is not None:
         return _UNSUITED
     return unsupported_cache(cache_of(prepared))
@@ -86,14 +92,14 @@ def unsupported_mode(adapter: ModelAdapter) -> str | None:
         return _undescribed(adapter)
     if SLIDING in adapter.decoder.layer_types:
         return "decoder layers with a sliding window"
+    if tensor_parallel_group(adapter.model) is not None:
+        return "a tensor-parallel model: nothing of the engine waits for other ranks"
     device = adapter.decoder.embed.weight.device
     if device.type == "meta":
         return "offloaded weights"
     if torch.is_autocast_enabled(device.type):
         return "autocast"
-    if adapter.decoder.module.training:
-        return "training mode"
-    return unsupported_patches(adapter)
+    return "training mode" if adapter.decoder.module.training else unsupported_patches(adapter)
 
 
 def unsupported_patches(adapter: ModelAdapter) -> str | None:
@@ -161,10 +167,9 @@ def unsupported_tower(adapter: ModelAdapter) -> str | None:
     if (reason := _misplaced(vision.module)) is not None:
         return reason
     for block in vision.program.blocks:
-        parts = (block.module, block.attention, block.mlp, block.attention_norm, block.mlp_norm)
         linear = [module for module in block.module.modules() if isinstance(module, nn.Linear)]
         gated = None if block.gate is None else _no_silu(block.mlp.act_fn)
-        if (reason := _foreign(parts, linear) or gated) is not None:
+        if (reason := _foreign(block.module.modules(), linear) or gated) is not None:
             return reason
     return None
 
@@ -184,11 +189,13 @@ def _misplaced(module: nn.Module) -> str | None:
 def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | None:
     """A module that is not transformers' own, whose work the engine would not do."""
     for module in parts:
-        if not type(module).__module__.startswith(_STOCK):
+        if not type(module).__module__.startswith(_STOCK) or type(module).__module__.startswith(_QUANTIZED):
             return f"a {type(module).__name__}"
     for module in linear:
         if type(module) is not nn.Linear:  # an adapter can be switched, a graph of it cannot
             return f"a {type(module).__name__} in the place of a linear layer"
+        if "forward" in vars(module) or type(module._parameters) is not dict:
+            return f"a {type(module).__name__} whose forward was replaced"
         for weight in module.parameters():
             if type(weight.data) is not Tensor:
                 return f"a {type(weight.data).__name__} in the place of a weight"

@@ -6,12 +6,16 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
 from ..request.step import no_autocast
+from ..request.tensor_parallel import all_heads
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Modules of a vision tower call their attention otherwise where its name tells of flash attention: so does ours then.
 _PROBE_NAME, _FLASH_PROBE_NAME = "sparsevlm_probe", "sparsevlm_probe_flash"
@@ -84,15 +88,24 @@ class AttentionProbe:
     While armed, the module (not the shared configuration) names our function as its attention. A module looks its
     function up once per run and may call it several times (a vision block: once per image), so the first call gives
     the configuration back; every call tells the reader, and calls the attention that is in force.
+
+    Parameters
+    ----------
+    attention : nn.Module
+    reader : callable
+        Is told the queries and keys of all heads.
+    tp_group : ProcessGroup, optional
+        Ranks over which the model is tensor-parallel, each with a share of the heads.
     """
 
     _armed: ClassVar[dict[nn.Module, AttentionProbe]] = {}
 
-    def __init__(self, attention: Any, reader: Reader):
+    def __init__(self, attention: Any, reader: Reader, tp_group: ProcessGroup | None = None):
         if (left_over := self._armed.get(attention)) is not None:  # of a pass that was interrupted
             left_over.disarm()
         self.attention = attention
         self.reader = reader
+        self.tp_group = tp_group
         self._config = attention.config
         name = _FLASH_PROBE_NAME if "flash" in (self._config._attn_implementation or "") else _PROBE_NAME
         AttentionInterface.register(name, _probed_attention)
@@ -102,6 +115,28 @@ class AttentionProbe:
     def give_config_back(self) -> None:
         """Give the module its own configuration back."""
         self.attention.config = self._config
+
+    def of_all_ranks(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of all heads, where other ranks have computed some.
+
+        Raises
+        ------
+        NotImplementedError
+            If ranks have unequal shares.
+        """
+        if self.tp_group is None:
+            return query, key
+        config, n_own, n_ranks = self._config, query.shape[1], self.tp_group.size()
+        n_heads = getattr(config, "num_attention_heads", None) or getattr(config, "num_heads", None)
+        if n_own == n_heads:
+            return query, key
+        if n_own * n_ranks != n_heads:
+            raise NotImplementedError(
+                f"a {type(self.attention).__name__} of a tensor-parallel model has {n_own} heads on this rank, of "
+                f"{n_heads} on {n_ranks} ranks: equal shares are supported. Load the model over as many ranks as "
+                "divide its heads, or choose a selector that reads no attention, such as 'span' with keep."
+            )
+        return all_heads(query, self.tp_group), all_heads(key, self.tp_group)
 
     def disarm(self) -> None:
         """End the reading; harmless when done already."""
@@ -125,7 +160,8 @@ def _probed_attention(
     if module.config._attn_implementation == "sdpa":  # which leaves the cap out
         softcap = None
     with no_autocast(query.device):
-        probe.reader(AttentionInputs(query, key, attention_mask, scaling, softcap, kwargs.get("cu_seq_lens_q")))
+        read = probe.of_all_ranks(query, key)
+        probe.reader(AttentionInputs(*read, attention_mask, scaling, softcap, kwargs.get("cu_seq_lens_q")))
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)
     return attention(module, query, key, value, attention_mask, **kwargs)

@@ -88,6 +88,7 @@ def row_mask(mask: Tensor | None, rows: Tensor, *, has_padding: bool) -> Tensor 
 def _causal(alive: Tensor, rows: Tensor | None, slots: Tensor, past_len: int, q_len: int) -> Tensor:
     if rows is None:
         rows = torch.arange(q_len, device=slots.device).expand(slots.shape[0], -1)
+    rows = rows.to(slots.device)
     seen = slots[:, None, :] <= (rows + past_len)[:, :, None]
     return ((alive[:, None, :] & seen) | (rows == PAD_SLOT)[:, :, None]).unsqueeze(1)
 

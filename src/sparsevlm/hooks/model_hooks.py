@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import operator
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,6 +62,7 @@ class ModelHooks:
         self._proof: Proof | None = None
         self._is_proven = not session.adapter.family.must_be_proven
         self._handles: list[RemovableHandle] = []
+        self._layers: tuple[nn.Module, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are in no call."""
@@ -95,7 +97,8 @@ class ModelHooks:
         add(adapter.vision.module.register_forward_hook(self._after_tower, always_call=True))
         add(adapter.decoder.module.register_forward_pre_hook(self._before_text, with_kwargs=True))
         add(adapter.decoder.module.register_forward_hook(self._after_text, always_call=True))
-        for layer_idx, layer in enumerate(adapter.decoder.layers):
+        self._layers = tuple(adapter.decoder.layers)
+        for layer_idx, layer in enumerate(self._layers):
             add(layer.register_forward_pre_hook(_LayerHook(self, layer_idx), with_kwargs=True))
 
     def detach(self) -> None:
@@ -243,6 +246,8 @@ class ModelHooks:
         request = forward.request if forward is not None else None
         if forward is None or request is None:
             return None
+        if not request.drops_nothing:
+            self._check_layers(getattr(module, "layers", self._layers))
         if request.traits.needs & VISION_NEEDS and not request.drops_nothing and request.first is None:
             forward.readout.vision = self._vision_rows(forward, [sample.visual for sample in request.samples])
         positions = kwargs.get("position_ids")
@@ -280,6 +285,16 @@ class ModelHooks:
             output.last_hidden_state = output.last_hidden_state[:, -n_last:]
         self._leave(module, args, output)
         return output
+
+    def _check_layers(self, layers: Iterable[nn.Module]) -> None:
+        """Refuse layers that have no hook, which would take dropped tokens for their own."""
+        layers = tuple(layers)
+        if len(layers) != len(self._layers) or not all(map(operator.is_, layers, self._layers)):
+            replaced = [i for i, (new, old) in enumerate(zip(layers, self._layers, strict=False)) if new is not old]
+            raise RuntimeError(
+                f"decoder layers were replaced since apply_sparsevlm(model): {len(layers)} layers now, "
+                f"{len(self._layers)} then, others at {replaced}. Call apply_sparsevlm(model) again."
+            )
 
     def _after_base(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._proof is not None:

@@ -54,16 +54,17 @@ def read_target_layer(
         if last:  # apart from the text rows, which are the same numbers with it and without
             readout.last = [_rows_attention(request, b, sample.last, offset, inputs)[0] for b, sample in samples]
 
-    return AttentionProbe(attention, read)
+    return AttentionProbe(attention, read, request.tp_group)
 
 
 def _rows_attention(
     request: Request, b: int, positions: Tensor, offset: int, inputs: AttentionInputs, n_top_heads: int | None = None
 ) -> Tensor:
     """Attention of a sample's tokens at some positions to its visual tokens, (n_positions, n_visual)."""
-    rows = request.local_rows(b, positions)
-    visual_rows = request.local_rows(b, request.samples[b].positions)
     query, key, mask = inputs.query[b], inputs.key[b], inputs.mask
+    # The layer may be on another device than what it is given, which is moved inside of it.
+    rows = request.local_rows(b, positions).to(query.device)
+    visual_rows = request.local_rows(b, request.samples[b].positions).to(query.device)
     row_mask = key_mask = None
     if isinstance(mask, Tensor) and mask.ndim == 4:
         row_mask = mask[min(b, mask.shape[0] - 1), 0][rows]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..compat import tensor_parallel_group
 from ..models import Grid, Layout
 from ..request.session import Session
 from ..request.step import VisionRows
@@ -67,7 +68,7 @@ class VisionHooks:
         if needs:
             family = adapter.family
             order, patch_grids = family.reading_order(adapter, arguments), family.patch_grids(adapter, arguments)
-            probe = VisionProbe(adapter.vision, needs, order, patch_grids)
+            probe = VisionProbe(adapter.vision, needs, order, patch_grids, tensor_parallel_group(adapter.model))
         self._running = (call, probe)
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from ..models import Vision
 from ..request.step import VisionRows
 from ..selection.scoring import received_attention
 from .attention_probe import AttentionInputs, AttentionProbe
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class VisionProbe:
@@ -33,6 +36,8 @@ class VisionProbe:
     patch_grids : sequence of (h, w), optional
         Patches of each image, where the tower has them row by row: one image behind the other, or each in a row of its
         own that may be filled up behind them.
+    tp_group : ProcessGroup, optional
+        Ranks over which the model is tensor-parallel.
     """
 
     def __init__(
@@ -41,13 +46,15 @@ class VisionProbe:
         needs: frozenset[str],
         order: Tensor | None,
         patch_grids: Sequence[tuple[int, int]] | None = None,
+        tp_group: ProcessGroup | None = None,
     ):
         self._vision, self._order, self._grids = vision, order, patch_grids
         (_, middle), (_, self._last) = vision.read_blocks
         self._scored = (middle, self._last) if "vision_attention" in needs else ()
         self._received: dict[Any, list[Tensor]] = {block: [] for block in self._scored}
         self._keys: list[Tensor] | None = [] if "vision_keys" in needs else None
-        self._probes = [AttentionProbe(block, partial(self._read, block)) for block in {*self._scored, self._last}]
+        blocks = dict.fromkeys((*self._scored, self._last))  # in an order that is the same on all ranks
+        self._probes = [AttentionProbe(block, partial(self._read, block), tp_group) for block in blocks]
 
     def disarm(self) -> None:
         """Leave the tower as it was."""

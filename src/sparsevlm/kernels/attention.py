@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +21,11 @@ from .dispatch import flash_runs, use_triton
 _MORE_COLUMNS = 8
 # Logit, before scaling, of a row that is not to be seen: half precision holds it, and its exponential is 0.
 _HIDDEN = -30000.0
-_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+_OTHERS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_OTHERS]
+# cuDNN plans every new shape for 50 ms, which a few calls of so few rows never bring back.
+_FEW_ROWS = 1024
+_ORDER_OF_FEW = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, *_OTHERS]
 
 
 def varlen_attention(
@@ -108,14 +108,18 @@ def continued_attention_reference(
     return torch.cat(mixed)
 
 
-def equal_attention(query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float, causal: bool) -> Tensor:
+def equal_attention(
+    query: Tensor, key: Tensor, value: Tensor, length: int, scaling: float, causal: bool,
+    order: Sequence[SDPBackend] = _ORDER,
+) -> Tensor:  # fmt: skip
     """:func:`varlen_attention` for sequences of ``length`` rows each.
 
-    On a CUDA device, in half precision, cuDNN's attention comes first, which is the faster one there.
+    On a CUDA device, in half precision, cuDNN's attention comes first, which is the faster one there, unless another
+    ``order`` is given.
     """
     shape = (query.shape[0] // length, length)
     q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in (query, key, value))
-    with sdpa_kernel(_ORDER, set_priority=True) if query.is_cuda else contextlib.nullcontext():
+    with sdpa_kernel(list(order), set_priority=True) if query.is_cuda else contextlib.nullcontext():
         out = torch.nn.functional.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -147,7 +151,8 @@ def padded_attention(query: Tensor, key: Tensor, value: Tensor, n_rows: Tensor, 
     query[..., head_dim] = 1.0
     outside = torch.arange(n, device=query.device) >= n_rows
     key[..., head_dim] = (outside * _HIDDEN).to(key.dtype)[:, None]
-    return equal_attention(query, key, value, n, scaling, causal=False)[..., :head_dim]
+    order = _ORDER if n > _FEW_ROWS else _ORDER_OF_FEW
+    return equal_attention(query, key, value, n, scaling, causal=False, order=order)[..., :head_dim]
 
 
 def padded_attention_reference(query: Tensor, key: Tensor, value: Tensor, n_rows: Tensor, scaling: float) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..compat import unsupported_parallelism
 from .decoder import FULL, SLIDING, Decoder
+from .examples import BlankImage, blank_inputs
 from .layout import Grid, Layout, grid_coordinates
 from .tower import Vision
 
@@ -62,7 +65,8 @@ class Family:
     layer_kinds: ClassVar[frozenset[str]] = frozenset({FULL, SLIDING})
 
     def check(self, model: Any) -> None:
-        """Refuse a model of the family that cannot be pruned: with layers of another kind, or tensor-parallel.
+        """Refuse a model of the family that cannot be pruned: with layers of another kind, or spread over
+        processes by unknown means.
 
         Raises
         ------
@@ -74,10 +78,8 @@ class Family:
                 f"decoder layers of kind {min(unknown)!r} are not supported in a {type(model).__name__}: pruning "
                 f"them was not tested. Supported are {', '.join(sorted(self.layer_kinds))}."
             )
-        if getattr(model, "_tp_size", None) not in (None, 1):
-            raise NotImplementedError(
-                "tensor-parallel models are not supported: each rank would choose other tokens. Load without tp_plan."
-            )
+        if (problem := unsupported_parallelism(model)) is not None:
+            raise NotImplementedError(problem)
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
@@ -116,9 +118,23 @@ class Family:
         """
         return self.grids(adapter, kind, inputs)
 
-    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int | None:
-        """Visual tokens of the example with about ``n_visual`` of them; ``None``: the family has no examples."""
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
+        """An image of about (t, h, w) visual tokens; ``None``: the family has none that is made in code."""
         return None
+
+    def blank_images(self, adapter: ModelAdapter, grid: Grid) -> tuple[BlankImage, ...]:
+        """Images as users send them that have, together, about (t, h, w) visual tokens; empty: as above."""
+        image = self.blank_image(adapter, grid)
+        return () if image is None else (image,) * max(1, round(math.prod(grid) / image.n_visual))
+
+    def inputs_of(self, adapter: ModelAdapter, images: Sequence[BlankImage], n_text: int) -> dict[str, Tensor]:
+        """Inputs of ``generate`` with images amid ``n_text`` other tokens, as the processor makes them."""
+        return blank_inputs(adapter, images, n_text)
+
+    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
+        """Visual tokens of the example with about ``n_visual`` of them; so many where the family has no examples."""
+        image = self.blank_image(adapter, (1, 1, n_visual))
+        return n_visual if image is None else image.n_visual
 
     def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
         """Inputs of ``generate`` with one blank image of about (t, h, w) visual tokens amid ``n_text`` other tokens.
@@ -128,9 +144,12 @@ class Family:
         NotImplementedError
             If the family has none.
         """
-        raise NotImplementedError(
-            f"there are no examples for a {adapter.name}: name typical inputs of generate, as the processor makes them."
-        )
+        if (image := self.blank_image(adapter, grid)) is None:
+            raise NotImplementedError(
+                f"there are no examples for a {adapter.name}: name typical inputs of generate, as the processor makes "
+                "them."
+            )
+        return self.inputs_of(adapter, (image,), n_text)
 
     def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
         """The same from the arguments of the vision tower."""

@@ -12,6 +12,8 @@ _PLAIN = DecoderBlock()
 _WITH_HEAD_NORMS = DecoderBlock(query_norm="self_attn.q_norm", key_norm="self_attn.k_norm")
 # Rotary positions whose tables are those of the position alone, not of how long a prompt is.
 _ROPE_TYPES = frozenset({"default", "linear", "llama3", "yarn"})
+# Those that are default ones as far as a model was trained.
+_DYNAMIC = "dynamic"
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ def with_block(decoder: Decoder) -> Decoder:
     classes = _BY_FILE.get(type(decoder.module).__module__)
     if classes is None or type(decoder.module).__name__ != classes.model:
         return without_block(decoder, f"a decoder of class {type(decoder.module).__name__}, which is not described")
-    reason = _unknown_part(decoder, classes) or _other_rotation(decoder)
-    return without_block(decoder, reason) if reason else dataclasses.replace(decoder, block=classes.block)
+    if reason := _unknown_part(decoder, classes) or _other_rotation(decoder):
+        return without_block(decoder, reason)
+    most = decoder.rotary.original_max_seq_len if decoder.rotary.rope_type == _DYNAMIC else None
+    return dataclasses.replace(decoder, block=classes.block, most_positions=most)
 
 
 def without_block(decoder: Decoder, reason: str) -> Decoder:
@@ -91,7 +95,8 @@ def _part(layer: Any, path: str) -> Any:
 
 def _other_rotation(decoder: Decoder) -> str | None:
     """Rotary positions of another kind, or heads of several sizes."""
-    if (kind := getattr(decoder.rotary, "rope_type", None)) not in _ROPE_TYPES:
+    kind = getattr(decoder.rotary, "rope_type", None)
+    if kind not in _ROPE_TYPES and (kind != _DYNAMIC or decoder.n_position_axes > 1):
         return f"rotary positions of type {kind!r}, whose tables depend on more than the position"
     rotated = 2 * decoder.rotary.inv_freq.shape[0]
     sizes = {attention.head_dim for attention in decoder.attentions} | {rotated}

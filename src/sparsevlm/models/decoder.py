@@ -138,6 +138,8 @@ class Decoder:
     per_token : tuple of int
         Positional arguments of a layer, besides the hidden states at 0, that hold something for each token,
         (batch, q_len, …) or ``None``.
+    most_positions : int or None
+        Up to so many positions the rotary tables are those of the position alone; ``None``: always.
     n_shared : int
         Layers at the end that have no keys and values of their own: they attend to those of the last layer before them
         of the same kind.
@@ -157,6 +159,7 @@ class Decoder:
     experts_per_token: int = 0
     state_size: int = 0
     per_token: tuple[int, ...] = ()
+    most_positions: int | None = None
     n_shared: int = 0
 
     @functools.cached_property

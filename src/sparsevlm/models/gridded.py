@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
 from .base import Family, Modality, ModelAdapter
-from .examples import blank_prompt
+from .examples import BlankImage, blank_inputs, blank_word
 from .layout import Grid, Layout, grid_coordinates, n_tokens
 from .tower import Vision
 
@@ -34,6 +34,7 @@ class GriddedFamily(Family):
             readable=tuple((i, tower.blocks[i].attn) for i in full),
             n_blocks=len(tower.blocks),
             patches_per_token=model.config.vision_config.spatial_merge_size**2,
+            blocks=tuple(tower.blocks),
         )
 
     def modalities(self, model: Any) -> dict[str, Modality]:
@@ -49,27 +50,24 @@ class GriddedFamily(Family):
 
     layouts = grids  # an image is one grid
 
-    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int:
-        """Any number."""
-        return n_visual
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage:
+        """Of this very size."""
+        config, word = adapter.model.config, blank_word(adapter)
+        side = config.vision_config.spatial_merge_size
+        in_patches = (grid[0], grid[1] * side, grid[2] * side)
+        around = (getattr(config, f"vision_{end}_token_id", None) for end in ("start", "end"))
+        return BlankImage(
+            math.prod(grid),
+            (math.prod(in_patches), adapter.vision.module.patch_embed.proj.weight[0].numel()),
+            math.prod(in_patches),
+            size=("image_grid_thw", in_patches),
+            around=tuple(word if token is None else token for token in around),
+        )
 
-    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
-        """As the processor makes them."""
-        config, device = adapter.model.config, adapter.model.device
-        n_visual, side = math.prod(grid), config.vision_config.spatial_merge_size
-        ids, first = blank_prompt(adapter, n_visual, n_text), n_text // 4 + 1
-        for place, name in ((first - 1, "vision_start_token_id"), (first + n_visual, "vision_end_token_id")):
-            if (token := getattr(config, name, None)) is not None:
-                ids[:, place] = token
-        size = adapter.vision.module.patch_embed.proj.weight[0].numel()
-        in_patches = [grid[0], grid[1] * side, grid[2] * side]
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "mm_token_type_ids": (ids == config.image_token_id).long(),
-            "pixel_values": torch.zeros((math.prod(in_patches), size), device=device),
-            "image_grid_thw": torch.tensor([in_patches], device=device),
-        }
+    def inputs_of(self, adapter: ModelAdapter, images: Sequence[BlankImage], n_text: int) -> dict[str, Tensor]:
+        """With the kind of every token; pixels are in single precision whatever the model is in."""
+        found = blank_inputs(adapter, images, n_text, torch.float32)
+        return {**found, "mm_token_type_ids": (found["input_ids"] == adapter.model.config.image_token_id).long()}
 
     def tower_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[Grid] | None:
         """From ``grid_thw``."""

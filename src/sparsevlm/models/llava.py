@@ -68,7 +68,7 @@ class LlavaFamily(PlainFamily):
         ]
         return [_tiles(packed[:, 0], side) for packed in _packed(adapter, counts, sizes, side)]
 
-    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
         """Of the tower's size, or of that among the sizes of cut images whose tokens come near."""
         config = adapter.model.config
         side = getattr(config.vision_config, "image_size", None)
@@ -77,16 +77,17 @@ class LlavaFamily(PlainFamily):
         if not _is_cut(config):
             whole = (1, 3, side, side)
             grids = self.grids(adapter, "image", {"pixel_values": torch.empty(whole, device="meta")})
-            return None if grids is None else BlankImage(n_tokens(grids[0]), whole)
-        found = []
+            return None if grids is None else BlankImage(n_tokens(grids[0]), whole, n_tokens(grids[0]))
+        found, in_tile = [], (side // config.vision_config.patch_size) ** 2
         for height, width in config.image_grid_pinpoints:
             pixels = (1, 1 + (height // side) * (width // side), 3, side, side)
             given = {"pixel_values": torch.empty(pixels, device="meta"), "image_sizes": torch.tensor([[height, width]])}
             layouts = self.layouts(adapter, "image", given)
             if layouts is None:
                 return None
-            found.append(BlankImage(n_tokens(layouts[0]), pixels, (height, width)))
-        return min(found, key=lambda image: abs(image.n_visual - n_visual))
+            size, n_tiles = ("image_sizes", (height, width)), pixels[1]
+            found.append(BlankImage(n_tokens(layouts[0]), pixels, n_tiles * in_tile, size, n_tiles=n_tiles))
+        return min(found, key=lambda image: abs(image.n_visual - math.prod(grid)))
 
     def patch_grids(self, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> Sequence[tuple[int, int]] | None:
         """Of images that differ in size, which such a tower packs."""

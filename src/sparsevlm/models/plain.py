@@ -34,6 +34,8 @@ class PlainFamily(Family):
         End of the name of the tower's list of blocks; empty: they are not read.
     attention : str
         Where a block of the tower has its attention.
+    projector : str
+        Name of what makes visual tokens of the tower's output, in the base model.
     unreadable : str
         Why the tower's blocks are not read.
     merge : str
@@ -57,6 +59,7 @@ class PlainFamily(Family):
     tower: str = "model.vision_tower"
     blocks: str = "encoder.layers"
     attention: str = "self_attn"
+    projector: str = "multi_modal_projector"
     unreadable: str = ""
     merge: str = ""
     video_token: str = ""
@@ -91,21 +94,9 @@ class PlainFamily(Family):
             patches_per_token=self.patches_per_side(model) ** 2,
             n_prefix=int(drops_class_token(model)),
             unreadable=self.unreadable,
+            blocks=tuple(blocks),
+            projector=getattr(self.base_model(model), self.projector, None),
         )
-
-    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
-        """An image of about ``n_visual`` visual tokens; ``None``: the family has none that is made in code."""
-        return None
-
-    def example_size(self, adapter: ModelAdapter, n_visual: int) -> int | None:
-        """Visual tokens of the blank image with about so many."""
-        image = self.blank_image(adapter, n_visual)
-        return None if image is None else image.n_visual
-
-    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
-        """A blank image, where the family has one."""
-        image = self.blank_image(adapter, math.prod(grid))
-        return super().example(adapter, grid, n_text) if image is None else image.inputs(adapter, n_text)
 
     def _blocks(self, tower: nn.Module) -> list[Any]:
         if not self.blocks:
@@ -187,17 +178,18 @@ class SizedFamily(PlainFamily):
 
     in_parts: bool = True
 
-    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
         """Nearly square, no larger than the tower takes."""
         if self.encoder_inputs is None or "image_sizes" not in self.encoder_inputs:
             return None
         vision = adapter.model.config.vision_config
         unit = _first(vision.patch_size) * self.patches_per_side(adapter.model)
-        most = _first(vision.image_size) // unit
+        most, n_visual = _first(vision.image_size) // unit, math.prod(grid)
         height = min(most, max(1, math.isqrt(n_visual)))
         width = min(most, max(1, n_visual // height))
         size = (height * unit, width * unit)
-        return BlankImage(height * width, (1, 3, *size), size)
+        n_patches = height * width * self.patches_per_side(adapter.model) ** 2
+        return BlankImage(height * width, (1, 3, *size), n_patches, ("image_sizes", size))
 
     def grids(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> list[Grid] | None:
         """From the sizes."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from .base import Modality, ModelAdapter
 from .decoder import Decoder
+from .examples import BlankImage
 from .gridded import GriddedFamily
-from .layout import Grid
 from .qwen3_vl import deepstack_decoder
 
 
@@ -38,8 +39,8 @@ class OmniFamily(GriddedFamily):
         found = super().modalities(model)
         return {**found, "video": dataclasses.replace(found["video"], in_parts=True)}
 
-    def example(self, adapter: ModelAdapter, grid: Grid, n_text: int) -> dict[str, Tensor]:
+    def inputs_of(self, adapter: ModelAdapter, images: Sequence[BlankImage], n_text: int) -> dict[str, Tensor]:
         """As the processor makes them, which does not mark the tokens of images."""
-        inputs = super().example(adapter, grid, n_text)
+        inputs = super().inputs_of(adapter, images, n_text)
         del inputs["mm_token_type_ids"]
         return inputs

@@ -109,20 +109,45 @@ class CutFamily(PlainFamily):
 
 @dataclass(frozen=True)
 class TiledFamily(CutFamily):
-    """Each run of placeholders is an image of whole tiles."""
+    """Each run of placeholders is an image of whole tiles.
+
+    Attributes
+    ----------
+    most_tiles : int
+        Of one image, as its processor cuts it by default: one, or the image as a whole beside at least two; 0: any.
+    """
+
+    most_tiles: int = 0
 
     def images(self, adapter: ModelAdapter, ids: Sequence[int], runs: Sequence[Run]) -> list[tuple[int, int]]:
         """Every run."""
         return [(end - start, 0) for start, end in runs]
 
-    def blank_image(self, adapter: ModelAdapter, n_visual: int) -> BlankImage | None:
+    def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
         """Of one tile, or of as many as come near; ``None``: the engine does not run the family."""
-        tile = self.tile_grid(adapter.model)
-        if tile is None or self.encoder_inputs is None:
+        tile, tokens = self.tile(adapter.model), self.tile_grid(adapter.model)
+        if tile is None or tokens is None or self.encoder_inputs is None:
             return None
-        n_tiles = max(1, round(n_visual / math.prod(tile))) if self.is_cut else 1
+        n_tiles = max(1, round(math.prod(grid) / math.prod(tokens))) if self.is_cut else 1
         size = listed(adapter.model.config.vision_config.image_size)
-        return BlankImage(n_tiles * math.prod(tile), (n_tiles, 3, size[0], size[-1]))
+        pixels, n_patches = (n_tiles, 3, size[0], size[-1]), n_tiles * math.prod(tile)
+        return BlankImage(n_tiles * math.prod(tokens), pixels, n_patches, n_tiles=n_tiles)
+
+    def blank_images(self, adapter: ModelAdapter, grid: Grid) -> tuple[BlankImage, ...]:
+        """As few as hold the tiles, each of about as many."""
+        if not self.most_tiles or (whole := self.blank_image(adapter, grid)) is None:
+            return super().blank_images(adapter, grid)
+        per_tile = whole.n_visual // whole.n_tiles
+        found = (self.blank_image(adapter, (1, 1, n * per_tile)) for n in _even_parts(whole.n_tiles, self.most_tiles))
+        return tuple(image for image in found if image is not None)
+
+
+def _even_parts(n_tiles: int, most: int) -> list[int]:
+    """Tiles of each image: 28 of 13 at most are 10, 9 and 9; no image has two."""
+    if n_tiles == 2:
+        return [1, 1]
+    n_images = math.ceil(n_tiles / most)
+    return [n_tiles // n_images + (i < n_tiles % n_images) for i in range(n_images)]
 
 
 def runs(ids: Sequence[int], token_id: int) -> list[Run]:

@@ -88,6 +88,10 @@ class Vision:
         What the engine has to know of it; ``None``: its own modules run.
     unreadable : str
         Why ``readable`` is empty, where that is not for want of blocks with full attention.
+    blocks : tuple of nn.Module
+        All blocks, of which the output of the first ``n_blocks`` is used; empty: they are not known.
+    projector : nn.Module or None
+        What makes visual tokens of its output, where that is not part of it.
     """
 
     module: Any
@@ -97,6 +101,8 @@ class Vision:
     n_prefix: int = 0
     program: PackedTower | None = None
     unreadable: str = ""
+    blocks: tuple[Any, ...] = ()
+    projector: Any = None
 
     @property
     def read_blocks(self) -> tuple[tuple[int, Any], tuple[int, Any]]:

@@ -68,6 +68,18 @@ def compiled_parts(model: nn.Module, hooked: Iterable[Any]) -> list[str]:
     ]
 
 
+def may_have_compiled() -> bool:
+    """Tells whether torch has compiled anything in this process, or cannot say.
+
+    To forget what was compiled takes seconds on a GPU, where it imports the whole of torch's compiler.
+    """
+    frames = sys.modules.get("torch._dynamo.convert_frame")
+    if frames is None:
+        return False
+    seen = getattr(getattr(frames, "input_codes", None), "seen", None)
+    return seen is None or bool(seen)
+
+
 def _is_compiled(module: Any) -> bool:
     if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
         return True

@@ -18,6 +18,7 @@ from ..template import Template
 from .inputs import check_mask, visual_grids
 from .request import Request, Sample
 from .session import Session
+from .tensor_parallel import check_alike
 
 IntArray = npt.NDArray[np.int64]
 
@@ -47,6 +48,8 @@ def open_request(
     ------
     ValueError
         If a prompt ends in a visual token, or a budget cannot hold (with ``strict``).
+    RuntimeError
+        If the ranks of a tensor-parallel model were given different requests.
     """
     mask = torch.stack(list(masks.values())).any(dim=0)
     ids, cache = inputs.get("input_ids"), cache_of(inputs)
@@ -70,6 +73,8 @@ def open_request(
     request.begin_prompt(make_samples(session.adapter, inputs, mask, layouts, session.template, n_drafted))
     plan_samples(session.adapter, request)
     _warn(session, request)
+    if request.tp_group is not None:
+        check_alike(request, session.adapter.decoder.embed.weight.device)
     return request
 
 

@@ -22,6 +22,8 @@ from ..selection.context import Selection, Selector, SelectorTraits
 from .timing import Clock, Mark
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from .step import VisionRows
 
 
@@ -225,6 +227,8 @@ class Request:
         Bytes of visual features that are kept with the cache.
     unsettled : callable, optional
         Brings samples and records up to date with what the device has chosen, when somebody asks.
+    tp_group : ProcessGroup, optional
+        Ranks over which the model is tensor-parallel.
     serial : int
         No other request of this process has the same, not even of those that are gone.
     """
@@ -261,6 +265,7 @@ class Request:
     n_refreshed: int = 0
     kept_bytes: int = 0
     unsettled: Callable[[], None] | None = None
+    tp_group: ProcessGroup | None = None
     serial: int = field(default_factory=itertools.count().__next__)
 
     def begin_prompt(self, samples: list[Sample]) -> None:

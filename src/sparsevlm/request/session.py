@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+from ..compat import tensor_parallel_group
 from ..config import SparseVLMConfig
 from ..models import ModelAdapter
 from ..selection.context import SelectorTraits
@@ -171,7 +172,7 @@ class Session:
         past_len = 0 if cache is None else int(cache.get_seq_length())
         request = self._make_request(
             q_len, past_len, batch, logits_to_keep=logits_to_keep, copies=self.copies,
-            cache=None if cache is None else weakref.ref(cache),
+            cache=None if cache is None else weakref.ref(cache), tp_group=tensor_parallel_group(self.adapter.model),
         )  # fmt: skip
         if self.plain_reason:
             request.remark(f" ({self.plain_reason})")

@@ -16,6 +16,7 @@ from ..selection.decide import decide
 from ..selection.raters import attention_raters, embedding_raters
 from ..selection.recycle import merge_hidden_states
 from .request import Request, Sample, StageRecord
+from .tensor_parallel import choose_on_first_rank
 
 
 @dataclass(frozen=True)
@@ -153,12 +154,17 @@ def prune_step(
     ------
     ValueError, TypeError
         If a selector's answer is ill-formed, or what it judges by holds NaN.
+    RuntimeError
+        On all ranks of a tensor-parallel model but the first, where that happens on the first.
     """
     if request.first is not None:
         selections = request.selections[target]
     else:
         with no_autocast(request.samples[0].alive.device):
-            selections = _select(request, target, states, readout)
+            if request.tp_group is None:
+                selections = _select(request, target, states, readout)
+            else:
+                selections = choose_on_first_rank(request, lambda: _select(request, target, states, readout))
         request.record_selections(target, selections)
     survivors = []
     for sample, selection in zip(request.samples, selections, strict=True):
@@ -280,7 +286,7 @@ def _context(
         n_images=max(1, len(sample.image_sizes)),
         rater_attention=None if raters is None else readout.text[b][raters],
         last_attention=readout.last[b] if readout.last else None,
-        previous_hidden_states=readout.previous[b] if readout.previous else None,
+        previous_hidden_states=readout.previous[b].to(device) if readout.previous else None,
         vision_attention=vision.vision_attention,
         vision_keys=vision.vision_keys,
         **read,

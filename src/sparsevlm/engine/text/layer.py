@@ -113,7 +113,13 @@ def rotary_tables(decoder: Decoder, like: Tensor, positions: Tensor) -> tuple[Te
     -------
     cos, sin : Tensor of shape (n, head_dim)
     """
-    cos, sin = decoder.rotary(like, positions if decoder.n_position_axes == 1 else positions[:, None])
+    rotary = decoder.rotary
+    if decoder.most_positions is not None:  # the module itself would look at the positions, and wait for them
+        angles = positions[0, :, None].float() * rotary.original_inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        cos, sin = ((table * rotary.attention_scaling).to(like.dtype) for table in (angles.cos(), angles.sin()))
+        return cos, sin
+    cos, sin = rotary(like, positions if decoder.n_position_axes == 1 else positions[:, None])
     return cos[0], sin[0]
 
 
