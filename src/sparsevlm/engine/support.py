@@ -114,7 +114,7 @@ def unsupported_patches(adapter: ModelAdapter) -> str | None:
             return f"{type(adapter.model).__name__}.{name} was replaced"
     # A tower without a program runs by its own modules, whatever attention they take.
     for module in (adapter.decoder.module, *[adapter.vision.module] * (adapter.vision.program is not None)):
-        name = module.config._attn_implementation or "eager"
+        name = attention_of(module)
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         if not name.startswith(_ATTENTIONS) or (function is not None and not _is_stock(function)):
             return f"attention {name!r}"
@@ -172,6 +172,40 @@ def unsupported_tower(adapter: ModelAdapter) -> str | None:
         if (reason := _foreign(block.module.modules(), linear) or gated) is not None:
             return reason
     return None
+
+
+def unsupported_capture(adapter: ModelAdapter) -> str | None:
+    """Why the modules of a tower cannot be recorded as they are, likewise."""
+    vision, device = adapter.vision, adapter.decoder.embed.weight.device
+    if not vision.captured:
+        return f"the vision tower of a {adapter.name}, which is not described"
+    for part in vision.captured:
+        modules = list(part.module.modules())
+        if len({weight.device for weight in part.module.parameters()} | {device}) > 1:
+            return "a tower on another device"
+        linear = (module for module in modules if isinstance(module, nn.Linear))
+        if (reason := _foreign(modules, linear)) is not None:
+            return reason
+    return None
+
+
+def unsupported_captured_mode(adapter: ModelAdapter) -> str | None:
+    """Why modules of a tower cannot be recorded as they, and torch, are at present."""
+    name = attention_of(adapter.vision.module)
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    if not name.startswith(_ATTENTIONS[:-1]) or (function is not None and not _is_stock(function)):
+        return f"attention {name!r}"
+    modules = [module for part in adapter.vision.captured for module in part.module.modules()]
+    if any(module.training for module in modules):
+        return "training mode"
+    if any(vars(module).get("_compiled_call_impl") is not None for module in modules):
+        return "compiled modules"
+    return unsupported_classes(set(map(type, modules)))
+
+
+def attention_of(module: Any) -> str:
+    """Name of the attention function of a part of a model."""
+    return module.config._attn_implementation or "eager"
 
 
 def _misplaced(module: nn.Module) -> str | None:

@@ -15,10 +15,13 @@ from .blocks import with_block, without_block
 from .decoder import Decoder
 from .examples import BlankImage
 from .layout import Grid, Layout, n_tokens
-from .tower import Vision
+from .tower import CapturedModule, Vision
 
 # What is taken of the tower; other arguments of an encoder are those of images.
 _OF_TOWER = ("vision_feature_layer", "vision_feature_select_strategy")
+# Types of towers by what their work depends on: the shape of the tiles, or the sizes of the images as well.
+_OF_TILES = ("clip_vision_model", "siglip_vision_model", "internvl_vision", "idefics3_vision", "smolvlm_vision")
+_OF_SIZES = ("pixtral",)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class PlainFamily(Family):
     encoder_inputs : tuple of str or None
         Arguments of ``get_image_features`` beside the pixels, of a base model that puts what this gives in the place of
         placeholders and does no more: then the engine may take its place. ``None``: it runs on hooks.
+    captured : tuple of str
+        Where the modules are that the engine may record, from the model; see :class:`~.tower.CapturedModule`.
     """
 
     model_types: tuple[str, ...] = ()
@@ -64,6 +69,7 @@ class PlainFamily(Family):
     in_parts: bool = False
     n_position_axes: int = 1
     encoder_inputs: tuple[str, ...] | None = None
+    captured: tuple[str, ...] = ()
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
@@ -93,7 +99,14 @@ class PlainFamily(Family):
             unreadable=self.unreadable,
             blocks=tuple(blocks),
             projector=getattr(self.base_model(model), self.projector, None),
+            captured=self._captured(model, tower),
         )
+
+    def _captured(self, model: Any, tower: Any) -> tuple[CapturedModule, ...]:
+        kind = getattr(tower.config, "model_type", None)
+        if kind not in (*_OF_TILES, *_OF_SIZES):
+            return ()
+        return tuple(CapturedModule(attrgetter(path)(model), kind in _OF_TILES) for path in self.captured)
 
     def _blocks(self, tower: nn.Module) -> list[Any]:
         if not self.blocks:

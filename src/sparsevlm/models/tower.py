@@ -69,6 +69,23 @@ class PackedTower:
 
 
 @dataclass(frozen=True)
+class CapturedModule:
+    """A module between pixels and visual tokens that the engine records as it is, a program for each shape of inputs.
+
+    What it does depends on the shapes of its inputs, and on integers that the host knows, alone.
+
+    Attributes
+    ----------
+    module : nn.Module
+    in_tiles : bool
+        Whether the first dimension of all inputs and outputs counts images, or tiles, that do not see each other.
+    """
+
+    module: Any
+    in_tiles: bool
+
+
+@dataclass(frozen=True)
 class Vision:
     """The vision tower of a model.
 
@@ -92,6 +109,8 @@ class Vision:
         All blocks, of which the output of the first ``n_blocks`` is used; empty: they are not known.
     projector : nn.Module or None
         What makes visual tokens of its output, where that is not part of it.
+    captured : tuple of CapturedModule
+        Of a tower whose own modules run: those of them, and of what follows, that the engine records.
     """
 
     module: Any
@@ -103,6 +122,7 @@ class Vision:
     unreadable: str = ""
     blocks: tuple[Any, ...] = ()
     projector: Any = None
+    captured: tuple[CapturedModule, ...] = ()
 
     @property
     def read_blocks(self) -> tuple[tuple[int, Any], tuple[int, Any]]:

@@ -154,6 +154,8 @@ class VisionOutput:
         What was read of the tower, by token.
     late : tuple of Tensor of shape (n_tokens, text hidden_size)
         What the decoder adds to the output of its first layers, by layer.
+    apart : str or None
+        Why the tower's own modules ran one by one, where they could have been recorded.
     """
 
     tokens: Tensor
@@ -162,6 +164,7 @@ class VisionOutput:
     n_cached: int | None = None
     rows: VisionRows | None = None
     late: tuple[Tensor, ...] = ()
+    apart: str | None = None
 
 
 class VisionSpace:
