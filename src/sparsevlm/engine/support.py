@@ -171,6 +171,9 @@ def unsupported_tower(adapter: ModelAdapter) -> str | None:
         gated = None if block.gate is None else _no_silu(block.mlp.act_fn)
         if (reason := _foreign(block.module.modules(), linear) or gated) is not None:
             return reason
+    for merger in (vision.program.merger, *dict(vision.program.late_mergers).values()):
+        if (reason := _foreign_within(merger)) is not None:
+            return reason
     return None
 
 
@@ -180,11 +183,9 @@ def unsupported_capture(adapter: ModelAdapter) -> str | None:
     if not vision.captured:
         return f"the vision tower of a {adapter.name}, which is not described"
     for part in vision.captured:
-        modules = list(part.module.modules())
         if len({weight.device for weight in part.module.parameters()} | {device}) > 1:
             return "a tower on another device"
-        linear = (module for module in modules if isinstance(module, nn.Linear))
-        if (reason := _foreign(modules, linear)) is not None:
+        if (reason := _foreign_within(part.module)) is not None:
             return reason
     return None
 
@@ -234,6 +235,12 @@ def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | N
             if type(weight.data) is not Tensor:
                 return f"a {type(weight.data).__name__} in the place of a weight"
     return None
+
+
+def _foreign_within(module: nn.Module) -> str | None:
+    """The same of all parts of a module."""
+    modules = list(module.modules())
+    return _foreign(modules, (part for part in modules if isinstance(part, nn.Linear)))
 
 
 def _no_silu(activation: Any) -> str | None:

@@ -103,7 +103,7 @@ class PlainFamily(Family):
         )
 
     def _captured(self, model: Any, tower: Any) -> tuple[CapturedModule, ...]:
-        kind = getattr(tower.config, "model_type", None)
+        kind = getattr(getattr(tower, "config", None), "model_type", None)
         if kind not in (*_OF_TILES, *_OF_SIZES):
             return ()
         return tuple(CapturedModule(attrgetter(path)(model), kind in _OF_TILES) for path in self.captured)

@@ -48,7 +48,7 @@ class PackedTower:
     Attributes
     ----------
     projection : nn.Module
-        Embeds a patch; a convolution whose kernel is its stride, without bias.
+        Embeds a patch; a convolution whose kernel is its stride.
     rotary : nn.Module
         ``rotary(like, positions)`` gives cosines and sines.
     blocks : tuple of TowerBlock
@@ -58,6 +58,12 @@ class PackedTower:
         Patches per side that form one visual token.
     window : int or None
         Visual tokens per side of a window; ``None``: no block has windows.
+    position_table : nn.Embedding or None
+        Learned positions of a square of patches, row by row, interpolated to the size of each image, its corners on
+        the image's; ``None``: there are none.
+    late_mergers : tuple of (int, nn.Module)
+        Blocks, ascending, whose output becomes features that the decoder adds behind its first layers, and what makes
+        these of it.
     """
 
     projection: Any
@@ -66,6 +72,8 @@ class PackedTower:
     merger: Any
     side: int
     window: int | None = None
+    position_table: Any = None
+    late_mergers: tuple[tuple[int, Any], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -58,6 +58,8 @@ def encode_now(
             seen = None if grids is None else _by_program(runner, may_encode, pixels, tuple(grids), cache_bytes, needs)
             if seen is not None:
                 found.append(seen.tokens.clone())  # before the next kind is encoded
+                if seen.late:
+                    late.append(torch.stack(seen.late))
                 if seen.rows is not None:
                     read.append(seen.rows.each(lambda rows, dim: rows.clone()))
                 n_cached = seen.n_cached if seen.n_cached is None else seen.n_cached + (n_cached or 0)
