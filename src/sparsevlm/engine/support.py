@@ -190,13 +190,12 @@ def unsupported_capture(adapter: ModelAdapter) -> str | None:
     return None
 
 
-def unsupported_captured_mode(adapter: ModelAdapter) -> str | None:
-    """Why modules of a tower cannot be recorded as they, and torch, are at present."""
-    name = attention_of(adapter.vision.module)
+def unsupported_captured_mode(tower: nn.Module, modules: Iterable[nn.Module]) -> str | None:
+    """Why modules of a tower cannot be recorded, or what was recorded replayed, as they are at present."""
+    name = attention_of(tower)
     function = ALL_ATTENTION_FUNCTIONS.get(name)
     if not name.startswith(_ATTENTIONS[:-1]) or (function is not None and not _is_stock(function)):
         return f"attention {name!r}"
-    modules = [module for part in adapter.vision.captured for module in part.module.modules()]
     if any(module.training for module in modules):
         return "training mode"
     if any(vars(module).get("_compiled_call_impl") is not None for module in modules):

@@ -96,8 +96,9 @@ class CapturedTower:
     """
 
     def __init__(self, adapter: ModelAdapter, pool: GraphPool) -> None:
-        self._adapter, self._pool = adapter, pool
+        self._pool = pool
         self._parts, self._tower = adapter.vision.captured, adapter.vision.module
+        self._modules = [module for part in self._parts for module in part.module.modules()]
         self._unsupported = unsupported_capture(adapter)
         self._graphs: LRUCache[Hashable, _Program] = LRUCache(_MOST_GRAPHS)
         self._sized: LRUCache[Hashable, _Program] = LRUCache(_MOST_SIZED)
@@ -114,7 +115,7 @@ class CapturedTower:
 
     def unsupported(self) -> str | None:
         """Why the modules run one by one, as they are at present."""
-        return self._unsupported or unsupported_captured_mode(self._adapter)
+        return self._unsupported or unsupported_captured_mode(self._tower, self._modules)
 
     @contextlib.contextmanager
     def in_place(self, layers: Iterable[int] | None) -> Iterator[None]:
