@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .engine.capacities import STEPPED, capacities, row_capacity
+from .engine.vision.captured import MOST_TILES, tile_capacity
 from .models import Grid, ModelAdapter
 
 # Tokens of a request that are not visual.
@@ -92,6 +93,9 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Ru
     for patches in capacities(per_token * most_visual):
         if patches not in covered and adapter.vision.program is not None:
             sizes.add((max(1, patches // per_token), _TEXTS[0]))
+    if adapter.vision.captured and (of_a_tile := adapter.family.example_size(adapter, 1)):
+        most = min(MOST_TILES, most_visual // of_a_tile)
+        sizes |= {(min(most, tile_capacity(n)) * of_a_tile, _TEXTS[0]) for n in range(1, most + 1)}
 
     def rung(n_visual: int, n_text: int) -> Rung:
         return Rung(n_visual, lambda: adapter.family.example(adapter, _grid(n_visual), n_text))

@@ -196,7 +196,7 @@ class SizedFamily(PlainFamily):
         unit = _first(vision.patch_size) * self.patches_per_side(adapter.model)
         most, n_visual = _first(vision.image_size) // unit, math.prod(grid)
         height = min(most, max(1, math.isqrt(n_visual)))
-        width = min(most, max(1, n_visual // height))
+        width = min(most, max(2, n_visual // height))  # transformers fails with an image of one token
         size = (height * unit, width * unit)
         n_patches = height * width * self.patches_per_side(adapter.model) ** 2
         return BlankImage(height * width, (1, 3, *size), n_patches, ("image_sizes", size))

@@ -188,8 +188,8 @@ class VisionSpace:
     tower : PackedTower
     patches, integers : int
         Most of them.
-    size : int
-        Values of a patch.
+    size, width : int
+        Values of a patch, and of a visual token.
 
     Attributes
     ----------
@@ -198,10 +198,14 @@ class VisionSpace:
         What the grids bring, and what becomes of it where only some tokens are computed, see :class:`VisionInputs`.
     choice : Tensor, int64
         See :class:`~.patch_pruning.ChoiceInputs`.
+    encoded : Tensor of shape (1 + n_late, n_tokens, width)
+        Visual tokens, and what the decoder adds behind its first layers, if anything: shared by all programs, each of
+        which would hold as much by itself.
     """
 
-    def __init__(self, tower: PackedTower, patches: int, integers: int, size: int) -> None:
-        weight = tower.projection.weight
+    def __init__(self, tower: PackedTower, patches: int, integers: int, size: int, width: int) -> None:
+        weight, n_late = tower.projection.weight, len(tower.late_mergers)
+        self.encoded = weight.new_zeros((1 + n_late, patches // tower.side**2 if n_late else 0, width))
         self.patches = weight.new_zeros((patches, size))
         self.integers, self.chosen, self.choice = (
             torch.zeros(integers, dtype=torch.int64, device=weight.device) for _ in range(3)
@@ -245,7 +249,13 @@ class VisionPrograms:
             before = (0, 0) if space is None else (space.patches.shape[0], space.integers.shape[0])
             self.clear()
             patches = max(_LEAST_PATCHES, before[0], patches)
-            self._space = space = VisionSpace(self._tower, patches, max(8 * patches, before[1], 2 * integers), size)
+            self._space = space = VisionSpace(
+                self._tower,
+                patches,
+                max(8 * patches, before[1], 2 * integers),
+                size,
+                self._adapter.decoder.embed.weight.shape[1],
+            )
         return space
 
     def __call__(
@@ -308,6 +318,9 @@ class VisionPrograms:
             def run() -> _Encoded:
                 readings = VisionReadings(self._adapter, needs, given)
                 tokens, late = encode_images(tower, self._weights, shape, given, patches, readings)
+                if late:
+                    tokens, *planes = torch.stack((tokens, *late), out=space.encoded[:, : tokens.shape[0]])
+                    late = tuple(planes)
                 return tokens, late, readings.rows()
 
             return self._pool.record(run)
