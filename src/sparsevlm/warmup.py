@@ -98,7 +98,9 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Ru
         sizes |= {(min(most, tile_capacity(n)) * of_a_tile, _TEXTS[0]) for n in range(1, most + 1)}
 
     def rung(n_visual: int, n_text: int) -> Rung:
-        return Rung(n_visual, lambda: adapter.family.example(adapter, _grid(n_visual), n_text))
+        # Tiles that are recorded come in any number, whatever the shape of the image.
+        grid = (1, 1, n_visual) if adapter.vision.captured else _grid(n_visual)
+        return Rung(n_visual, lambda: adapter.family.example(adapter, grid, n_text))
 
     # Some images come in a few sizes only; of a family without examples, each request says so.
     return [rung(*size) for size in sorted({(adapter.family.example_size(adapter, n), text) for n, text in sizes})]
