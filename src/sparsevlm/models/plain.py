@@ -51,8 +51,9 @@ class PlainFamily(Family):
     encoder_inputs : tuple of str or None
         Arguments of ``get_image_features`` beside the pixels, of a base model that puts what this gives in the place of
         placeholders and does no more: then the engine may take its place. ``None``: it runs on hooks.
-    captured : tuple of str
-        Where the modules are that the engine may record, from the model; see :class:`~.tower.CapturedModule`.
+    captured : str or None
+        Part of the tower that the engine may record as it is, with the projector; empty: all of it. ``None``: nothing
+        is recorded. See :class:`~.tower.CapturedModule`.
     """
 
     model_types: tuple[str, ...] = ()
@@ -69,7 +70,7 @@ class PlainFamily(Family):
     in_parts: bool = False
     n_position_axes: int = 1
     encoder_inputs: tuple[str, ...] | None = None
-    captured: tuple[str, ...] = ()
+    captured: str | None = None
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
@@ -90,6 +91,7 @@ class PlainFamily(Family):
         counts = [index if index >= 0 else len(blocks) + 1 + index for index in listed(taken)]
         n_blocks = min(max(counts), len(blocks))
         readable = () if self.unreadable else tuple(enumerate(map(attrgetter(self.attention), blocks[:n_blocks])))
+        projector = getattr(self.base_model(model), self.projector, None)
         return Vision(
             module=tower,
             readable=readable,
@@ -98,15 +100,16 @@ class PlainFamily(Family):
             n_prefix=int(drops_class_token(model)),
             unreadable=self.unreadable,
             blocks=tuple(blocks),
-            projector=getattr(self.base_model(model), self.projector, None),
-            captured=self._captured(model, tower),
+            projector=projector,
+            captured=self._captured(tower, projector),
         )
 
-    def _captured(self, model: Any, tower: Any) -> tuple[CapturedModule, ...]:
+    def _captured(self, tower: Any, projector: Any) -> tuple[CapturedModule, ...]:
         kind = getattr(getattr(tower, "config", None), "model_type", None)
-        if kind not in (*_OF_TILES, *_OF_SIZES):
+        if self.captured is None or kind not in (*_OF_TILES, *_OF_SIZES):
             return ()
-        return tuple(CapturedModule(attrgetter(path)(model), kind in _OF_TILES) for path in self.captured)
+        part = attrgetter(self.captured)(tower) if self.captured else tower
+        return tuple(CapturedModule(module, kind in _OF_TILES) for module in (part, projector))
 
     def _blocks(self, tower: nn.Module) -> list[Any]:
         if not self.blocks:

@@ -23,7 +23,6 @@ from .wrapping import check_module, wrapper_hint
 _LAYER = ("vision_feature_layer",)
 _TAKEN = (*_LAYER, "vision_feature_select_strategy")
 _OF_TILES = (*_TAKEN, "image_sizes")
-_CAPTURED = ("model.vision_tower", "model.multi_modal_projector")
 _CUT = "the tokens of a picture in tiles are not those of the tower: margins are cut off, and large pictures scaled"
 FAMILIES: tuple[Family, ...] = (
     Qwen2VLFamily(),
@@ -35,14 +34,14 @@ FAMILIES: tuple[Family, ...] = (
         ("LlavaForConditionalGeneration",),
         in_parts=True,
         encoder_inputs=_OF_TILES,
-        captured=_CAPTURED,
+        captured="",
     ),
     LlavaFamily(
         ("llava_next",),
         ("LlavaNextForConditionalGeneration",),
         unreadable=_CUT,
         encoder_inputs=_OF_TILES,
-        captured=_CAPTURED,
+        captured="",
     ),
     LlavaFamily(
         ("llava_onevision",),
@@ -50,7 +49,7 @@ FAMILIES: tuple[Family, ...] = (
         unreadable=_CUT,
         video_token="video_token_id",
         encoder_inputs=(*_OF_TILES, "vision_aspect_ratio", "batch_num_images"),
-        captured=_CAPTURED,
+        captured="",
     ),
     TiledFamily(
         ("internvl",),
@@ -61,7 +60,7 @@ FAMILIES: tuple[Family, ...] = (
         whole="last",
         encoder_inputs=_TAKEN,
         most_tiles=13,
-        captured=_CAPTURED,
+        captured="",
     ),
     IdeficsFamily(
         ("idefics3", "smolvlm"),
@@ -72,7 +71,7 @@ FAMILIES: tuple[Family, ...] = (
         merge="scale_factor",
         unreadable="patches that only fill a tile up would count as well",
         encoder_inputs=("pixel_attention_mask",),
-        captured=("model.vision_model.encoder", "model.connector"),
+        captured="encoder",
     ),
     TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image", is_cut=False),
     Gemma4Family(
@@ -104,7 +103,7 @@ FAMILIES: tuple[Family, ...] = (
         projector="aligner",
         is_cut=False,
         encoder_inputs=(),
-        captured=("model.vision_model", "model.aligner"),
+        captured="",
     ),
     SizedFamily(
         ("mistral3",),
@@ -113,7 +112,7 @@ FAMILIES: tuple[Family, ...] = (
         attention="attention",
         merge="spatial_merge_size",
         encoder_inputs=(*_LAYER, "image_sizes"),
-        captured=_CAPTURED,
+        captured="",
     ),
     PackedFamily(  # frames of a video have the image's placeholder
         ("glm4v", "glm46v", "glm4v_moe", "glm_ocr"),
