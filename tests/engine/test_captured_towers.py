@@ -157,6 +157,8 @@ def test_exact_sizes_are_recorded_when_they_come_again(make):
     given = sized(3)
     check(model, tower, {**given, "pixel_values": given["pixel_values"] * 2})
     assert len(tower) == 6
+    for _ in range(2):  # pixels of one shape do not tell the sizes
+        check(model, tower, {**given, "image_sizes": given["image_sizes"].flip(0)})
 
 
 def test_much_work_runs_one_by_one(monkeypatch):
