@@ -329,6 +329,8 @@ class Engine:
         if prompt.kept is None and request.config.vision_keep < 1.0:
             why = self._runner.tower_unsupported and f"{self._runner.tower_unsupported}, which has no program"
             request.remark(f"; the tower computed all: {why or _ALL_COMPUTED}")
+        if seen.apart is not None:
+            request.remark(f"; the tower ran module by module: {seen.apart}")
         if request.config.image_cache:
             request.count_cached(seen.n_cached)
         return request, prompt, seen

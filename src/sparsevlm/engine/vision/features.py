@@ -17,6 +17,8 @@ from ..runner import ModelRunner
 from .program import VisionOutput
 from .tables import Grids
 
+_LAYER = "vision_feature_layer"
+
 
 def encode_now(
     call: Call,
@@ -48,6 +50,7 @@ def encode_now(
     late: list[Tensor] = []
     read: list[VisionRows] = []
     n_cached: int | None = None
+    apart: str | None = None
     for kind, layouts in call.layouts.items():
         output, modality = call.encoded(kind), adapter.modalities[kind]
         if output is None:
@@ -56,13 +59,15 @@ def encode_now(
             seen = None if grids is None else _by_program(runner, may_encode, pixels, tuple(grids), cache_bytes, needs)
             if seen is not None:
                 found.append(seen.tokens.clone())  # before the next kind is encoded
+                if seen.late:
+                    late.append(torch.stack(seen.late))
                 if seen.rows is not None:
                     read.append(seen.rows.each(lambda rows, dim: rows.clone()))
                 n_cached = seen.n_cached if seen.n_cached is None else seen.n_cached + (n_cached or 0)
                 continue
             if needs:
                 return None
-            output = _by_modules(call, adapter, kind)
+            output, apart = _by_modules(call, adapter, runner, kind)
         if needs:
             return None
         weight = adapter.decoder.embed.weight  # which may be on another device than the tower
@@ -72,16 +77,36 @@ def encode_now(
     # Of several kinds, each layer gets rows of all.
     joined = tuple(torch.cat(late, dim=1)) if late else ()
     rows = VisionRows.joined(read) if needs else None
-    return VisionOutput(torch.cat(found), n_cached=n_cached, rows=rows, late=joined)
+    return VisionOutput(torch.cat(found), n_cached=n_cached, rows=rows, late=joined, apart=apart)
 
 
-def _by_modules(call: Call, adapter: ModelAdapter, kind: str) -> Any:
-    """What the model's own modules make of the images of a kind."""
+def _by_modules(call: Call, adapter: ModelAdapter, runner: ModelRunner, kind: str) -> tuple[Any, str | None]:
+    """What the model's own modules make of the images of a kind, and why they run one by one where they do."""
     modality = adapter.modalities[kind]
     sizes = {name: call.arguments.get(name) for name in modality.size_inputs}
-    given = {name: call.arguments.get(name) for name in modality.encoder_inputs}
+    # Sizes are read on the host.
+    given = {name: call.on_host.get(name, call.arguments.get(name)) for name in modality.encoder_inputs}
     more = {name: value for name, value in given.items() if value is not None}
-    return getattr(adapter.base_model, f"get_{kind}_features")(call.visual[modality.pixels], **sizes, **more)
+    encode, pixels = getattr(adapter.base_model, f"get_{kind}_features"), call.visual[modality.pixels]
+    if not adapter.vision.captured:
+        return encode(pixels, **sizes, **more), None
+    runner.look()
+    apart = runner.foreign_tower_hook() or runner.captured.unsupported()
+    if apart is None:
+        try:
+            with runner.captured.in_place(_layers_read(adapter, more)):
+                return encode(pixels, **sizes, **more), None
+        except torch.OutOfMemoryError:
+            runner.release_memory()
+            runner.look()
+            apart = "out of memory"
+    return encode(pixels, **sizes, **more), apart
+
+
+def _layers_read(adapter: ModelAdapter, given: Mapping[str, Any]) -> list[int] | None:
+    """Hidden states of the tower that become visual tokens, counted from its embeddings on."""
+    layers = given.get(_LAYER, getattr(adapter.model.config, _LAYER, None))
+    return [layers] if isinstance(layers, int) else layers
 
 
 def _rows(of_images: Any) -> Tensor:
