@@ -10,7 +10,7 @@ from sparsevlm import apply_sparsevlm
 from sparsevlm.models import adapter_for
 from sparsevlm.request.conversation import conversation_of
 from sparsevlm.request.kept_features import rows_of
-from toys import PROMPTS, make_inputs, split_visual, tiny_model
+from toys import AUDIO, PROMPTS, make_inputs, split_visual, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [1, 3], "keep": 0.6, "turns": "refresh", "engine": False}
 GREEDY = {"max_new_tokens": 2, "do_sample": False, "suppress_tokens": [*range(80, 94)]}
@@ -148,3 +148,26 @@ def test_a_direct_call_goes_on_with_what_is_left(model, state):
     pixels = split_visual(make_inputs(IMAGE, seed=9), [IMAGE])[0]
     model.generate(**{**behind(sequences, IMAGE), **pixels}, **GREEDY, past_key_values=cache)
     assert state.report.n_refreshed == sequences.shape[1]
+
+
+def test_sound_before_a_turn_of_text_is_not_forgotten():
+    model = tiny_model("qwen2_5_omni_thinker")
+    apply_sparsevlm(model, **OPTIONS)
+    cache, heard = DynamicCache(), make_inputs(TEXT, family="qwen2_5_omni_thinker")
+    sound = {"input_features": torch.zeros(1, 16, 8), "feature_attention_mask": torch.ones(1, 8, dtype=torch.long)}
+    heard["input_ids"][0, 2:4] = AUDIO
+    sequences = model.generate(**heard, **sound, **GREEDY, past_key_values=cache)
+    sequences = model.generate(**behind(sequences, TEXT), **GREEDY, past_key_values=cache)
+    refused(model, cache, NotImplementedError, "not of sound", **behind(sequences, IMAGE))
+
+
+def test_a_cropped_cache_whose_kinds_of_tokens_are_left_out(model, state):
+    """A later call is shorter than the one before."""
+    row = [("text", 3), ("image", 4, 6), ("text", 9)]
+    cache, sequences = answered(model, [row])
+    cache.crop(-8)
+    inputs = behind(sequences[:, : cache.get_seq_length()], [("text", 2)])
+    found = model.generate(**inputs, **GREEDY, past_key_values=cache)
+    pixels = {name: value for name, value in make_inputs(row).items() if name not in TOKENS}
+    types = (inputs["input_ids"] == adapter_for(model).modalities["image"].token_id).long()
+    assert torch.equal(found, model.generate(**inputs, **pixels, mm_token_type_ids=types, **GREEDY))

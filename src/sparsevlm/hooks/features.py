@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models import Layout, ModelAdapter
-from ..request.kept_features import FeatureExchange, FeaturesTakenError, KeptFeatures, rows_of
+from ..request.feature_exchange import FeatureExchange, FeaturesTakenError
+from ..request.kept_features import KeptFeatures, rows_of
+from ..request.request import Request
 from ..request.session import Session
 from ..request.step import VisionRows
 from ..selection.context import VISION_NEEDS
 from .pruning import ForwardPass
+from .vision_hooks import VisionHooks
 
 
 def exchange_features(
@@ -21,8 +24,7 @@ def exchange_features(
     exchange: FeatureExchange,
     forward: ForwardPass,
     arguments: dict[str, Any],
-    layouts: Sequence[Sequence[Layout]],
-    read: Callable[[Sequence[Tensor]], list[VisionRows]],
+    tower: VisionHooks,
 ) -> dict[str, Any]:
     """Arguments of the decoder with features of earlier turns, if the pass has such; else its own are taken.
 
@@ -34,10 +36,7 @@ def exchange_features(
     forward : ForwardPass
     arguments : dict
         Of the decoder.
-    layouts : sequence of sequence of Layout
-        By row, of a pass that is no request.
-    read : callable
-        Readings of the vision tower by row, whose visual tokens are at given positions.
+    tower : VisionHooks
 
     Raises
     ------
@@ -49,16 +48,23 @@ def exchange_features(
         assert ids is not None  # since features were handed over
         return put_in(session.adapter, forward.kept, ids, arguments)
     if ids is not None and forward.visual_masks and (request is None or request.first is None):
-        visual = torch.stack(list(forward.visual_masks.values())).any(dim=0)
-        vision = read([row.nonzero()[:, 0] for row in visual]) if session.options.traits.needs & VISION_NEEDS else []
-        of_rows = layouts if request is None else [sample.layouts for sample in request.samples]
+        masks, traits, vision = forward.visual_masks, session.options.traits, list[VisionRows]()
+        if traits.needs & VISION_NEEDS:
+            visual = torch.stack(list(masks.values())).any(dim=0)
+            vision = tower.rows(masks, [row.nonzero()[:, 0] for row in visual], traits)
+        of_rows = forward.layouts if request is None else [sample.layouts for sample in request.samples]
         copies = 1 if exchange.only_takes else session.copies
-        exchange.taken = take(
-            session.adapter, forward.visual_masks, ids, arguments, vision, of_rows, session.given, copies
-        )
+        exchange.taken = take(session.adapter, masks, ids, arguments, vision, of_rows, session.given, copies)
     if exchange.only_takes:
         raise FeaturesTakenError
     return arguments
+
+
+def kept_readings(kept: KeptFeatures, request: Request) -> list[VisionRows]:
+    """What earlier turns have had read of the vision tower, by sample, as far as the selector needs it."""
+    needs = request.traits.needs & VISION_NEEDS
+    rows = kept.of_rows(len(request.samples))
+    return [VisionRows() if row.vision is None else row.vision.only(needs) for row in rows]
 
 
 def put_in(adapter: ModelAdapter, kept: KeptFeatures, ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any]:

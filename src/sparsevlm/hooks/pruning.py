@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..models import RECURRENT, SLIDING, ModelAdapter
+from ..models import RECURRENT, SLIDING, Layout, ModelAdapter
 from ..request.kept_features import KeptFeatures
 from ..request.kv_cache import SlotTable, adopt, first_position, next_table, stack_rows
 from ..request.request import Request
@@ -53,6 +53,8 @@ class ForwardPass:
         Tokens of the pass.
     ids : Tensor of shape (batch, q_len), int64, or None
         The same.
+    layouts : sequence of sequence of Layout
+        Of its images, by row, of a pass that is no request.
     kept : KeptFeatures or None
         Features of earlier turns, to be put in the places of their tokens.
     """
@@ -70,6 +72,7 @@ class ForwardPass:
     late: LateRows | None = None
     q_len: int = 0
     ids: Tensor | None = None
+    layouts: Sequence[Sequence[Layout]] = ()
     kept: KeptFeatures | None = None
 
     @property

@@ -88,9 +88,15 @@ def conversation_of(cache: Any) -> Conversation | None:
 
 
 def keep_conversation(
-    session: Session, cache: Any, arguments: Mapping[str, Any], features: KeptFeatures, sequences: Tensor
+    session: Session,
+    cache: Any,
+    arguments: Mapping[str, Any],
+    features: KeptFeatures,
+    sequences: Tensor,
+    *,
+    had_sound: bool = False,
 ) -> None:
-    """Keep the conversation with the cache that holds it."""
+    """Keep the conversation with the cache that holds it; ``had_sound``: earlier turns have brought sound."""
     with contextlib.suppress(NotImplementedError):  # a cache that cannot be pruned: nothing was dropped
         check_refillable(session.adapter, cache)
         place = _layer_of(cache)
@@ -102,7 +108,7 @@ def keep_conversation(
             features.at(row_idx),
             sequences if sequences.shape[0] == batch else None,
             {name: value[row_idx] for name, value in of_tokens.items()},
-            brings_sound(arguments),
+            had_sound or brings_sound(arguments),
         )
         if session.request is not None:
             session.request.count_kept(features.n_bytes)

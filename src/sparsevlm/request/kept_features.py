@@ -18,10 +18,6 @@ from .step import VisionRows
 _TIMES = ("second_per_grid_ts", "video_second_per_grid")
 
 
-class FeaturesTakenError(Exception):
-    """Ends a pass that only had to say what its images become."""
-
-
 @dataclass(frozen=True)
 class RowFeatures:
     """Images and videos of one prompt, in its order.
@@ -122,6 +118,11 @@ class KeptFeatures:
     token_ids: frozenset[int] = frozenset()
 
     @property
+    def n_tokens(self) -> int:
+        """Of all prompts."""
+        return sum(row.tokens.shape[0] for row in self.rows)
+
+    @property
     def n_bytes(self) -> int:
         """Bytes that they hold; copies of a prompt share them."""
         return sum(row.n_bytes for row in {id(row): row for row in self.rows}.values())
@@ -165,32 +166,6 @@ class KeptFeatures:
         """By row of a batch, in which every prompt may stand several times."""
         copies = batch // max(1, len(self.rows))
         return [row for row in self.rows for _ in range(copies)]
-
-
-@dataclass
-class FeatureExchange:
-    """Features that a call brings to its prompt, or takes from it.
-
-    Attributes
-    ----------
-    given : KeptFeatures, optional
-        To be put into the prompt.
-    taken : KeptFeatures, optional
-        What the prompt's own images have become.
-    only_takes : bool
-        Whether the pass ends before the decoder.
-    """
-
-    given: KeptFeatures | None = None
-    taken: KeptFeatures | None = None
-    only_takes: bool = False
-    _is_used: bool = False
-
-    def hand_over(self) -> KeptFeatures | None:
-        """What is to be put into the first pass of the call."""
-        given = None if self._is_used else self.given
-        self._is_used = True
-        return given
 
 
 def rows_of(

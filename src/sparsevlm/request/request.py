@@ -361,10 +361,22 @@ class Request:
         if remark not in self.path_reason:
             self.path_reason += remark
 
-    def count_cached(self, n_images: int | None) -> None:
-        """Note how many images were taken from those kept; ``None``: nobody looked for them."""
-        self.images_cached = n_images or 0
-        if n_images is None:
+    def note_tower(self, n_cached: int | None, apart: str | None) -> None:
+        """Note how the vision tower ran.
+
+        Parameters
+        ----------
+        n_cached : int or None
+            Images that were encoded in earlier calls; ``None``: nobody looked for them.
+        apart : str or None
+            Why its own modules ran one by one, where they could have been recorded.
+        """
+        if apart is not None:
+            self.remark(f"; the tower ran module by module: {apart}")
+        if not self.config.image_cache:
+            return
+        self.images_cached = n_cached or 0
+        if n_cached is None:
             self.remark(
                 "; image_cache was not asked: vision_keep, encoded images, a selector that looks into the tower, or a "
                 "tower by its own modules"

@@ -18,8 +18,8 @@ from ..selection.context import SelectorTraits
 from ..selection.overrides import unused_options
 from ..selection.selectors import make_selector
 from ..template import Template
+from .feature_exchange import FeatureExchange
 from .inputs import check_mask
-from .kept_features import FeatureExchange
 from .lock import GenerationLock
 from .options import Options
 from .request import Request
@@ -282,11 +282,8 @@ class Session:
             self.fail(error)
             raise
         finally:
-            self.in_generate, self.given, self.exchange = (
-                before["in_generate"],
-                {},
-                None,
-            )  # which hold pixels and caches
+            self.in_generate = before["in_generate"]
+            self.given, self.exchange = {}, None  # which hold pixels and features
             if is_nested:
                 vars(self).update(before)
 

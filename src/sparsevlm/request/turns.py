@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,23 +14,18 @@ from torch import Tensor
 from ..compat import GenerationSettings, cache_of
 from ..models import ModelAdapter
 from ..selection.context import VISION_NEEDS
-from .conversation import (
-    OF_TOKENS,
-    Conversation,
-    brings_sound,
-    check_refillable,
-    conversation_of,
-    keep_conversation,
-)
-from .kept_features import FeatureExchange, FeaturesTakenError, KeptFeatures, RowFeatures, size_names
+from .conversation import Conversation, brings_sound, check_refillable, conversation_of, keep_conversation
+from .feature_exchange import FeatureExchange, FeaturesTakenError, NewFeatures
+from .kept_features import KeptFeatures, RowFeatures
 from .kv_cache import empty_layers
+from .later_inputs import brings_images, input_ids_of, new_inputs, whole_ids, whole_inputs
 from .session import Session
 from .timing import Mark
 
 _LATER = "or run this call inside state.options(turns='first'), where it goes on with what earlier questions have left"
 
 Run = Callable[[dict[str, Any]], Any]
-Encode = Callable[[Mapping[str, Any]], KeptFeatures | None]
+Encode = Callable[[Mapping[str, Any]], NewFeatures | None]
 
 
 def converse(session: Session, arguments: dict[str, Any], encode: Encode, run: Run) -> Any:
@@ -43,7 +37,7 @@ def converse(session: Session, arguments: dict[str, Any], encode: Encode, run: R
     arguments : dict
         Of the call.
     encode : callable
-        Features of the images of a prompt by the engine; ``None``: it does not run them.
+        Encodes the images of a turn by the engine; ``None``: it does not run them.
     run : callable
         Runs a call, given its arguments.
 
@@ -61,27 +55,17 @@ def converse(session: Session, arguments: dict[str, Any], encode: Encode, run: R
     exchange = session.exchange = FeatureExchange()
     output = run(arguments)
     cache = cache_of(output) if cache is None else cache
-    ids, features = _ids(arguments), exchange.taken
-    if features is None and ids is not None and not _brings_images(session.adapter, arguments):
+    ids, features = input_ids_of(arguments), exchange.taken
+    if features is None and ids is not None and not brings_images(session.adapter, arguments):
         features = KeptFeatures((RowFeatures(torch.empty(0)),) * ids.shape[0])
     if cache is not None and features is not None:
         keep_conversation(session, cache, arguments, features, _sequences(output))
     return output
 
 
-def _ids(arguments: Mapping[str, Any]) -> Tensor | None:
-    ids = arguments.get("input_ids")
-    return arguments.get("inputs") if ids is None else ids
-
-
 def _sequences(output: Any) -> Tensor:
     found: Tensor = output["sequences"] if isinstance(output, Mapping) else output
     return found
-
-
-def _brings_images(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> bool:
-    pixels = (arguments.get(modality.pixels) for modality in adapter.modalities.values())
-    return arguments.get("mm_encoder_outputs") is not None or any(one is not None for one in pixels)
 
 
 @dataclass
@@ -120,7 +104,7 @@ class LaterTurn:
         ValueError, NotImplementedError
             If the cache does not hold what it needs.
         """
-        cache, ids = cache_of(arguments), _ids(arguments)
+        cache, ids = cache_of(arguments), input_ids_of(arguments)
         before = conversation_of(cache)
         if before is None or before.model() is not adapter.model:
             raise ValueError(
@@ -135,26 +119,27 @@ class LaterTurn:
                 f"it out, {_LATER}."
             )
         before = before.of_prompts(ids.shape[0])
-        whole = _whole(before, arguments, ids, past_len)
+        whole = whole_ids(before, arguments, ids, past_len)
         held = _held(adapter, before, whole[:, :past_len])
         return cls(arguments, past_len, before, whole, whole.shape[1] - ids.shape[1], held)
 
     def run(self, session: Session, encode: Encode, run: Run) -> Any:
         """Prefill the conversation again, with its features and those of new images; without any, go on as it is."""
         adapter, cache = session.adapter, cache_of(self.arguments)
-        brings = _brings_images(adapter, self.arguments)
+        features, new = self.features, None
         begin = end = Mark.now(self.ids.device)
-        features = self.features
-        self._check(adapter, brings)
-        if brings:
-            new = self._new_arguments(adapter)
-            features = features.followed_by(encode(new) or encode_by_modules(session, new), adapter)
-            end = Mark.now(self.ids.device)
-        arguments = self._whole_arguments(adapter, features)
-        if not any(row.tokens.shape[0] for row in features.rows):
+        self._check(adapter, brings_images(adapter, self.arguments))
+        known = (adapter, self.before, self.arguments, self.ids, self.past_len)
+        if brings_images(adapter, self.arguments):
+            inputs = new_inputs(*known)
+            new = encode(inputs) or encode_by_modules(session, inputs)
+            features, end = features.followed_by(new.features, adapter), Mark.now(self.ids.device)
+        arguments = whole_inputs(*known, features)
+        if not features.n_tokens:
             output = run(self.arguments)
-            left_out = self.ids[:, : self.n_left_out]
-            keep_conversation(session, cache, arguments, features, torch.cat([left_out, _sequences(output)], dim=1))
+            sequences = torch.cat([self.ids[:, : self.n_left_out], _sequences(output)], dim=1)
+            had_sound = self.before.has_sound
+            keep_conversation(session, cache, arguments, features, sequences, had_sound=had_sound)
             return output
         _check_features(session, features, self.ids)
         session.exchange = FeatureExchange(features)
@@ -162,8 +147,9 @@ class LaterTurn:
             output = run(arguments)
         assert session.request is not None  # since the prompt
         session.request.count_refreshed(self._n_refreshed)
-        if brings:
+        if new is not None:
             session.request.add_time("vision", begin, end)
+            session.request.note_tower(new.n_cached, new.apart)
         keep_conversation(session, cache, arguments, features, _sequences(output))
         return self._without_left_out(output)
 
@@ -190,7 +176,7 @@ class LaterTurn:
                 "new images alone: the features of earlier ones are kept."
             )
         sounds = brings_sound(self.arguments)
-        if (sounds or self.before.has_sound) and (brings or any(row.tokens.shape[0] for row in self.features.rows)):
+        if (sounds or self.before.has_sound) and (brings or self.features.n_tokens):
             raise NotImplementedError(
                 "turns='refresh' keeps features of images and videos, not of sound. Give the whole conversation anew "
                 f"without a cache, {_LATER}."
@@ -201,62 +187,6 @@ class LaterTurn:
                 f"position_ids of {positions.shape[-1]} tokens were given, and turns='refresh' prefills all "
                 f"{self.ids.shape[1]} of the conversation. Leave them out, or give those of all tokens."
             )
-
-    def _new_arguments(self, adapter: ModelAdapter) -> dict[str, Any]:
-        """Inputs of the base model for what is new alone."""
-        start, mask = self.past_len, self.arguments.get("attention_mask")
-        known = _parameters(adapter.base_model.forward) | _parameters(adapter.model.forward)
-        known -= {"use_cache", "position_ids", "labels", "logits_to_keep", "cache", "past_key_values"}
-        given = {name: value for name, value in self.arguments.items() if name in known and value is not None}
-        given |= {name: value[:, start:] for name, value in self._of_tokens(adapter).items()}
-        if isinstance(mask, Tensor):
-            given["attention_mask"] = mask[:, start:]
-        return {**given, "input_ids": self.ids[:, start:]}
-
-    def _whole_arguments(self, adapter: ModelAdapter, features: KeptFeatures) -> dict[str, Any]:
-        """The call with all tokens, and without what only the vision tower reads."""
-        left_out = {"inputs", "mm_encoder_outputs", *size_names(adapter)}
-        for kind, modality in adapter.modalities.items():
-            encoder = getattr(adapter.base_model, f"get_{kind}_features", None)
-            left_out |= {modality.pixels, *modality.encoder_inputs, *(_parameters(encoder) if encoder else ())}
-        rest = {name: value for name, value in self.arguments.items() if name not in left_out}
-        sizes = {name: value.to(self.ids.device) for name, value in features.sizes.items()}
-        return {**rest, "input_ids": self.ids, **self._of_tokens(adapter), **sizes}
-
-    def _of_tokens(self, adapter: ModelAdapter) -> dict[str, Tensor]:
-        """Arguments that say something of every token, for all of them."""
-        found: dict[str, Tensor] = {}
-        for name in OF_TOKENS:
-            given, before = self.arguments.get(name), self.before.of_tokens.get(name)
-            if given is None and before is None:
-                continue
-            if given is not None and given.shape[1] == self.ids.shape[1]:
-                found[name] = given
-                continue
-            made = _token_types(adapter, self.ids, before)
-            if before is not None:
-                n = min(before.shape[1], self.past_len)
-                made[:, :n], made[:, n : self.past_len] = before[:, :n].to(made), 0
-            if given is not None:
-                made[:, made.shape[1] - given.shape[1] :] = given
-            found[name] = made
-        return found
-
-
-def _whole(before: Conversation, arguments: Mapping[str, Any], ids: Tensor, past_len: int) -> Tensor:
-    """All tokens of a conversation, where a call may leave out those in the cache."""
-    mask = arguments.get("attention_mask")
-    length = ids.shape[1] if mask is None else mask.shape[1]
-    if length == ids.shape[1] and length > past_len:
-        return ids
-    known = 0 if before.ids is None else before.ids.shape[1]
-    if length != past_len + ids.shape[1] or known < past_len:
-        raise ValueError(
-            f"{ids.shape[1]} tokens and an attention_mask for {length} were given on a cache of {past_len}, of which "
-            f"{known} are known. For turns='refresh' pass all tokens of the conversation and a mask for all of them."
-        )
-    assert before.ids is not None  # since some are known
-    return torch.cat([before.ids[:, :past_len].to(ids), ids], dim=1)
 
 
 def _held(adapter: ModelAdapter, before: Conversation, ids: Tensor) -> KeptFeatures:
@@ -275,16 +205,6 @@ def _held(adapter: ModelAdapter, before: Conversation, ids: Tensor) -> KeptFeatu
     return dataclasses.replace(kept, rows=tuple(rows))
 
 
-def _token_types(adapter: ModelAdapter, ids: Tensor, before: Tensor | None) -> Tensor:
-    """Kinds of tokens as earlier turns have told them, or as processors do: 1 for images, 2 for videos."""
-    made = torch.zeros_like(ids)
-    for number, modality in enumerate(adapter.modalities.values(), 1):
-        places = ids == modality.token_id
-        told = None if before is None else before[places[:, : before.shape[1]]]
-        made[places] = number if told is None or not told.numel() else int(told[0])
-    return made
-
-
 def _check_features(session: Session, features: KeptFeatures, ids: Tensor) -> None:
     """Refuse features that do not fit a conversation or the selector."""
     counts, needs = features.places(ids).sum(dim=1).tolist(), session.options.traits.needs & VISION_NEEDS
@@ -301,17 +221,13 @@ def _check_features(session: Session, features: KeptFeatures, ids: Tensor) -> No
             )
 
 
-def _parameters(function: Any) -> set[str]:
-    return set(inspect.signature(function).parameters) - {"self", "kwargs", "return_dict"}
-
-
-def encode_by_modules(session: Session, arguments: Mapping[str, Any]) -> KeptFeatures:
-    """Features of the images of a prompt by the model's own modules, as far as its decoder.
+def encode_by_modules(session: Session, arguments: Mapping[str, Any]) -> NewFeatures:
+    """Encode the images of a turn by the model's own modules, as far as its decoder.
 
     Raises
     ------
     ValueError
-        If the images are not those of the prompt.
+        If the images are not those of its tokens.
     """
     exchange = session.exchange = FeatureExchange(only_takes=True)
     given, session.given = session.given, arguments
@@ -326,7 +242,7 @@ def encode_by_modules(session: Session, arguments: Mapping[str, Any]) -> KeptFea
     finally:
         session.exchange, session.given = None, given
     assert exchange.taken is not None  # since the decoder was called
-    return exchange.taken
+    return NewFeatures(exchange.taken)
 
 
 @contextlib.contextmanager

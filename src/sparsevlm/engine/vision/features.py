@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ...models import Layout, ModelAdapter
+from ...request.feature_exchange import NewFeatures
+from ...request.inputs import visual_grids
 from ...request.kept_features import KeptFeatures, rows_of
 from ...request.step import VisionRows
 from ..call import Call, Prompt
@@ -134,12 +136,42 @@ def _by_program(
         return None
 
 
-def handed_over(kept: KeptFeatures, prompt: Prompt, copies: int, needs: frozenset[str]) -> VisionOutput | None:
-    """Features of earlier turns in the tower's order, images before videos; ``None``: they do not fit the prompt.
+def encode_before(
+    arguments: Mapping[str, Any],
+    adapter: ModelAdapter,
+    runner: ModelRunner,
+    may_encode: Callable[[], bool],
+    cache_bytes: int,
+    needs: frozenset[str],
+) -> NewFeatures | None:
+    """Encode the images of a turn before its prompt; ``None``: they do not fit it, or see :func:`encode_now`.
+
+    Parameters
+    ----------
+    arguments : mapping
+        What belongs to the tokens of the turn.
+    adapter, runner, may_encode, cache_bytes, needs
+        See :func:`encode_now`.
+    """
+    call = Call.of(adapter, arguments, 1)
+    if call.misfit(adapter) is not None:
+        return None
+    seen = encode_now(call, adapter, runner, may_encode, cache_bytes, needs)
+    prompt = Prompt.of(adapter, call.ids, torch.empty(0), call.layouts)
+    if seen is None or seen.tokens.shape[0] != prompt.n_features:
+        return None
+    layouts = visual_grids(adapter, call.layouts, call.ids)
+    features = taken(adapter, prompt, 1, seen, [*call.layouts], layouts, arguments)
+    return NewFeatures(features, seen.n_cached, seen.apart)
+
+
+def handed_over(kept: KeptFeatures, prompt: Prompt, copies: int, needs: frozenset[str]) -> VisionOutput:
+    """Features of earlier turns in the tower's order, images before videos.
 
     Parameters
     ----------
     kept : KeptFeatures
+        As many as the prompt has placeholders.
     prompt : Prompt
         Its rows in groups of ``copies``.
     copies : int
@@ -148,8 +180,6 @@ def handed_over(kept: KeptFeatures, prompt: Prompt, copies: int, needs: frozense
     """
     places = torch.cat([own[own >= 0] for own in prompt.feature_rows[::copies]])
     tokens = torch.cat([row.tokens for row in kept.rows])
-    if places.shape[0] != tokens.shape[0]:
-        return None
     order = torch.empty_like(places)
     order[places] = torch.arange(places.shape[0])
     order, brought = order.to(tokens.device), [row for row in kept.rows if row.tokens.shape[0]]
