@@ -163,7 +163,7 @@ def rows_of(found: Sequence[Asked], **columns: str) -> list[Row]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Asks under all settings, and appends the rows of each."""
-    parser = argparse.ArgumentParser(prog="python -m benchmark.bench_turns")
+    parser = argparse.ArgumentParser(prog="python -m benchmark.bench_turns", allow_abbrev=False)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--n", type=int, default=225, help="conversations, a multiple of the nine tasks at best")
     parser.add_argument("--selectors", nargs="+", default=[DENSE, *SELECTORS], help="of these alone")
@@ -172,13 +172,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_columns(given.append_to, COLUMNS)
     dtype = "bfloat16" if given.device.startswith("cuda") else "float32"
     model, processor = load_model(bundled_path(), dtype=dtype, device=given.device), load_processor(bundled_path())
-    command = shlex.join(["python", "-m", "benchmark.bench_turns", *(sys.argv[1:] if arguments is None else arguments)])
+    command = command_of(sys.argv[1:] if arguments is None else arguments)
     shared = {**device_and_versions(model.device), "dtype": dtype, "commit": commit(), "command": command}
     for selector in given.selectors:
         for turns in (ALONE, DENSE) if selector == DENSE else (ALONE, *TURNS):
             rows = measured(model, processor, given.n, selector, turns)
             append_rows(given.append_to, [{**dict.fromkeys(COLUMNS, ""), **row, **shared} for row in rows])
             print(selector, turns, rows[-1].get("accuracy", rows[-1].get("note")), flush=True)
+
+
+def command_of(arguments: Sequence[str]) -> str:
+    """The command that gives the same rows again, wherever these were appended to."""
+    place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    place.add_argument("--append-to")
+    return shlex.join(["python", "-m", "benchmark.bench_turns", *place.parse_known_args(arguments)[1]])
 
 
 def measured(model: Any, processor: Any, n: int, selector: str, turns: str) -> list[Row]:

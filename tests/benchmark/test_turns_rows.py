@@ -32,7 +32,15 @@ def test_stored_rows_say_where_they_come_from(turns):
         assert row["commit"] not in ("", "unknown")
         assert "dirty" not in row["commit"]
         assert row["command"].startswith("python -m benchmark.bench_turns")
+        assert "--append-to" not in row["command"]
         assert row["task"] != "average" or row["note"] or int(row["n"]) >= 200
+
+
+def test_a_command_is_that_of_its_rows(turns):
+    for own in ([], ["--n", "45", "--selectors", "span", "sparsevlm"]):
+        wanted = " ".join(["python -m benchmark.bench_turns", *own])
+        for place in ([], ["--append-to", "elsewhere.csv"], ["--append-to=elsewhere.csv"]):
+            assert turns[0].command_of([*place, *own]) == turns[0].command_of([*own, *place]) == wanted
 
 
 def test_the_table_is_of_the_last_runs(turns):

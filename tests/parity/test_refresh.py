@@ -170,13 +170,14 @@ def test_chosen_rows(engine):
 
 
 @pytest.mark.parametrize("is_static", [True, False])
-def test_caches_that_are_handed_over(is_static):
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_5", "minicpmv4_6"])
+def test_caches_that_are_handed_over(family, is_static):
     def new_cache():
-        config = tiny_model().config.get_text_config()
-        return StaticCache(config=config, max_cache_len=100) if is_static else DynamicCache()
+        config = tiny_model(family).config.get_text_config()
+        return StaticCache(config=config, max_cache_len=100) if is_static else DynamicCache(config=config)
 
     cache = new_cache()
-    chat, found = begun(more={"past_key_values": cache})
+    chat, found = begun(family, more={"past_key_values": cache})
     assert found is cache
     for seed in (9, 10):
         chat.add([TURNS["text"]], seed)
