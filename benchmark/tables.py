@@ -33,7 +33,7 @@ from benchmark.e2e_rows import (
     selectors_table,
 )
 from benchmark.ready_rows import read_ready, ready_table
-from benchmark.turns_rows import read_turns, turns_table
+from benchmark.turns_rows import read_turns, turns_figure, turns_table
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
@@ -47,7 +47,7 @@ _BLOCK = re.compile(
     r".*?(<!-- end of (?P=kind) -->\n)",
     re.DOTALL,
 )
-_FIGURE = re.compile(r"(<!-- (?P<kind>accuracy|e2e) figure: (?P<filter>[^>]*?) -->)[^<]*(<!-- end -->)")
+_FIGURE = re.compile(r"(<!-- (?P<kind>accuracy|e2e|turns) figure: (?P<filter>[^>]*?) -->)[^<]*(<!-- end -->)")
 _AVERAGE = "average"
 _UNKNOWN = "–"
 
@@ -199,6 +199,8 @@ def with_tables(text: str) -> str:
     def sentence(match: re.Match[str]) -> str:
         if match["kind"] == "accuracy":
             return match[1] + accuracy_figure(chosen(accuracy, match["filter"])) + match[4]
+        if match["kind"] == "turns":
+            return match[1] + turns_figure(chosen(others["turns"][1], match["filter"])) + match[4]
         return match[1] + figure(chosen_calls(whole_calls, match["filter"])) + match[4]
 
     return _FIGURE.sub(sentence, _BLOCK.sub(table, text))

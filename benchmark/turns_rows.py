@@ -16,12 +16,9 @@ def read_turns() -> list[StoredRow]:
 
 def turns_table(rows: list[StoredRow]) -> str:
     """Makes a Markdown table of each setting's last run at the newest commit: the score of second questions."""
-    rows = of_newest_commit(rows)
+    rows = _last_runs(rows)
     if not rows:
         return "No rows yet: `python -m benchmark.bench_turns` adds them.\n"
-    rows = sorted(rows, key=lambda row: row["timestamp"])
-    last = {_setting(row): row["timestamp"] for row in rows}
-    rows = [row for row in rows if row["timestamp"] == last[_setting(row)]]
     tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task != _AVERAGE]
     lines = [
         f"| selector | keep | turns | second question | first one | prefilled again | features | {' | '.join(tasks)} |",
@@ -54,6 +51,27 @@ def turns_table(rows: list[StoredRow]) -> str:
         "benchmark/results."
     )
     return "\n".join([*lines, "", caption]) + "\n"
+
+
+def turns_figure(rows: list[StoredRow]) -> str:
+    """Formats the score of one setting's second questions in percent, for a sentence.
+
+    Raises
+    ------
+    ValueError
+        If there is another number of rows than one.
+    """
+    rows = _last_runs(rows)
+    if len(rows) != 1:
+        raise ValueError(f"a figure needs one stored row, its filter finds {len(rows)}")
+    return _percent(rows[0]["accuracy"])
+
+
+def _last_runs(rows: list[StoredRow]) -> list[StoredRow]:
+    """Rows of the newest commit, and of each setting's last run."""
+    rows = sorted(of_newest_commit(rows), key=lambda row: row["timestamp"])
+    last = {_setting(row): row["timestamp"] for row in rows}
+    return [row for row in rows if row["timestamp"] == last[_setting(row)]]
 
 
 def _setting(row: StoredRow) -> tuple[str, str, str]:

@@ -58,3 +58,11 @@ def test_the_table_is_of_the_last_runs(turns):
     assert lines[3] == "| sparsevlm | 0.25 | agnostic | no | – | – | – | – |"
     assert "n = 4 second questions" in lines[-1]
     assert rows_module.turns_table([]).startswith("No rows yet")
+
+
+def test_a_figure_is_of_the_last_run(turns):
+    row = {"selector": "span", "keep": "0.25", "turns": "refresh", "task": "average", "commit": "c", "timestamp": "2"}
+    rows = [{**row, "accuracy": "0.123", "timestamp": "1"}, {**row, "accuracy": "0.9956"}]
+    assert turns[1].turns_figure(rows) == "99.6"
+    with pytest.raises(ValueError, match="a figure needs one stored row, its filter finds 2"):
+        turns[1].turns_figure([*rows, {**rows[1], "task": "box"}])
