@@ -12,8 +12,9 @@ A table of these shows one commit: of the rows that its filter lets through thos
 and of these every case's last run. Older rows stay in the file and are shown nowhere; a filter ``commit=...`` names
 other ones. So measure all cases at one commit, whose name ``SPARSEVLM_COMMIT`` sets where git is not there.
 
-A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds) or ``<!-- accuracy figure: FILTER
--->`` (retained percent) and ``<!-- end -->``; its filter finds one row.
+A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds), ``<!-- accuracy figure: FILTER
+-->`` (retained percent) or ``<!-- turns figure: FILTER -->`` (percent answered right) and ``<!-- end -->``; its filter
+finds one row.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from chats import TURNS, begun
+from sparsevlm.engine import generate
 from sparsevlm.engine.vision.captured import _Program
 from sparsevlm.engine.vision.program import VisionPrograms
 from toys import FAMILIES, ON_ENGINE, make_inputs
@@ -101,9 +102,12 @@ def test_kept_features_outlive_the_memory_of_programs(family):
 
 
 def test_out_of_memory_while_a_new_image_is_encoded(monkeypatch):
-    def fails(self, *args):
+    def fails(*args):
         raise torch.OutOfMemoryError
 
     chat, cache = begun("llava", engine=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(generate, "encode_before", fails)
+        assert asked(chat, cache, "image").path_reason == "packed samples"  # of the prompt; the image by the modules
     monkeypatch.setattr(_Program, "__call__", fails)
     assert "; the tower ran module by module: out of memory" in asked(chat, cache, "image").path_reason

@@ -154,17 +154,21 @@ class Engine:
         Returns
         -------
         NewFeatures or None
-            ``None``: the engine is not in force, or does not run the model or the call.
+            ``None``: the engine is not in force, does not run the model or the call, or memory is short.
         """
         if not self._session.wants_engine or unsupported_mode(self._adapter) is not None:
             return None
         options = self._session.options
         needs, cache_bytes = options.traits.needs & VISION_NEEDS, options.config.image_cache
-        with self._runner.open():
-            self._runner.look()
-            if self._runner.unsupported() is not None:
-                return None
-            return encode_before(arguments, self._adapter, self._runner, self._may_encode, cache_bytes, needs)
+        try:
+            with self._runner.open():
+                self._runner.look()
+                if self._runner.unsupported() is not None:
+                    return None
+                return encode_before(arguments, self._adapter, self._runner, self._may_encode, cache_bytes, needs)
+        except torch.OutOfMemoryError:
+            self._release_memory()
+            return None
 
     def _release_memory(self) -> None:
         with self._runner.open():
