@@ -75,7 +75,7 @@ def tower(bench: Bench, model: Any, adapter: ModelAdapter, weights: FusedWeights
         theirs = partial(vision, grid_thw=torch.tensor(grids, device=bench.device))
         ours = partial(encode_images, program, weights, capacities, given, readings=readings)
         n_tokens = n // program.side**2
-        _check_equal(theirs(*sets[0]).pooler_output, ours(*padded[0])[:n_tokens], bench.dtype)
+        _check_equal(theirs(*sets[0]).pooler_output, ours(*padded[0])[0][:n_tokens], bench.dtype)
         shape, work = f"{what}, {n} patches, {adapter.vision.n_blocks} blocks", Work(2 * n * n_weights)
         bench.time("vision tower", shape, "transformers", theirs, sets, graph=False, work=work)
         note = f"{100 * (1 - n / capacities.patches):.1f} % of its patches fill up"

@@ -5,15 +5,16 @@ names columns of ``results/accuracy.csv`` and the values that its rows must have
 ``suite=demo target_layers=default keep=0.5,0.25``; a value that ends in ``*`` stands for all that begin so, and ``or``
 stands between filters of which one must hold. With ``e2e``, ``models``, ``selectors``, ``mixed`` or ``pictures`` in
 the place of ``accuracy`` the table is one of ``results/e2e.csv``, with ``memory`` one of the bytes in it, with
-``ready`` one of ``results/ready.csv``. Of ``results/e2e.csv`` rows of the 7b shape are shown, but where a filter names
-``model``.
+``ready`` one of ``results/ready.csv``, with ``turns`` one of ``results/turns.csv``. Of ``results/e2e.csv`` rows of the
+7b shape are shown, but where a filter names ``model``.
 
 A table of these shows one commit: of the rows that its filter lets through those of the commit that was measured last,
 and of these every case's last run. Older rows stay in the file and are shown nowhere; a filter ``commit=...`` names
 other ones. So measure all cases at one commit, whose name ``SPARSEVLM_COMMIT`` sets where git is not there.
 
-A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds) or ``<!-- accuracy figure: FILTER
--->`` (retained percent) and ``<!-- end -->``; its filter finds one row.
+A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds), ``<!-- accuracy figure: FILTER
+-->`` (retained percent) or ``<!-- turns figure: FILTER -->`` (percent answered right) and ``<!-- end -->``; its filter
+finds one row.
 """
 
 from __future__ import annotations
@@ -33,20 +34,21 @@ from benchmark.e2e_rows import (
     selectors_table,
 )
 from benchmark.ready_rows import read_ready, ready_table
+from benchmark.turns_rows import read_turns, turns_figure, turns_table
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory")
+_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>accuracy|e2e|memory|mixed|models|pictures|ready|selectors):(?P<filter>.*?) -->\n)"
+    r"(<!-- (?P<kind>accuracy|e2e|memory|mixed|models|pictures|ready|selectors|turns):(?P<filter>.*?) -->\n)"
     r".*?(<!-- end of (?P=kind) -->\n)",
     re.DOTALL,
 )
-_FIGURE = re.compile(r"(<!-- (?P<kind>accuracy|e2e) figure: (?P<filter>[^>]*?) -->)[^<]*(<!-- end -->)")
+_FIGURE = re.compile(r"(<!-- (?P<kind>accuracy|e2e|turns) figure: (?P<filter>[^>]*?) -->)[^<]*(<!-- end -->)")
 _AVERAGE = "average"
 _UNKNOWN = "–"
 
@@ -180,7 +182,8 @@ def accuracy_figure(rows: list[StoredRow]) -> str:
 
 def with_tables(text: str) -> str:
     """Replaces the tables and figures in a document's text."""
-    whole_calls, accuracy, ready = read_e2e(), stored_rows(), read_ready()
+    whole_calls, accuracy = read_e2e(), stored_rows()
+    others = {"ready": (ready_table, read_ready()), "turns": (turns_table, read_turns())}
     tables = {
         "e2e": e2e_table, "memory": memory_table, "mixed": mixed_table, "models": models_table,
         "pictures": pictures_table, "selectors": selectors_table,
@@ -189,13 +192,16 @@ def with_tables(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         if match["kind"] == "accuracy":
             return match[1] + accuracy_table(chosen(accuracy, match["filter"])) + match[4]
-        if match["kind"] == "ready":
-            return match[1] + ready_table(chosen(ready, match["filter"])) + match[4]
+        if match["kind"] in others:
+            make, rows = others[match["kind"]]
+            return match[1] + make(chosen(rows, match["filter"])) + match[4]
         return match[1] + tables[match["kind"]](chosen_calls(whole_calls, match["filter"]), whole_calls) + match[4]
 
     def sentence(match: re.Match[str]) -> str:
         if match["kind"] == "accuracy":
             return match[1] + accuracy_figure(chosen(accuracy, match["filter"])) + match[4]
+        if match["kind"] == "turns":
+            return match[1] + turns_figure(chosen(others["turns"][1], match["filter"])) + match[4]
         return match[1] + figure(chosen_calls(whole_calls, match["filter"])) + match[4]
 
     return _FIGURE.sub(sentence, _BLOCK.sub(table, text))

@@ -126,6 +126,14 @@ def test_weights():
         SparseVLMConfig(weights="fp8").replace(engine=False)
 
 
+def test_turns():
+    assert SparseVLMConfig().turns == "first"
+    with pytest.raises(ValueError, match="turns must be one of 'first', 'refresh', 'agnostic', got 'last'"):
+        SparseVLMConfig(turns="last")
+    with pytest.raises(ValueError, match=r"turns='refresh' keeps the features of all visual tokens .*vision_keep=0.5"):
+        SparseVLMConfig(turns="refresh", vision_keep=0.5)
+
+
 def test_a_schedule_has_a_count_per_layer_or_one_more():
     """One more is for a selector that acts before the decoder as well; which it is, is known when it is applied."""
     for schedule in ([9, 5], [12, 9, 5]):

@@ -76,7 +76,7 @@ def apply_sparsevlm(
     **options
         The other fields of :class:`SparseVLMConfig`: ``raters``, ``heads``, ``recycle``, ``merge``, ``schedule``,
         ``rank_lambda``, ``rank_tolerance``, ``strict``, ``seed``, ``preset``, ``engine``, ``vision_keep``,
-        ``image_cache``, ``timeout``, ``min_keep_per_image``, ``weights``.
+        ``image_cache``, ``timeout``, ``min_keep_per_image``, ``weights``, ``turns``.
 
     Returns
     -------

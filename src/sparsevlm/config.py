@@ -16,6 +16,7 @@ HEADS = ("all", "visual")
 MERGES = ("mean", "sum")
 SCHEDULES = ("geometric", "single")
 WEIGHTS = ("model", "fp8")
+FIRST, REFRESH, AGNOSTIC = TURNS = ("first", "refresh", "agnostic")
 MAX_SEED = 2**63 - 1
 _MAX_BITS = 1023  # a float can hold what has no more
 
@@ -101,6 +102,11 @@ class SparseVLMConfig:
         What decode steps of the engine read: the model's own weights, or copies of the decoder's in float8 (e4m3, with
         a scale per output), made when the engine first needs them, which take half as much memory beside them and half
         as long to read. Prompts, and batches of more than 16 samples, read the model's. ``None`` is ``"model"``.
+    turns : {"first", "refresh", "agnostic"}
+        What later questions on a kept cache find. ``"first"``: what the first question has left. ``"refresh"``: each
+        call of ``generate`` prefills the conversation again and chooses for its own question; features of all images
+        are kept with the cache for that, and the vision tower does not run again. ``"agnostic"``: what a question-free
+        choice has left; selectors that read the question are refused.
     """
 
     n_vis: int | None = None
@@ -126,6 +132,7 @@ class SparseVLMConfig:
     timeout: float | None = None
     min_keep_per_image: int = 4
     weights: str | None = "model"
+    turns: str = FIRST
 
     def __post_init__(self) -> None:
         for name in (f.name for f in dataclasses.fields(self) if f.name != "selector"):
@@ -162,6 +169,7 @@ class SparseVLMConfig:
                 "weights='fp8' is read by the engine, and engine=False switches it off: leave one of the two out (in "
                 "state.options(engine=False), say weights='model')."
             )
+        self._check_turns()
         self._check_target_layers()
         self._check_keep()
         self._check_schedule()
@@ -173,7 +181,7 @@ class SparseVLMConfig:
         """The options without what belongs to one request alone."""
         return dataclasses.replace(
             self, n_vis=None, keep=None, selector=None, schedule=None, target_layers=None, seed=0, strict=False,
-            preset=None, engine=None, vision_keep=1.0, image_cache=0, timeout=None,
+            preset=None, engine=None, vision_keep=1.0, image_cache=0, timeout=None, turns=FIRST,
         )  # fmt: skip
 
     def replace(self, **changes: Any) -> SparseVLMConfig:
@@ -219,6 +227,14 @@ class SparseVLMConfig:
                     f"{name} is a part of preset={preset!r}: leave it unset, or leave the preset out; got "
                     f"{getattr(self, name)!r}."
                 )
+
+    def _check_turns(self) -> None:
+        _check_choice("turns", self.turns, TURNS)
+        if self.turns == REFRESH and self.vision_keep < 1.0:
+            raise ValueError(
+                "turns='refresh' keeps the features of all visual tokens for later questions, and vision_keep="
+                f"{self.vision_keep} computes some of them: leave one of the two out."
+            )
 
     def _check_target_layers(self) -> None:
         if self.target_layers is None:

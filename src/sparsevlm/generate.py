@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers.generation import GenerationMixin
 
 from . import compat
+from .config import REFRESH
 from .engine.generate import Engine, UnsupportedByEngineError
 from .request.inputs import check_inputs, check_prefill
 from .request.session import Session
+from .request.turns import converse
 
 
 class Generate:
@@ -77,11 +79,14 @@ class Generate:
             if not self._is_attached:  # removed, or replaced, while this call waited for its turn
                 return session.adapter.model.generate(**arguments)
             check_inputs(session.adapter, arguments, of_generate=True)
-            session.expect_images(arguments)
-            return self._run(arguments, is_nested=depth > 1)
+            run = functools.partial(self._run, is_nested=depth > 1)
+            if session.options.config.turns == REFRESH:
+                return converse(session, arguments, self._engine.encode, run)
+            return run(arguments)
 
     def _run(self, arguments: dict[str, Any], *, is_nested: bool) -> Any:
         session, given = self._session, arguments
+        session.expect_images(arguments)
         wants_engine = session.wants_engine
         session.copies = compat.GenerationSettings(session.adapter.model, arguments).copies
         if (other := compat.other_generation(session.adapter.model, self.plain, arguments)) is not None:

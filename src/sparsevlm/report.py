@@ -128,6 +128,10 @@ class Report:
         Prompt position of each row of logits (-1: padding), per sample, where rows were dropped.
     images_cached : int
         Images and videos whose encoding was kept from earlier calls (``image_cache``).
+    n_refreshed : int
+        Tokens of earlier turns that were prefilled again (``turns="refresh"``).
+    features_bytes : int
+        Bytes of visual features that are kept with the cache for later turns (likewise).
     failed : str or None
         The error that ended the request. The rest tells how far it came; the costs of an unfinished prompt are 0.
     """
@@ -146,6 +150,8 @@ class Report:
     logit_positions: tuple[tuple[int, ...], ...] = ()
     failed: str | None = None
     images_cached: int = 0
+    n_refreshed: int = 0
+    features_bytes: int = 0
 
     @property
     def average_in(self) -> float:
@@ -229,7 +235,8 @@ class Report:
             raise ValueError(f"not a sparsevlm report of version {REPORT_VERSION} (got {found!r}).")
         try:
             samples = tuple(_sample_from_dict(sample) for sample in data["samples"])
-            data = {"failed": None, "images_cached": 0, **data}  # reports of older releases do not say it
+            # reports of older releases do not say it
+            data = {"failed": None, "images_cached": 0, "n_refreshed": 0, "features_bytes": 0, **data}
             values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             values.update(
                 samples=samples,
@@ -337,6 +344,10 @@ def _summary_lines(report: Report) -> list[str]:
     )
     if report.images_cached:
         lines.append(f"images that were kept from earlier calls: {report.images_cached}")
+    if report.n_refreshed:
+        lines.append(f"turns='refresh': {report.n_refreshed} tokens of earlier turns prefilled again")
+    if report.features_bytes:
+        lines.append(f"visual features kept with the cache: {report.features_bytes / 1e6:.2f} MB")
     if report.kv_note:
         lines.append(report.kv_note)
     if report.wall_ms:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .engine.capacities import STEPPED, capacities, row_capacity
+from .engine.vision.captured import MOST_TILES, tile_capacity
 from .models import Grid, ModelAdapter
 
 # Tokens of a request that are not visual.
@@ -92,9 +93,16 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Ru
     for patches in capacities(per_token * most_visual):
         if patches not in covered and adapter.vision.program is not None:
             sizes.add((max(1, patches // per_token), _TEXTS[0]))
+    least = adapter.family.blank_image(adapter, (1, 1, 1))
+    in_tiles = any(part.in_tiles for part in adapter.vision.captured)
+    if in_tiles and least is not None:
+        most = min(MOST_TILES, most_visual // least.n_visual)
+        sizes |= {(min(most, tile_capacity(n)) * least.n_visual, _TEXTS[0]) for n in range(1, most + 1)}
 
     def rung(n_visual: int, n_text: int) -> Rung:
-        return Rung(n_visual, lambda: adapter.family.example(adapter, _grid(n_visual), n_text))
+        # Tiles that are recorded come in any number, whatever the shape of the image.
+        grid = (1, 1, n_visual) if in_tiles else _grid(n_visual)
+        return Rung(n_visual, lambda: adapter.family.example(adapter, grid, n_text))
 
     # Some images come in a few sizes only; of a family without examples, each request says so.
     return [rung(*size) for size in sorted({(adapter.family.example_size(adapter, n), text) for n, text in sizes})]

@@ -246,6 +246,8 @@ def test_preset(desk, tmp_path):
         (["--image", "photo.jpg", "--target-layers", "two"], "must be layer numbers"),
         (["--image", "photo.jpg", "--tau", "2"], "tau must be in [0, 1]"),
         (["--image", "photo.jpg", "--preset", "paper-1"], "preset must be one of"),
+        (["--image", "photo.jpg", "--turns", "last"], "turns must be one of 'first', 'refresh', 'agnostic'"),
+        (["--image", "photo.jpg", "--turns", "agnostic", "--selector", "fastv", "--keep", "0.5"], "'fastv' reads"),
         (["--image", "photo.jpg", "--preset", "paper-64"], "[6, 15] are out of range"),
         (["--image", "photo.jpg", "--selector", "best"], "there is no selector 'best'"),
         (["--image", "photo.jpg", "--dtype", "int4"], "dtype must be one of"),

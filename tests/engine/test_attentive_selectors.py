@@ -9,7 +9,7 @@ from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.text import embed
 from sparsevlm.selection.raters import padded_embedding_raters
-from toys import ON_ENGINE, PROMPTS, make_inputs, relative_error, runs_on_engine, tiny_model
+from toys import PROMPTS, make_inputs, of_each_decoder, relative_error, runs_on_engine, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -71,7 +71,7 @@ ATTENTIVE = {
 }
 
 
-@parametrize_pairs(possible=runs_on_engine, prompt=list(PROMPTS), case=list(ATTENTIVE), family=ON_ENGINE)
+@parametrize_pairs(possible=runs_on_engine, prompt=list(PROMPTS), case=list(ATTENTIVE), family=of_each_decoder())
 def test_selectors_that_read_attention_choose_the_same(prompt, case, family):
     model, inputs = tiny_model(family), make_inputs(*PROMPTS[prompt], family=family)
     options = {**OPTIONS, **ATTENTIVE[case]}

@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from sparsevlm.kernels.skinny_linear import FLOAT8, round_to_float8
-from toys import ON_ENGINE, PROMPTS, family_of, make_inputs, relative_error
+from toys import PROMPTS, family_of, make_inputs, of_each_decoder, relative_error
 from toys import tiny_model as model_without_biases
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6, "engine": True}
@@ -73,7 +73,7 @@ def copies_of(state):
     return state._engine._made.weights._float8
 
 
-@pytest.mark.parametrize("family", ON_ENGINE)
+@pytest.mark.parametrize("family", of_each_decoder())
 @pytest.mark.parametrize("prompt", [PICTURE, BATCH], ids=["one", "batch"])
 def test_steps_are_those_of_a_model_whose_weights_were_rounded(prompt, family):
     """The prompt reads the model's own, and so does the rounded one, which is rounded once its prompt has run."""

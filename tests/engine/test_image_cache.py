@@ -46,6 +46,18 @@ def ask(state, inputs, n_cached):
     return state.report
 
 
+def test_what_the_decoder_adds_behind_its_first_layers_is_kept_too(encoded):
+    model = tiny_model("qwen3_vl")
+    state = applied(model)
+    for prompt, n_cached in (("two images", 0), ("two images", 2), ("image and video", 0), ("image and video", 2)):
+        before, inputs = len(encoded), make_inputs(*PROMPTS[prompt], family="qwen3_vl", seed=len(prompt))
+        with state.options(engine=False, image_cache=0):
+            wanted = model.generate(**inputs, **GREEDY)
+        assert torch.equal(model.generate(**inputs, **GREEDY), wanted)
+        assert (state.report.path, state.report.images_cached) == ("engine", n_cached)
+        assert len(encoded) - before == 2 - n_cached
+
+
 @pytest.mark.parametrize("prompt", ["one image", "two images", "video", "image and video", "batch, unequal counts"])
 def test_what_was_encoded_is_not_encoded_again(prompt, encoded):
     state, inputs = applied(), make_inputs(*PROMPTS[prompt])

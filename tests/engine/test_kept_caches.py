@@ -12,10 +12,11 @@ from transformers import DynamicCache
 from covering import parametrize_pairs
 from sparsevlm import apply_sparsevlm
 from sparsevlm.compat import cache_of
-from toys import FAMILIES, PROMPTS, make_inputs, runs_on_engine, tiny_model
+from toys import FAMILIES, IMAGE, PROMPTS, VIDEO, make_inputs, runs_on_engine, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 GREEDY = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+GREEDY["suppress_tokens"] = [IMAGE, VIDEO]  # an answer that has placeholders is no prompt
 CHOICES = {
     "span": {},
     "fastv": {"selector": "fastv", "target_layers": None},

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from test_parity import run
-from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.vision.patch_pruning import (
@@ -102,7 +106,11 @@ def by_the_modules(model, adapter, pixels, grids, kept):
         order, starts = get_vision_window_index(grids, tower.spatial_merge_size, tower.window_size, tower.patch_size)
         starts = torch.as_tensor(starts).tolist()[1:]
     stays = torch.isin(order, kept).repeat_interleave(per_token)
-    hidden = tower.patch_embed(pixels).unflatten(0, (-1, per_token))[order].flatten(0, 1)[stays]
+    hidden = tower.patch_embed(pixels)
+    if hasattr(tower, "pos_embed"):
+        index, weight = get_vision_interpolation_indices_and_weights(grids, 6, align_corners=True, spatial_merge_size=2)
+        hidden = hidden + (tower.pos_embed(index) * weight[..., None]).sum(1)
+    hidden = hidden.unflatten(0, (-1, per_token))[order].flatten(0, 1)[stays]
     position_ids = get_vision_position_ids(grids, tower.spatial_merge_size)
     cos, sin = tower.rotary_pos_emb(hidden, position_ids)
     cos, sin = (t.unflatten(0, (-1, per_token))[order].flatten(0, 1)[stays] for t in (cos, sin))
@@ -110,14 +118,17 @@ def by_the_modules(model, adapter, pixels, grids, kept):
     def cu_seqlens(ends):
         return torch.tensor([0, *(int(stays[:end].sum()) for end in ends)]).unique().to(torch.int32)
 
+    late = []
     for index, block in enumerate(tower.blocks):
         full = index in dict(adapter.vision.readable)
         hidden = block(hidden, cu_seqlens=cu_seqlens(frames if full else starts), position_embeddings=(cos, sin))
-    tokens = tower.merger(hidden)
-    return tokens[torch.argsort(order[torch.isin(order, kept)])]
+        if index in getattr(tower, "deepstack_visual_indexes", ()):
+            late.append(tower.deepstack_merger_list[len(late)](hidden))
+    in_reading_order = torch.argsort(order[torch.isin(order, kept)])
+    return [tokens[in_reading_order] for tokens in (tower.merger(hidden), *late)]
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize("prompt", PICTURES)
 def test_what_is_left_is_computed_in_its_windows(prompt, family):
     model, inputs = tiny_model(family), make_inputs(*PROMPTS[prompt])
@@ -133,7 +144,8 @@ def test_what_is_left_is_computed_in_its_windows(prompt, family):
             seen = engine._runner.vision(pixels * factor, own, tuple(n_kept(own, 0.5)))
         wanted = by_the_modules(model, state.adapter, pixels, grids, seen.kept)
     assert 0 < len(seen.kept) < len(pixels) // state.adapter.vision.patches_per_token
-    torch.testing.assert_close(seen.tokens, wanted, rtol=1e-4, atol=1e-5)
+    assert len(wanted) == (4 if family == "qwen3_vl" else 1)
+    torch.testing.assert_close([seen.tokens, *seen.late], wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", PICTURES)

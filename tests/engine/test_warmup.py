@@ -43,6 +43,23 @@ def test_requests_of_other_sizes_need_nothing_new(options):
         assert sum(grown) <= sum(n_small) + 2
 
 
+@pytest.mark.parametrize("family", ["internvl", "llava_next", "mistral3"])
+def test_other_numbers_of_tiles_need_nothing_new(family):
+    model = tiny_model(family)
+    state = apply_sparsevlm(model, keep=0.5, target_layers=[0, 2], engine=True)
+    assert warmup(model, ladder(state.adapter, 90, False), 4, 600.0, 0.9).n_left == 0
+    if family == "mistral3":  # of exact sizes, of which a ladder has too few
+        return
+    captured = state._engine._runner.captured
+    before = len(captured)
+    assert before == (2 * 14 if family == "internvl" else 2 * 2)
+    draw = random.Random(0)
+    for _ in range(12):
+        inputs = state.adapter.family.example(state.adapter, (1, 1, draw.randint(1, 90)), 24)
+        model.generate(**inputs, max_new_tokens=2, do_sample=False)
+    assert len(captured) == before
+
+
 def test_without_a_gpu_there_is_nothing_to_run_ahead():
     state = apply_sparsevlm(tiny_model(), keep=0.5, target_layers=[0, 2], engine=True, warmup=True)
     assert state.warmup().n_run == 0

@@ -115,8 +115,8 @@ def test_points(numbers, n, size, dtype, device, monkeypatch):
 def test_a_row_of_many_blocks(device, monkeypatch):
     """Rows that no program holds."""
     monkeypatch.setattr(twin, "_BLOCKS", (4, 8))
-    states, valid = drawn([19, 9], 19, 6, 0)
-    for n in (4, 8, 9, 19):
+    states, valid = drawn([17, 9], 17, 6, 0)
+    for n in (4, 8, 9, 17):
         check(states[:, :n], valid[:, :n], [5, 12], 11, device)
     states[0, 3, 2] = torch.nan
     check(states[:1], valid[:1], [5], None, device)

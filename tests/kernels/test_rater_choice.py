@@ -34,7 +34,7 @@ def test_heads(batch, n_rows, heads, seed, data):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    numbers=st.lists(st.integers(0, 20), min_size=1, max_size=5), room=st.integers(0, 5), n_visual=st.integers(1, 30),
+    numbers=st.lists(st.integers(0, 12), min_size=1, max_size=3), room=st.integers(0, 5), n_visual=st.integers(1, 9),
     alike=st.booleans(), seed=st.integers(0, 1 << 30),
 )  # fmt: skip
 def test_raters(numbers, room, n_visual, alike, seed):

@@ -169,4 +169,4 @@ def test_the_engine_runs_those_that_are_known():
         "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "llava_next", "llava_onevision", "internvl", "smolvlm",
         "idefics3", "deepseek_vl", "mistral3",
     }  # fmt: skip
-    assert {name for name, toy in FAMILIES.items() if toy.tower_on_engine} == {"qwen2_5_vl", "qwen2_vl"}
+    assert {name for name, toy in FAMILIES.items() if toy.tower_on_engine} == {"qwen2_5_vl", "qwen2_vl", "qwen3_vl"}

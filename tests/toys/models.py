@@ -58,3 +58,9 @@ def use_attention(model, name: str) -> None:
     """Set the decoder's attention by its bare name, without transformers' look at the hub."""
     for config in (model.config, family_of(model).decoder_of(model).config):  # generation looks at the whole model's
         config._attn_implementation_internal = name
+
+
+def of_each_decoder() -> tuple[str, ...]:
+    """One family for each class of decoders that the engine runs."""
+    found = {type(FAMILIES[name].decoder_of(tiny_model(name))): name for name in reversed(ON_ENGINE)}
+    return tuple(reversed(found.values()))

@@ -202,7 +202,7 @@ _OF_OMNI |= {"repeats": "patches"} if IS_OLD else {}
 QWEN_FAMILIES = {
     "qwen2_5_vl": Family(_qwen2_5_vl, _qwen_kinds(_timed_qwen_video), **OF_QWEN, tower_on_engine=True),
     "qwen2_vl": Family(_qwen2_vl, _qwen_kinds(qwen_video), **OF_QWEN, tower_on_engine=True),
-    "qwen3_vl": Family(_qwen3_vl, _TIMED_FRAMES, **OF_QWEN),
+    "qwen3_vl": Family(_qwen3_vl, _TIMED_FRAMES, **OF_QWEN, tower_on_engine=True),
     "qwen3_vl_moe": Family(_qwen3_vl_moe, _TIMED_FRAMES, **OF_QWEN, on_engine=False),
     "qwen3_5": Family(_qwen3_5, _TIMED_FRAMES, **OF_QWEN, on_engine=False, is_hybrid=True),
     "qwen3_5_moe": Family(_qwen3_5_moe, _TIMED_FRAMES, **OF_QWEN, on_engine=False, is_hybrid=True),

@@ -43,6 +43,9 @@ def run(
     tau: Annotated[float, typer.Option("--tau", help="Share of the dropped tokens that is recycled.")] = 0.5,
     theta: Annotated[float, typer.Option("--theta", help="Clusters per recycled token.")] = 0.5,
     selector: Selector = None,
+    turns: Annotated[
+        str, typer.Option("--turns", help="For questions that follow: first, refresh, or agnostic (question-free).")
+    ] = "first",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, float16 or bfloat16.")] = "auto",
     device: Device = "auto",
@@ -66,6 +69,7 @@ def run(
         keep=parse_keep(keep),
         selector=selector,
         preset=preset,
+        turns=turns,
     )
     report, picture = prepare_file(report, ".json"), prepare_file(picture, ".png")
     check_not_overwritten(picture, "--picture", [*(image or ()), video])

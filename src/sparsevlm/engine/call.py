@@ -15,6 +15,7 @@ from ..compat import cache_of
 from ..config import SparseVLMConfig
 from ..models import Grid, Layout, ModelAdapter
 from ..request.inputs import visual_grids
+from ..request.kept_features import KeptFeatures
 from ..request.opening import plan_samples
 from ..request.request import Request, StageRecord
 from ..request.step import VisionRows
@@ -130,6 +131,10 @@ class Call:
     def encoded(self, kind: str) -> Any:
         """Features that the caller has encoded already, if any."""
         return (self.visual.get(_ENCODED) or {}).get(kind)
+
+    def hand_over(self, kept: KeptFeatures) -> None:
+        """Take features of earlier turns in the place of images."""
+        self.layouts, self.visual = kept.layouts, {_ENCODED: dict.fromkeys(kept.kinds, kept)}
 
     def prepared(self, name: str, value: Any, dim: int = 0) -> Any:
         """An argument on the host as transformers has prepared it, each row repeated; waits only where it is another.

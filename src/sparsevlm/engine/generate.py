@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import compat
 from ..kernels.skinny_linear import MOST_ROWS
 from ..models import ModelAdapter
+from ..request.feature_exchange import NewFeatures
 from ..request.inputs import check_mask, visual_masks
 from ..request.opening import open_request, warn_clamped
 from ..request.request import Request
@@ -24,7 +25,7 @@ from .sampling import sample
 from .support import unsupported_arguments, unsupported_call, unsupported_mode, unsupported_request
 from .text.kept_cache import unsupported_past
 from .turn import Turn
-from .vision.features import encode_now
+from .vision.features import encode_before, encode_now, handed_over, taken
 from .vision.program import VisionOutput
 
 _FLOAT8 = "; new tokens by float8 copies of the weights"
@@ -123,6 +124,9 @@ class Engine:
         """Read a call, and begin to encode its images; where it is not for the engine, say so."""
         self._runner.quick_check()
         call = Call.of(self._adapter, arguments, copies)
+        exchange = self._session.exchange
+        if exchange is not None and exchange.given is not None:
+            call.hand_over(exchange.given)
         if call.layouts:
             check_mask(call.on_host.get("attention_mask"))
         past_len = call.past_len
@@ -143,6 +147,28 @@ class Engine:
             call.pending = None
         self.reason = self._runner.unsupported() or ""
         return call
+
+    def encode(self, arguments: Mapping[str, Any]) -> NewFeatures | None:
+        """Encode the images of a turn, by its tokens and all that belongs to them, before its prompt.
+
+        Returns
+        -------
+        NewFeatures or None
+            ``None``: the engine is not in force, does not run the model or the call, or memory is short.
+        """
+        if not self._session.wants_engine or unsupported_mode(self._adapter) is not None:
+            return None
+        options = self._session.options
+        needs, cache_bytes = options.traits.needs & VISION_NEEDS, options.config.image_cache
+        try:
+            with self._runner.open():
+                self._runner.look()
+                if self._runner.unsupported() is not None:
+                    return None
+                return encode_before(arguments, self._adapter, self._runner, self._may_encode, cache_bytes, needs)
+        except torch.OutOfMemoryError:
+            self._release_memory()
+            return None
 
     def _release_memory(self) -> None:
         with self._runner.open():
@@ -280,23 +306,40 @@ class Engine:
             prompt = prompt.only(kept)
             leave_out(adapter, request, prompt)
             warn_clamped(self._session, request)
-        needs = frozenset() if request.drops_nothing else request.traits.needs & VISION_NEEDS
-        seen = self._encoded(call, request, needs)
+        given = None if self._session.exchange is None else self._session.exchange.given
+        if given is not None and given.n_tokens != prompt.n_features:
+            raise self._refuse("features of other tokens than placeholders")
+        if given is None:
+            seen = self._encoded(call, request, prompt)
+        else:
+            seen = handed_over(given, prompt, call.copies, request.traits.needs & VISION_NEEDS)
+        request.run_on("engine", "packed samples")
+        if prompt.kept is None and request.config.vision_keep < 1.0:
+            why = self._runner.tower_unsupported and f"{self._runner.tower_unsupported}, which has no program"
+            request.remark(f"; the tower computed all: {why or _ALL_COMPUTED}")
+        if given is None:
+            request.note_tower(seen.n_cached, seen.apart)
+        return request, prompt, seen
+
+    def _encoded(self, call: Call, request: Request, prompt: Prompt) -> VisionOutput:
+        """Rows of the vision tower, images before videos, which later turns may get as well."""
+        needs, exchange = request.traits.needs & VISION_NEEDS, self._session.exchange
+        if request.drops_nothing and exchange is None:
+            needs = frozenset()
+        seen = self._encode(call, request, needs)
         if seen is None:
             reading = ", ".join(sorted(needs))
             raise self._refuse(f"selector {request.traits.name!r} needs {reading} of a tower that is not the engine's")
         if seen.tokens.shape[0] != prompt.n_features:
             raise self._refuse("placeholders and features that differ in number")  # the model's own error follows
-        request.run_on("engine", "packed samples")
-        if prompt.kept is None and request.config.vision_keep < 1.0:
-            why = self._runner.tower_unsupported and f"{self._runner.tower_unsupported}, which has no program"
-            request.remark(f"; the tower computed all: {why or _ALL_COMPUTED}")
-        if request.config.image_cache:
-            request.count_cached(seen.n_cached)
-        return request, prompt, seen
+        if exchange is not None:
+            layouts = [sample.layouts for sample in request.samples[:: call.copies]]
+            given = self._session.given
+            exchange.taken = taken(self._adapter, prompt, call.copies, seen, [*call.layouts], layouts, given)
+        return seen
 
-    def _encoded(self, call: Call, request: Request, needs: frozenset[str]) -> VisionOutput | None:
-        """Rows of the vision tower, images before videos; the request books their time."""
+    def _encode(self, call: Call, request: Request, needs: frozenset[str]) -> VisionOutput | None:
+        """Rows of the vision tower; the request books their time."""
         if (pending := call.pending) is not None:
             pending.wait()
             request.add_time("vision", pending.begin, pending.end)

@@ -19,6 +19,7 @@ from .fused_weights import FusedWeights
 from .support import unsupported_classes, unsupported_decoder, unsupported_tower
 from .text.decode_graph import DecodeGraphs
 from .text.prefill import Prefill
+from .vision.captured import CapturedTower
 from .vision.image_cache import ImageCache
 from .vision.program import VisionOutput, VisionPrograms
 from .vision.tables import Grids
@@ -27,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_POSITIONS = 16
 # Numbers of modules that programs have read.
-_READ_ONCE = ("scaling", "attention_scaling", "variance_epsilon", "eps", "window_size")
+_READ_ONCE = ("scaling", "attention_scaling", "variance_epsilon", "eps", "window_size", "scale", "scale_factor")
 _LEFT_BEHIND = "transformers.utils.output_capturing"
 _HOOKS, _PRE_HOOKS = operator.itemgetter("_forward_hooks"), operator.itemgetter("_forward_pre_hooks")
 
@@ -126,11 +127,13 @@ class ModelRunner:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         shared = (adapter, weights, pool)
         self.decode_graphs, self.vision = DecodeGraphs(*shared), VisionPrograms(*shared)
-        self.prefill = Prefill(*shared, self.decode_graphs)
+        self.prefill, self.captured = Prefill(*shared, self.decode_graphs), CapturedTower(adapter, pool)
         self._decoder_fingerprint = ModelFingerprint(
             [adapter.model, adapter.base_model, adapter.decoder.head, *adapter.decoder.module.modules()]
         )
-        self._tower_fingerprint = ModelFingerprint(adapter.vision.module.modules())
+        parts = [adapter.vision.module, *(part.module for part in adapter.vision.captured)]
+        of_tower = dict.fromkeys(module for part in parts for module in part.modules())
+        self._tower_fingerprint = ModelFingerprint(of_tower)
         self._classes = {type(adapter.base_model), type(adapter.vision.module), type(adapter.decoder.layers[0])}
         for block in weights.blocks[:1]:
             self._classes |= {type(block.attention), type(block.mlp), type(block.attention_norm)}
@@ -145,8 +148,8 @@ class ModelRunner:
 
     def _forget_programs(self) -> None:
         if self._made:
-            self.prefill.clear()
-            self.vision.clear()
+            for kept in (self.prefill, self.vision, self.captured):
+                kept.clear()
             self._pool.clear()
         self.images = None
         self._made = False
@@ -208,7 +211,7 @@ class ModelRunner:
         )
 
     def foreign_tower_hook(self) -> str | None:
-        """Hooks of others on the vision tower."""
+        """Hooks of others on the vision tower, and on what of the model around it is recorded with it."""
         return self._tower_fingerprint.foreign_hook()
 
     def _keep_up(self, watch: ModelFingerprint) -> None:

@@ -114,7 +114,7 @@ def unsupported_patches(adapter: ModelAdapter) -> str | None:
             return f"{type(adapter.model).__name__}.{name} was replaced"
     # A tower without a program runs by its own modules, whatever attention they take.
     for module in (adapter.decoder.module, *[adapter.vision.module] * (adapter.vision.program is not None)):
-        name = module.config._attn_implementation or "eager"
+        name = attention_of(module)
         function = ALL_ATTENTION_FUNCTIONS.get(name)
         if not name.startswith(_ATTENTIONS) or (function is not None and not _is_stock(function)):
             return f"attention {name!r}"
@@ -171,7 +171,41 @@ def unsupported_tower(adapter: ModelAdapter) -> str | None:
         gated = None if block.gate is None else _no_silu(block.mlp.act_fn)
         if (reason := _foreign(block.module.modules(), linear) or gated) is not None:
             return reason
+    for merger in (vision.program.merger, *dict(vision.program.late_mergers).values()):
+        if (reason := _foreign_within(merger)) is not None:
+            return reason
     return None
+
+
+def unsupported_capture(adapter: ModelAdapter) -> str | None:
+    """Why the modules of a tower cannot be recorded as they are, likewise."""
+    vision, device = adapter.vision, adapter.decoder.embed.weight.device
+    if not vision.captured:
+        return f"the vision tower of a {adapter.name}, which is not described"
+    for part in vision.captured:
+        if len({weight.device for weight in part.module.parameters()} | {device}) > 1:
+            return "a tower on another device"
+        if (reason := _foreign_within(part.module)) is not None:
+            return reason
+    return None
+
+
+def unsupported_captured_mode(tower: nn.Module, modules: Iterable[nn.Module]) -> str | None:
+    """Why modules of a tower cannot be recorded, or what was recorded replayed, as they are at present."""
+    name = attention_of(tower)
+    function = ALL_ATTENTION_FUNCTIONS.get(name)
+    if not name.startswith(_ATTENTIONS[:-1]) or (function is not None and not _is_stock(function)):
+        return f"attention {name!r}"
+    if any(module.training for module in modules):
+        return "training mode"
+    if any(vars(module).get("_compiled_call_impl") is not None for module in modules):
+        return "compiled modules"
+    return unsupported_classes(set(map(type, modules)))
+
+
+def attention_of(module: Any) -> str:
+    """Name of the attention function of a part of a model."""
+    return module.config._attn_implementation or "eager"
 
 
 def _misplaced(module: nn.Module) -> str | None:
@@ -200,6 +234,12 @@ def _foreign(parts: Iterable[nn.Module], linear: Iterable[nn.Module]) -> str | N
             if type(weight.data) is not Tensor:
                 return f"a {type(weight.data).__name__} in the place of a weight"
     return None
+
+
+def _foreign_within(module: nn.Module) -> str | None:
+    """The same of all parts of a module."""
+    modules = list(module.modules())
+    return _foreign(modules, (part for part in modules if isinstance(part, nn.Linear)))
 
 
 def _no_silu(activation: Any) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,7 +10,15 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..compat import cache_of, check_layer_arguments
-from ..request.inputs import check_call, check_copies, check_inputs, check_mode, check_packing, visual_masks
+from ..request.inputs import (
+    check_call,
+    check_copies,
+    check_inputs,
+    check_mode,
+    check_packing,
+    visual_grids,
+    visual_masks,
+)
 from ..request.kv_cache import cache_bytes, check_cache, memory_note
 from ..request.opening import check_fillers, open_request
 from ..request.request import Request
@@ -19,18 +26,17 @@ from ..request.session import Session
 from ..request.step import choose_embedding_raters
 from ..request.timing import Mark
 from ..selection.context import VISION_NEEDS
+from .direct_calls import DirectCalls
+from .features import exchange_features, kept_readings
 from .late_rows import LateRows
 from .proof import Proof
 from .pruning import ForwardPass, before_layer, gathered_arguments
+from .text_prompt import begin_text
 from .vision_hooks import VisionHooks, bound_arguments
-
-_DIRECT = "a direct call of the model"
 
 
 class ModelHooks:
     """Hooks of one model; all of them see every call, of ``generate`` and of the modules themselves.
-
-    A direct call holds the model's lock from its outermost module's first hook to the last.
 
     Parameters
     ----------
@@ -46,7 +52,7 @@ class ModelHooks:
         self._forward: ForwardPass | None = None
         self._logits_to_keep = self._n_last = 0
         self._begin: Mark | None = None
-        self._inside: list[nn.Module] = []
+        self._direct = DirectCalls(session)
         self._proof: Proof | None = None
         self._is_proven = not session.adapter.family.must_be_proven
         self._handles: list[RemovableHandle] = []
@@ -54,7 +60,7 @@ class ModelHooks:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are in no call."""
-        return {**vars(self), "_forward": None, "_begin": None, "_inside": [], "_proof": None}
+        return {**vars(self), "_forward": None, "_begin": None, "_proof": None}
 
     @property
     def attached(self) -> bool:
@@ -103,31 +109,12 @@ class ModelHooks:
 
     def _enter(self, module: nn.Module) -> None:
         """Take the lock for a direct call that begins at ``module``."""
-        session = self._session
-        if session.lock.is_mine and session.in_generate:
-            return
-        if session.lock.is_mine and module in self._inside:  # of a call that was interrupted by Ctrl-C
-            del self._inside[self._inside.index(module) :]
-        if not session.lock.is_mine:
-            session.take_turn()
-            self._inside.clear()
-        if not self._inside:
-            session.begin_call(_DIRECT if session.wants_engine else "")
-        self._inside.append(module)
+        if not (self._session.lock.is_mine and self._session.in_generate):
+            self._direct.enter(module)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if (
-            self._proof is not None
-            or not self._session.lock.is_mine
-            or self._session.in_generate
-            or module not in self._inside
-        ):
-            return
-        del self._inside[self._inside.index(module) :]
-        if not self._inside:
-            if (error := sys.exc_info()[1]) is not None and output is None:
-                self._session.fail(error)
-            self._session.lock.release()
+        if self._proof is None and self._session.lock.is_mine and not self._session.in_generate:
+            self._direct.leave(module, output)
 
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
@@ -146,7 +133,7 @@ class ModelHooks:
         if module is not self._adapter.model:  # that has been entered
             self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
-        if self._inside[:1] == [module] and not self._session.in_generate:
+        if not self._session.in_generate and self._direct.begins_at(module):
             check_inputs(self._adapter, inputs, of_generate=False)
         logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0
         cache = cache_of(inputs)
@@ -155,15 +142,22 @@ class ModelHooks:
         self._end_forward()
         check_mode(self._adapter)
         self._vision.begin_pass(inputs)
-        masks = visual_masks(self._adapter, inputs)
+        exchange = self._session.exchange
+        kept = None if exchange is None else exchange.hand_over()
+        masks = visual_masks(self._adapter, inputs) if kept is None else kept.masks(self._adapter, ids)
         self._session.check_images_found(inputs, bool(masks))
         if not masks:
             self._begin_dense(cache, ids, inputs.get("attention_mask"))
             return
+        layouts = self._vision.layouts(inputs, masks) if kept is None else kept.layouts
+        if exchange is not None and exchange.only_takes:
+            by_row = visual_grids(self._adapter, layouts, ids)
+            self._forward = ForwardPass(None, visual_masks=masks, ids=ids, layouts=by_row)
+            return
         check_copies(self._adapter, inputs, self._session.copies)
         if not self._is_proven:
             self._prove(module, inputs, ids.shape[:2], cache)
-        request = open_request(self._session, inputs, masks, self._vision.layouts(inputs, masks), logits_to_keep)
+        request = open_request(self._session, inputs, masks, layouts, logits_to_keep)
         if cache is not None and not request.drops_nothing:
             check_cache(cache, self._adapter.decoder.first_shared, self._adapter.decoder.sliding_layers)
             check_fillers(self._adapter, request)
@@ -171,20 +165,17 @@ class ModelHooks:
             request.remark("; the tower computed all, vision_keep is the engine's")
         if request.config.weights == "fp8" and request.first is None:
             request.remark("; the model's own weights were read, weights='fp8' is the engine's")
-        if request.config.image_cache and request.first is None:
+        if request.config.image_cache and request.first is None and kept is None:
             request.remark("; images were encoded anew, image_cache is the engine's")
-        self._forward = ForwardPass(cache, request, masks, is_flash=self._is_flash)
+        self._forward = ForwardPass(
+            cache, request, masks, is_flash=self._is_flash, ids=inputs.get("input_ids"), kept=kept
+        )
 
     def _prove(self, module: nn.Module, inputs: Mapping[str, Any], shape: tuple[int, int], cache: Any) -> None:
         """Let a model that nobody has described prove itself, once."""
-        if cache is not None and int(cache.get_seq_length()) > 0:
-            raise NotImplementedError(
-                "the first request under family='generic' has to prove the model, and brings a cache that is filled "
-                "already. Begin with a prompt of its own."
-            )
         self._proof = Proof(self._session, self._is_flash)
         try:
-            self._proof.run(module, inputs, shape)
+            self._proof.run(module, inputs, shape, cache)
         finally:
             self._proof = self._forward = None
         self._is_proven = True
@@ -200,25 +191,15 @@ class ModelHooks:
         running = self._session.running
         if self._session.in_generate and running is not None and running.samples:
             return  # a second pass beside the prompt's, such as that without the prompt under guidance_scale
-        request = self._session.new_request(cache, ids.shape[0], ids.shape[1])
-        n_valid = [ids.shape[1]] * ids.shape[0]
-        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-            n_valid = attention_mask[:, -ids.shape[1] :].sum(dim=-1).tolist()
-        if ids.ndim == 2:
-            request.skip("no image or video in the input", n_valid)
-            return
-        request.skip("inputs_embeds without pixels, which do not tell of visual tokens", n_valid)
-        self._session.warn_once(
-            "embeddings",
-            "inputs_embeds came without pixels: if images are merged into them, nothing is pruned, as they do not tell "
-            "where. Pass input_ids and pixels, or inputs_embeds with placeholders and pixels.",
-        )
+        begin_text(self._session, cache, ids, attention_mask)
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._proof is not None:
             return None
         self._enter(module)
-        forward = self._forward
+        forward, exchange, given = self._forward, self._session.exchange, kwargs
+        if forward is not None and exchange is not None:
+            kwargs = exchange_features(self._session, exchange, forward, kwargs, self._vision)
         request = forward.request if forward is not None else None
         if forward is None or request is None:
             return None
@@ -226,7 +207,11 @@ class ModelHooks:
             self._check_layers(getattr(module, "layers", self._layers))
         if request.traits.needs & VISION_NEEDS and not request.drops_nothing and request.first is None:
             visual = [sample.visual for sample in request.samples]
-            forward.readout.vision = self._vision.rows(forward.visual_masks, visual, request.traits)
+            forward.readout.vision = (
+                self._vision.rows(forward.visual_masks, visual, request.traits)
+                if forward.kept is None
+                else kept_readings(forward.kept, request)
+            )
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.ndim == 3:
             check_packing(positions, kwargs.get("attention_mask"))
@@ -237,15 +222,15 @@ class ModelHooks:
         keep = kwargs.get("logits_to_keep")
         keep = keep if isinstance(keep, int) else 0
         request.compute_last(0 if _records(module, kwargs) else keep)
-        if request.drops_nothing:
-            return None
-        late, changed = self._adapter.decoder.late_features, kwargs
-        if late is not None and late.come_behind(min(request.target_layers), kwargs):
-            forward.late = LateRows(request, kwargs[late.mask], kwargs[late.features])
-            changed = {**kwargs, late.mask: None, late.features: None}
-        if keep:  # the text model would cut tables by the length of the whole sequence, or nothing at all
-            self._n_last, changed = keep, {**changed, "logits_to_keep": 0}
-        return None if changed is kwargs else (args, changed)
+        changed = kwargs
+        if not request.drops_nothing:
+            late = self._adapter.decoder.late_features
+            if late is not None and late.come_behind(min(request.target_layers), kwargs):
+                forward.late = LateRows(request, kwargs[late.mask], kwargs[late.features])
+                changed = {**kwargs, late.mask: None, late.features: None}
+            if keep:  # the text model would cut tables by the length of the whole sequence, or nothing at all
+                self._n_last, changed = keep, {**changed, "logits_to_keep": 0}
+        return None if changed is given else (args, changed)
 
     def _after_text(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Give the rows that logits are wanted of, if the text model was to choose them."""

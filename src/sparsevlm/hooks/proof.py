@@ -31,14 +31,19 @@ class Proof:
         self._session, self._is_flash = session, is_flash
         self.forward: ForwardPass | None = None
 
-    def run(self, module: nn.Module, inputs: Mapping[str, Any], shape: tuple[int, int]) -> None:
-        """Compare the two, for tokens of some shape (batch, q_len), without a cache.
+    def run(self, module: nn.Module, inputs: Mapping[str, Any], shape: tuple[int, int], cache: Any) -> None:
+        """Compare the two, for tokens of some shape (batch, q_len), without the cache, which has to be empty.
 
         Raises
         ------
         NotImplementedError
             With what was found, and what to do.
         """
+        if cache is not None and int(cache.get_seq_length()) > 0:
+            raise NotImplementedError(
+                "the first request under family='generic' has to prove the model, and brings a cache that is filled "
+                "already. Begin with a prompt of its own."
+            )
         arguments = {name: value for name, value in inputs.items() if name not in _OF_CACHE}
         with torch.no_grad():
             dense = self._states(module, arguments)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from ..models import RECURRENT, SLIDING, ModelAdapter
+from ..models import RECURRENT, SLIDING, Layout, ModelAdapter
+from ..request.kept_features import KeptFeatures
 from ..request.kv_cache import SlotTable, adopt, first_position, next_table, stack_rows
 from ..request.request import Request
 from ..request.step import Readout, Survivors, prune_step, reads
@@ -50,6 +51,12 @@ class ForwardPass:
         Features to be added behind the first layers, where the decoder itself is not to do so.
     q_len : int
         Tokens of the pass.
+    ids : Tensor of shape (batch, q_len), int64, or None
+        The same.
+    layouts : sequence of sequence of Layout
+        Of its images, by row, of a pass that is no request.
+    kept : KeptFeatures or None
+        Features of earlier turns, to be put in the places of their tokens.
     """
 
     cache: Cache | None
@@ -64,6 +71,9 @@ class ForwardPass:
     readout: Readout = field(default_factory=Readout)
     late: LateRows | None = None
     q_len: int = 0
+    ids: Tensor | None = None
+    layouts: Sequence[Sequence[Layout]] = ()
+    kept: KeptFeatures | None = None
 
     @property
     def _cache_layers(self) -> Sequence[Any]:

@@ -55,6 +55,8 @@ class Family:
     class_names: tuple[str, ...] = ()
     # Whether placeholders that stand for no patch, such as the end of a row, are never dropped.
     protects_separators: bool = True
+    # Whether every token of a prompt attends to all of it, those behind it among them.
+    sees_whole_prompt: bool = False
     # Whether the first request has to show that gathering all rows changes nothing.
     must_be_proven: bool = False
     # Whether the pixels of all images of a batch are one row, which older transformers repeat as a whole.

@@ -14,7 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 from .base import Family, Modality, ModelAdapter
 from .examples import BlankImage, blank_inputs, blank_word
 from .layout import Grid, Layout, grid_coordinates, n_tokens
-from .tower import Vision
+from .tower import PackedTower, TowerBlock, Vision
 
 
 class GriddedFamily(Family):
@@ -106,6 +106,38 @@ class TimedFramesFamily(GriddedFamily):
             return grid_coordinates(layouts, visual)
         time, row, column = position_ids[:, visual]
         return torch.stack((time, row - time, column - time))
+
+
+def packed_tower(vision: Vision) -> PackedTower:
+    """The tower of a Qwen model as data."""
+    tower: Any = vision.module
+    full = [i for i, _ in vision.readable]
+    side = tower.spatial_merge_size
+    return PackedTower(
+        projection=tower.patch_embed.proj,
+        rotary=tower.rotary_pos_emb,
+        blocks=tuple(_tower_block(block, i in full) for i, block in enumerate(tower.blocks)),
+        merger=tower.merger,
+        side=side,
+        window=tower.window_size // side // tower.patch_size if hasattr(tower, "fullatt_block_indexes") else None,
+    )
+
+
+def _tower_block(block: Any, is_full: bool) -> TowerBlock:
+    gated = {name: getattr(block.mlp, f"{name}_proj", None) for name in ("gate", "up", "down")}
+    return TowerBlock(
+        module=block,
+        attention=block.attn,
+        mlp=block.mlp,
+        attention_norm=block.norm1,
+        mlp_norm=block.norm2,
+        qkv=block.attn.qkv,
+        output=block.attn.proj,
+        n_heads=block.attn.num_heads,
+        scaling=block.attn.scaling,
+        is_full=is_full,
+        **gated,
+    )
 
 
 def _merged(adapter: ModelAdapter, grid_thw: Any) -> list[Grid] | None:

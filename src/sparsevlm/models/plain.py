@@ -15,10 +15,13 @@ from .blocks import with_block, without_block
 from .decoder import Decoder
 from .examples import BlankImage
 from .layout import Grid, Layout, n_tokens
-from .tower import Vision
+from .tower import CapturedModule, Vision
 
 # What is taken of the tower; other arguments of an encoder are those of images.
 _OF_TOWER = ("vision_feature_layer", "vision_feature_select_strategy")
+# Types of towers by what their work depends on: the shape of the tiles, or the sizes of the images as well.
+_OF_TILES = ("clip_vision_model", "siglip_vision_model", "internvl_vision", "idefics3_vision", "smolvlm_vision")
+_OF_SIZES = ("pixtral",)
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,15 @@ class PlainFamily(Family):
         Where the configuration has the placeholder of videos; empty: the family has no videos.
     in_parts : bool
         Whether text may stand among the tokens of one image or video.
+    sees_whole_prompt : bool
+        Whether every token of a prompt attends to all of it.
     n_position_axes : int
     encoder_inputs : tuple of str or None
         Arguments of ``get_image_features`` beside the pixels, of a base model that puts what this gives in the place of
         placeholders and does no more: then the engine may take its place. ``None``: it runs on hooks.
+    captured : str or None
+        Part of the tower that the engine may record as it is, with the projector; empty: all of it. ``None``: nothing
+        is recorded. See :class:`~.tower.CapturedModule`.
     """
 
     model_types: tuple[str, ...] = ()
@@ -62,8 +70,10 @@ class PlainFamily(Family):
     merge: str = ""
     video_token: str = ""
     in_parts: bool = False
+    sees_whole_prompt: bool = False
     n_position_axes: int = 1
     encoder_inputs: tuple[str, ...] | None = None
+    captured: str | None = None
 
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model."""
@@ -84,6 +94,7 @@ class PlainFamily(Family):
         counts = [index if index >= 0 else len(blocks) + 1 + index for index in listed(taken)]
         n_blocks = min(max(counts), len(blocks))
         readable = () if self.unreadable else tuple(enumerate(map(attrgetter(self.attention), blocks[:n_blocks])))
+        projector = getattr(self.base_model(model), self.projector, None)
         return Vision(
             module=tower,
             readable=readable,
@@ -92,8 +103,16 @@ class PlainFamily(Family):
             n_prefix=int(drops_class_token(model)),
             unreadable=self.unreadable,
             blocks=tuple(blocks),
-            projector=getattr(self.base_model(model), self.projector, None),
+            projector=projector,
+            captured=self._captured(tower, projector),
         )
+
+    def _captured(self, tower: Any, projector: Any) -> tuple[CapturedModule, ...]:
+        kind = getattr(getattr(tower, "config", None), "model_type", None)
+        if self.captured is None or kind not in (*_OF_TILES, *_OF_SIZES):
+            return ()
+        part = attrgetter(self.captured)(tower) if self.captured else tower
+        return tuple(CapturedModule(module, kind in _OF_TILES) for module in (part, projector))
 
     def _blocks(self, tower: nn.Module) -> list[Any]:
         if not self.blocks:
@@ -183,7 +202,7 @@ class SizedFamily(PlainFamily):
         unit = _first(vision.patch_size) * self.patches_per_side(adapter.model)
         most, n_visual = _first(vision.image_size) // unit, math.prod(grid)
         height = min(most, max(1, math.isqrt(n_visual)))
-        width = min(most, max(1, n_visual // height))
+        width = min(most, max(2, n_visual // height))  # transformers fails with an image of one token
         size = (height * unit, width * unit)
         n_patches = height * width * self.patches_per_side(adapter.model) ** 2
         return BlankImage(height * width, (1, 3, *size), n_patches, ("image_sizes", size))

@@ -7,8 +7,8 @@ from typing import Any
 
 from .blocks import with_block
 from .decoder import Decoder
-from .gridded import GriddedFamily
-from .tower import PackedTower, TowerBlock, Vision
+from .gridded import GriddedFamily, packed_tower
+from .tower import Vision
 
 # The vision configuration of Qwen2.5-VL has these, that of Qwen2-VL does not.
 _ONLY_IN_2_5 = ("fullatt_block_indexes", "window_size")
@@ -36,36 +36,7 @@ class Qwen2VLFamily(GriddedFamily):
     def vision(self, model: Any) -> Vision:
         """The vision tower of a model."""
         vision = super().vision(model)
-        tower: Any = vision.module
-        full = [i for i, _ in vision.readable]
-        side = model.config.vision_config.spatial_merge_size
-        has_windows = hasattr(tower, "fullatt_block_indexes")
-        program = PackedTower(
-            projection=tower.patch_embed.proj,
-            rotary=tower.rotary_pos_emb,
-            blocks=tuple(_tower_block(block, i in full) for i, block in enumerate(tower.blocks)),
-            merger=tower.merger,
-            side=side,
-            window=tower.window_size // side // tower.patch_size if has_windows else None,
-        )
-        return dataclasses.replace(vision, program=program)
-
-
-def _tower_block(block: Any, is_full: bool) -> TowerBlock:
-    gated = {name: getattr(block.mlp, f"{name}_proj", None) for name in ("gate", "up", "down")}
-    return TowerBlock(
-        module=block,
-        attention=block.attn,
-        mlp=block.mlp,
-        attention_norm=block.norm1,
-        mlp_norm=block.norm2,
-        qkv=block.attn.qkv,
-        output=block.attn.proj,
-        n_heads=block.attn.num_heads,
-        scaling=block.attn.scaling,
-        is_full=is_full,
-        **gated,
-    )
+        return dataclasses.replace(vision, program=packed_tower(vision))
 
 
 def _check_class(model: Any) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from .blocks import with_block
 from .decoder import Decoder, LateFeatures
-from .gridded import TimedFramesFamily
+from .gridded import TimedFramesFamily, packed_tower
+from .tower import Vision
 
 
 class Qwen3VLFamily(TimedFramesFamily):
@@ -19,6 +20,18 @@ class Qwen3VLFamily(TimedFramesFamily):
     def decoder(self, model: Any) -> Decoder:
         """The decoder of a model; with experts it runs on hooks only."""
         return with_block(deepstack_decoder(model.model.language_model, model.lm_head, self.tower(model)))
+
+    def vision(self, model: Any) -> Vision:
+        """The vision tower of a model."""
+        vision = super().vision(model)
+        tower: Any = vision.module
+        found = [(i, tower.deepstack_visual_indexes.index(i)) for i in sorted(set(tower.deepstack_visual_indexes))]
+        program = dataclasses.replace(
+            packed_tower(vision),
+            position_table=tower.pos_embed,
+            late_mergers=tuple((i, tower.deepstack_merger_list[n]) for i, n in found if i < len(tower.blocks)),
+        )
+        return dataclasses.replace(vision, program=program)
 
 
 def deepstack_decoder(text_model: Any, head: Any, tower: Any) -> Decoder:

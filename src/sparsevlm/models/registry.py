@@ -29,14 +29,27 @@ FAMILIES: tuple[Family, ...] = (
     Qwen3VLFamily(),
     Qwen3_5Family(),
     OmniFamily(),
-    LlavaFamily(("llava",), ("LlavaForConditionalGeneration",), in_parts=True, encoder_inputs=_OF_TILES),
-    LlavaFamily(("llava_next",), ("LlavaNextForConditionalGeneration",), unreadable=_CUT, encoder_inputs=_OF_TILES),
+    LlavaFamily(
+        ("llava",),
+        ("LlavaForConditionalGeneration",),
+        in_parts=True,
+        encoder_inputs=_OF_TILES,
+        captured="",
+    ),
+    LlavaFamily(
+        ("llava_next",),
+        ("LlavaNextForConditionalGeneration",),
+        unreadable=_CUT,
+        encoder_inputs=_OF_TILES,
+        captured="",
+    ),
     LlavaFamily(
         ("llava_onevision",),
         ("LlavaOnevisionForConditionalGeneration",),
         unreadable=_CUT,
         video_token="video_token_id",
         encoder_inputs=(*_OF_TILES, "vision_aspect_ratio", "batch_num_images"),
+        captured="",
     ),
     TiledFamily(
         ("internvl",),
@@ -47,6 +60,7 @@ FAMILIES: tuple[Family, ...] = (
         whole="last",
         encoder_inputs=_TAKEN,
         most_tiles=13,
+        captured="",
     ),
     IdeficsFamily(
         ("idefics3", "smolvlm"),
@@ -57,6 +71,7 @@ FAMILIES: tuple[Family, ...] = (
         merge="scale_factor",
         unreadable="patches that only fill a tile up would count as well",
         encoder_inputs=("pixel_attention_mask",),
+        captured="encoder",
     ),
     TiledFamily(("gemma3",), ("Gemma3ForConditionalGeneration",), tile_tokens="mm_tokens_per_image", is_cut=False),
     Gemma4Family(
@@ -73,7 +88,7 @@ FAMILIES: tuple[Family, ...] = (
         unreadable="it has no blocks: pixels become tokens in one step",
     ),
     MiniCPMVFamily(("minicpmv4_6",), ("MiniCPMV4_6ForConditionalGeneration",), projector="merger"),
-    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",), is_cut=False),
+    TiledFamily(("paligemma",), ("PaliGemmaForConditionalGeneration",), is_cut=False, sees_whole_prompt=True),
     Ovis2Family(
         ("ovis2",),
         ("Ovis2ForConditionalGeneration",),
@@ -88,6 +103,7 @@ FAMILIES: tuple[Family, ...] = (
         projector="aligner",
         is_cut=False,
         encoder_inputs=(),
+        captured="",
     ),
     SizedFamily(
         ("mistral3",),
@@ -96,6 +112,7 @@ FAMILIES: tuple[Family, ...] = (
         attention="attention",
         merge="spatial_merge_size",
         encoder_inputs=(*_LAYER, "image_sizes"),
+        captured="",
     ),
     PackedFamily(  # frames of a video have the image's placeholder
         ("glm4v", "glm46v", "glm4v_moe", "glm_ocr"),

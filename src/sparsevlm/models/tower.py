@@ -48,7 +48,7 @@ class PackedTower:
     Attributes
     ----------
     projection : nn.Module
-        Embeds a patch; a convolution whose kernel is its stride, without bias.
+        Embeds a patch; a convolution whose kernel is its stride.
     rotary : nn.Module
         ``rotary(like, positions)`` gives cosines and sines.
     blocks : tuple of TowerBlock
@@ -58,6 +58,12 @@ class PackedTower:
         Patches per side that form one visual token.
     window : int or None
         Visual tokens per side of a window; ``None``: no block has windows.
+    position_table : nn.Embedding or None
+        Learned positions of a square of patches, row by row, interpolated to the size of each image, its corners on
+        the image's; ``None``: there are none.
+    late_mergers : tuple of (int, nn.Module)
+        Blocks, ascending, whose output becomes features that the decoder adds behind its first layers, and what makes
+        these of it.
     """
 
     projection: Any
@@ -66,6 +72,25 @@ class PackedTower:
     merger: Any
     side: int
     window: int | None = None
+    position_table: Any = None
+    late_mergers: tuple[tuple[int, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class CapturedModule:
+    """A module between pixels and visual tokens that the engine records as it is, a program for each shape of inputs.
+
+    What it does depends on the shapes of its inputs, and on integers that the host knows, alone.
+
+    Attributes
+    ----------
+    module : nn.Module
+    in_tiles : bool
+        Whether the first dimension of all inputs and outputs counts images, or tiles, that do not see each other.
+    """
+
+    module: Any
+    in_tiles: bool
 
 
 @dataclass(frozen=True)
@@ -92,6 +117,8 @@ class Vision:
         All blocks, of which the output of the first ``n_blocks`` is used; empty: they are not known.
     projector : nn.Module or None
         What makes visual tokens of its output, where that is not part of it.
+    captured : tuple of CapturedModule
+        Of a tower whose own modules run: those of them, and of what follows, that the engine records.
     """
 
     module: Any
@@ -103,6 +130,7 @@ class Vision:
     unreadable: str = ""
     blocks: tuple[Any, ...] = ()
     projector: Any = None
+    captured: tuple[CapturedModule, ...] = ()
 
     @property
     def read_blocks(self) -> tuple[tuple[int, Any], tuple[int, Any]]:

@@ -108,7 +108,7 @@ def _layouts_of_rows(
             if not queues[token_id]:
                 return None
             layout = queues[token_id].pop(0)
-            end = _end_of_input(row, position, n_tokens(layout), token_id in in_parts)
+            end = end_of_input(row, position, n_tokens(layout), token_id in in_parts)
             if end is None:
                 return None
             per_row[-1].append(layout)
@@ -116,7 +116,7 @@ def _layouts_of_rows(
     return None if any(queues.values()) else per_row
 
 
-def _end_of_input(row: list[int], start: int, size: int, in_parts: bool) -> int | None:
+def end_of_input(row: list[int], start: int, size: int, in_parts: bool) -> int | None:
     """Where the placeholders of an image or video end that begin at ``start``; ``None`` if there are fewer."""
     token_id = row[start]
     if not in_parts:

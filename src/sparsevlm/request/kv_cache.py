@@ -157,7 +157,8 @@ class PrunedLayer:
     ``table`` is ``None`` as long as nothing was dropped; ``owns_table`` is true for the one layer of a stage that
     moves the shared table along. ``placed`` says that the slots of the next update are in the table already.
     ``all_tables``, shared by all layers of a cache, knows every table in use; ``is_first`` is true for the layer that a
-    cache crops before all others.
+    cache crops before all others. That layer also holds the ``conversation``, where there is to be one
+    (:class:`~.conversation.Conversation`), so that it lives as long, and is copied and reordered with the cache.
     """
 
     table: SlotTable | None
@@ -165,6 +166,7 @@ class PrunedLayer:
     placed: bool
     is_first: bool
     all_tables: WeakSet[SlotTable]
+    conversation: Any = None
 
     def place(self, table: SlotTable, owns_table: bool) -> None:
         """Take ``table``, which already holds the slots of the update to come."""
@@ -186,7 +188,7 @@ class PrunedLayer:
 
     def reset(self) -> None:
         """Forget everything, the table included."""
-        self.table = None
+        self.table = self.conversation = None
         self.all_tables.clear()
         super().reset()  # type: ignore[misc]
 
@@ -212,8 +214,13 @@ class PrunedLayer:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder samples for beam search."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
+        self._pick_rows(beam_idx)
         if self.table is not None and self.owns_table:
             self.table.index(beam_idx)
+
+    def _pick_rows(self, batch_idx: Tensor) -> None:
+        if self.conversation is not None:
+            self.conversation = self.conversation.at(torch.as_tensor(batch_idx).tolist())
 
 
 class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
@@ -234,12 +241,15 @@ class PrunedDynamicLayer(PrunedLayer, DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sample."""
         super().batch_repeat_interleave(repeats)
+        if self.conversation is not None:
+            self._pick_rows(torch.arange(self.conversation.batch).repeat_interleave(repeats))
         if self.table is not None and self.owns_table:
             self.table.repeat(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Select samples."""
         super().batch_select_indices(indices)
+        self._pick_rows(indices)
         if self.table is not None and self.owns_table:
             self.table.index(torch.as_tensor(indices))
 
@@ -339,6 +349,16 @@ def adopt(cache: Cache, layer_idx: int) -> Any:
         first = first or pruned
         layers[i] = pruned
     return layers[layer_idx]
+
+
+def empty_layers(cache: Cache) -> list[Any]:
+    """New layers like those of a cache, without content; see :func:`check_cache` for what it may hold."""
+    plain: dict[type, Any] = {pruned: kind for kind, pruned in _PRUNED_CLASSES.items()}
+    names = ("sliding_window", "max_cache_len", "number_of_states")
+    return [
+        plain.get(type(layer), type(layer))(**{name: getattr(layer, name) for name in names if hasattr(layer, name)})
+        for layer in cache.layers
+    ]
 
 
 def cache_bytes(layers: Iterable[Any], dense_length: int) -> tuple[int, int]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..config import SparseVLMConfig
+from ..config import AGNOSTIC, SparseVLMConfig
 from ..kernels.skinny_linear import check_float8
 from ..models import ModelAdapter
 from ..selection.budget import least_keep
 from ..selection.context import BEFORE_DECODER, EVERYWHERE, TARGET_LAYERS, VISION_NEEDS, Selector, SelectorTraits
 from ..selection.overrides import effective_config
-from ..selection.selectors import make_selector
+from ..selection.selectors import SELECTORS, make_selector
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Options:
     @property
     def reads_text(self) -> bool:
         """Whether text is read: by the selector, or by the rank, which decides where there is no budget."""
-        by_rank = self.config.keep is None and isinstance(self.config.schedule, (str, type(None)))
-        return by_rank or bool({"rater_attention", "text_features"} & self.traits.needs)
+        return _by_rank(self.config) or bool({"rater_attention", "text_features"} & self.traits.needs)
 
     @classmethod
     def of(cls, adapter: ModelAdapter, config: SparseVLMConfig) -> Options:
@@ -45,11 +44,17 @@ class Options:
         selector = make_selector(config)
         effective, traits = effective_config(config, selector), SelectorTraits.of(selector)
         check_needs(adapter, traits)
+        check_question_free(adapter, effective, traits)
         check_weights(adapter, effective)
         layers = resolved_target_layers(adapter, effective, traits)
         check_readable(adapter, effective, traits, layers)
         check_budget(adapter, effective, layers)
         return cls(config, effective, selector, traits, layers)
+
+
+def _by_rank(config: SparseVLMConfig) -> bool:
+    """Tells whether the rank of the text's attention decides how many tokens go on."""
+    return config.keep is None and isinstance(config.schedule, (str, type(None)))
 
 
 def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:
@@ -62,7 +67,7 @@ def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, trait
         If a layer is out of range, or the budget cannot hold on these layers.
     """
     n_layers, last = adapter.n_layers, adapter.decoder.last_target
-    if traits.placement != TARGET_LAYERS and config.keep is None and isinstance(config.schedule, (str, type(None))):
+    if traits.placement != TARGET_LAYERS and _by_rank(config):
         raise ValueError(f"selector {traits.name!r} runs before the decoder, where no rank is known: set keep.")
     if traits.placement == BEFORE_DECODER:
         if config.target_layers is not None:
@@ -114,6 +119,44 @@ def check_needs(adapter: ModelAdapter, traits: SelectorTraits) -> None:
         f"selector {traits.name!r} needs {needs}, which is read in blocks with full attention, and the vision tower of "
         f"this {adapter.name} has none. Choose another selector."
     )
+
+
+def check_question_free(adapter: ModelAdapter, config: SparseVLMConfig, traits: SelectorTraits) -> None:
+    """Refuse ``turns="agnostic"`` where what is kept depends on the question.
+
+    Raises
+    ------
+    ValueError
+        With the built-in selectors that fit.
+    """
+    if config.turns != AGNOSTIC:
+        return
+    if _by_rank(config):
+        raise ValueError(
+            "turns='agnostic' keeps what does not depend on the question, and without keep the rank of the question's "
+            "attention decides how much that is: set keep."
+        )
+    if not (read := _read_of_question(adapter, traits)):
+        return
+    others = {name: SelectorTraits.of(make()) for name, make in SELECTORS.items()}
+    fitting = [
+        name
+        for name, other in others.items()
+        if not _read_of_question(adapter, other) and (adapter.vision.readable or not other.needs & VISION_NEEDS)
+    ]
+    raise ValueError(
+        f"turns='agnostic' takes selectors that read nothing of the question, and {traits.name!r} reads "
+        f"{', '.join(read)}. Choose one of {', '.join(fitting)}, or turns='refresh', which chooses anew for every "
+        "question."
+    )
+
+
+def _read_of_question(adapter: ModelAdapter, traits: SelectorTraits) -> list[str]:
+    """What a selector reads that depends on the text behind the images."""
+    read = sorted({"rater_attention", "last_attention", "text_features"} & traits.needs)
+    if adapter.family.sees_whole_prompt and traits.placement != BEFORE_DECODER:
+        read.append(f"states of decoder layers, where every token of a {adapter.name} sees the whole prompt")
+    return read
 
 
 def check_readable(

@@ -40,6 +40,8 @@ def make_report(adapter: ModelAdapter, request: Request) -> Report:
         logit_positions=rows,
         failed=request.failed,
         images_cached=request.images_cached,
+        n_refreshed=request.n_refreshed,
+        features_bytes=request.kept_bytes,
     )
 
 

@@ -221,6 +221,10 @@ class Request:
         The error that the call ended in.
     images_cached : int
         Images and videos that were encoded in earlier calls.
+    n_refreshed : int
+        Tokens of earlier turns that were prefilled again.
+    kept_bytes : int
+        Bytes of visual features that are kept with the cache.
     unsettled : callable, optional
         Brings samples and records up to date with what the device has chosen, when somebody asks.
     tp_group : ProcessGroup, optional
@@ -258,6 +262,8 @@ class Request:
     path_reason: str = "hooks on the model's own modules"
     failed: str | None = None
     images_cached: int = 0
+    n_refreshed: int = 0
+    kept_bytes: int = 0
     unsettled: Callable[[], None] | None = None
     tp_group: ProcessGroup | None = None
     serial: int = field(default_factory=itertools.count().__next__)
@@ -355,14 +361,34 @@ class Request:
         if remark not in self.path_reason:
             self.path_reason += remark
 
-    def count_cached(self, n_images: int | None) -> None:
-        """Note how many images were taken from those kept; ``None``: nobody looked for them."""
-        self.images_cached = n_images or 0
-        if n_images is None:
+    def note_tower(self, n_cached: int | None, apart: str | None) -> None:
+        """Note how the vision tower ran.
+
+        Parameters
+        ----------
+        n_cached : int or None
+            Images that were encoded in earlier calls; ``None``: nobody looked for them.
+        apart : str or None
+            Why its own modules ran one by one, where they could have been recorded.
+        """
+        if apart is not None:
+            self.remark(f"; the tower ran module by module: {apart}")
+        if not self.config.image_cache:
+            return
+        self.images_cached = n_cached or 0
+        if n_cached is None:
             self.remark(
                 "; image_cache was not asked: vision_keep, encoded images, a selector that looks into the tower, or a "
                 "tower by its own modules"
             )
+
+    def count_refreshed(self, n_tokens: int) -> None:
+        """Note how many tokens of earlier turns were prefilled again."""
+        self.n_refreshed = n_tokens
+
+    def count_kept(self, n_bytes: int) -> None:
+        """Note how many bytes of visual features are kept with the cache."""
+        self.kept_bytes = n_bytes
 
     def goes_on(self, path: str) -> None:
         """Note the path that a later turn runs on, if it is another."""

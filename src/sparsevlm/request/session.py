@@ -18,6 +18,7 @@ from ..selection.context import SelectorTraits
 from ..selection.overrides import unused_options
 from ..selection.selectors import make_selector
 from ..template import Template
+from .feature_exchange import FeatureExchange
 from .inputs import check_mask
 from .lock import GenerationLock
 from .options import Options
@@ -66,6 +67,8 @@ class Session:
         Why the running call is not for the engine; empty without an engine.
     given : mapping
         Arguments of the running call; transformers keeps some to itself, such as the sizes of images.
+    exchange : FeatureExchange, optional
+        Visual features that the running call brings, or leaves for later ones.
     """
 
     def __init__(self, adapter: ModelAdapter, config: SparseVLMConfig, template: Template) -> None:
@@ -73,6 +76,7 @@ class Session:
         self.lock = GenerationLock()
         self.plain_reason, self.copies, self.n_given = "", 1, 0
         self.given: Mapping[str, Any] = {}
+        self.exchange: FeatureExchange | None = None
         self.in_generate = self.is_drafting = self._is_open = self._expects_images = False
         self._n_overrides, self._warned = 0, set[str]()
         self._current: Request | None = None
@@ -81,7 +85,7 @@ class Session:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without requests."""
-        return {**vars(self), "_n_overrides": 0, "_current": None, "in_generate": False, "given": {}}
+        return {**vars(self), "_n_overrides": 0, "_current": None, "in_generate": False, "given": {}, "exchange": None}
 
     @property
     def options(self) -> Options:
@@ -238,7 +242,7 @@ class Session:
         """Begin a call of ``generate``, or a direct one; ``plain_reason`` tells why the engine does not run it."""
         self.plain_reason, self.copies = plain_reason, 1
         self.is_drafting = self._is_open = self._expects_images = False
-        self.given = {}
+        self.given, self.exchange = {}, None
 
     def expect_images(self, arguments: Mapping[str, Any]) -> None:
         """Note the arguments of the running call, and whether images or videos are among them, under whatever name
@@ -267,7 +271,7 @@ class Session:
         """
         names = (
             *("_current", "_is_open", "_expects_images", "is_drafting", "n_given", "plain_reason", "copies"),
-            *("in_generate", "given"),
+            *("in_generate", "given", "exchange"),
         )
         before = {name: getattr(self, name) for name in names}
         self.begin_call()
@@ -279,6 +283,7 @@ class Session:
             raise
         finally:
             self.in_generate = before["in_generate"]
+            self.given, self.exchange = {}, None  # which hold pixels and features
             if is_nested:
                 vars(self).update(before)
 

@@ -179,13 +179,13 @@ class ImageCache:
         if missing:
             images, places = patches.split(sizes), list(missing.values())
             some = patches if len(places) == len(grids) else torch.cat([images[i] for i in places])
-            tokens = programs(some, tuple(grids[i] for i in places)).tokens
-            parts = tokens.split([n_tokens[i] for i in places])
-            for key, part in zip(missing, parts, strict=True):
-                found[key] = self._keep(key, part.clone(), most_bytes)
+            encoded = programs(some, tuple(grids[i] for i in places))
+            parts = (rows.split([n_tokens[i] for i in places]) for rows in (encoded.tokens, *encoded.late))
+            for key, part in zip(missing, zip(*parts, strict=True), strict=True):
+                found[key] = self._keep(key, torch.stack(part), most_bytes)
         self._shrink(most_bytes)
-        tokens = found[keys[0]] if len(keys) == 1 else torch.cat([found[key] for key in keys])
-        return VisionOutput(tokens, n_cached=len(keys) - len(missing))
+        tokens, *late = found[keys[0]] if len(keys) == 1 else torch.cat([found[key] for key in keys], dim=1)
+        return VisionOutput(tokens, n_cached=len(keys) - len(missing), late=tuple(late))
 
     def _keep(self, key: Key, rows: Tensor, most_bytes: int) -> Tensor:
         n_bytes = rows.numel() * rows.element_size()

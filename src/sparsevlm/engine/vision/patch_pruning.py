@@ -174,7 +174,9 @@ def choose(tokens: Tensor, choice: ChoiceInputs, whole: VisionInputs, part: Visi
     part.order.copy_(whole.order[places])
     behind = everything[:n_left] >= number
     part.back.copy_(torch.argsort(torch.where(behind, n_tokens + everything[:n_left], part.order)))
-    part.positions.copy_(whole.positions.unflatten(0, (-1, per_token))[places].flatten(0, 1))
+    for own, all_of_them in ((part.positions, whole.positions), (part.sizes, whole.sizes)):
+        if own.shape[0]:
+            own.copy_(all_of_them.unflatten(0, (-1, per_token))[places].flatten(0, 1))
     before = torch.nn.functional.pad(in_order.cumsum(0), (1, 0)) * per_token
     for own, starts, longest in (
         (part.frames, whole.frames, shape.longest_frame),

@@ -20,6 +20,7 @@ from ..cuda_graphs import GraphPool, LRUCache
 from ..fused_weights import FusedWeights
 from ..text.layer import in_parts, summed
 from .patch_pruning import ChoiceInputs, choose, n_choice_integers
+from .position_table import interpolated
 from .tables import Grids, VisionInputs, VisionShape, host_integers, n_integers
 
 # Programs that are kept; they share their memory, a graph itself is small.
@@ -27,6 +28,8 @@ _MOST_GRAPHS = 256
 _LEAST_PATCHES = 4096
 # Capacities, whether only some tokens are computed, and what is read.
 _Key = tuple[VisionShape, bool, frozenset[str]]
+# Visual tokens, what follows them, and what was read.
+_Encoded = tuple[Tensor, tuple[Tensor, ...], VisionRows]
 
 
 class VisionReadings:
@@ -74,7 +77,7 @@ def encode_images(
     given: VisionInputs,
     patches: Tensor,
     readings: VisionReadings,
-) -> Tensor:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Encode images; waits for nothing.
 
     Parameters
@@ -89,11 +92,17 @@ def encode_images(
 
     Returns
     -------
-    Tensor of shape (n_tokens, text hidden_size)
+    tokens : Tensor of shape (n_tokens, text hidden_size)
         Merged, in reading order, padding behind.
+    late : tuple of Tensor of shape (n_tokens, text hidden_size)
+        What the decoder adds to the output of its first layers, likewise.
     """
     patches = patches.unflatten(0, (-1, tower.side**2))[given.order].flatten(0, 1)
-    hidden = linear(patches, tower.projection.weight.flatten(1))  # kernel and stride are the same
+    hidden = linear(
+        patches, tower.projection.weight.flatten(1), tower.projection.bias
+    )  # kernel and stride are the same
+    if tower.position_table is not None:
+        hidden = hidden + interpolated(tower.position_table, given.positions, given.sizes).to(hidden.dtype)
     cos, sin = tower.rotary(hidden.new_zeros(0, dtype=torch.float32), given.positions)
     frames, windows = given.frames.to(torch.int32), given.windows.to(torch.int32)
 
@@ -111,12 +120,16 @@ def encode_images(
         return mixed
 
     residual: Tensor | None = None
+    mergers, late = dict(tower.late_mergers), list[Tensor]()
     for index, block in enumerate(tower.blocks):
         normed, hidden = _normed(block.attention_norm, hidden, residual)
         normed, hidden = _normed(block.mlp_norm, mix(index, block, normed), hidden)
         residual = _mlp(block, weights, normed)
+        if index in mergers:
+            hidden, residual = summed(hidden, residual), None
+            late.append(mergers[index](hidden)[given.back])
     tokens: Tensor = tower.merger(summed(hidden, residual))
-    return tokens[given.back]
+    return tokens[given.back], tuple(late)
 
 
 def _normed(norm: Any, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -154,6 +167,8 @@ class VisionOutput:
         What was read of the tower, by token.
     late : tuple of Tensor of shape (n_tokens, text hidden_size)
         What the decoder adds to the output of its first layers, by layer.
+    apart : str or None
+        Why the tower's own modules ran one by one, where they could have been recorded.
     """
 
     tokens: Tensor
@@ -162,6 +177,7 @@ class VisionOutput:
     n_cached: int | None = None
     rows: VisionRows | None = None
     late: tuple[Tensor, ...] = ()
+    apart: str | None = None
 
 
 class VisionSpace:
@@ -172,8 +188,8 @@ class VisionSpace:
     tower : PackedTower
     patches, integers : int
         Most of them.
-    size : int
-        Values of a patch.
+    size, width : int
+        Values of a patch, and of a visual token.
 
     Attributes
     ----------
@@ -182,10 +198,14 @@ class VisionSpace:
         What the grids bring, and what becomes of it where only some tokens are computed, see :class:`VisionInputs`.
     choice : Tensor, int64
         See :class:`~.patch_pruning.ChoiceInputs`.
+    encoded : Tensor of shape (1 + n_late, n_tokens, width)
+        Visual tokens, and what the decoder adds behind its first layers, if anything: shared by all programs, each of
+        which would hold as much by itself.
     """
 
-    def __init__(self, tower: PackedTower, patches: int, integers: int, size: int) -> None:
-        weight = tower.projection.weight
+    def __init__(self, tower: PackedTower, patches: int, integers: int, size: int, width: int) -> None:
+        weight, n_late = tower.projection.weight, len(tower.late_mergers)
+        self.encoded = weight.new_zeros((1 + n_late, patches // tower.side**2 if n_late else 0, width))
         self.patches = weight.new_zeros((patches, size))
         self.integers, self.chosen, self.choice = (
             torch.zeros(integers, dtype=torch.int64, device=weight.device) for _ in range(3)
@@ -205,7 +225,7 @@ class VisionPrograms:
     def __init__(self, adapter: ModelAdapter, weights: FusedWeights, pool: GraphPool) -> None:
         self._adapter, self._weights, self._pool = adapter, weights, pool
         self._space: VisionSpace | None = None
-        self._encoders: LRUCache[_Key, Callable[[], tuple[Tensor, VisionRows]]] = LRUCache(_MOST_GRAPHS)
+        self._encoders: LRUCache[_Key, Callable[[], _Encoded]] = LRUCache(_MOST_GRAPHS)
         self._choosers: LRUCache[tuple[VisionShape, VisionShape, int], Callable[[], Tensor]] = LRUCache(_MOST_GRAPHS)
 
     def clear(self) -> None:
@@ -229,7 +249,13 @@ class VisionPrograms:
             before = (0, 0) if space is None else (space.patches.shape[0], space.integers.shape[0])
             self.clear()
             patches = max(_LEAST_PATCHES, before[0], patches)
-            self._space = space = VisionSpace(self._tower, patches, max(8 * patches, before[1], 2 * integers), size)
+            self._space = space = VisionSpace(
+                self._tower,
+                patches,
+                max(8 * patches, before[1], 2 * integers),
+                size,
+                self._adapter.decoder.embed.weight.shape[1],
+            )
         return space
 
     def __call__(
@@ -253,7 +279,7 @@ class VisionPrograms:
         """
         tower = self._tower
         per_token = tower.side**2
-        shape, integers = host_integers(tower.side, tower.window, grids)
+        shape, integers = host_integers(tower.side, tower.window, tower.position_table is not None, grids)
         needed = integers.shape[0]
         if numbers is not None:
             number = sum(numbers)
@@ -265,32 +291,37 @@ class VisionPrograms:
         space.patches[: patches.shape[0]].copy_(patches)
         if numbers is None:
             n_tokens = sum(t * h * w for t, h, w in grids)
-            tokens, rows = self._encode(space, shape, False, needs)
+            tokens, late, rows = self._encode(space, shape, False, needs)
             read = rows.each(lambda tensor, dim: tensor.narrow(dim, 0, n_tokens)) if needs else None
-            return VisionOutput(tokens[:n_tokens], rows=read)
+            return VisionOutput(tokens[:n_tokens], rows=read, late=tuple(one[:n_tokens] for one in late))
         kept = self._choose(space, shape, of_kept, grids, numbers)[:number]
         if not kept.is_cuda:
-            return VisionOutput(self._encode(space, of_kept, True)[0][:number], kept)
+            tokens, late, _ = self._encode(space, of_kept, True)
+            return VisionOutput(tokens[:number], kept, late=tuple(one[:number] for one in late))
         kept_on_host = torch.empty(kept.shape, dtype=kept.dtype, pin_memory=True)
         kept_on_host.copy_(kept, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
-        return VisionOutput(self._encode(space, of_kept, True)[0][:number], kept_on_host, ready)
+        tokens, late, _ = self._encode(space, of_kept, True)
+        return VisionOutput(tokens[:number], kept_on_host, ready, late=tuple(one[:number] for one in late))
 
     def _encode(
         self, space: VisionSpace, shape: VisionShape, is_chosen: bool, needs: frozenset[str] = frozenset()
-    ) -> tuple[Tensor, VisionRows]:
+    ) -> _Encoded:
         """Run the tower on what is in the workspace."""
         tower = self._tower
 
-        def record() -> Callable[[], tuple[Tensor, VisionRows]]:
+        def record() -> Callable[[], _Encoded]:
             given = VisionInputs.of(shape, tower.side**2, space.chosen if is_chosen else space.integers)
             patches = space.patches if is_chosen else space.patches[: shape.patches]
 
-            def run() -> tuple[Tensor, VisionRows]:
+            def run() -> _Encoded:
                 readings = VisionReadings(self._adapter, needs, given)
-                tokens = encode_images(tower, self._weights, shape, given, patches, readings)
-                return tokens, readings.rows()
+                tokens, late = encode_images(tower, self._weights, shape, given, patches, readings)
+                if late:
+                    tokens, *planes = torch.stack((tokens, *late), out=space.encoded[:, : tokens.shape[0]])
+                    late = tuple(planes)
+                return tokens, late, readings.rows()
 
             return self._pool.record(run)
 

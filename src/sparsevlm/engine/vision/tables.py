@@ -27,6 +27,8 @@ class VisionShape:
         first patch.
     longest_frame, longest_window : int
         Patches of the longest, at most.
+    is_sized : bool
+        Whether the size of each patch's image is told as well.
     """
 
     patches: int
@@ -34,13 +36,14 @@ class VisionShape:
     windows: int
     longest_frame: int
     longest_window: int
+    is_sized: bool = False
 
     def only(self, n_patches: int) -> VisionShape:
         """Where no more than ``n_patches`` are computed: windows lose some, and what fills up has windows as well."""
         patches = row_capacity(n_patches)
         windows = self.windows and self.windows + -(-patches // self.longest_window)
         frames = self.frames and self.frames + -(-patches // self.longest_frame)
-        return VisionShape(patches, frames, windows, self.longest_frame, self.longest_window)
+        return VisionShape(patches, frames, windows, self.longest_frame, self.longest_window, self.is_sized)
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,15 @@ class HostTables:
     ----------
     order : Tensor of shape (n_tokens,), int64
         Visual tokens in the order in which the tower works: by windows, where it has any.
-    positions : Tensor of shape (n_patches, 2), int64
-        In that order.
+    positions, sizes : Tensor of shape (n_patches, 2), int64
+        Rows and columns in that order, and how many of both the image has.
     frames, windows : Tensor of shape (n + 1,), int64
         Where sequences begin.
     """
 
     order: Tensor
     positions: Tensor
+    sizes: Tensor
     frames: Tensor
     windows: Tensor
 
@@ -67,12 +71,12 @@ class HostTables:
         """Patches of all images."""
         return self.positions.shape[0]
 
-    def shape(self) -> VisionShape:
+    def shape(self, is_sized: bool = False) -> VisionShape:
         """Capacities of the program that runs it."""
         patches = row_capacity(self.n_patches)
         frames = (0, patches) if self.frames.shape[0] == 2 else _sequences(self.frames, patches)
         windows = frames if self.windows is self.frames else _sequences(self.windows, patches)
-        return VisionShape(patches, frames[0], windows[0], frames[1], windows[1])
+        return VisionShape(patches, frames[0], windows[0], frames[1], windows[1], is_sized)
 
 
 def _sequences(starts: Tensor, patches: int) -> tuple[int, int]:
@@ -98,11 +102,13 @@ def host_tables(side: int, window: int | None, grids: Grids) -> HostTables:
     positions = get_vision_position_ids(in_patches, side)
     sizes = torch.repeat_interleave(in_patches[:, 1] * in_patches[:, 2], in_patches[:, 0])
     frames = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    of_patches = torch.repeat_interleave(in_patches[:, 1:], in_patches.prod(dim=1), dim=0)
     if window is None:
-        return HostTables(torch.arange(positions.shape[0] // side**2, device="cpu"), positions, frames, frames)
+        order = torch.arange(positions.shape[0] // side**2, device="cpu")
+        return HostTables(order, positions, of_patches, frames, frames)
     order, starts = get_vision_window_index(in_patches, side, window * side, 1)
-    positions = positions.unflatten(0, (-1, side**2))[order].flatten(0, 1)
-    return HostTables(order, positions, frames, torch.as_tensor(starts, dtype=torch.int64))
+    positions, of_patches = (one.unflatten(0, (-1, side**2))[order].flatten(0, 1) for one in (positions, of_patches))
+    return HostTables(order, positions, of_patches, frames, torch.as_tensor(starts, dtype=torch.int64))
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,8 @@ class VisionInputs:
     frames : Tensor of shape (frames + 1,), int64
     windows : Tensor of shape (windows + 1,), int64
     n_patches : Tensor of shape (1,), int64
+    sizes : Tensor of shape (patches, 2), int64
+        Of the images, or of shape (0, 2).
     """
 
     order: Tensor
@@ -128,6 +136,7 @@ class VisionInputs:
     frames: Tensor
     windows: Tensor
     n_patches: Tensor
+    sizes: Tensor
 
     @classmethod
     def of(cls, shape: VisionShape, per_token: int, integers: Tensor) -> VisionInputs:
@@ -147,6 +156,9 @@ class VisionInputs:
         _fill_starts(self.frames, tables.frames, shape.longest_frame, shape.patches)
         _fill_starts(self.windows, tables.windows, shape.longest_window, shape.patches)
         self.n_patches.fill_(tables.n_patches)
+        self.sizes.fill_(1)
+        if shape.is_sized:
+            self.sizes[: tables.n_patches] = tables.sizes
 
 
 def _fill_starts(room: Tensor, starts: Tensor, longest: int, end: int) -> None:
@@ -161,14 +173,15 @@ def _fill_starts(room: Tensor, starts: Tensor, longest: int, end: int) -> None:
 
 def _shapes(shape: VisionShape, per_token: int) -> list[tuple[int, ...]]:
     n_tokens = shape.patches // per_token
-    return [(n_tokens,), (n_tokens,), (shape.patches, 2), (shape.frames + 1,), (shape.windows + 1,), (1,)]
+    sizes = (shape.patches * shape.is_sized, 2)
+    return [(n_tokens,), (n_tokens,), (shape.patches, 2), (shape.frames + 1,), (shape.windows + 1,), (1,), sizes]
 
 
 @functools.lru_cache(maxsize=64)
-def host_integers(side: int, window: int | None, grids: Grids) -> tuple[VisionShape, Tensor]:
+def host_integers(side: int, window: int | None, is_sized: bool, grids: Grids) -> tuple[VisionShape, Tensor]:
     """Capacities for a set of grids, and the integers that they bring, on the host; see :func:`host_tables`."""
     tables = host_tables(side, window, grids)
-    shape = tables.shape()
+    shape = tables.shape(is_sized)
     integers = torch.zeros(n_integers(shape, side**2), dtype=torch.int64, device="cpu")
     VisionInputs.of(shape, side**2, integers).fill(tables, shape)
     return shape, integers

@@ -1,0 +1,121 @@
+"""Arguments of later calls on a kept cache: of the whole conversation, and of what is new in it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models import ModelAdapter
+from .conversation import OF_TOKENS, Conversation
+from .kept_features import KeptFeatures, size_names
+
+# Arguments of the base model that are not of its tokens or images, or are made anew.
+_NOT_OF_TOKENS = {"use_cache", "position_ids", "labels", "logits_to_keep", "cache", "past_key_values"}
+
+
+def input_ids_of(arguments: Mapping[str, Any]) -> Tensor | None:
+    """Tokens that a call is given."""
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs") if ids is None else ids
+
+
+def brings_images(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> bool:
+    """Tells whether a call brings images or videos."""
+    pixels = (arguments.get(modality.pixels) for modality in adapter.modalities.values())
+    return arguments.get("mm_encoder_outputs") is not None or any(one is not None for one in pixels)
+
+
+def whole_ids(before: Conversation, arguments: Mapping[str, Any], ids: Tensor, past_len: int) -> Tensor:
+    """All tokens of a conversation, where a call may leave out those in the cache.
+
+    Raises
+    ------
+    ValueError
+        If they are not known.
+    """
+    mask = arguments.get("attention_mask")
+    length = ids.shape[1] if mask is None else mask.shape[1]
+    if length == ids.shape[1] and length > past_len:
+        return ids
+    known = 0 if before.ids is None else before.ids.shape[1]
+    if length != past_len + ids.shape[1] or known < past_len:
+        raise ValueError(
+            f"{ids.shape[1]} tokens and an attention_mask for {length} were given on a cache of {past_len}, of which "
+            f"{known} are known. For turns='refresh' pass all tokens of the conversation and a mask for all of them."
+        )
+    assert before.ids is not None  # since some are known
+    return torch.cat([before.ids[:, :past_len].to(ids), ids], dim=1)
+
+
+def new_inputs(
+    adapter: ModelAdapter, before: Conversation, arguments: Mapping[str, Any], ids: Tensor, past_len: int
+) -> dict[str, Any]:
+    """Inputs of the base model for the tokens behind ``past_len``, out of all ``ids``, and for their images."""
+    mask = arguments.get("attention_mask")
+    known = (_parameters(adapter.base_model.forward) | _parameters(adapter.model.forward)) - _NOT_OF_TOKENS
+    given = {name: value for name, value in arguments.items() if name in known and value is not None}
+    given |= {
+        name: value[:, past_len:] for name, value in _of_tokens(adapter, before, arguments, ids, past_len).items()
+    }
+    if isinstance(mask, Tensor):
+        given["attention_mask"] = mask[:, past_len:]
+    return {**given, "input_ids": ids[:, past_len:]}
+
+
+def whole_inputs(
+    adapter: ModelAdapter,
+    before: Conversation,
+    arguments: Mapping[str, Any],
+    ids: Tensor,
+    past_len: int,
+    features: KeptFeatures,
+) -> dict[str, Any]:
+    """A call with all tokens, and without what only the vision tower reads."""
+    left_out = {"inputs", "mm_encoder_outputs", *size_names(adapter)}
+    for kind, modality in adapter.modalities.items():
+        encoder = getattr(adapter.base_model, f"get_{kind}_features", None)
+        left_out |= {modality.pixels, *modality.encoder_inputs, *(_parameters(encoder) if encoder else ())}
+    rest = {name: value for name, value in arguments.items() if name not in left_out}
+    sizes = {name: value.to(ids.device) for name, value in features.sizes.items()}
+    return {**rest, "input_ids": ids, **_of_tokens(adapter, before, arguments, ids, past_len), **sizes}
+
+
+def _of_tokens(
+    adapter: ModelAdapter, before: Conversation, arguments: Mapping[str, Any], ids: Tensor, past_len: int
+) -> dict[str, Tensor]:
+    """Arguments that say something of every token, for all of them."""
+    found: dict[str, Tensor] = {}
+    for name in OF_TOKENS:
+        given, known = arguments.get(name), before.of_tokens.get(name)
+        if given is None and known is None:
+            continue
+        if given is not None and given.shape[1] == ids.shape[1]:
+            found[name] = given
+            continue
+        known = None if known is None else known[:, :past_len]  # a cache may have been cropped
+        made = _token_types(adapter, ids, known)
+        if known is not None:
+            n = known.shape[1]
+            made[:, :n], made[:, n:past_len] = known.to(made), 0
+        if given is not None:
+            made[:, made.shape[1] - given.shape[1] :] = given
+        found[name] = made
+    return found
+
+
+def _token_types(adapter: ModelAdapter, ids: Tensor, known: Tensor | None) -> Tensor:
+    """Kinds of tokens as earlier turns have told them, or as processors do: 1 for images, 2 for videos."""
+    made = torch.zeros_like(ids)
+    for number, modality in enumerate(adapter.modalities.values(), 1):
+        places = ids == modality.token_id
+        told = None if known is None else known[places[:, : known.shape[1]]]
+        made[places] = number if told is None or not told.numel() else int(told[0])
+    return made
+
+
+def _parameters(function: Any) -> set[str]:
+    return set(inspect.signature(function).parameters) - {"self", "kwargs", "return_dict"}
