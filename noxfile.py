@@ -43,6 +43,19 @@ def tests_oldest(session: nox.Session) -> None:
 
 
 @nox.session
+def prerelease(session: nox.Session) -> None:
+    """Parity tests with the newest transformers of the index, pre-releases included, if the range ends before it."""
+    session.install(TORCH)
+    session.install("-e", ".[test]")
+    session.install("--pre", "--upgrade", "transformers")
+    found = session.run("python", "-c", "import transformers; print(transformers.__version__)", silent=True)
+    if f"transformers=={str(found).strip()}" == NEWEST:
+        session.skip(f"the index has nothing newer than {NEWEST}")
+    tests = ("tests/parity", "tests/models", "tests/hooks", "tests/request", "tests/test_compat.py")
+    session.run("pytest", "-n", "auto", "--allow-untested", *tests, *session.posargs)
+
+
+@nox.session
 @nox.parametrize("transformers", [OLDEST, NEWEST], ids=["oldest", "newest"])
 def support_matrix(session: nox.Session, transformers: str) -> None:
     """Every family in every mode by itself: writes docs/support_matrix.csv and .md; takes minutes."""

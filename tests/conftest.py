@@ -18,6 +18,16 @@ from toys import tiny_model
 
 def pytest_addoption(parser):
     parser.addoption("--support-matrix", metavar="FILE", help="CSV file that the rows of the support matrix go to")
+    parser.addoption("--allow-untested", action="store_true", help="take a transformers newer than the supported ones")
+
+
+def pytest_configure(config):
+    if config.getoption("--allow-untested"):
+        import transformers
+
+        from sparsevlm import compat
+
+        compat.NEWEST = transformers.__version__
 
 
 def pytest_ignore_collect(collection_path, config):
