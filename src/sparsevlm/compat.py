@@ -29,7 +29,7 @@ _SPECIAL = (
 )
 _SPECIAL_ARGUMENTS = ("assistant_model", "assistant_tokenizer", "cache", "past_key_values")
 # Layers of quantized caches; before transformers 5.24 those of all kinds have a rest that is not packed.
-QuantizedLayerBase: type = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+QuantizedLayerBase: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 OLDEST, NEWEST = "5.17.0", "5.24.0"  # both ends of the range that the tests run on
 logger = logging.getLogger(__name__)
 

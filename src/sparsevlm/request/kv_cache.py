@@ -307,7 +307,7 @@ _PRUNED_CLASSES: dict[type, type[PrunedLayer]] = {
 }
 
 
-def _pruned_class(kind: type) -> type[PrunedLayer] | None:
+def _pruned_class(kind: Any) -> type[PrunedLayer] | None:
     """The class by which a cache layer of another is pruned; ``None``: there is none."""
     if not issubclass(kind, QuantizedLayerBase):
         return _PRUNED_CLASSES.get(kind)

@@ -83,8 +83,8 @@ def _check_cache(session: Session, arguments: Mapping[str, Any], settings: compa
         )
     if drafts := _drafts(arguments, settings):
         raise NotImplementedError(
-            f"{drafts} on a quantized cache, which cannot be cropped where a draft is rejected. Take the default cache, "
-            "or generate without drafts."
+            f"{drafts} on a quantized cache, which cannot be cropped where a draft is rejected. Take the default "
+            "cache, or generate without drafts."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 from torch import Tensor
@@ -48,9 +49,10 @@ class PrunedQuantizedLayer(PrunedLayer):
 
 
 @functools.cache
-def pruned_quantized_class(kind: type) -> type[PrunedLayer]:
+def pruned_quantized_class(kind: Hashable) -> type[PrunedLayer]:
     """The pruned class of a layer class of transformers' quantized caches, whatever packs it."""
-    return type(f"Pruned{kind.__name__}", (PrunedQuantizedLayer, kind), {})
+    of: Any = kind
+    return type(f"Pruned{of.__name__}", (PrunedQuantizedLayer, of), {})
 
 
 def is_quantized(kind: type) -> bool:
