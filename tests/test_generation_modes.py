@@ -191,10 +191,13 @@ def test_a_quantized_cache_holds_what_is_left(prompt, attention, beams, monkeypa
     assert state.report.path_reason.endswith("own modules")
 
 
-def test_a_quantized_cache_goes_on_and_begins_again(monkeypatch):
+@pytest.mark.parametrize(
+    "options", [PRUNED, {"keep": 0.5, "min_keep": 3, "selector": "divprune"}], ids=["inside", "before"]
+)
+def test_a_quantized_cache_goes_on_and_begins_again(options, monkeypatch):
     without_loss(monkeypatch, caches.QuantoQuantizedLayer)
     model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
-    apply_sparsevlm(model, **PRUNED)
+    apply_sparsevlm(model, **options)
     answers = []
     for make in (DynamicCache, lambda config: caches.QuantizedCache("quanto", config)):
         cache = make(config=model.config.get_text_config())
@@ -204,6 +207,7 @@ def test_a_quantized_cache_goes_on_and_begins_again(monkeypatch):
         second = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, past_key_values=cache)
         answers.append((first, second))
         if make is not DynamicCache:
+            assert [layer.get_seq_length() for layer in cache.layers] == [second.shape[1] - 1] * 6
             with pytest.raises(NotImplementedError, match="cannot be cropped"):
                 cache.crop(-1)
             cache.reset()
@@ -222,20 +226,43 @@ def test_what_quantized_caches_do_not_do(options):
         model.generate(**inputs, **GREEDY, **options, cache_implementation="quantized")
 
 
-@pytest.mark.skipif(not hasattr(caches, "Fp8QuantizedLayer"), reason="older transformers have no such cache")
-def test_a_packed_cache_loses_no_more_than_a_dense_one():
-    model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, unequal counts"])
-    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
-    packed = {**options, "cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+PACKED = {
+    "fp8": {},
+    "quanto": {"q_group_size": 16, "residual_length": 4},
+    "hqq": {"q_group_size": 16, "residual_length": 4, "nbits": 8, "axis_key": 1, "axis_value": 1},
+}
+IS_INSTALLED = {
+    "fp8": hasattr(caches, "Fp8QuantizedLayer"),  # older transformers have no such cache
+    "quanto": caches.is_optimum_quanto_available(),
+    "hqq": caches.is_hqq_available(),
+}
+
+
+@pytest.mark.parametrize("prompt", ["one image", "batch, unequal counts"])
+@pytest.mark.parametrize("backend", PACKED)
+def test_a_packed_cache_loses_no_more_than_a_dense_one(backend, prompt):
+    """The first tokens are of exact keys, the next of packed ones; later answers may be others."""
+    if not IS_INSTALLED[backend]:
+        pytest.skip(f"{backend} is not there")
+    model, inputs = tiny_model(), make_inputs(*PROMPTS[prompt])
+    options = {**GREEDY, "max_new_tokens": 5, "return_dict_in_generate": True, "output_logits": True}
 
     def loss():
+        config = {"backend": backend, **PACKED[backend]}  # older transformers take out what they have read
+        packed = {**options, "cache_implementation": "quantized", "cache_config": config}
         exact, rounded = model.generate(**inputs, **options).logits, model.generate(**inputs, **packed).logits
+        assert relative_error(rounded[0], exact[0]) < 1e-5
         return max(relative_error(a, b) for a, b in zip(rounded, exact, strict=True))
 
     dense = loss()
+    state = apply_sparsevlm(model, keep=1.0)
+    assert loss() == pytest.approx(dense, rel=1e-3)
     state = apply_sparsevlm(model, **PRUNED)
     assert 0 < loss() < 3 * dense
     assert state.report.kv_bytes.sparse < state.report.kv_bytes.dense
+    held = state.report.kv_bytes.sparse
+    model.generate(**inputs, **options)
+    assert held < state.report.kv_bytes.sparse / 2
 
 
 class Stream(contextlib.nullcontext):

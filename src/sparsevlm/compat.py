@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 # What a call may be refused for, in some of its values.
-_SPECIAL = (
-    *("assistant_early_exit", "cache_implementation", "guidance_scale", "prefill_chunk_size"),
-    *("prompt_lookup_num_tokens", "speculation_type", "use_mtp"),
+_SPECIAL = frozenset(
+    {
+        *("assistant_early_exit", "assistant_model", "assistant_tokenizer", "cache", "cache_implementation"),
+        *("guidance_scale", "past_key_values", "prefill_chunk_size", "prompt_lookup_num_tokens", "speculation_type"),
+        "use_mtp",
+    }
 )
-_SPECIAL_ARGUMENTS = ("assistant_model", "assistant_tokenizer", "cache", "past_key_values")
 # Layers of quantized caches; before transformers 5.24 those of all kinds have a rest that is not packed.
 QuantizedLayerBase: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 OLDEST, NEWEST = "5.17.0", "5.24.0"  # both ends of the range that the tests run on
@@ -278,8 +280,11 @@ class GenerationSettings:
     @property
     def may_be_refused(self) -> bool:
         """Tells whether the call asks for anything that is not supported always."""
-        asked = any(self[name] is not None for name in _SPECIAL)
-        return asked or any(self._arguments.get(name) is not None for name in _SPECIAL_ARGUMENTS)
+        for source in (self._arguments, *(vars(source) for source in self._sources if source is not None)):
+            for name in _SPECIAL & source.keys():
+                if source[name] is not None:
+                    return True
+        return False
 
     @property
     def copies(self) -> int:
