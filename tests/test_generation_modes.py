@@ -216,6 +216,21 @@ def test_a_quantized_cache_goes_on_and_begins_again(options, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(*answers, strict=True))
 
 
+def test_later_questions_choose_anew_in_a_quantized_cache(monkeypatch):
+    without_loss(monkeypatch, caches.QuantoQuantizedLayer)
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    state, answers = apply_sparsevlm(model, **{**PRUNED, "selector": "sparsevlm"}, turns="refresh"), []
+    for make in (DynamicCache, lambda config: caches.QuantizedCache("quanto", config, residual_length=3)):
+        cache = make(config=model.config.get_text_config())
+        ids = model.generate(**inputs, **GREEDY, past_key_values=cache)
+        ids = torch.cat([ids, make_inputs([("text", 5)], seed=4)["input_ids"]], dim=1)
+        answers.append(model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, past_key_values=cache))
+        assert state.report.samples[0].n_visual == 24
+        assert state.report.final_tokens < 24
+    assert torch.equal(*answers)
+    assert {layer.residual_length for layer in cache.layers} == {3}
+
+
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=str)
 def test_what_quantized_caches_do_not_do(options):
     if "num_beams" in options and not IS_OLD:

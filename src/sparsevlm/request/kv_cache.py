@@ -367,7 +367,12 @@ def adopt(cache: Cache, layer_idx: int) -> Any:
 def empty_layers(cache: Cache) -> list[Any]:
     """New layers like those of a cache, without content; see :func:`check_cache` for what it may hold."""
     plain: dict[type, Any] = {pruned: kind for kind, pruned in _PRUNED_CLASSES.items()}
-    names = ("sliding_window", "max_cache_len", "number_of_states")
+    pruned = {type(layer) for layer in cache.layers if isinstance(layer, PrunedLayer)}
+    plain |= {kind: kind.__bases__[1] for kind in pruned if issubclass(kind, QuantizedLayerBase)}
+    names = (
+        *("sliding_window", "max_cache_len", "number_of_states"),
+        *("nbits", "axis_key", "axis_value", "q_group_size", "residual_length"),
+    )
     return [
         plain.get(type(layer), type(layer))(**{name: getattr(layer, name) for name in names if hasattr(layer, name)})
         for layer in cache.layers
