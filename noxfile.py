@@ -97,7 +97,8 @@ def quantized(session: nox.Session) -> None:
     session.install("--no-deps", "bitsandbytes==0.50.2", "torchao==0.18.0", "compressed-tensors==0.20.0")
     session.install("setuptools", "wheel", "ninja", "optimum==2.3.0", "loguru", *_OF_GPTQMODEL)
     session.install("--no-deps", "--no-build-isolation", "gptqmodel==7.7.0", env={"BUILD_CUDA_EXT": "0"})
-    session.run("pytest", "tests/parity/test_quantized.py", *session.posargs)
+    session.install("--no-deps", "optimum-quanto==0.2.7", "hqq==0.2.8.post1", "termcolor")
+    session.run("pytest", "tests/parity/test_quantized.py", "tests/test_generation_modes.py", *session.posargs)
 
 
 @nox.session

@@ -14,6 +14,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
+from transformers import cache_utils
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationConfig, GenerationMode, StoppingCriteriaList, StopStringCriteria
 from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDecoderOnlyOutput
@@ -21,6 +22,16 @@ from transformers.generation.utils import GENERATION_MODES_MAPPING, GenerateDeco
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+# What a call may be refused for, in some of its values.
+_SPECIAL = frozenset(
+    {
+        *("assistant_early_exit", "assistant_model", "assistant_tokenizer", "cache", "cache_implementation"),
+        *("guidance_scale", "past_key_values", "prefill_chunk_size", "prompt_lookup_num_tokens", "speculation_type"),
+        "use_mtp",
+    }
+)
+# Layers of quantized caches; before transformers 5.24 those of all kinds have a rest that is not packed.
+QuantizedLayerBase: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
 OLDEST, NEWEST = "5.17.0", "5.24.0"  # both ends of the range that the tests run on
 logger = logging.getLogger(__name__)
 
@@ -230,6 +241,21 @@ def generation_output(
     return GenerateDecoderOnlyOutput(**values)
 
 
+def is_paged(cache: Any) -> bool:
+    """Tells whether a cache is that of continuous batching, which holds many sequences in pages."""
+    return type(cache).__name__ == "PagedAttentionCache"
+
+
+def is_draft(arguments: Mapping[str, Any]) -> bool:
+    """Tells whether a call of ``generate`` is a target's, which asks an assistant model for drafts."""
+    return bool(getattr(arguments.get("generation_config"), "is_assistant", False))
+
+
+def quantized_layers_reorder() -> bool:
+    """Tells whether beams can be reordered in quantized caches; layers that cannot reorder an empty rest."""
+    return "reorder_cache" in vars(cache_utils.QuantizedLayer)
+
+
 class GenerationSettings:
     """Settings of a call of ``generate``, before transformers has put them together.
 
@@ -250,6 +276,15 @@ class GenerationSettings:
             return self._arguments[name]
         found = (getattr(source, name, None) for source in self._sources)
         return next((value for value in found if value is not None), None)
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Tells whether the call asks for anything that is not supported always."""
+        for source in (self._arguments, *(vars(source) for source in self._sources if source is not None)):
+            for name in _SPECIAL & source.keys():
+                if source[name] is not None:
+                    return True
+        return False
 
     @property
     def copies(self) -> int:

@@ -14,7 +14,9 @@ from transformers.generation import GenerationMixin
 from . import compat
 from .config import REFRESH
 from .engine.generate import Engine, UnsupportedByEngineError
-from .request.inputs import check_inputs, check_prefill
+from .request.drafting import arguments_of_round, brings_images, images_at_hand
+from .request.inputs import check_inputs
+from .request.modes import check_modes
 from .request.session import Session
 from .request.turns import converse
 
@@ -30,6 +32,8 @@ class Generate:
     session : Session
     engine : Engine
     """
+
+    is_sparsevlm = True  # tells a pruned model's from others
 
     def __init__(self, session: Session, engine: Engine) -> None:
         self._session, self._engine = session, engine
@@ -80,6 +84,8 @@ class Generate:
                 return session.adapter.model.generate(**arguments)
             check_inputs(session.adapter, arguments, of_generate=True)
             run = functools.partial(self._run, is_nested=depth > 1)
+            if compat.is_draft(arguments):  # rounds of one answer, no turns
+                return run(arguments_of_round(session.adapter, arguments))
             if session.options.config.turns == REFRESH:
                 return converse(session, arguments, self._engine.encode, run)
             return run(arguments)
@@ -88,7 +94,10 @@ class Generate:
         session, given = self._session, arguments
         session.expect_images(arguments)
         wants_engine = session.wants_engine
-        session.copies = compat.GenerationSettings(session.adapter.model, arguments).copies
+        settings = compat.GenerationSettings(session.adapter.model, arguments)
+        session.copies = settings.copies
+        if settings.may_be_refused:
+            check_modes(session, arguments, settings)
         if (other := compat.other_generation(session.adapter.model, self.plain, arguments)) is not None:
             session.plain_reason = other if wants_engine else ""
             session.check_mask(arguments)
@@ -122,14 +131,16 @@ class Generate:
         **prepared: Any,
     ) -> Any:
         """Decode by transformers' own loops, with the hooks in the model."""
-        check_prefill(generation_config)
         decode, is_assisted = compat.decoding_method(model, generation_config, modes)
         self._session.is_drafting, self._session.n_given = is_assisted, input_ids.shape[1]
         generation_config.disable_compile = True  # hooks would break the graph at every layer
+        if generation_config.is_assistant and brings_images(self._session.adapter, prepared):
+            generation_config.is_assistant = False  # transformers leaves images out of what an assistant is asked
         if is_assisted:
             modes = {**modes, "inputs_tensor": inputs_tensor}
-        else:
-            modes = {name: modes[name] for name in ("streamer", "synced_gpus") if name in modes}
+            with images_at_hand(self._session.given):
+                return decode(model, input_ids, generation_config=generation_config, **modes, **prepared)
+        modes = {name: modes[name] for name in ("streamer", "synced_gpus") if name in modes}
         return decode(model, input_ids, generation_config=generation_config, **modes, **prepared)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..compat import cache_of, check_layer_arguments
+from ..compat import cache_of, check_layer_arguments, is_paged
 from ..request.inputs import (
     check_call,
     check_copies,
@@ -119,6 +119,8 @@ class ModelHooks:
     def _before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
+        if is_paged(cache_of(inputs)):
+            return
         check_call(self._adapter, inputs)
         if not self._session.in_generate:
             check_inputs(self._adapter, inputs, of_generate=False)
@@ -133,6 +135,9 @@ class ModelHooks:
         if module is not self._adapter.model:  # that has been entered
             self._enter(module)
         inputs = bound_arguments(module, args, kwargs)
+        if is_paged(cache_of(inputs)):  # continuous batching, of token ids alone: nothing to prune
+            self._end_forward()
+            return
         if not self._session.in_generate and self._direct.begins_at(module):
             check_inputs(self._adapter, inputs, of_generate=False)
         logits_to_keep, self._logits_to_keep = self._logits_to_keep, 0

@@ -278,20 +278,6 @@ def check_call(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
         )
 
 
-def check_prefill(generation_config: Any) -> None:
-    """Refuse a prompt that comes in parts.
-
-    Raises
-    ------
-    NotImplementedError
-    """
-    if generation_config.prefill_chunk_size is not None:
-        raise NotImplementedError(
-            "prefill_chunk_size splits a prompt into parts that cannot be judged one by one. Unset it, or remove "
-            "SparseVLM for this request with remove_sparsevlm(model)."
-        )
-
-
 def check_mode(adapter: ModelAdapter) -> None:
     """Refuse gradient checkpointing, and attentions whose masks cannot be gathered.
 

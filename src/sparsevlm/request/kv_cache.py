@@ -16,6 +16,8 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from ..compat import QuantizedLayerBase
+
 PAD_SLOT = -1
 
 
@@ -305,6 +307,15 @@ _PRUNED_CLASSES: dict[type, type[PrunedLayer]] = {
 }
 
 
+def _pruned_class(kind: Any) -> type[PrunedLayer] | None:
+    """The class by which a cache layer of another is pruned; ``None``: there is none."""
+    if not issubclass(kind, QuantizedLayerBase):
+        return _PRUNED_CLASSES.get(kind)
+    from .quantized_cache import is_quantized, pruned_quantized_class
+
+    return pruned_quantized_class(kind) if is_quantized(kind) else None
+
+
 def check_cache(cache: Cache, n_layers: int, sliding: Collection[int] = ()) -> None:
     """Refuse caches whose layers cannot hold a pruned sequence, and create lazily missing layers.
 
@@ -319,18 +330,18 @@ def check_cache(cache: Cache, n_layers: int, sliding: Collection[int] = ()) -> N
     Raises
     ------
     NotImplementedError
-        For quantized or unknown cache layers, and those with a window that is static or not the decoder's.
+        For unknown cache layers, and those with a window that is static or not the decoder's.
     """
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) < n_layers:
             cache.layers.append(cache.layer_class_to_replicate())
     for i, layer in enumerate(cache.layers[:n_layers]):
-        known = type(layer) in _PRUNED_CLASSES or isinstance(layer, (PrunedLayer, LinearAttentionLayer))
+        known = isinstance(layer, (PrunedLayer, LinearAttentionLayer)) or _pruned_class(type(layer)) is not None
         if not known or (type(layer) is DynamicSlidingWindowLayer and i not in sliding):
             raise NotImplementedError(
                 f"{type(cache).__name__} with {type(layer).__name__} cannot hold a pruned sequence. Supported are the "
-                "dynamic cache (the default) and cache_implementation='static'; or run this request inside "
-                "state.options(keep=1.0)."
+                "dynamic cache (the default), cache_implementation='static', 'quantized' or, on a GPU, 'offloaded'; "
+                "or run this request inside state.options(keep=1.0)."
             )
 
 
@@ -342,7 +353,9 @@ def adopt(cache: Cache, layer_idx: int) -> Any:
     for i, layer in enumerate(layers[: layer_idx + 1]):
         if isinstance(layer, (PrunedLayer, LinearAttentionLayer)):
             continue
-        pruned: Any = object.__new__(_PRUNED_CLASSES[type(layer)])
+        kind = _pruned_class(type(layer))
+        assert kind is not None  # by check_cache
+        pruned: Any = object.__new__(kind)
         pruned.__dict__.update(layer.__dict__)
         pruned.table, pruned.owns_table, pruned.placed, pruned.is_first = None, False, False, first is None
         pruned.all_tables = WeakSet() if first is None else first.all_tables
@@ -354,7 +367,12 @@ def adopt(cache: Cache, layer_idx: int) -> Any:
 def empty_layers(cache: Cache) -> list[Any]:
     """New layers like those of a cache, without content; see :func:`check_cache` for what it may hold."""
     plain: dict[type, Any] = {pruned: kind for kind, pruned in _PRUNED_CLASSES.items()}
-    names = ("sliding_window", "max_cache_len", "number_of_states")
+    pruned = {type(layer) for layer in cache.layers if isinstance(layer, PrunedLayer)}
+    plain |= {kind: kind.__bases__[1] for kind in pruned if issubclass(kind, QuantizedLayerBase)}
+    names = (
+        *("sliding_window", "max_cache_len", "number_of_states"),
+        *("nbits", "axis_key", "axis_value", "q_group_size", "residual_length"),
+    )
     return [
         plain.get(type(layer), type(layer))(**{name: getattr(layer, name) for name in names if hasattr(layer, name)})
         for layer in cache.layers
@@ -373,6 +391,13 @@ def cache_bytes(layers: Iterable[Any], dense_length: int) -> tuple[int, int]:
     """
     dense = sparse = 0
     for layer in layers:
+        if isinstance(layer, QuantizedLayerBase):
+            from .quantized_cache import packed_bytes
+
+            size = packed_bytes(layer)
+            sparse += size
+            dense += size // max(layer.cumulative_length, 1) * dense_length
+            continue
         if getattr(layer, "keys", None) is None or layer.keys.ndim != 4:
             continue
         size = sum(states.numel() * states.element_size() for states in (layer.keys, layer.values))

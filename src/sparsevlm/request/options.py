@@ -38,6 +38,12 @@ class Options:
         """Whether text is read: by the selector, or by the rank, which decides where there is no budget."""
         return _by_rank(self.config) or bool({"rater_attention", "text_features"} & self.traits.needs)
 
+    @property
+    def keeps_all(self) -> bool:
+        """Tells whether nothing is dropped of any request."""
+        keep = self.config.keep if isinstance(self.config.keep, tuple) else (self.config.keep,)
+        return all(isinstance(share, float) and share == 1.0 for share in keep)
+
     @classmethod
     def of(cls, adapter: ModelAdapter, config: SparseVLMConfig) -> Options:
         """Resolve a configuration; raises where it does not fit the model."""

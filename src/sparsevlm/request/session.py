@@ -250,6 +250,11 @@ class Session:
         self.given = arguments
         self._expects_images = any("pixel" in name and value is not None for name, value in arguments.items())
 
+    @property
+    def expects_images(self) -> bool:
+        """Tells whether the running call was given images or videos that no pass has brought yet."""
+        return self._expects_images
+
     def check_mask(self, arguments: Mapping[str, Any]) -> None:
         """Refuse a call with images whose mask hides a whole sample, before transformers prepares it.
 
@@ -286,6 +291,8 @@ class Session:
             self.given, self.exchange = {}, None  # which hold pixels and features
             if is_nested:
                 vars(self).update(before)
+                if self._current is not None and self._is_open:
+                    self._make_last(self._current, self._innermost)
 
     def check_images_found(self, inputs: Mapping[str, Any], found: bool) -> None:
         """Refuse to go on dense where the call was given images and its first pass shows none.
