@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .engine.capacities import STEPPED, capacities, row_capacity
-from .engine.vision.captured import MOST_TILES, tile_capacity
+from .engine.capacities import MOST_TILES, STEPPED, capacities, row_capacity, tile_capacity
 from .models import Grid, ModelAdapter
 
 # Tokens of a request that are not visual.

@@ -12,9 +12,10 @@ from torch import nn
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
 
 from sparsevlm import apply_sparsevlm
+from sparsevlm.engine.capacities import tile_capacity
 from sparsevlm.engine.cuda_graphs import GraphPool
 from sparsevlm.engine.vision import captured
-from sparsevlm.engine.vision.captured import CapturedTower, tile_capacity
+from sparsevlm.engine.vision.captured import CapturedTower
 from sparsevlm.engine.vision.features import _layers_read
 from sparsevlm.models import adapter_for
 from toys import FAMILIES, IMAGE, PROMPTS, make_inputs, relative_error, tiny_model

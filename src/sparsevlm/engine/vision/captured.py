@@ -15,20 +15,14 @@ from torch import Tensor
 
 from ...models import ModelAdapter
 from ...models.tower import CapturedModule
-from ..capacities import power_of_two
+from ..capacities import MOST_TILES, power_of_two, tile_capacity
 from ..cuda_graphs import GraphPool, LRUCache
 from ..support import attention_of, unsupported_capture, unsupported_captured_mode
 
 # Programs that are kept, of tiles and of images by their exact sizes, and sizes that were seen once.
 _MOST_GRAPHS, _MOST_SIZED, _MOST_SEEN = 64, 16, 256
-# More keeps a GPU busy for longer than it takes to launch what it needs: tiles, and numbers of other inputs.
-MOST_TILES, _MOST_NUMBERS = 32, 1 << 23
-
-
-def tile_capacity(n_tiles: int) -> int:
-    """The smallest capacity of at least ``n_tiles``: exact up to eight, above there are four to an octave."""
-    step = 1 << max(0, (n_tiles - 1).bit_length() - 3)
-    return -(-n_tiles // step) * step
+# Values of inputs: more keep a GPU busy for longer than it takes to launch what they need.
+_MOST_NUMBERS = 1 << 23
 
 
 @dataclass(frozen=True)
