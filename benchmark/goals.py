@@ -185,7 +185,7 @@ def goals_table(rows: list[StoredRow], ready: list[StoredRow]) -> str:
     shown = [row for of_case in runs.values() for found in of_case.values() for row in found.values()]
     devices, commits = (", ".join(dict.fromkeys(row[name] for row in [*shown, *ready])) for name in ("gpu", "commit"))
     caption = (
-        "Bold: missed. Cases, calls and bounds are those of this page's other tables; until ready: `apply_sparsevlm` with its "
-        f"warm-up. {devices}, commit {commits}."
+        "Bold: missed. Cases, calls and bounds are those of this page's other tables; until ready: `apply_sparsevlm` "
+        f"with its warm-up. {devices}, commit {commits}."
     )
     return "\n".join([*lines, "", caption]) + "\n"

@@ -32,7 +32,7 @@ def test_the_batches_that_the_fused_kernels_take_are_those_of_the_code():
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
 def test_torch_is_not_replaced_by_what_is_installed_next(document):
-    """The extras bring torchvision, and that the torch it was built for: it comes with torch, or torch is named again."""
+    """The extras bring torchvision, and that its own torch: it comes with torch, or torch is named again."""
     for block in blocks(document):
         torch, torchvision = False, False
         for line in (line.partition("  #")[0] for line in block.code.splitlines() if "pip install" in line):
