@@ -85,8 +85,8 @@ class GraphBenchmark:
         gc.collect()  # programs of the case before
         prompt, host = self._prompt()
         seen = VisionOutput(self.bench.random(prompt.n_features, adapter.decoder.module.config.hidden_size))
-        prefill = Prefill(adapter, self.weights, pool)
         decode_graphs = DecodeGraphs(adapter, self.weights, pool)
+        prefill = Prefill(adapter, self.weights, pool, decode_graphs)
         request = self._request(host)
         _, cost = self._first(lambda: prefill.run(request, prompt, seen))
         request.settle()

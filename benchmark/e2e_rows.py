@@ -44,15 +44,15 @@ def last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[str, Stored
     """
     return {
         case: {
-            setting: {phase: row for (phase, metric), row in found.items() if metric == _metric(case)}
+            setting: {phase: row for (phase, metric), row in found.items() if metric == metric_of(case)}
             for setting, found in settings.items()
         }
-        for case, settings in _last_runs(rows).items()
+        for case, settings in metrics_of_last_runs(rows).items()
     }
 
 
-def _last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[tuple[str, str], StoredRow]]]:
-    """The same with all metrics, by phase and metric."""
+def metrics_of_last_runs(rows: list[StoredRow]) -> dict[str, dict[Setting, dict[tuple[str, str], StoredRow]]]:
+    """Returns the same rows with all metrics, by phase and metric."""
     rows = of_newest_commit(rows)
     last: dict[str, str] = {}
     for row in rows:
@@ -75,7 +75,8 @@ def _kind(case: str) -> str:
     return re.split(r"\d", case, maxsplit=1)[0]
 
 
-def _metric(case: str) -> str:
+def metric_of(case: str) -> str:
+    """Metric of the rows of time: of requests of mixed shapes their mean, else the median."""
     return "mean_ms" if case.startswith(MIXED) else "ms"
 
 
@@ -94,7 +95,7 @@ class _Ratios:
         """Formats the ratio of a phase of one setting in one case."""
         if (measured := found.get((phase, "x"))) is not None:
             return f"{float(measured['p50']):.2f}"
-        row = found.get((phase, _metric(case)))
+        row = found.get((phase, metric_of(case)))
         if row is None or not row["p50"] or case.startswith(MIXED):
             return _NONE
         base = self._base.get((row["model"], case, row["timestamp"], phase, row["metric"]))
@@ -117,11 +118,11 @@ def e2e_table(rows: list[StoredRow], everything: list[StoredRow] | None = None) 
     for phase in PHASES.values():
         heads += [f"{phase}, ms", "bound", "x"]
     lines, ratios = _lines(heads), _Ratios(everything or rows)
-    for case, settings in _last_runs(rows).items():
+    for case, settings in metrics_of_last_runs(rows).items():
         for (provider, keep), found in settings.items():
             cells = [case, provider, keep]
             for phase in PHASES:
-                row = found.get((phase, _metric(case)))
+                row = found.get((phase, metric_of(case)))
                 note = "" if row is None or row["p50"] else row["note"]
                 bound = _NONE if row is None or not row["floor"] else f"{float(row['floor']):.1f}"
                 cells += [note or _figure(row), bound, ratios.cell(found, case, phase)]
@@ -143,7 +144,7 @@ def mixed_table(rows: list[StoredRow], everything: list[StoredRow] | None = None
         return _NO_ROWS
     heads = ["case", "provider", "keep", "whole call, ms", "x", "first token, ms", "x", "worst call", "warm-up, s"]
     lines, ratios, notes = _lines(heads), _Ratios(everything or rows), {}
-    for case, settings in _last_runs(rows).items():
+    for case, settings in metrics_of_last_runs(rows).items():
         for (provider, keep), found in settings.items():
             total = found.get(("total", "mean_ms")) or found.get(("total", "ms"))
             if total is not None and total["note"]:
@@ -168,7 +169,7 @@ def pictures_table(rows: list[StoredRow], everything: list[StoredRow] | None = N
         return _NO_ROWS
     lines = _lines(["case", "provider", "keep", "processor, ms", "picture to first token, ms", "x", "processor"])
     ratios = _Ratios(everything or rows)
-    for case, settings in _last_runs(rows).items():
+    for case, settings in metrics_of_last_runs(rows).items():
         for (provider, keep), found in settings.items():
             row = found.get(("first_token", "ms")) or next(iter(found.values()))
             times = [_figure(found.get((phase, "ms"))) for phase in ("preprocess", "first_token")]
@@ -187,7 +188,7 @@ def memory_table(rows: list[StoredRow], everything: list[StoredRow] | None = Non
     """
     shown = {
         case: {setting: found["total", "bytes"] for setting, found in settings.items() if ("total", "bytes") in found}
-        for case, settings in _last_runs(rows).items()
+        for case, settings in metrics_of_last_runs(rows).items()
     }
     shown = {case: of_setting for case, of_setting in shown.items() if of_setting}
     if not shown:
@@ -206,7 +207,7 @@ def memory_table(rows: list[StoredRow], everything: list[StoredRow] | None = Non
 
 def selectors_table(rows: list[StoredRow], everything: list[StoredRow] | None = None) -> str:
     """Makes a Markdown table: per provider and case the time of the first token, and the speed-up."""
-    runs = _last_runs(rows)
+    runs = metrics_of_last_runs(rows)
     if not runs:
         return _NO_ROWS
     ratios = _Ratios(everything or rows)
@@ -236,7 +237,7 @@ def models_table(rows: list[StoredRow], everything: list[StoredRow] | None = Non
     for model in dict.fromkeys(row["model"] for row in rows):
         of_model = [row for row in rows if row["model"] == model]
         shown += _shown(of_model)
-        for case, settings in _last_runs(of_model).items():
+        for case, settings in metrics_of_last_runs(of_model).items():
             n_visual = next(iter(next(iter(settings.values())).values()))["n_visual"]
             cells = [model.partition(" shape")[0], n_visual]
             for name, setting in _OF_MODELS.items():
@@ -246,20 +247,6 @@ def models_table(rows: list[StoredRow], everything: list[StoredRow] | None = Non
             lines.append(_line(cells))
     caption = f"First token, medians; x: how many times faster than hf-dense in the same run. {_where(shown)}"
     return "\n".join([*lines, "", caption]) + "\n"
-
-
-def figure(rows: list[StoredRow]) -> str:
-    """Formats one median in milliseconds, for a sentence.
-
-    Raises
-    ------
-    ValueError
-        If the last run of the case has another number of such rows than one.
-    """
-    found = [row for of_case in last_runs(rows).values() for phases in of_case.values() for row in phases.values()]
-    if len(found) != 1:
-        raise ValueError(f"a figure needs one stored row, its filter finds {len(found)}")
-    return f"{float(found[0]['p50']):.0f}"
 
 
 def _label(setting: Setting) -> str:
@@ -280,7 +267,9 @@ def _figure(row: StoredRow | None, places: int = 1) -> str:
 
 
 def _shown(rows: list[StoredRow]) -> list[StoredRow]:
-    return [row for settings in _last_runs(rows).values() for found in settings.values() for row in found.values()]
+    return [
+        row for settings in metrics_of_last_runs(rows).values() for found in settings.values() for row in found.values()
+    ]
 
 
 def _where(rows: list[StoredRow]) -> str:

@@ -6,7 +6,7 @@ from benchmark.e2e_rows import E2E, StoredRow, of_newest_commit, read_e2e
 
 READY = E2E.with_name("ready.csv")
 _NONE = "–"
-_CACHES = ("Triton's cache filled", "Triton's cache empty")
+FILLED, EMPTY = "Triton's cache filled", "Triton's cache empty"
 
 
 def read_ready() -> list[StoredRow]:
@@ -27,7 +27,7 @@ def ready_table(rows: list[StoredRow]) -> str:
         key = (row["provider"], row["operation"], row["shape"], row["metric"])
         found.setdefault(key, {})[row["timing"]] = row
     for (provider, operation, shape, _), by_cache in found.items():
-        cells = [_figure(by_cache.get(cache)) for cache in _CACHES]
+        cells = [_figure(by_cache.get(cache)) for cache in (FILLED, EMPTY)]
         lines.append(f"| {provider} | {operation}, {shape} | {' | '.join(cells)} |")
 
     def all_of(name: str) -> str:

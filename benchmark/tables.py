@@ -12,9 +12,14 @@ A table of these shows one commit: of the rows that its filter lets through thos
 and of these every case's last run. Older rows stay in the file and are shown nowhere; a filter ``commit=...`` names
 other ones. So measure all cases at one commit, whose name ``SPARSEVLM_COMMIT`` sets where git is not there.
 
+With ``goals`` the table sets what the engine was to reach beside what these rows say.
+
 A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds), ``<!-- accuracy figure: FILTER
 -->`` (retained percent) or ``<!-- turns figure: FILTER -->`` (percent answered right) and ``<!-- end -->``; its filter
-finds one row.
+finds one row. ``<!-- e2e ratio: FILTER -->`` is how many times faster the second provider that it names is than the
+first, ``<!-- e2e device: FILTER -->`` the device that the rows were measured on. All of these in one document are of
+the 7b shape, and of the newest commit at which each case that they name has hf-dense, ours-dense and ours in one run
+on one device; else there is an error that says what is missing.
 """
 
 from __future__ import annotations
@@ -22,10 +27,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmark.e2e_figures import device, measured_together, milliseconds, times_faster
 from benchmark.e2e_rows import (
     MODEL,
     e2e_table,
-    figure,
     memory_table,
     mixed_table,
     models_table,
@@ -33,6 +38,7 @@ from benchmark.e2e_rows import (
     read_e2e,
     selectors_table,
 )
+from benchmark.goals import goals_table
 from benchmark.ready_rows import read_ready, ready_table
 from benchmark.turns_rows import read_turns, turns_figure, turns_table
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
@@ -44,11 +50,14 @@ RESULTS = Path(__file__).parent / "results"
 _PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>accuracy|e2e|memory|mixed|models|pictures|ready|selectors|turns):(?P<filter>.*?) -->\n)"
+    r"(<!-- (?P<kind>accuracy|e2e|goals|memory|mixed|models|pictures|ready|selectors|turns):(?P<filter>.*?) -->\n)"
     r".*?(<!-- end of (?P=kind) -->\n)",
     re.DOTALL,
 )
-_FIGURE = re.compile(r"(<!-- (?P<kind>accuracy|e2e|turns) figure: (?P<filter>[^>]*?) -->)[^<]*(<!-- end -->)")
+_FIGURE = re.compile(
+    r"(<!-- (?P<kind>accuracy figure|turns figure|e2e figure|e2e ratio|e2e device): (?P<filter>[^>]*?) -->)"
+    r"[^<]*(<!-- end -->)"
+)
 _AVERAGE = "average"
 _UNKNOWN = "–"
 
@@ -192,19 +201,42 @@ def with_tables(text: str) -> str:
     def table(match: re.Match[str]) -> str:
         if match["kind"] == "accuracy":
             return match[1] + accuracy_table(chosen(accuracy, match["filter"])) + match[4]
+        if match["kind"] == "goals":
+            return match[1] + goals_table(chosen_calls(whole_calls, match["filter"]), others["ready"][1]) + match[4]
         if match["kind"] in others:
             make, rows = others[match["kind"]]
             return match[1] + make(chosen(rows, match["filter"])) + match[4]
         return match[1] + tables[match["kind"]](chosen_calls(whole_calls, match["filter"]), whole_calls) + match[4]
 
+    together = _rows_of_figures(text, whole_calls)
+
     def sentence(match: re.Match[str]) -> str:
-        if match["kind"] == "accuracy":
+        if match["kind"] == "accuracy figure":
             return match[1] + accuracy_figure(chosen(accuracy, match["filter"])) + match[4]
-        if match["kind"] == "turns":
+        if match["kind"] == "turns figure":
             return match[1] + turns_figure(chosen(others["turns"][1], match["filter"])) + match[4]
-        return match[1] + figure(chosen_calls(whole_calls, match["filter"])) + match[4]
+        found = chosen(together, match["filter"])
+        if match["kind"] == "e2e ratio":
+            return match[1] + times_faster(found, match["filter"]) + match[4]
+        return match[1] + (milliseconds if match["kind"] == "e2e figure" else device)(found) + match[4]
 
     return _FIGURE.sub(sentence, _BLOCK.sub(table, text))
+
+
+def _rows_of_figures(text: str, rows: list[StoredRow]) -> list[StoredRow]:
+    """Rows that all figures of whole calls in a document are read from.
+
+    Raises
+    ------
+    ValueError
+        If a figure names no case.
+    """
+    filters = [match["filter"] for match in _FIGURE.finditer(text) if match["kind"].startswith("e2e ")]
+    by_filter = {one: re.findall(r"\bcase=(\S+)", one) for one in filters}
+    if unnamed := [one for one, named in by_filter.items() if not named]:
+        raise ValueError(f"a figure of whole calls names its case, as case=v1024-b1-n1; got the filter {unnamed[0]!r}")
+    cases = {case for named in by_filter.values() for one in named for case in one.split(",")}
+    return measured_together(chosen_calls(rows, ""), cases) if cases else []
 
 
 if __name__ == "__main__":

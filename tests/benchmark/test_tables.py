@@ -298,7 +298,8 @@ def test_rows_of_other_models_are_shown_where_a_filter_names_them(tables, monkey
     assert "77.0" not in found
     assert "commit abc;" in found
     assert "| 77.0 |" in tables.with_tables(text.replace("batch=1", "model=llava-1.5-7b+shape*"))
-    made = "<!-- e2e figure: case=v256-b1-n64 -->20<!-- end -->"
+    rows += [whole_call(provider, batch="2") for provider in ("ours-dense", "ours")]
+    made = "<!-- e2e figure: case=v256-b1-n64 provider=hf-dense -->20<!-- end -->"
     assert tables.with_tables(made) == made
 
 

@@ -17,45 +17,45 @@ def tables(monkeypatch):
 
 
 def test_the_readme_begins_with_measured_figures(tables):
+    """All of one commit and device, and those of the engine alone beside those of pruning."""
     before = read(ROOT / "README.md").split("```")[0]
-    shown = re.findall(r"e2e figure: case=(\S+) provider=(\S+) .*?-->(\d+)<!-- end --> ms", before, flags=re.DOTALL)
-    assert [(case, provider) for case, provider, _ in shown] == [
+    shown = re.findall(r"e2e figure: case=(\S+) provider=(\S+) (.*?) -->(\d+)<!-- end --> ms", before)
+    assert [(case, provider) for case, provider, _, _ in shown[:3]] == [
         ("v1024-b1-n1", "hf-dense"), ("v1024-b1-n1", "ours-dense"), ("v1024-b1-n1", "ours")
     ]  # fmt: skip
-    for case, provider, milliseconds in shown:
+    (gpu,) = re.findall(r"e2e device: [^>]* -->([^<]*)<!-- end -->", before)
+    commits = set()
+    for case, provider, conditions, milliseconds in shown:
+        phase = re.findall(r"phase=(\w+)", conditions)[0]
         rows = [
             row for row in tables.read_e2e()
-            if (row["case"], row["provider"], row["phase"], row["metric"]) == (case, provider, "first_token", "ms")
+            if (row["case"], row["provider"], row["phase"], row["metric"]) == (case, provider, phase, "ms")
             and row["model"].startswith("7b ")
         ]  # fmt: skip
         latest = max(rows, key=lambda row: row["timestamp"])
         assert milliseconds == f"{float(latest['p50']):.0f}"
+        assert latest["gpu"] == gpu
+        commits.add(latest["commit"])
+    assert len(commits) == 1
 
 
 def test_no_figure_begins_a_line():
     """Markdown would take the marker for the beginning of a block of HTML, and end the sentence there."""
     for document in DOCUMENTS:
-        assert not re.findall(r"^<!-- \w+ figure:", read(document), flags=re.MULTILINE)
+        assert not re.findall(r"^<!-- \w+ (?:figure|ratio|device):", read(document), flags=re.MULTILINE)
 
 
 def test_a_figure_follows_its_row(tables, monkeypatch):
-    rows = [
-        {
-            "case": "c",
-            "provider": "ours",
-            "phase": "total",
-            "metric": "ms",
-            "keep": "1.0",
-            "timestamp": "1",
-            "commit": "abc",
-            "p50": "12.6",
-        }
-    ]
+    shared = {"case": "c", "phase": "total", "metric": "ms", "timestamp": "1", "commit": "abc", "gpu": "G"}
+    times = {"hf-dense": "50.4", "ours-dense": "20.2", "ours": "12.6"}
+    rows = [{**shared, "provider": provider, "keep": "1.0", "p50": p50} for provider, p50 in times.items()]
     monkeypatch.setattr(tables, "read_e2e", lambda: rows)
-    made = "takes <!-- e2e figure: case=c phase=total -->13<!-- end --> ms"
+    made = "takes <!-- e2e figure: case=c provider=ours phase=total -->13<!-- end --> ms"
     assert tables.with_tables(made.replace("13", "99")) == made
     with pytest.raises(ValueError, match="a figure needs one stored row, its filter finds 0"):
         tables.with_tables(made.replace("phase=total", "phase=vision"))
+    with pytest.raises(ValueError, match="a figure needs one stored row, its filter finds 3"):
+        tables.with_tables(made.replace(" provider=ours", ""))
     monkeypatch.setattr(tables, "stored_rows", lambda: [{"selector": "span", "retained": "98.76"}])
     made = "retains <!-- accuracy figure: selector=span -->98.8<!-- end --> %"
     assert tables.with_tables(made.replace("98.8", "")) == made
@@ -90,7 +90,7 @@ def test_a_table_of_memory(tables):
 
 def test_no_measurement_is_written_by_hand():
     """In the README's sentences, what has a unit of time or a percentage stands in a marker."""
-    text = re.sub(r"figure: .*?-->[^<]*<!-- end -->", "", read(ROOT / "README.md"), flags=re.DOTALL)
+    text = re.sub(r"(?:figure|ratio|device): .*?-->[^<]*<!-- end -->", "", read(ROOT / "README.md"), flags=re.DOTALL)
     sentences = "\n".join(
         line for line in text.splitlines() if "roofline bound" not in line and not line.startswith("| v")
     )
