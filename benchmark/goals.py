@@ -15,6 +15,7 @@ Measured = tuple[float | None, str]  # None where no row says it; and whose it i
 Measure = Callable[[Runs, str], Measured]
 
 _DEFAULT, _QUARTER, _HALF_TOWER = ("ours-default", "adaptive"), ("ours", "0.25"), ("ours-vision", "0.25")
+_FLOAT8 = ("ours-fp8", "0.25")
 _DENSE, _VLLM = ("ours-dense", "1.0"), ("vllm-dense", "1.0")
 _SIZES = ("v256-b1-n1", "v1024-b1-n1", "v4096-b1-n1")
 _PICTURE, _BATCH, _LONG, _MIXED = "picture896-b1-n1", "v1024-b32-n64", "v576-b1-n64", "mixed200"
@@ -78,6 +79,14 @@ def _above_bound(call: Setting, phase: str) -> Measure:
         row = runs.get(case, {}).get(call, {}).get((phase, metric_of(case)))
         value, bound = _value(row), _value(row, "floor")
         return (None if value is None or bound is None else value / bound), ""
+
+    return of
+
+
+def _memory(call: Setting) -> Measure:
+    def of(runs: Runs, case: str) -> Measured:
+        value, base = (_value(runs.get(case, {}).get(one, {}).get(("total", "bytes"))) for one in (call, BASE))
+        return (None if value is None or base is None else value / base), ""
 
     return of
 
@@ -164,6 +173,17 @@ GOALS = (
         {"v1024-b1-n64": 1.15},
         _above_bound(_QUARTER, "decode_per_token"),
         is_most=True,
+    ),
+    Goal(
+        'keep=0.25, weights="fp8"',
+        "each further token by the bound of the model's own weights",
+        {"v1024-b1-n64": 0.7},
+        _above_bound(_FLOAT8, "decode_per_token"),
+        is_most=True,
+    ),
+    *(
+        Goal(name, "peak of memory by that of hf-dense", {"v16384-b1-n1": 1}, _memory(call), is_most=True)
+        for name, call in _OURS.items()
     ),
 )
 READY = {FILLED: 12.0, EMPTY: 45.0}  # seconds until apply and warm-up are over

@@ -82,6 +82,15 @@ def test_a_path_that_is_not_the_engines_is_void():
     assert all(row["note"].startswith("void: ") and row["p50"] == "" for row in void)
 
 
+def test_float8_weights_are_measured_where_they_are_read():
+    cases = [SMALL, Case(SMALL.n_visual, 1, 1), Case(SMALL.n_visual, 17, 2)]
+    rows = run(tiny_model(n_layers=12), cases, Settings((0.5,), iterations=1, warmup=1, selectors=(), fp8=True), ORIGIN)
+    found = [row for row in rows if row["provider"] == "ours-fp8"]
+    assert {row["case"] for row in found} == {SMALL.name}
+    assert {row["phase"] for row in found if row["metric"] == "ms"} >= {"first_token", "decode_per_token"}
+    assert all(row["p50"] for row in found if row["metric"] == "ms")
+
+
 def test_wrong_answers_are_not_timed(monkeypatch):
     model = tiny_model(n_layers=12)
     providers = make_providers(model, (0.5,), static=False)

@@ -67,3 +67,15 @@ def test_the_time_until_ready_is_that_of_the_newest_commit(goals):
     table = goals.goals_table([], ready)
     assert cells(table, "keep=0.25", "seconds until ready") == "**13.5**, –"
     assert cells(table, "default", "seconds until ready") == "–, –"
+
+
+def test_memory_is_that_of_hf_dense_at_most(goals):
+    of = {"case": "v16384-b1-n1", "phase": "total", "metric": "bytes"}
+    rows = [row("hf-dense", "2e10", **of), row("ours", "3e10", keep="0.25", **of)]
+    table = goals.goals_table([*rows, row("ours-default", "1e10", keep="adaptive", **of)], [])
+    assert cells(table, "keep=0.25", "peak of memory by that of hf-dense") == "**1.50**"
+    assert cells(table, "default", "peak of memory by that of hf-dense") == "0.50"
+    of = {"case": "v1024-b1-n64", "phase": "decode_per_token", "keep": "0.25"}
+    table = goals.goals_table([row("ours-fp8", "6", **of), row("ours", "12", **of)], [])
+    assert cells(table, 'keep=0.25, weights="fp8"', "each further token") == "0.60"
+    assert cells(table, "keep=0.25", "each further token by its bound") == "**1.20**"

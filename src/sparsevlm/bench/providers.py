@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import api
 from ..config import SparseVLMConfig
+from ..kernels.skinny_linear import MOST_ROWS, check_float8
 from ..selection.context import VISION_NEEDS, SelectorTraits
 from ..selection.selectors import DEFAULT, SELECTORS, make_selector
 from ..state import SparseVLMState
@@ -23,7 +24,8 @@ Inputs = dict[str, Tensor]
 PAPER = "sparsevlm"
 # Of requests of mixed shapes and of pictures.
 _MAIN = ("hf-dense", "ours-dense", "ours", "ours-default", f"ours-{PAPER}")
-_OPTIONS = ("keep", "selector", "seed", "vision_keep")
+_OPTIONS = ("keep", "selector", "seed", "vision_keep", "weights")
+_FLOAT8 = "fp8"  # weights that decode steps read
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,12 @@ class Provider(Setting):
             return self.state.warmup(max_new_tokens=new_tokens)
 
     def supports(self, case: AnyCase) -> bool:
-        """True if a case is measured: compiled decoding only with one sample that decodes, of mixed shapes and pictures
-        the main providers and the paper's method, if it was asked for."""
+        """True if a case is measured: compiled decoding only with one sample that decodes, float8 weights only where
+        they are read, of mixed shapes and pictures the main providers and the paper's method, if it was asked for."""
         if not isinstance(case, Case):
             return self.name in _MAIN
+        if self.config is not None and self.config.weights == _FLOAT8:
+            return case.batch <= MOST_ROWS and case.new_tokens > 1
         return not self.compiles or (case.batch == 1 and case.new_tokens > 1)
 
 
@@ -138,7 +142,7 @@ def chosen_selectors(names: Iterable[str]) -> tuple[str, ...]:
 
 def make_providers(
     model: Any, keeps: tuple[float, ...], *, static: bool, seed: int = 0, vision_keep: float = 1.0,
-    selectors: Iterable[str] = (),
+    selectors: Iterable[str] = (), fp8: bool = False,
 ) -> list[Provider]:  # fmt: skip
     """Makes all providers that can run on this machine.
 
@@ -156,12 +160,18 @@ def make_providers(
         engine runs the tower.
     selectors : iterable of str
         Names of those that have a provider each.
+    fp8 : bool
+        Whether decode steps that read float8 copies of the weights are measured, in ``"ours-fp8"``.
 
     Raises
     ------
+    NotImplementedError
+        If the device does not read float8.
     ValueError
         If there is no such selector.
     """
+    if fp8:
+        check_float8(model.device)
     names = chosen_selectors(selectors)
     ours = shared_copy(model)
     state = api.apply_sparsevlm(ours)
@@ -178,6 +188,8 @@ def make_providers(
         settings.append(("ours", {"keep": keep}))
         if vision_keep < 1.0 and state.adapter.vision.program is not None:
             settings.append(("ours-vision", {"keep": keep, "vision_keep": vision_keep}))
+        if fp8:
+            settings.append((f"ours-{_FLOAT8}", {"keep": keep, "weights": _FLOAT8}))
         settings += [(f"ours-{name}", {"keep": keep, "selector": name}) for name in names]
     for name, changes in settings:
         engine = {"engine": True, "seed": seed} if changes else {}  # nothing is set in the default call

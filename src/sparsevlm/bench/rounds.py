@@ -43,6 +43,8 @@ class Settings:
     seed : int
     selectors : tuple of str
         Built-in selectors that are measured as well, at the same budgets.
+    fp8 : bool
+        Whether decode steps are measured that read float8 copies of the weights.
     """
 
     keeps: tuple[float, ...] = (0.25,)
@@ -53,6 +55,7 @@ class Settings:
     static: bool = True
     seed: int = 0
     selectors: tuple[str, ...] = (PAPER, "random")
+    fp8: bool = False
 
 
 @dataclass

@@ -58,6 +58,7 @@ class Run:
             seed=settings.seed,
             vision_keep=settings.vision_keep,
             selectors=settings.selectors,
+            fp8=settings.fp8,
         )
         self.adapter, self.roofline = adapter_for(model), measure_roofline(model.device, model.dtype)
         self._generator = torch.Generator(device=model.device).manual_seed(settings.seed)

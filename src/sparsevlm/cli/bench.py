@@ -69,6 +69,12 @@ def bench(
             help="Share that the tower computes in ours-vision; 1: leave that out, as where the engine runs no tower.",
         ),
     ] = 0.5,
+    fp8: Annotated[
+        bool,
+        typer.Option(
+            "--fp8/--no-fp8", help="Measure decode steps that read float8 copies of the weights, as ours-fp8."
+        ),
+    ] = False,
     seconds: Annotated[
         float, typer.Option("--seconds", help="For timed calls of each provider in a case; three are made in any case.")
     ] = 8.0,
@@ -103,7 +109,7 @@ def bench(
 
     chosen, keeps = named_cases(None if cases is None else _names(cases), full=full), _budgets(keep)
     methods = chosen_selectors(name for name in _names(selectors) if name != "none")
-    settings = Settings(keeps, vision_keep, seconds, iterations, warmup, static, seed, methods)
+    settings = Settings(keeps, vision_keep, seconds, iterations, warmup, static, seed, methods, fp8)
     target = prepare_file(append_to, ".csv")
     if target is not None:
         check_columns(target, COLUMNS)
