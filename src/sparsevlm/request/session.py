@@ -287,7 +287,7 @@ class Session:
             self.fail(error)
             raise
         finally:
-            self.in_generate = before["in_generate"]
+            self.in_generate = is_nested  # Ctrl-C may have kept an earlier call from saying that it has ended
             self.given, self.exchange = {}, None  # which hold pixels and features
             if is_nested:
                 vars(self).update(before)
