@@ -190,11 +190,13 @@ class ModelHooks:
         self._forward = ForwardPass(cache, is_flash=self._is_flash)
         request = self._session.request
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
+            self._session.take_up(request)
             request.begin_decode_step()
             request.goes_on("plain")
             return
         running = self._session.running
-        if self._session.in_generate and running is not None and running.samples:
+        has_own = running is not None and (running.samples or running.cache is not None)
+        if self._session.in_generate and has_own:
             self._forward.is_beside = True  # such as the pass without the prompt under guidance_scale
             return
         begin_text(self._session, cache, ids, attention_mask)

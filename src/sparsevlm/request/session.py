@@ -179,6 +179,11 @@ class Session:
         self._current, self._is_open = request, True
         return request
 
+    def take_up(self, request: Request) -> None:
+        """Let the running call go on with the request of an earlier one, whose cache it was given."""
+        if not self._is_open:
+            self._current, self._is_open, request.failed = request, True, None
+
     def _make_request(self, q_len: int, past_len: int, batch: int, **more: Any) -> Request:
         """Request under the options in force, from now on the last one of the calling context."""
         of = self.options
