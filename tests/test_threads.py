@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import inspect
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +86,41 @@ def test_the_lock_may_be_taken_again_by_its_holder(held):
     assert lock.is_mine
     lock.release()
     assert not lock.is_mine
+
+
+def take_and_give_back(lock, interrupted_at=None):
+    """Counts lines of the lock; at one of them comes Ctrl-C."""
+    lines, source = [], inspect.getsourcelines(sys.modules[GenerationLock.__module__])[0]
+    apart = [i for i, line in enumerate(source, 1) if line.strip().startswith(("with ", "try:"))]
+
+    def trace(frame, event, arg):
+        if frame.f_code.co_filename != sys.modules[GenerationLock.__module__].__file__:
+            return None
+        if event == "line" and frame.f_lineno not in apart:  # where no signal comes between
+            lines.append(frame.f_lineno)
+            if len(lines) == interrupted_at:
+                raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        lock.acquire()
+        lock.release()
+    finally:
+        sys.settrace(before)
+    return len(lines)
+
+
+def test_ctrl_c_within_the_lock_keeps_no_later_call_waiting(other):
+    for line in range(1, take_and_give_back(GenerationLock()) + 1):
+        lock = GenerationLock()
+        with pytest.raises(KeyboardInterrupt):
+            take_and_give_back(lock, line)
+        lock.release()  # as the next call does
+        assert lock.acquire(1.0) == 1
+        lock.release()
+        assert other.submit(lock.acquire, 1.0).result() == 1, line
 
 
 def test_the_lock_of_a_thread_that_ended_is_free(monkeypatch):

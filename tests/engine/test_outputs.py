@@ -159,6 +159,26 @@ def test_the_model_may_be_asked_in_between(engine):
     assert state.report.path == ("engine" if engine else "plain")
 
 
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("own_cache", [False, True])
+def test_passes_beside_the_prompts_are_not_in_its_report(engine, own_cache):
+    """Those of a criterion, and those without the prompt under guidance_scale."""
+    model, inputs = tiny_model("llava"), make_inputs(*PROMPTS["one image"], family="llava")
+    text, cache = make_inputs([("text", 5)], family="llava")["input_ids"], DynamicCache(config=model.config)
+
+    def asks(input_ids, scores, **kwargs):
+        model(input_ids=text, past_key_values=cache if own_cache else None)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    state, found = apply_sparsevlm(model, **OPTIONS, engine=engine), []
+    for options in ({}, {"guidance_scale": 1.5}, {"stopping_criteria": [asks]}):
+        model.generate(**inputs, **GREEDY, **options)
+        report = state.report
+        found.append((report.path, report.decode_steps, report.kv_bytes, report.samples, report.flops))
+    assert found[0][:2] == ("engine" if engine else "plain", GREEDY["max_new_tokens"] - 1)
+    assert found[1:] == found[:1] * 2
+
+
 class Heard(BaseStreamer):
     """Notes what is put, and how many steps the report counts by then."""
 

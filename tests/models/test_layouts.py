@@ -84,6 +84,28 @@ def test_newlines_stay_unless_the_family_drops_them(name, call, monkeypatch):
         assert sample.stages[0].per_image == () or len(sample.stages[0].per_image) == 2
 
 
+@pytest.mark.parametrize("name", ["llava", "llava_next", "internvl"])
+@pytest.mark.parametrize("hidden", ["a token", "an image"])
+@pytest.mark.parametrize("engine", [False, True])
+def test_a_mask_may_hide_placeholders(name, hidden, engine):
+    model, inputs = tiny_model(name), make_inputs(*PROMPTS["two images"], family=name)
+    found = (inputs["input_ids"][0] == FAMILIES[name].kinds["image"].token).nonzero()[:, 0]
+    inputs["attention_mask"][0, found[1:2] if hidden == "a token" else found[: len(found) // 2]] = 0
+    options = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    wanted = model.generate(**inputs, **options)
+    state = apply_sparsevlm(model, keep=1.0, engine=engine)
+    torch.testing.assert_close(model.generate(**inputs, **options).logits, wanted.logits, rtol=1e-4, atol=1e-5)
+    assert state.report.path == ("engine" if engine else "plain")
+    with state.options(keep=0.5, min_keep=1, target_layers=[1], min_keep_per_image=2):
+        model.generate(**inputs, **options)
+    (sample,) = state.report.samples
+    first, second = sample.stages[0].per_image
+    n_all = len(found) - 2 * 4 * (name == "llava_next")  # four rows of a picture end in a newline
+    assert sample.n_visual == n_all - (1 if hidden == "a token" else n_all // 2)
+    assert first >= 2 or hidden == "an image"
+    assert second >= 2
+
+
 @pytest.mark.parametrize(
     ("name", "places_of_first"),
     [

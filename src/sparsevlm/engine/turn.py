@@ -92,6 +92,7 @@ class Turn:
         """The request that has filled the cache, which goes on, or a new one."""
         request = session.request
         if request is not None and request.fills(self.cache):
+            session.take_up(request)
             request.begin_decode_step()
             request.goes_on("engine")
             return request

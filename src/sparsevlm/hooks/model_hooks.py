@@ -190,12 +190,15 @@ class ModelHooks:
         self._forward = ForwardPass(cache, is_flash=self._is_flash)
         request = self._session.request
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
+            self._session.take_up(request)
             request.begin_decode_step()
             request.goes_on("plain")
             return
         running = self._session.running
-        if self._session.in_generate and running is not None and running.samples:
-            return  # a second pass beside the prompt's, such as that without the prompt under guidance_scale
+        has_own = running is not None and (running.samples or running.cache is not None)
+        if self._session.in_generate and has_own:
+            self._forward.is_beside = True  # such as the pass without the prompt under guidance_scale
+            return
         begin_text(self._session, cache, ids, attention_mask)
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -262,7 +265,7 @@ class ModelHooks:
         if not self._session.lock.is_mine:  # torch calls this for a thread that gave up waiting as well
             return
         forward, request = self._forward, self._session.request
-        if forward is not None and request is not None and output is not None:
+        if forward is not None and not forward.is_beside and request is not None and output is not None:
             device = next(iter(self._adapter.decoder.layers[-1].parameters())).device
             assert self._begin is not None
             request.add_time("decode" if request.decode_steps else "prefill", self._begin, Mark.now(device))

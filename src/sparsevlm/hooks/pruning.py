@@ -57,6 +57,8 @@ class ForwardPass:
         Of its images, by row, of a pass that is no request.
     kept : KeptFeatures or None
         Features of earlier turns, to be put in the places of their tokens.
+    is_beside : bool
+        Whether it is none of the request's own: its time, steps and cache are not the request's.
     """
 
     cache: Cache | None
@@ -74,6 +76,7 @@ class ForwardPass:
     ids: Tensor | None = None
     layouts: Sequence[Sequence[Layout]] = ()
     kept: KeptFeatures | None = None
+    is_beside: bool = False
 
     @property
     def _cache_layers(self) -> Sequence[Any]:

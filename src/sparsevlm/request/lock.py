@@ -20,7 +20,7 @@ class GenerationLock:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()
+        self._waiting: deque[threading.Thread] = deque()
         self._owner: threading.Thread | None = None
         self._depth = 0
 
@@ -54,14 +54,15 @@ class GenerationLock:
             If the time is over.
         """
         give_up = None if timeout is None else time.monotonic() + timeout
-        ticket = object()
+        me = threading.current_thread()
         with self._changed:
             if self.is_mine:
                 self._depth += 1
                 return self._depth
-            self._waiting.append(ticket)
+            self._leave_queue(me)  # of a wait that Ctrl-C has ended
             try:
-                while not (self._waiting[0] is ticket and self._is_free()):
+                self._waiting.append(me)
+                while not (self._waiting[0] is me and self._is_free()):
                     left = _HEARTBEAT if give_up is None else min(_HEARTBEAT, give_up - time.monotonic())
                     if left <= 0:
                         raise TimeoutError(
@@ -70,10 +71,9 @@ class GenerationLock:
                             "one process per thread."
                         )
                     self._changed.wait(left)
-                self._owner, self._depth = threading.current_thread(), 1
+                self._owner, self._depth = me, 1
             finally:
-                self._waiting.remove(ticket)
-                self._changed.notify_all()
+                self._leave_queue(me)
         return 1
 
     def release(self) -> None:
@@ -82,9 +82,14 @@ class GenerationLock:
             if not self.is_mine:
                 return
             self._depth -= 1
-            if not self._depth:
+            if self._depth <= 0:  # below it where Ctrl-C came between these two lines before
                 self._owner = None
                 self._changed.notify_all()
+
+    def _leave_queue(self, thread: threading.Thread) -> None:
+        if thread in self._waiting:
+            self._waiting.remove(thread)
+            self._changed.notify_all()
 
     def _is_free(self) -> bool:
         return self._owner is None or not self._owner.is_alive()

@@ -147,11 +147,13 @@ def make_samples(
     is_special = None if ids is None else torch.isin(ids, adapter.token_ids_apart).numpy()
     # Arrays from here on: of so few numbers, operations of torch take ten times as long.
     valid = seen.numpy()
-    is_visual = mask.cpu().numpy() & valid
-    prompt_end = q_len - n_drafted
-    _check_drafts(adapter, is_visual[:, prompt_end:])
+    placeholders = mask.cpu().numpy()
+    is_visual = placeholders.copy()
     by_row = visual_grids(adapter, layouts, ids)
     _protect_separators(adapter, is_visual, by_row)
+    is_visual &= valid  # layouts tell of hidden placeholders as well
+    prompt_end = q_len - n_drafted
+    _check_drafts(adapter, is_visual[:, prompt_end:])
     goes_on = valid.copy()
     goes_on[:, prompt_end - 1 :] = True  # what predicts the next token, even if it is hidden from all others
     samples = []
@@ -179,7 +181,9 @@ def make_samples(
             alive=torch.from_numpy(np.arange(visual.size)),
             tail=_tail_length(other[other > last_visual], q_len),
             layouts=tuple(by_row[b]) if by_row else (),
-            image_sizes=_image_sizes(visual, None if ids is None else ids[b].numpy(), by_row[b] if by_row else ()),
+            image_sizes=_image_sizes(
+                is_visual[b], placeholders[b], None if ids is None else ids[b].numpy(), by_row[b] if by_row else ()
+            ),
         )
         sample.to(mask.device)
         samples.append(sample)
@@ -195,14 +199,18 @@ def _protect_separators(
             mask[mask.nonzero()[0]] = ~torch.cat([separators(layout) for layout in layouts]).numpy()
 
 
-def _image_sizes(visual: IntArray, ids: IntArray | None, layouts: Sequence[Layout]) -> tuple[int, ...]:
+def _image_sizes(
+    is_visual: npt.NDArray[np.bool_],
+    placeholders: npt.NDArray[np.bool_],
+    ids: IntArray | None,
+    layouts: Sequence[Layout],
+) -> tuple[int, ...]:
     """Visual tokens of each image: by the layouts, or by runs of the same token where these are unknown."""
-    sizes = tuple(map(n_tokens, layouts))
-    if sum(sizes) == visual.shape[0]:
-        return sizes
-    sizes = tuple(n_tokens(layout) - int(separators(layout).sum()) for layout in layouts)
-    if sum(sizes) == visual.shape[0]:
-        return sizes
+    sizes = [n_tokens(layout) for layout in layouts]
+    if layouts and sum(sizes) == int(placeholders.sum()):
+        of_image = np.repeat(np.arange(len(sizes)), sizes)
+        return tuple(np.bincount(of_image[is_visual[placeholders]], minlength=len(sizes)).tolist())
+    visual = is_visual.nonzero()[0]
     begins = np.diff(visual) != 1
     if ids is not None:
         begins |= np.diff(ids[visual]) != 0

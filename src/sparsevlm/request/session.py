@@ -179,6 +179,11 @@ class Session:
         self._current, self._is_open = request, True
         return request
 
+    def take_up(self, request: Request) -> None:
+        """Let the running call go on with the request of an earlier one, whose cache it was given."""
+        if not self._is_open:
+            self._current, self._is_open, request.failed = request, True, None
+
     def _make_request(self, q_len: int, past_len: int, batch: int, **more: Any) -> Request:
         """Request under the options in force, from now on the last one of the calling context."""
         of = self.options
@@ -287,7 +292,7 @@ class Session:
             self.fail(error)
             raise
         finally:
-            self.in_generate = before["in_generate"]
+            self.in_generate = is_nested  # Ctrl-C may have kept an earlier call from saying that it has ended
             self.given, self.exchange = {}, None  # which hold pixels and features
             if is_nested:
                 vars(self).update(before)
