@@ -147,7 +147,9 @@ def pixtral():
     return LlavaForConditionalGeneration(config).eval()
 
 
-@pytest.mark.parametrize("make", [lambda: tiny_model("mistral3"), pixtral], ids=["mistral3", "pixtral"])
+@pytest.mark.parametrize(
+    "make", [*(functools.partial(tiny_model, name) for name in OF_SIZES), pixtral], ids=[*OF_SIZES, "pixtral"]
+)
 def test_exact_sizes_are_recorded_when_they_come_again(make):
     model = make()
     tower = captured_tower(model)
@@ -326,6 +328,5 @@ def test_all_of_the_engine_have_a_tower_that_is_recorded():
     found = {name for name, family in FAMILIES.items() if family.on_engine}
     described = {name: adapter_for(tiny_model(name)).vision for name in sorted(found)}
     assert all(vision.captured or vision.program for vision in described.values())
-    assert {name for name, vision in described.items() if vision.captured and not vision.captured[0].in_tiles} == {
-        "mistral3"
-    }
+    of_sizes = {name for name, vision in described.items() if vision.captured and not vision.captured[0].in_tiles}
+    assert of_sizes == set(OF_SIZES)

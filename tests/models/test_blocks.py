@@ -167,6 +167,6 @@ def test_a_family_of_the_users_runs_on_hooks_unless_it_says_how_images_are_encod
 def test_the_engine_runs_those_that_are_known():
     assert set(ON_ENGINE) == {
         "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "llava", "llava_next", "llava_onevision", "internvl", "smolvlm",
-        "idefics3", "deepseek_vl", "mistral3",
+        "idefics3", "deepseek_vl", "mistral3", "lighton_ocr",
     }  # fmt: skip
     assert {name for name, toy in FAMILIES.items() if toy.tower_on_engine} == {"qwen2_5_vl", "qwen2_vl", "qwen3_vl"}

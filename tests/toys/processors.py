@@ -260,6 +260,19 @@ PROCESSED: dict[str, Processed] = {
         options={"patch_size": PATCH, "spatial_merge_size": 2},
         needs=("torchvision",),
     ),
+    "lighton_ocr": Processed(
+        "LightOnOcrProcessor",
+        {"<|image_pad|>": IMAGE, "<|vision_pad|>": 80, "<|vision_end|>": 81},
+        "<|image_pad|>",
+        made(
+            image_processor=("PixtralImageProcessor", {"size": {"longest_edge": 12 * PATCH}, "patch_size": 2 * PATCH})
+        ),
+        named={
+            "image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>", "image_end_token": "<|vision_end|>",
+        },
+        options={"patch_size": PATCH, "spatial_merge_size": 2},
+        needs=("torchvision",),
+    ),
     "glm4v": _glm("Glm4v"),
     "glm4v_moe": _glm("Glm4v"),
     "glm46v": _glm("Glm46V"),

@@ -23,12 +23,15 @@ from transformers import (
     GlmOcrForConditionalGeneration,
     Kimi_K25Config,
     Kimi_K25ForConditionalGeneration,
+    LightOnOcrConfig,
+    LightOnOcrForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     MistralConfig,
     PaddleOCRVLConfig,
     PaddleOCRVLForConditionalGeneration,
     PixtralVisionConfig,
+    Qwen3Config,
 )
 
 from .kinds import AROUND, AS_IMAGES, AS_PATCHES, IMAGE, IS_OLD, PATCH, VIDEO, VISION_END, VISION_START, Family, Kind
@@ -60,6 +63,13 @@ def _mistral3(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[typ
     text = MistralConfig(**{"sliding_window": None, "head_dim": 16, **text})
     config = Mistral3Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
     return Mistral3ForConditionalGeneration, config
+
+
+def _lighton_ocr(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
+    vision = PixtralVisionConfig(**{**_TOWER, "image_size": 16 * PATCH, "patch_size": PATCH, **vision_options})
+    text = Qwen3Config(**{"head_dim": 16, **text})
+    config = LightOnOcrConfig(vision_config=vision, text_config=text, image_token_id=IMAGE)
+    return LightOnOcrForConditionalGeneration, config
 
 
 def _paddleocr_vl(text: dict[str, Any], vision_options: dict[str, Any]) -> tuple[type, Any]:
@@ -169,6 +179,9 @@ _OF_GEMMA4: dict[str, Any] = {**AS_IMAGES, "on_engine": False, "attentions": ("s
 _OF_GEMMA4 |= {"caches": ("dynamic", "none"), "sharpness": 0.6}  # scores are not divided by the size of heads
 SIZED_FAMILIES = {
     "mistral3": Family(_mistral3, {"image": _ENDED_ROWS}, tower="model.vision_tower", **AS_IMAGES),
+    "lighton_ocr": Family(
+        _lighton_ocr, {"image": Kind(IMAGE, _sized_image, *AROUND)}, tower="model.vision_encoder", **AS_IMAGES
+    ),
     "glm4v": Family(_glm(Glm4vConfig, Glm4vForConditionalGeneration), _GLM_KINDS, on_engine=False, **OF_QWEN),
     "glm46v": Family(_glm(Glm46VConfig, Glm46VForConditionalGeneration), _GLM_KINDS, on_engine=False, **OF_QWEN),
     "glm4v_moe": Family(

@@ -112,6 +112,8 @@ class VisionProbe:
 def neighbours(patch_grids: Sequence[tuple[int, int]], patches_per_token: int) -> Tensor:
     """Index of each patch, so that those of one visual token follow each other, (n_patches,).
 
+    A last row or column that is too narrow for a token is left out, as mergers do.
+
     Parameters
     ----------
     patch_grids : sequence of (h, w)
@@ -121,8 +123,9 @@ def neighbours(patch_grids: Sequence[tuple[int, int]], patches_per_token: int) -
     """
     side, start, parts = math.isqrt(patches_per_token), 0, []
     for height, width in patch_grids:
-        index = torch.arange(start, start + height * width, device="cpu")
-        blocks = index.view(height // side, side, width // side, side)
+        rows, columns = height // side, width // side
+        index = torch.arange(start, start + height * width, device="cpu").view(height, width)
+        blocks = index[: rows * side, : columns * side].reshape(rows, side, columns, side)
         parts.append(blocks.transpose(1, 2).flatten())
         start += height * width
     return torch.cat(parts)

@@ -114,6 +114,17 @@ FAMILIES: tuple[Family, ...] = (
         encoder_inputs=(*_LAYER, "image_sizes"),
         captured="",
     ),
+    SizedFamily(
+        ("lighton_ocr",),
+        ("LightOnOcrForConditionalGeneration",),
+        tower="model.vision_encoder",
+        projector="vision_projection",
+        blocks="transformer.layers",
+        attention="attention",
+        merge="spatial_merge_size",
+        encoder_inputs=("image_sizes",),
+        captured="",
+    ),
     PackedFamily(  # frames of a video have the image's placeholder
         ("glm4v", "glm46v", "glm4v_moe", "glm_ocr"),
         (
