@@ -58,12 +58,13 @@ def prerelease(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("transformers", [OLDEST, NEWEST], ids=["oldest", "newest"])
 def support_matrix(session: nox.Session, transformers: str) -> None:
-    """Every family in every mode by itself: writes docs/support_matrix.csv and .md; takes minutes."""
+    """Every family in every mode by itself: writes docs/support_matrix.csv and .md; `-- -k NAME`: of one family."""
     session.install(TORCH)
     session.install(transformers, "-e", ".[test]")
     rows = Path(session.create_tmp()).resolve() / "rows.csv"
     rows.unlink(missing_ok=True)
-    session.run("pytest", "-n", "auto", "tests/parity/test_support_matrix.py", "--support-matrix", str(rows))
+    tests = ("tests/parity/test_support_matrix.py", "--support-matrix", str(rows), *session.posargs)
+    session.run("pytest", "-n", "auto", *tests)
     session.run("python", "-m", "benchmark.support_matrix", str(rows))
 
 

@@ -1,6 +1,6 @@
 """The support matrix: rows that tests have found, as docs/support_matrix.csv and docs/support_matrix.md.
 
-``python -m benchmark.support_matrix ROWS.csv`` takes rows over, in the place of those of the same transformers;
+``python -m benchmark.support_matrix ROWS.csv`` takes rows over, in the place of those of the same family and transformers;
 ``nox -s support_matrix`` makes them.
 """
 
@@ -45,13 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Takes rows over and writes the page."""
     (source,) = sys.argv[1:] if arguments is None else arguments
     new = read(Path(source), header=False)
-    versions = {row["transformers"] for row in new}
-    rows = sorted([row for row in read() if row["transformers"] not in versions] + new, key=_order)
+    found = {_source(row) for row in new}
+    rows = sorted([row for row in read() if _source(row) not in found] + new, key=_order)
     with MATRIX.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     MATRIX.with_suffix(".md").write_text(page(rows), encoding="utf-8")
+
+
+def _source(row: Row) -> tuple[str, str]:
+    return row["family"], row["transformers"]
 
 
 def _order(row: Row) -> tuple[str, ...]:

@@ -29,6 +29,23 @@ def test_every_family_is_there(rows):
     found = {row["class"] for row in rows}
     assert {family.class_names[0] for family in FAMILIES} <= found
     assert {type(tiny_model(family)).__name__ for family in TOYS} == found
+    assert {row["family"] for row in rows} == set(TOYS)
+
+
+def test_rows_replace_those_of_the_same_family_and_version(tmp_path, monkeypatch):
+    def row(family, version, path):
+        own = dict.fromkeys(support_matrix.COLUMNS, "x") | {"family": family, "transformers": version, "path": path}
+        return ",".join(own.values()) + "\n"
+
+    before = [row("a", "5.1.0", "hooks"), row("a", "5.2.0", "hooks"), row("b", "5.1.0", "hooks")]
+    monkeypatch.setattr(support_matrix, "MATRIX", tmp_path / "matrix.csv")
+    support_matrix.MATRIX.write_text("".join([",".join(support_matrix.COLUMNS) + "\n", *before]))
+    (tmp_path / "rows.csv").write_text(row("a", "5.1.0", "engine") + row("c", "5.1.0", "hooks"))
+    support_matrix.main([str(tmp_path / "rows.csv")])
+    found = [(row["family"], row["transformers"], row["path"]) for row in support_matrix.read(support_matrix.MATRIX)]
+    assert found == [
+        ("a", "5.1.0", "engine"), ("a", "5.2.0", "hooks"), ("b", "5.1.0", "hooks"), ("c", "5.1.0", "hooks"),
+    ]  # fmt: skip
 
 
 def test_what_is_promised_is_supported(rows):

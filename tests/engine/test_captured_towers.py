@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
 
 import pytest
@@ -21,6 +22,7 @@ from sparsevlm.models import adapter_for
 from toys import FAMILIES, IMAGE, PROMPTS, make_inputs, relative_error, tiny_model
 
 OF_TILES = ("llava", "llava_next", "llava_onevision", "internvl", "smolvlm", "idefics3", "deepseek_vl")
+OF_SIZES = ("mistral3", "lighton_ocr")
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6, "engine": True}
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
@@ -287,7 +289,7 @@ def test_without_memory_the_modules_run_one_by_one(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", [*OF_TILES, "mistral3"])
+@pytest.mark.parametrize("family", [*OF_TILES, *OF_SIZES])
 def test_on_a_gpu(family):
     """Graphs give what the modules give, in half precision, and the answers are those of the modules."""
     model = tiny_model(family).to("cuda", torch.bfloat16)
@@ -305,7 +307,7 @@ def test_on_a_gpu(family):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", [*OF_TILES, "mistral3", "qwen3_vl"])
+@pytest.mark.parametrize("family", [*OF_TILES, *OF_SIZES, "qwen3_vl"])
 def test_requests_on_a_gpu(family):
     model = tiny_model(family).to("cuda", torch.bfloat16)
     state = apply_sparsevlm(model, **{**OPTIONS, "keep": 1.0})

@@ -79,6 +79,7 @@ EXAMPLES = {
     "internvl": (56, ((14, 2, 2),)),
     "deepseek_vl": (9, ((1, 3, 3),)),
     "mistral3": (49, ((1, 7, 7),)),
+    "lighton_ocr": (49, ((1, 7, 7),)),
 }
 
 

@@ -265,7 +265,7 @@ PROCESSED: dict[str, Processed] = {
         {"<|image_pad|>": IMAGE, "<|vision_pad|>": 80, "<|vision_end|>": 81},
         "<|image_pad|>",
         made(
-            image_processor=("PixtralImageProcessor", {"size": {"longest_edge": 12 * PATCH}, "patch_size": 2 * PATCH})
+            image_processor=("PixtralImageProcessor", {"size": {"longest_edge": 12 * PATCH}, "patch_size": PATCH})
         ),
         named={
             "image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>", "image_end_token": "<|vision_end|>",
