@@ -271,7 +271,6 @@ PROCESSED: dict[str, Processed] = {
             "image_token": "<|image_pad|>", "image_break_token": "<|vision_pad|>", "image_end_token": "<|vision_end|>",
         },
         options={"patch_size": PATCH, "spatial_merge_size": 2},
-        needs=("torchvision",),
     ),
     "glm4v": _glm("Glm4v"),
     "glm4v_moe": _glm("Glm4v"),
