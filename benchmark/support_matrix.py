@@ -1,6 +1,6 @@
 """The support matrix: rows that tests have found, as docs/support_matrix.csv and docs/support_matrix.md.
 
-``python -m benchmark.support_matrix ROWS.csv`` takes rows over, in the place of those of the same family and transformers;
+``python -m benchmark.support_matrix ROWS.csv`` takes rows over, in the place of those of the same family and version;
 ``nox -s support_matrix`` makes them.
 """
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (source,) = sys.argv[1:] if arguments is None else arguments
     new = read(Path(source), header=False)
     found = {_source(row) for row in new}
-    rows = sorted([row for row in read() if _source(row) not in found] + new, key=_order)
+    rows = sorted([row for row in read(MATRIX) if _source(row) not in found] + new, key=_order)
     with MATRIX.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()

@@ -38,7 +38,9 @@ def test_rows(family, n_visual, tmp_path):
     assert all(float(row["floor"]) > 0 for row in rows if row["phase"] == "vision" and row["metric"] == "ms")
 
 
-@pytest.mark.parametrize(("family", "n_visual", "batch"), [("mistral3", 16, 1), ("lighton_ocr", 16, 1), ("deepseek_vl", 18, 2)])
+@pytest.mark.parametrize(
+    ("family", "n_visual", "batch"), [("mistral3", 16, 1), ("lighton_ocr", 16, 1), ("deepseek_vl", 18, 2)]
+)
 def test_numbers_of_tokens_that_images_come_in(family, n_visual, batch):
     rows = run(tiny_model(family), [Case(n_visual, batch, 2)], SETTINGS, ORIGIN)
     assert {row["n_visual"] for row in rows} == {str(n_visual)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
@@ -103,3 +104,33 @@ def test_accuracy_is_claimed_of_the_small_model_only():
         assert "small model" in text or "small trained model" in text, name
     assert "Not measured on any real checkpoint" in read(ROOT / "README.md")
     assert "Nothing on this page" in read(ROOT / "docs" / "accuracy.md")
+
+
+def n_lines(file, name):
+    """Lines of what a file says of a family: its function, its row in a dictionary, its description."""
+    found = []
+    for node in ast.walk(ast.parse(read(file))):
+        if isinstance(node, ast.FunctionDef) and node.name == f"_{name}":
+            found.append(node.end_lineno - node.lineno + 1)
+        if isinstance(node, ast.Call) and node.args and ast.unparse(node.args[0]) == f"('{name}',)":
+            found.append(node.end_lineno - node.lineno + 1)
+        if isinstance(node, ast.Dict):
+            pairs = zip(node.keys, node.values, strict=True)
+            rows = [(key, value) for key, value in pairs if isinstance(key, ast.Constant) and key.value == name]
+            found += [value.end_lineno - key.lineno + 1 for key, value in rows]
+    return sorted(found)
+
+
+def test_a_family_is_as_many_lines_as_the_page_says():
+    page, package, toys = read(ROOT / "docs/adding_a_model.md"), ROOT / "src/sparsevlm", ROOT / "tests/toys"
+    said = re.search(
+        r"\(`lighton_ocr`\) is (\d+) lines .*? a function of (\d+) lines, and rows of (\d+) and of (\d+)\.",
+        page,
+        re.DOTALL,
+    )
+    of_package, of_function, *of_rows = map(int, said.groups())
+    assert n_lines(package / "models/registry.py", "lighton_ocr") == [of_package]
+    assert n_lines(toys / "sized.py", "lighton_ocr") == sorted([of_function, of_rows[0]])
+    assert n_lines(toys / "processors.py", "lighton_ocr") == [of_rows[1]]
+    named = [file.name for file in package.rglob("*.py") if re.search("light_?on", read(file), re.IGNORECASE)]
+    assert named == ["registry.py"]

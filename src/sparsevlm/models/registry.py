@@ -122,6 +122,7 @@ FAMILIES: tuple[Family, ...] = (
         blocks="transformer.layers",
         attention="attention",
         merge="spatial_merge_size",
+        in_parts=False,
         encoder_inputs=("image_sizes",),
         captured="",
     ),
