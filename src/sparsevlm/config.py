@@ -79,7 +79,8 @@ class SparseVLMConfig:
     rank_tolerance : float or "machine"
         Share ε of the spectral energy that the rank may leave out; ``"machine"`` is the numerical rank.
     strict : bool
-        Raise, instead of warn and clamp, where a budget cannot hold for one sample.
+        Raise, instead of warn and clamp, where a budget cannot hold for one sample; likewise, instead of warn, where a
+        prompt holds placeholders of images and brings no pixels.
     seed : int
         Seed of selectors that draw at random, below 2**63.
     preset : {"paper-192", "paper-128", "paper-64"}, optional

@@ -13,6 +13,7 @@ from transformers.cache_utils import DynamicCache
 from ..compat import cache_of
 from ..kernels.attention import RaggedCache
 from ..models import ModelAdapter
+from ..request.placeholders import reason_of_text
 from ..request.request import Request
 from ..request.session import Session
 from .call import Call, Prompt
@@ -93,11 +94,12 @@ class Turn:
         request = session.request
         if request is not None and request.fills(self.cache):
             session.take_up(request)
+            reason_of_text(session, self.ids, self.mask)
             request.begin_decode_step()
             request.goes_on("engine")
             return request
         request = session.new_request(self.cache, *self.ids.shape)
-        request.skip("no image or video in the input", [own.shape[0] for own in self.text])
+        request.skip(reason_of_text(session, self.ids, self.mask), [own.shape[0] for own in self.text])
         request.run_on("engine", "packed samples")
         return request
 

@@ -31,7 +31,7 @@ from .features import exchange_features, kept_readings
 from .late_rows import LateRows
 from .proof import Proof
 from .pruning import ForwardPass, before_layer, gathered_arguments
-from .text_prompt import begin_text
+from .text_prompt import begin_text, look_at_turn
 from .vision_hooks import VisionHooks, bound_arguments
 
 
@@ -152,7 +152,7 @@ class ModelHooks:
         masks = visual_masks(self._adapter, inputs) if kept is None else kept.masks(self._adapter, ids)
         self._session.check_images_found(inputs, bool(masks))
         if not masks:
-            self._begin_dense(cache, ids, inputs.get("attention_mask"))
+            self._begin_dense(cache, ids, inputs)
             return
         layouts = self._vision.layouts(inputs, masks) if kept is None else kept.layouts
         if exchange is not None and exchange.only_takes:
@@ -185,12 +185,14 @@ class ModelHooks:
             self._proof = self._forward = None
         self._is_proven = True
 
-    def _begin_dense(self, cache: Any, ids: Tensor, attention_mask: Any) -> None:
+    def _begin_dense(self, cache: Any, ids: Tensor, inputs: Mapping[str, Any]) -> None:
         """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
         self._forward = ForwardPass(cache, is_flash=self._is_flash)
         request = self._session.request
         if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
             self._session.take_up(request)
+            if ids.shape[1] > 1:
+                look_at_turn(self._session, int(cache.get_seq_length()), ids, inputs)
             request.begin_decode_step()
             request.goes_on("plain")
             return
@@ -199,7 +201,7 @@ class ModelHooks:
         if self._session.in_generate and has_own:
             self._forward.is_beside = True  # such as the pass without the prompt under guidance_scale
             return
-        begin_text(self._session, cache, ids, attention_mask)
+        begin_text(self._session, cache, ids, inputs)
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._proof is not None:

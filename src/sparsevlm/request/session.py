@@ -60,7 +60,7 @@ class Session:
     is_drafting : bool
         Whether the running call verifies drafted tokens (assisted decoding).
     n_given : int
-        Of such a call, length of the sequence that it was given, what is cached included.
+        Length of the sequence that the running call was given, what is cached included; 0: not known.
     copies : int
         Rows that the running call makes of every prompt: beams or returned sequences.
     plain_reason : str
@@ -78,7 +78,7 @@ class Session:
         self.given: Mapping[str, Any] = {}
         self.exchange: FeatureExchange | None = None
         self.in_generate = self.is_drafting = self._is_open = self._expects_images = False
-        self._n_overrides, self._warned = 0, set[str]()
+        self._n_overrides, self._n_passes, self._warned = 0, 0, set[str]()
         self._current: Request | None = None
         self._base = Options.of(adapter, config)
         self.warn_unused(config, [] if config.preset else [f.name for f in dataclasses.fields(config)])
@@ -246,6 +246,7 @@ class Session:
     def begin_call(self, plain_reason: str = "") -> None:
         """Begin a call of ``generate``, or a direct one; ``plain_reason`` tells why the engine does not run it."""
         self.plain_reason, self.copies = plain_reason, 1
+        self.n_given = self._n_passes = 0
         self.is_drafting = self._is_open = self._expects_images = False
         self.given, self.exchange = {}, None
 
@@ -280,8 +281,8 @@ class Session:
             Whether another call goes on around it: what belongs to that one comes back at the end.
         """
         names = (
-            *("_current", "_is_open", "_expects_images", "is_drafting", "n_given", "plain_reason", "copies"),
-            *("in_generate", "given", "exchange"),
+            *("_current", "_is_open", "_expects_images", "is_drafting", "n_given", "_n_passes"),
+            *("plain_reason", "copies", "in_generate", "given", "exchange"),
         )
         before = {name: getattr(self, name) for name in names}
         self.begin_call()
@@ -299,6 +300,11 @@ class Session:
                 if self._current is not None and self._is_open:
                     self._make_last(self._current, self._innermost)
 
+    @property
+    def is_first_pass(self) -> bool:
+        """Tells whether the running call's first pass of the model runs."""
+        return self._n_passes == 1
+
     def check_images_found(self, inputs: Mapping[str, Any], found: bool) -> None:
         """Refuse to go on dense where the call was given images and its first pass shows none.
 
@@ -306,6 +312,7 @@ class Session:
         ------
         RuntimeError
         """
+        self._n_passes += 1
         expects, self._expects_images = self._expects_images, False
         if expects and not found:
             raise RuntimeError(
