@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +132,8 @@ class Report:
         Tokens of earlier turns that were prefilled again (``turns="refresh"``).
     features_bytes : int
         Bytes of visual features that are kept with the cache for later turns (likewise).
+    text_note : str or None
+        Where the choice has read text, and nothing tells the user's from the chat template's, it is said here.
     failed : str or None
         The error that ended the request. The rest tells how far it came; the costs of an unfinished prompt are 0.
     """
@@ -152,6 +154,7 @@ class Report:
     images_cached: int = 0
     n_refreshed: int = 0
     features_bytes: int = 0
+    text_note: str | None = None
 
     @property
     def average_in(self) -> float:
@@ -236,7 +239,7 @@ class Report:
         try:
             samples = tuple(_sample_from_dict(sample) for sample in data["samples"])
             # reports of older releases do not say it
-            data = {"failed": None, "images_cached": 0, "n_refreshed": 0, "features_bytes": 0, **data}
+            data = {**{f.name: f.default for f in dataclasses.fields(cls) if f.default is not MISSING}, **data}
             values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             values.update(
                 samples=samples,
@@ -348,8 +351,7 @@ def _summary_lines(report: Report) -> list[str]:
         lines.append(f"turns='refresh': {report.n_refreshed} tokens of earlier turns prefilled again")
     if report.features_bytes:
         lines.append(f"visual features kept with the cache: {report.features_bytes / 1e6:.2f} MB")
-    if report.kv_note:
-        lines.append(report.kv_note)
+    lines.extend(note for note in (report.kv_note, report.text_note) if note)
     if report.wall_ms:
         phases = ", ".join(f"{phase} {value:.1f} ms" for phase, value in report.wall_ms.items())
         lines.append(f"wall: {phases} ({report.decode_steps} decode steps)")

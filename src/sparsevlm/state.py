@@ -75,7 +75,8 @@ class SparseVLMState:
             raise RuntimeError("no request yet: call model.generate(**inputs) first.")
         so_far = (request.serial, request.finished, request.decode_steps, request.failed)
         if self._report is None or self._report[0] != so_far:
-            self._report = (so_far, make_report(self.adapter, request))
+            knows = self._session.template != Template()  # of a processor
+            self._report = (so_far, make_report(self.adapter, request, knows_template=knows))
         return self._report[1]
 
     @contextlib.contextmanager

@@ -8,9 +8,21 @@ from ..report_total import Cost
 from .costs import prefill_flops
 from .request import Request, Sample
 
+_TEMPLATE = (
+    "the choice has read the chat template's tokens as if they were the question: pass processor= to apply_sparsevlm"
+)
 
-def make_report(adapter: ModelAdapter, request: Request) -> Report:
-    """Report of a request; waits for the device, as counts and times are read from it."""
+
+def make_report(adapter: ModelAdapter, request: Request, *, knows_template: bool = True) -> Report:
+    """Report of a request; waits for the device, as counts and times are read from it.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    request : Request
+    knows_template : bool
+        Whether a processor has told the user's text from the chat template's.
+    """
     request.settle()
     samples = tuple(_sample_report(request, sample) for sample in request.samples)
     dense = sparse = 0.0
@@ -42,7 +54,14 @@ def make_report(adapter: ModelAdapter, request: Request) -> Report:
         images_cached=request.images_cached,
         n_refreshed=request.n_refreshed,
         features_bytes=request.kept_bytes,
+        text_note=None if knows_template or not _has_read_text(request) else _TEMPLATE,
     )
+
+
+def _has_read_text(request: Request) -> bool:
+    """Tells whether what was dropped depends on text."""
+    stages = [stage for sample in request.samples for stage in sample.stages if not stage.skipped_because]
+    return any("text_features" in request.traits.needs or stage.raters is not None for stage in stages)
 
 
 def _sample_report(request: Request, sample: Sample) -> SampleReport:
