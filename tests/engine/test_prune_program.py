@@ -108,7 +108,9 @@ def test_what_is_left_is_recorded_as_a_prune_step_does():
     assert second.layer_tokens == [5] * 6
     assert [stage.kept.tolist() for stage in first.stages] == [[0, 2, 4, 5], [2, 5]]
     assert [(stage.layer, stage.n_in, stage.skipped_because) for stage in first.stages] == [(1, 6, None), (3, 4, None)]
-    assert {stage.skipped_because for stage in second.stages} == {"the budget keeps every visual token here"}
+    assert {stage.skipped_because for stage in second.stages} == {
+        "the budget keeps all 5 visual tokens that have come this far"
+    }
     assert [stage.kept.tolist() for stage in second.stages] == [[0, 1, 2, 3, 4]] * 2
     assert [(stage.kept, stage.skipped_because) for stage in third.stages] == [
         (None, "no image or video in this sample")

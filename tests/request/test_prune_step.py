@@ -143,7 +143,10 @@ def test_nothing_goes_where_all_is_kept():
     request = make_request(make_sample([0, 1, 2, 3], [4], counts=(4, 4)), make_sample([0, 1], [4], counts=(1, 1)))
     assert prune_step(request, 1, states, Readout()) is None
     reasons = [sample.stages[0].skipped_because for sample in request.samples]
-    assert reasons == ["the budget keeps every visual token here", "2 visual tokens are not more than min_keep=2"]
+    assert reasons == [
+        "the budget keeps all 4 visual tokens that have come this far",
+        "2 visual tokens are not more than min_keep=2",
+    ]
     assert [sample.stages[0].kept.tolist() for sample in request.samples] == [[0, 1, 2, 3], [0, 1]]
     request = make_request(request.samples[0], make_sample([0, 1, 2, 3], [4], counts=(2, 2)))
     survivors = prune_step(request, 1, states, Readout())

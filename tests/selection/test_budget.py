@@ -67,7 +67,16 @@ def test_min_keep_holds_and_the_rest_goes_elsewhere():
 def test_too_small_a_budget_is_clamped_with_the_numbers():
     plan = plan_budget(20, "geometric", 256, (2, 6), 24, 32)
     assert plan.counts == (32, 32)
-    assert "60.0 used" in plan.clamped  # (3 · 256 + 21 · 32) / 24
+    assert plan.clamped == (  # (3 · 256 + 21 · 32) / 24
+        "keep=20 is an average of 20.0 of 256 visual tokens, less than the least possible: 60.0 used, as layers 0..2 "
+        "see all of them and min_keep=32 leaves 32. To change that, raise keep, choose earlier target_layers or lower "
+        "min_keep (keep=20 is a number of tokens; 20 % of them is keep=0.2)"
+    )
+    before = plan_budget(0.05, "geometric", 256, (-1,), 24, 32).clamped
+    assert before == (
+        "keep=0.05 is an average of 12.8 of 256 visual tokens, less than the least possible: 32.0 used, as min_keep=32 "
+        "leaves 32. To change that, raise keep or lower min_keep"
+    )
     plan = plan_budget(60, "geometric", 256, (2, 6), 24, 32)
     assert (plan.counts, plan.clamped) == ((32, 32), None)
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..compat import tensor_parallel_group
 from ..config import SparseVLMConfig
 from ..models import ModelAdapter
+from ..selection.budget import below_min_keep
 from ..selection.context import SelectorTraits
 from ..selection.overrides import unused_options
 from ..selection.selectors import make_selector
@@ -82,6 +83,7 @@ class Session:
         self._current: Request | None = None
         self._base = Options.of(adapter, config)
         self.warn_unused(config, [] if config.preset else [f.name for f in dataclasses.fields(config)])
+        self._warn_small(config)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without requests."""
@@ -107,6 +109,7 @@ class Session:
         """Other options for the calls inside, in this context alone."""
         options = Options.of(self.adapter, self.options.given.replace(**changes))
         self.warn_unused(options.given, changes)
+        self._warn_small(options.given)
         own = _Override(weakref.ref(self), options)
         _OVERRIDES.set((*_OVERRIDES.get(), own))
         self._n_overrides += 1
@@ -334,6 +337,10 @@ class Session:
         if idle := unused_options(config, traits, given):
             message = f"{', '.join(idle)}: no effect under selector={traits.name!r} and this budget."
             self.warn_once(message, message)
+
+    def _warn_small(self, config: SparseVLMConfig) -> None:
+        if (small := below_min_keep(config.keep, config.min_keep)) is not None:
+            self.warn_once("budget", small + " (said once; see the reports).")
 
     def warn_once(self, kind: str, message: str) -> None:
         """Log the first warning of a kind."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from .recycle import count_clusters
 
+_MOST_PERCENT = 100
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -85,10 +87,7 @@ def plan_budget(
         return Plan((n_visual,) * n_targets, budget, clamped)
     least = sum(layer_tokens(n_visual, (floor,) * n_targets, target_layers, n_layers)) / n_layers
     if budget < least:
-        clamped = (
-            f"keep={keep} ({budget:.1f} of {n_visual} visual tokens on average) is less than target layers "
-            f"{tuple(target_layers)} and min_keep={min_keep} allow: {least:.1f} used"
-        )
+        clamped = _too_small(keep, budget, least, n_visual, target_layers[0], min_keep)
         return Plan((floor,) * n_targets, budget, clamped)
     total = int(budget * n_layers + 1e-6)
     spans = [
@@ -99,6 +98,37 @@ def plan_budget(
         count = max(floor, min(n_visual, free // sum(spans)))
         return Plan((count,) * n_targets, budget)
     return Plan(_geometric(n_visual, floor, spans, free), budget)
+
+
+def _too_small(keep: int | float, budget: float, least: float, n_visual: int, target: int, min_keep: int) -> str:
+    """Says that a budget is below the least possible, why, and what to change."""
+    reasons = [] if target < 0 else [f"layers 0..{target} see all of them"]
+    reasons.append(f"min_keep={min_keep} leaves {min(min_keep, n_visual)}")
+    changes = ["raise keep"] if target < 0 else ["raise keep", "choose earlier target_layers"]
+    return (
+        f"keep={keep} is an average of {budget:.1f} of {n_visual} visual tokens, less than the least possible: "
+        f"{least:.1f} used, as {' and '.join(reasons)}. To change that, {', '.join(changes)} or lower min_keep"
+        f"{_as_fraction(keep)}"
+    )
+
+
+def _as_fraction(keep: int | float) -> str:
+    """Hint at the fraction that a number of tokens may have been meant as."""
+    if not isinstance(keep, int) or keep > _MOST_PERCENT:
+        return ""
+    return f" (keep={keep} is a number of tokens; {keep} % of them is keep={keep / 100:g})"
+
+
+def below_min_keep(keep: object, min_keep: int) -> str | None:
+    """Says that a number of tokens is below ``min_keep``, whatever the images; ``None``: it is not."""
+    budgets = keep if isinstance(keep, tuple) else (keep,)
+    small = [one for one in budgets if isinstance(one, int) and one < min_keep]
+    if not small:
+        return None
+    return (
+        f"keep={small[0]} is less than min_keep={min_keep}, which no image is pruned below: the least possible will be "
+        f"used. To change that, raise keep or lower min_keep{_as_fraction(small[0])}"
+    )
 
 
 def _geometric(n_visual: int, floor: int, spans: list[int], free: int) -> tuple[int, ...]:
@@ -181,7 +211,7 @@ def nothing_to_drop(n_visual: int, n_keep: int | None, min_keep: int) -> str | N
     if n_visual <= min_keep:
         return f"{n_visual} visual tokens are not more than min_keep={min_keep}"
     if n_keep is not None and n_keep >= n_visual:
-        return "the budget keeps every visual token here"
+        return f"the budget keeps all {n_visual} visual tokens that have come this far"
     return None
 
 
