@@ -52,6 +52,72 @@ def test_wrong_n_vis_is_warned_about_once(caplog):
     assert state.config.min_keep == 4
 
 
+def messages(caplog):
+    return [record.message for record in caplog.records]
+
+
+def test_a_number_of_tokens_as_n_vis_is_told_to_be_no_budget(caplog):
+    """The specification's second argument is n_vis."""
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model, 8, min_keep=4)
+    model.generate(**inputs, max_new_tokens=1)
+    hint = "n_vis is no budget: to keep 8 tokens, pass keep=8."
+    assert sum(hint in message for message in messages(caplog)) == 1
+    apply_sparsevlm(model, 8, min_keep=4, keep=0.9)
+    model.generate(**inputs, max_new_tokens=1)
+    assert sum(hint in message for message in messages(caplog)) == 1
+    assert sum("n_vis=8 was expected" in message for message in messages(caplog)) == 2
+    with pytest.raises(TypeError, match=r"expected to have, got 0.25: for a budget pass keep=0.25"):
+        apply_sparsevlm(model, 0.25)
+
+
+def test_a_number_of_tokens_below_min_keep_is_told_at_once(caplog):
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    state = apply_sparsevlm(model, keep=2, min_keep=4)
+    assert messages(caplog) == [
+        "sparsevlm: keep=2 is less than min_keep=4, which no image is pruned below: the least possible will be used. "
+        "To change that, raise keep or lower min_keep (keep=2 is a number of tokens; 2 % of them is keep=0.02) (said "
+        "once; see the reports)."
+    ]
+    model.generate(**inputs, max_new_tokens=1)
+    assert len(messages(caplog)) == 1
+    assert "14.0 used, as layers 0..2 see all of them" in state.report.samples[0].budget_clamped
+    with state.options(keep=20, min_keep=4):
+        pass
+    assert len(messages(caplog)) == 1
+    state = apply_sparsevlm(model, keep=20, min_keep=4)
+    with state.options(keep=[0.9, 3]):
+        pass
+    assert "keep=3 is less than min_keep=4" in messages(caplog)[-1]
+
+
+def test_a_misspelt_option_is_told_the_nearest():
+    model = tiny_model()
+    with pytest.raises(
+        TypeError, match=r"unknown option keep_ratio \(did you mean 'keep'\?\); the options are"
+    ) as error:
+        apply_sparsevlm(model, keep_ratio=0.5)
+    for name in ("allow_untested", "config", "family", "processor", "warmup", "min_keep_per_image"):
+        assert f" {name}," in str(error.value) or f" {name}." in str(error.value)
+    with pytest.raises(TypeError, match=r"selctor \(did you mean 'selector'\?\)"):
+        apply_sparsevlm(model, selctor="span")
+    with pytest.raises(TypeError, match=r"procesor \(did you mean 'processor'\?\)"):
+        apply_sparsevlm(model, procesor=None)
+    with pytest.raises(ValueError, match=r"no selector 'divprun' \(did you mean 'divprune'\?\); there are cdpruner"):
+        apply_sparsevlm(model, selector="divprun")
+    with pytest.raises(ValueError, match=r"no selector 'zzz'; there are"):
+        apply_sparsevlm(model, selector="zzz")
+    state = apply_sparsevlm(model)
+    with pytest.raises(TypeError, match=r"processor: of apply_sparsevlm alone"), state.options(processor=None):
+        pass
+
+
+@pytest.mark.parametrize("size", ["2GB", 2e9])
+def test_the_image_cache_is_counted_in_bytes(size):
+    with pytest.raises(TypeError, match=r"image_cache must be a whole number of bytes, such as 2 \* 1024\*\*3 .*, got"):
+        SparseVLMConfig(image_cache=size)
+
+
 def test_importing_patches_nothing():
     code = (
         "import sys; import transformers.modeling_utils as m; before = dict(m.ALL_ATTENTION_FUNCTIONS._global_mapping);"

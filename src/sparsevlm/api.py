@@ -10,7 +10,7 @@ from torch import nn
 
 from .collision import check_collision
 from .compat import check_transformers
-from .config import SparseVLMConfig
+from .config import OF_APPLY, SparseVLMConfig, check_options
 from .models import adapter_for, check_module, unwrap, wrapper_hint
 from .state import STATE_ATTRIBUTE, SparseVLMState
 from .template import template_of
@@ -128,6 +128,7 @@ def _config(config: Any, named: Mapping[str, Any]) -> SparseVLMConfig:
             f"config must be a SparseVLMConfig, got {config!r} of type {type(config).__name__}: pass "
             "config=SparseVLMConfig(...), or the options themselves by name."
         )
+    check_options(named, [*(f.name for f in fields(SparseVLMConfig)), *OF_APPLY])
     defaults = SparseVLMConfig()
     single = defaults.replace(**named)
     if config is None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -18,6 +19,9 @@ SCHEDULES = ("geometric", "single")
 WEIGHTS = ("model", "fp8")
 FIRST, REFRESH, AGNOSTIC = TURNS = ("first", "refresh", "agnostic")
 MAX_SEED = 2**63 - 1
+# Arguments of apply_sparsevlm that are no fields of the configuration.
+OF_APPLY = ("config", "processor", "warmup", "allow_untested", "family")
+_LEAST_ALIKE = 0.5  # of two names, as difflib measures it
 _MAX_BITS = 1023  # a float can hold what has no more
 
 # Tokens that leave each target layer, recycled ones included, per 576 visual tokens (the authors' code, v1.5 lists:
@@ -140,6 +144,7 @@ class SparseVLMConfig:
             object.__setattr__(self, name, _plain(name, getattr(self, name)))
         if self.preset is not None:
             self._apply_preset(self.preset)
+        self._check_mistaken()
         if self.n_vis is not None:
             check_whole("n_vis", self.n_vis, 0)
         check_whole("min_keep", self.min_keep, 1)
@@ -193,9 +198,7 @@ class SparseVLMConfig:
         TypeError
             If an option does not exist; the message lists those that do.
         """
-        known = {f.name for f in dataclasses.fields(self)}
-        if unknown := sorted(set(changes) - known):
-            raise TypeError(f"unknown option {', '.join(unknown)}; the options are {', '.join(sorted(known))}.")
+        check_options(changes, [f.name for f in dataclasses.fields(self)])
         if changes.get("keep") is not None and "schedule" not in changes and not isinstance(self.schedule, str):
             changes["schedule"] = None  # an explicit list is itself a budget: the new one takes its place
         if changes.get("preset") is None:
@@ -228,6 +231,18 @@ class SparseVLMConfig:
                     f"{name} is a part of preset={preset!r}: leave it unset, or leave the preset out; got "
                     f"{getattr(self, name)!r}."
                 )
+
+    def _check_mistaken(self) -> None:
+        """Refuse values that are lawful of another option, or in another unit."""
+        if isinstance(self.n_vis, float):
+            raise TypeError(
+                f"n_vis must be a whole number, the visual tokens that a sample is expected to have, got {self.n_vis}: "
+                f"for a budget pass keep={self.n_vis}."
+            )
+        if isinstance(self.image_cache, (str, float)):
+            raise TypeError(
+                f"image_cache must be a whole number of bytes, such as 2 * 1024**3 for 2 GiB, got {self.image_cache!r}."
+            )
 
     def _check_turns(self) -> None:
         _check_choice("turns", self.turns, TURNS)
@@ -309,6 +324,27 @@ def _plain(name: str, value: Any) -> Any:
     if isinstance(value, int) and value.bit_length() > _MAX_BITS:
         raise ValueError(f"{name} must be a number below 2**{_MAX_BITS}, got one of {value.bit_length()} bits.")
     return value
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Names the nearest of the names that exist, as an inserted sentence; empty where none is near."""
+    nearest = difflib.get_close_matches(name, list(known), 1, _LEAST_ALIKE)
+    return f" (did you mean {nearest[0]!r}?)" if nearest else ""
+
+
+def check_options(given: Iterable[str], known: Collection[str]) -> None:
+    """Refuse options that do not exist.
+
+    Raises
+    ------
+    TypeError
+        With the nearest names, and all that do exist.
+    """
+    if unknown := sorted(set(given) - set(known)):
+        named = ", ".join(name + did_you_mean(name, known) for name in unknown)
+        of_apply = [name for name in unknown if name in OF_APPLY]
+        where = f" {', '.join(of_apply)}: of apply_sparsevlm alone." if of_apply else ""
+        raise TypeError(f"unknown option {named}; the options are {', '.join(sorted(known))}.{where}")
 
 
 def check_whole(name: str, value: Any, least: int, most: int | None = None) -> None:

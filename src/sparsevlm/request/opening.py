@@ -250,6 +250,8 @@ def _warn(session: Session, request: Request) -> None:
     n_vis = request.config.n_vis
     if n_vis is not None and counts != [n_vis]:
         message = f"n_vis={n_vis} was expected, the inputs hold {counts} visual tokens: these are used."
+        if request.config.keep is None and counts and n_vis < counts[0]:
+            message += f" n_vis is no budget: to keep {n_vis} tokens, pass keep={n_vis}."
         session.warn_once("n_vis", message)
     warn_clamped(session, request)
 

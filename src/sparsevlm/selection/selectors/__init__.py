@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ...config import SparseVLMConfig
+from ...config import SparseVLMConfig, did_you_mean
 from ..context import Selector
 from .cdpruner import CDPrunerSelector
 from .divprune import DivPruneSelector
@@ -56,5 +56,6 @@ def make_selector(config: SparseVLMConfig) -> Selector:
     if not isinstance(name, str):
         return name
     if name not in SELECTORS:
-        raise ValueError(f"there is no selector {name!r}; there are {', '.join(sorted(SELECTORS))}.")
+        named = f"{name!r}{did_you_mean(name, SELECTORS)}"
+        raise ValueError(f"there is no selector {named}; there are {', '.join(sorted(SELECTORS))}.")
     return SELECTORS[name]()
