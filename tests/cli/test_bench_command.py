@@ -7,9 +7,10 @@ import csv
 import pytest
 from typer.testing import CliRunner
 
-from sparsevlm.bench.cases import Case, MixedCase
+from sparsevlm.bench.cases import CORE, FULL, Case, MixedCase
 from sparsevlm.bench.rounds import Settings
 from sparsevlm.bench.rows import COLUMNS
+from sparsevlm.bundled import bundled_path
 from sparsevlm.cli import app
 from sparsevlm.cli import bench as bench_command
 from sparsevlm.cli.bench_tables import print_case
@@ -87,6 +88,75 @@ def test_tables(capsys):
     assert "out of memory" in capsys.readouterr().out
 
 
+def test_defaults_of_a_cpu_are_small(monkeypatch):
+    """And those of a GPU are the shape and the cases of the stored rows."""
+    place = bench_command._Place.of(None, None, "cpu", "sdpa")
+    assert (place.model, place.dtype, place.checkpoint) == ("bundled", "float32", bundled_path())
+    assert bench_command._Place.of("bundled", "bfloat16", "cpu", "sdpa").dtype == "bfloat16"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    place = bench_command._Place.of(None, None, "auto", "sdpa")
+    assert (place.model, place.dtype, place.device) == ("7b", "bfloat16", "cuda")
+    asked = []
+    monkeypatch.setattr(bench_command._Place, "check_memory", lambda place: None)
+    monkeypatch.setattr(bench_command._Place, "load", lambda place: None)
+
+    def run(model, cases, settings, *rest, **options):
+        asked.append(([case.name for case in cases], settings.seconds))
+        return []
+
+    monkeypatch.setattr("sparsevlm.bench.run.run", run)
+    assert call("--device", "cpu").exit_code == 0
+    assert call("--device", "cpu", "--full", "--seconds", "3").exit_code == 0
+    monkeypatch.setattr("sparsevlm.inputs.pick_device", lambda device: "cuda")
+    assert call("--no-vllm").exit_code == 0
+    assert [(len(names), seconds) for names, seconds in asked] == [(2, 2.0), (len(FULL), 3.0), (len(CORE), 8.0)]
+
+
+def test_a_model_without_room_is_refused_before_it_is_made(monkeypatch, checkpoint):
+    monkeypatch.setattr("sparsevlm.bench.memory.free_bytes", lambda device: 10**10)
+    result = call("--model", "7b", "--device", "cpu", "--dtype", "bfloat16")
+    assert result.exit_code == 2
+    assert (
+        "the model 7b takes 16.6 GB in bfloat16 for its weights alone, and cpu has 10.0 GB free. Name a smaller model, "
+        "such as bundled or tiny, or another --device."
+    ) in result.stderr
+    monkeypatch.setattr("sparsevlm.bench.memory.free_bytes", lambda device: 1000)
+    assert "GB in float32 for its weights alone" in call("--model", checkpoint, *FAST).stderr
+    monkeypatch.setattr("sparsevlm.bench.memory.free_bytes", lambda device: None)
+    monkeypatch.setattr("sparsevlm.bench.shapes.random_model", _no_memory)
+    assert "out of memory with the model tiny on cpu: name a smaller" in call("--model", "tiny", *FAST).stderr
+
+
+def _no_memory(*_):
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+
+def test_what_takes_long_is_asked_about(monkeypatch):
+    monkeypatch.setattr("sparsevlm.bench.run.estimated_seconds", lambda *_: 601.0)
+    arguments = ["--model", "tiny", "--cases", "v256-b1-n1", "--selectors", "none", *FAST]
+    result = call(*arguments)
+    assert result.exit_code == 2
+    assert "this takes about 10 min: add --yes to start it, or choose fewer --cases" in result.stderr
+    monkeypatch.setattr("sparsevlm.cli.terminal._is_answered", lambda: True)
+    result = CliRunner().invoke(app, ["bench", *arguments], input="n\n")
+    assert (result.exit_code, "Aborted" in result.stderr) == (1, True)
+    result = CliRunner().invoke(app, ["bench", *arguments], input="y\n")
+    assert result.exit_code == 0, result.stderr
+    assert "This takes about 10 min. Start?" in result.stderr
+    assert call(*arguments, "--yes").exit_code == 0
+
+
+def test_only_columns_that_are_shown_are_explained():
+    """And a CPU has no floor: its caches hold small weights."""
+    result = call("--model", "tiny", "--cases", "v256-b1-n1", "--selectors", "none", *FAST)
+    assert result.exit_code == 0, result.stderr
+    for word in ("floor", "GB", "worst", "/token", "mixed shapes", "hf-static"):
+        assert word not in result.stdout
+    assert "x: how many times faster" in result.stdout
+    about = bench_command._about(["/token", "floor", "GB"], [MixedCase(24)], "random", on_gpu=True)
+    assert all(word in about for word in ("/token:", "floor:", "GB:", "mixed shapes", "hf-static"))
+
+
 @pytest.mark.parametrize(("model", "is_measured"), [("tiny", True), ("llava-tiny", False)])
 def test_vllm_is_measured_of_models_whose_processors_are_at_hand(model, is_measured, monkeypatch, capsys):
     from sparsevlm.bench import vllm_dense
@@ -107,6 +177,11 @@ def test_vllm_is_measured_of_models_whose_processors_are_at_hand(model, is_measu
             ["--model", "llava-tiny", "--cases", "picture896-b1-n1,mixed24", *FAST],
             "none of these cases can be measured",
         ),
+        (
+            ["--model", "8b"],
+            "8b (did you mean '7b'?) is neither a shape, a folder nor a hub id (owner/name); shapes",
+        ),
+        (["--model", "zebra"], "shapes are 7b, 3b, qwen3-vl-8b, llava-1.5-7b, internvl3-8b, tiny"),
         (["--cases", "v9"], "there is no case v9; there are v256-b1-n1"),
         (["--keep", "1.5"], "must be fractions between 0 and 1"),
         (["--keep", "half"], "must be fractions with commas"),

@@ -416,3 +416,33 @@ def test_the_options_of_the_docs_exist():
         option for one in get_command(app).commands["eval"].params for option in (*one.opts, *one.secondary_opts)
     ]
     assert {"--strict", "--suite"} <= set(re.findall(r"--[a-z]+(?:-[a-z]+)*", text)) <= set(options)
+
+
+def test_defaults_of_a_cpu_are_a_comparison_of_minutes(monkeypatch):
+    asked = []
+
+    def run(config, out, **options):
+        asked.append(config)
+        raise ValueError("stop")
+
+    monkeypatch.setattr("sparsevlm.cli.evaluate._run", run)
+    CliRunner().invoke(app, ["eval", "--device", "cpu"])
+    CliRunner().invoke(app, ["eval", "--device", "cpu", "--suite", "data.jsonl", "--batch", "3"])
+    monkeypatch.setattr("sparsevlm.inputs.pick_device", lambda device: "cuda")
+    CliRunner().invoke(app, ["eval"])
+    found = [(len(config.selectors), config.keeps, config.limit, config.batch) for config in asked]
+    assert found == [(3, (0.5, 0.25), 20, 8), (3, (0.5, 0.25), None, 3), (1, (0.5, 0.37, 0.25), None, 32)]
+    assert asked[-1].selectors == ("all",)
+
+
+def test_an_evaluation_that_takes_long_is_asked_about(desk, tmp_path, monkeypatch):
+    """Behind the first batch, which is kept."""
+    monkeypatch.setattr("sparsevlm.cli.terminal._LONG", 0.0)
+    result = call(desk, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "add --yes to start it, or choose fewer --selectors" in result.stderr
+    (folder,) = tmp_path.iterdir()
+    assert n_lines(folder) == 2
+    result = call(desk, "--out", tmp_path, "--yes")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"the rest takes about \d+ (s|min)", result.stderr)

@@ -111,6 +111,7 @@ def run(
     model: Any, cases: Sequence[AnyCase], settings: Settings, origin: Row,
     on_case: Callable[[AnyCase, list[Row]], None] = lambda case, rows: None, *, checkpoint: Path | None = None,
     vllm: Mapping[str, Measurement] | None = None, say: Callable[[str], None] = lambda line: None,
+    confirm: Callable[[float], None] = lambda seconds: None,
 ) -> list[Row]:  # fmt: skip
     """Measures cases.
 
@@ -130,6 +131,8 @@ def run(
         What vLLM took, by the name of the case.
     say : callable
         Called with a line on the time that all cases take, with one before each, and with those on what is left out.
+    confirm : callable
+        Called with the estimated seconds before the first case; raises where that is too long.
 
     Raises
     ------
@@ -142,6 +145,7 @@ def run(
         say(f"ours-vision: left out; the vision tower of a {bench.adapter.name} runs by its own modules")
     estimates = [bench.estimate(case) for case in cases]
     say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}")
+    confirm(sum(estimates))
     pace, rows = Pace(estimates), []
     for i, case in enumerate(cases):
         say(f"{case.name} ({i + 1} of {len(cases)}), {pace.next()} left")

@@ -6,41 +6,47 @@ import functools
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, prepare_file
-from .terminal import progress, quiet_transformers, reports_errors
+from ..config import did_you_mean
+from .options import BUNDLED, Debug, Device, Yes, prepare_file
+from .terminal import confirm_long, progress, quiet_transformers, reports_errors
 
 if TYPE_CHECKING:
     from ..bench.cases import AnyCase
     from ..bench.rounds import Measurement, Settings
 
 _DTYPES = ("float32", "float16", "bfloat16")
-ABOUT = (
-    "Milliseconds, median; of mixed shapes the mean, behind the library's own warm-up. first token: until it is there, "
-    "of pictures from the processor on; /token: of every further one. x: how many times faster than hf-dense in the "
-    "same run; floor: times the least that this device can take for what has to be computed and read; GB: taken from "
-    "the device, recording included; worst: the slowest call by the median of those of like size. hf-static is "
-    "measured where one sample decodes. The weights are {weights}: time depends on the shape, not on them."
-)
+# What a column shows, by its head.
+_OF_COLUMNS = {
+    "first token": "first token: until it is there, of pictures from the processor on.",
+    "/token": "/token: of every further one.",
+    "x": "x: how many times faster than hf-dense in the same run.",
+    "floor": "floor: times the least that this device can take for what has to be computed and read.",
+    "GB": "GB: taken from the device, recording included.",
+    "worst": "worst: the slowest call by the median of those of like size.",
+}
+_ON_CPU = ("v256-b1-n1", "v256-b1-n16")  # without --cases
+_SMALL, _GPU = "bundled or tiny", "cuda"
 
 
 @reports_errors
 def bench(
     *,
     model: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--model",
             help="7b or 3b (Qwen2.5-VL's shapes), qwen3-vl-8b, llava-1.5-7b or internvl3-8b (all with random weights), "
-            "tiny, a folder, or a hub id.",
+            "tiny, bundled, a folder, or a hub id.",
+            show_default="7b on a GPU, else bundled",
         ),
-    ] = "7b",
+    ] = None,
     cases: Annotated[
         str | None,
         typer.Option(
@@ -49,7 +55,7 @@ def bench(
             "saw none of them), with commas. Where images have a few sizes, as of LLaVA and InternVL, a case is "
             "measured, and named, by the nearest number of visual tokens that they make; where none are made in code, "
             "only pictures are measured, by the checkpoint's processor.",
-            show_default="a core of fourteen",
+            show_default="a core of fourteen on a GPU, else two",
         ),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="All cases.")] = False,
@@ -76,8 +82,13 @@ def bench(
         ),
     ] = False,
     seconds: Annotated[
-        float, typer.Option("--seconds", help="For timed calls of each provider in a case; three are made in any case.")
-    ] = 8.0,
+        float | None,
+        typer.Option(
+            "--seconds",
+            help="For timed calls of each provider in a case; three are made in any case.",
+            show_default="8 on a GPU, else 2",
+        ),
+    ] = None,
     iterations: Annotated[int, typer.Option("--iterations", help="Timed calls of each provider, at most.", min=1)] = 10,
     warmup: Annotated[int, typer.Option("--warmup", help="Calls before those, at most (three of ours).", min=1)] = 3,
     static: Annotated[
@@ -91,14 +102,19 @@ def bench(
         ),
     ] = True,
     seed: Annotated[int, typer.Option("--seed", help="Of pixels, words, shapes and random choices.")] = 0,
-    dtype: Annotated[str, typer.Option("--dtype", help="float32, float16 or bfloat16.")] = "bfloat16",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, float16 or bfloat16.", show_default="bfloat16 on a GPU, else float32"),
+    ] = None,
     device: Device = "auto",
     attn: Annotated[str, typer.Option("--attn", help="Of hf-dense: sdpa or eager.")] = "sdpa",
     append_to: Annotated[Path | None, typer.Option("--append-to", help="CSV file to add the rows to.")] = None,
+    yes: Yes = False,
     debug: Debug = False,
 ) -> None:
     """Measure transformers, this library's engine dense, and pruned, in one process and in turn."""
     from ..bench.cases import named_cases
+    from ..bench.estimate import in_words
     from ..bench.providers import chosen_selectors
     from ..bench.rounds import NOT_TIMED, Settings
     from ..bench.rows import COLUMNS, append_rows, check_columns
@@ -107,30 +123,57 @@ def bench(
     from ..evaluation.execution.provenance import commit
     from .bench_tables import print_case
 
-    chosen, keeps = named_cases(None if cases is None else _names(cases), full=full), _budgets(keep)
+    place = _Place.of(model, dtype, device, attn)
+    few = None if place.on_gpu or full else _ON_CPU
+    chosen, keeps = named_cases(few if cases is None else _names(cases), full=full), _budgets(keep)
     methods = chosen_selectors(name for name in _names(selectors) if name != "none")
+    seconds = seconds if seconds is not None else 8.0 if place.on_gpu else 2.0
     settings = Settings(keeps, vision_keep, seconds, iterations, warmup, static, seed, methods, fp8)
     target = prepare_file(append_to, ".csv")
     if target is not None:
         check_columns(target, COLUMNS)
     quiet_transformers()
     origin = {"commit": commit(), "command": shlex.join(["sparsevlm", *sys.argv[1:]])}
-    place = _Place.of(model, dtype, device, attn)
-    origin["model"] = shape_label(model) if place.checkpoint is None else Path(model).name
+    origin["model"] = shape_label(place.model) if place.checkpoint is None else Path(place.model).name
+    place.check_memory()
     of_vllm = _measure_vllm(place, chosen, settings) if vllm else {}
     with progress("loading the model"):
         loaded = place.load()
 
+    heads: set[str] = set()
+
     def show(case: AnyCase, rows: list[dict[str, str]]) -> None:
-        print_case(case, rows)
+        if not place.on_gpu:  # a CPU's caches hold small weights, and reading those is faster than any ceiling
+            rows = [{**row, "floor": ""} for row in rows]
+        heads.update(print_case(case, rows))
         if target is not None:
             append_rows(target, rows)
 
+    def confirm(seconds: float) -> None:
+        confirm_long(seconds, in_words(seconds), "fewer --cases or --selectors, or a smaller --model", yes=yes)
+
     say = functools.partial(typer.echo, err=True)
-    rows = run(loaded, chosen, settings, origin, show, checkpoint=place.checkpoint, vllm=of_vllm, say=say)
+    rows = run(
+        loaded, chosen, settings, origin, show, checkpoint=place.checkpoint, vllm=of_vllm, say=say, confirm=confirm
+    )
     if notes := dict.fromkeys(row["note"] for row in rows if row["note"].startswith(NOT_TIMED)):
         raise ValueError("; ".join(notes))
-    typer.echo(ABOUT.format(weights="random" if place.checkpoint is None else f"those of {model}"))
+    weights = "random" if place.checkpoint is None else f"those of {place.model}"
+    typer.echo(_about(heads, chosen, weights, on_gpu=place.on_gpu))
+
+
+def _about(heads: Collection[str], cases: Sequence[AnyCase], weights: str, *, on_gpu: bool) -> str:
+    """What the tables show, of the columns that they have."""
+    from ..bench.cases import MixedCase
+
+    is_mixed = any(isinstance(case, MixedCase) for case in cases)
+    mean = "; of mixed shapes the mean, behind the library's own warm-up" if is_mixed else ""
+    of_columns = " ".join(text for head, text in _OF_COLUMNS.items() if head in heads)
+    static = "hf-static is measured where one sample decodes. " if on_gpu else ""
+    return (
+        f"Milliseconds, median{mean}. {of_columns} {static}"
+        f"The weights are {weights}: time depends on the shape, not on them."
+    )
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -158,26 +201,72 @@ class _Place:
     attn: str
 
     @classmethod
-    def of(cls, model: str, dtype: str, device: str, attn: str) -> _Place:
+    def of(cls, model: str | None, dtype: str | None, device: str, attn: str) -> _Place:
         from ..bench.shapes import SHAPES
+        from ..bundled import bundled_path
         from ..inputs import checkpoint_folder, pick_device
         from ..inputs.device import check_attention
 
-        if dtype not in _DTYPES:
+        if dtype not in (None, *_DTYPES):
             raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
         target = pick_device(device)
         check_attention(attn, target)
-        return cls(model, None if model in SHAPES else checkpoint_folder(model), dtype, target, attn)
+        of_device = ("7b", "bfloat16") if target.startswith(_GPU) else (BUNDLED, "float32")
+        model, dtype = model or of_device[0], dtype or of_device[1]
+        if model in SHAPES:
+            return cls(model, None, dtype, target, attn)
+        if model == BUNDLED:
+            return cls(model, bundled_path(), dtype, target, attn)
+        if "/" not in model and not Path(model).exists():
+            raise FileNotFoundError(
+                f"model {model}{did_you_mean(model, SHAPES)} is neither a shape, a folder nor a hub id (owner/name); "
+                f"shapes are {', '.join(SHAPES)}, and {BUNDLED} is the small model of this package."
+            )
+        return cls(model, checkpoint_folder(model), dtype, target, attn)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Tells whether the device is a GPU that everything is measured on."""
+        return self.device.startswith(_GPU)
+
+    def check_memory(self) -> None:
+        """Refuse a model for which there is no room.
+
+        Raises
+        ------
+        ValueError
+        """
+        import torch
+
+        from ..bench.memory import check_memory
+        from ..bench.shapes import empty_model
+        from ..inputs.checkpoint import load_skeleton
+
+        dtype = getattr(torch, self.dtype)
+        if self.checkpoint is None:
+            with torch.device("meta"):
+                skeleton = empty_model(self.model, dtype, self.attn)
+        else:
+            skeleton = load_skeleton(self.checkpoint)
+        check_memory(self.model, skeleton, self.device, dtype, _SMALL)
 
     def load(self) -> Any:
         import torch
 
+        from ..bench.memory import is_out_of_memory
         from ..bench.shapes import random_model
         from ..inputs import load_model
 
-        if self.checkpoint is None:
-            return random_model(self.model, self.device, getattr(torch, self.dtype), self.attn)
-        return load_model(self.checkpoint, dtype=self.dtype, device=self.device, attn_implementation=self.attn)
+        try:
+            if self.checkpoint is None:
+                return random_model(self.model, self.device, getattr(torch, self.dtype), self.attn)
+            return load_model(self.checkpoint, dtype=self.dtype, device=self.device, attn_implementation=self.attn)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ValueError(
+                f"out of memory with the model {self.model} on {self.device}: name a smaller model, such as {_SMALL}."
+            ) from error
 
 
 def _measure_vllm(place: _Place, cases: Sequence[AnyCase], settings: Settings) -> dict[str, Measurement]:
@@ -189,7 +278,7 @@ def _measure_vllm(place: _Place, cases: Sequence[AnyCase], settings: Settings) -
     from ..bench.shapes import empty_model
     from ..bench.vllm_dense import measure_vllm, vllm_is_installed
 
-    if not vllm_is_installed() or not place.device.startswith("cuda"):
+    if not vllm_is_installed() or not place.on_gpu:
         return {}
     if is_random := place.checkpoint is None:
         with torch.device("meta"):

@@ -18,8 +18,8 @@ _HEADS = ("preprocess", "vision", "prefill", "first token", "x", "floor", "/toke
 Row = Mapping[str, str]
 
 
-def print_case(case: AnyCase, rows: list[dict[str, str]]) -> None:
-    """Prints the rows of a case; columns without a figure are left out."""
+def print_case(case: AnyCase, rows: list[dict[str, str]]) -> tuple[str, ...]:
+    """Prints the rows of a case, and returns the heads of its columns; those without a figure are left out."""
     of: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
         of.setdefault((row["provider"], row["keep"]), {})[row["phase"], row["metric"]] = row
@@ -46,6 +46,7 @@ def print_case(case: AnyCase, rows: list[dict[str, str]]) -> None:
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False)
+    return tuple(_HEADS[i] for i in shown)
 
 
 def _cells(found: Mapping[tuple[str, str], Row], base: Mapping[tuple[str, str], Row]) -> list[str]:

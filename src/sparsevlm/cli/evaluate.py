@@ -6,14 +6,15 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import Debug, Device, parse_keep, parse_layers
-from .terminal import quiet_transformers, reports_errors
+from .options import Debug, Device, Yes, parse_keep, parse_layers
+from .terminal import confirm_long, quiet_transformers, reports_errors
 
 if TYPE_CHECKING:
     from ..evaluation import EvalConfig, Evaluation
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
 INTERRUPTED, FAILED_ROWS = 130, 3
 SHOWN_FAILURES = 10
 LINE_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class _Defaults:
+    """Options of a device that are not given: a comparison of minutes on each."""
+
+    selectors: str
+    keep: str
+    scenes: int
+    batch: int
+
+
+_ON_GPU = _Defaults("all", "0.5,0.37,0.25", 500, 32)
+_ON_CPU = _Defaults("span,sparsevlm,random", "0.5,0.25", 20, 8)
 
 
 @reports_errors
@@ -35,14 +50,30 @@ def evaluate(
     ] = "demo",
     model: Annotated[str, typer.Option("--model", help="Folder, hub id, or 'bundled'.")] = "bundled",
     selectors: Annotated[
-        str, typer.Option("--selectors", help="Names with commas (downsample: smaller pictures), or all.")
-    ] = "all",
+        str | None,
+        typer.Option(
+            "--selectors",
+            help="Names with commas (downsample: smaller pictures), or all.",
+            show_default=f"all on a GPU, else {_ON_CPU.selectors}",
+        ),
+    ] = None,
     keep: Annotated[
-        str, typer.Option("--keep", help="Budgets with commas: fractions (0.25), tokens (64), or adaptive.")
-    ] = "0.5,0.37,0.25",
+        str | None,
+        typer.Option(
+            "--keep",
+            help="Budgets with commas: fractions (0.25), tokens (64), or adaptive.",
+            show_default=f"{_ON_GPU.keep} on a GPU, else {_ON_CPU.keep}",
+        ),
+    ] = None,
     tasks: Annotated[str | None, typer.Option("--tasks", help="With commas.", show_default="all")] = None,
     limit: Annotated[
-        int | None, typer.Option("--limit", help="Rows per task.", min=1, show_default="all; 500 scenes")
+        int | None,
+        typer.Option(
+            "--limit",
+            help="Rows per task.",
+            min=1,
+            show_default=f"all; {_ON_GPU.scenes} scenes, on a CPU {_ON_CPU.scenes}",
+        ),
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Of selectors that draw at random, with commas.")] = "0",
     first_seed: Annotated[
@@ -65,7 +96,15 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", min=1, show_default="what the suite needs")
     ] = None,
-    batch: Annotated[int, typer.Option("--batch", help="Rows answered at once.", min=1)] = 32,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch",
+            help="Rows answered at once.",
+            min=1,
+            show_default=f"{_ON_GPU.batch} on a GPU, else {_ON_CPU.batch}",
+        ),
+    ] = None,
     workers: Annotated[int, typer.Option("--workers", help="Processes that share the device.", min=1)] = 1,
     dtype: Annotated[
         str, typer.Option("--dtype", help="auto (float32 on a CPU, else as stored), float32, float16 or bfloat16.")
@@ -83,21 +122,27 @@ def evaluate(
     strict: Annotated[
         bool, typer.Option("--strict", help=f"Exit with code {FAILED_ROWS} if a row is without a score.")
     ] = False,
+    yes: Yes = False,
     debug: Debug = False,
 ) -> None:
     """Compare selectors and budgets with the dense model on a suite of questions."""
     from ..evaluation import EvalConfig
+    from ..evaluation.suites.registry import is_drawn
+    from ..inputs import pick_device
 
+    default = _ON_GPU if pick_device(device).startswith("cuda") else _ON_CPU
+    if limit is None and default is _ON_CPU and is_drawn(suite):
+        limit = default.scenes
     config = EvalConfig(
         suite=suite,
         model=model,
-        selectors=_names("--selectors", selectors),
-        keeps=tuple(parse_keep(one) for one in _names("--keep", keep)),
+        selectors=_names("--selectors", default.selectors if selectors is None else selectors),
+        keeps=tuple(parse_keep(one) for one in _names("--keep", default.keep if keep is None else keep)),
         seeds=_numbers("--seeds", seeds),
         tasks=None if tasks is None else _names("--tasks", tasks),
         limit=limit,
         first_seed=first_seed,
-        batch=batch,
+        batch=batch or default.batch,
         dtype=dtype,
         device=device,
         attn=attn,
@@ -108,13 +153,14 @@ def evaluate(
         include_path=None if include_path is None else str(include_path),
         options=_settings(options or []),
     )
-    evaluation = _run(config, out, workers=workers, resume=resume, collect=append_to)
+    evaluation = _run(config, out, yes=yes, workers=workers, resume=resume, collect=append_to)
     _print(evaluation)
     if strict and evaluation.failed:
         sys.exit(FAILED_ROWS)
 
 
-def _run(config: EvalConfig, out: Path, **options: Any) -> Evaluation:
+def _run(config: EvalConfig, out: Path, *, yes: bool, **options: Any) -> Evaluation:
+    from ..bench.estimate import in_words
     from ..evaluation import EvaluationRun
 
     quiet_transformers()
@@ -123,16 +169,22 @@ def _run(config: EvalConfig, out: Path, **options: Any) -> Evaluation:
     except ModuleNotFoundError as error:  # of an extra; the message has the pip line
         raise ValueError(str(error)) from error
     try:
-        with _counter(run.n_total) as advance:
-            return run.execute(command=["sparsevlm", *sys.argv[1:]], on_rows=advance, **options)
+        with _counter(run.n_total) as (advance, paused):
+
+            def confirm(seconds: float) -> None:
+                with paused():
+                    typer.echo(f"the rest takes {in_words(seconds)}", err=True)
+                    confirm_long(seconds, in_words(seconds), "fewer --selectors or --keep, or a --limit", yes=yes)
+
+            return run.execute(command=["sparsevlm", *sys.argv[1:]], on_rows=advance, confirm=confirm, **options)
     except KeyboardInterrupt:
         typer.echo(f"interrupted; what was done is in {run.folder}, and the same command goes on from there", err=True)
         sys.exit(INTERRUPTED)
 
 
 @contextmanager
-def _counter(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the remaining time on a terminal, a line every minute elsewhere."""
+def _counter(total: int) -> Iterator[tuple[Callable[[int], None], Callable[[], AbstractContextManager[Any]]]]:
+    """A bar with the remaining time on a terminal, a line every minute elsewhere; and a context that it pauses in."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -153,7 +205,14 @@ def _counter(total: int) -> Iterator[Callable[[int], None]]:
         ]
         with Progress(*columns, console=console, transient=True) as bars:
             task = bars.add_task("", total=total)
-            yield lambda n_rows: bars.advance(task, n_rows)
+
+            @contextmanager
+            def paused() -> Iterator[None]:
+                bars.stop()
+                yield
+                bars.start()
+
+            yield lambda n_rows: bars.advance(task, n_rows), paused
         return
     done, last = 0, time.monotonic()
     typer.echo(f"evaluating {total} answers", err=True)
@@ -165,7 +224,7 @@ def _counter(total: int) -> Iterator[Callable[[int], None]]:
             last = time.monotonic()
             typer.echo(f"{done} of {total} answers", err=True)
 
-    yield advance
+    yield advance, nullcontext
 
 
 def _print(evaluation: Evaluation) -> None:

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers, prepare_file
+from .options import BUNDLED, KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers, prepare_file
 from .terminal import progress, quiet_transformers, reports_errors
 from .visuals import Frame, Images, Video, check_not_overwritten, read_visuals
 
-BUNDLED = "bundled"
 NOT_MEANINGFUL = (
     "The bundled model knows nothing but the generated scenes of `sparsevlm demo`: "
     "on any other picture its answer is not meaningful, only the pruning is."
@@ -75,10 +74,13 @@ def run(
     check_not_overwritten(picture, "--picture", [*(image or ()), video])
     images, frames = read_visuals(image, video, frame)
     loaded, processor = _load(model, dtype, device, attn)
+    from ..inputs import identified
     from .asking import build_inputs
 
     inputs = build_inputs(processor, prompt, images=images, frames=frames, fps=fps)
     answers, found = _answers(loaded, processor, inputs, config, max_new_tokens=max_new_tokens, compare=compare)
+    visuals = [*images, *([frames] if frames else [])]
+    found = found.of_pictures(identified(visuals))
     if model == BUNDLED:
         typer.echo(NOT_MEANINGFUL, err=True)
     for name, answer in answers.items():
@@ -88,7 +90,7 @@ def run(
         found.to_json(report)
         typer.echo(f"wrote {report}")
     if picture is not None:
-        _draw(found, [*images, *([frames] if frames else [])], prompt, answers, picture, processor)
+        _draw(found, visuals, prompt, answers, picture, processor)
         typer.echo(f"wrote {picture}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from rich.text import Text
 
 # What users cause: files, options, unsupported models, missing packages. Anything else is a fault of ours and ends with
 # code 1.
+_LONG = 600.0  # seconds from which on a command asks
 _USER_ERRORS = (ValueError, TypeError, IndexError, NotImplementedError, OSError, ImportError)
 
 
@@ -26,6 +28,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
         try:
             command(*args, debug=debug, **options)
+        except (typer.Abort, typer.Exit):
+            raise
         except _USER_ERRORS as error:
             if debug:
                 raise
@@ -60,6 +64,36 @@ def progress(label: str, total: int | None = None) -> Iterator[Callable[[], None
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(label, total=total)
         yield lambda: bars.advance(task)
+
+
+def confirm_long(seconds: float, words: str, shorter: str, *, yes: bool) -> None:
+    """Ask before what takes more than ten minutes; where nobody can answer it is refused.
+
+    Parameters
+    ----------
+    seconds : float
+        Estimated.
+    words : str
+        The same for the reader.
+    shorter : str
+        What takes less time.
+    yes : bool
+        Whether the answer is known.
+
+    Raises
+    ------
+    ValueError
+    """
+    if yes or seconds <= _LONG:
+        return
+    if not _is_answered():
+        raise ValueError(f"this takes {words}: add --yes to start it, or choose {shorter}.")
+    typer.confirm(f"This takes {words}. Start?", abort=True, err=True)
+
+
+def _is_answered() -> bool:
+    """Tells whether there is somebody to answer."""
+    return sys.stdin.isatty()
 
 
 def quiet_transformers() -> None:

@@ -106,6 +106,7 @@ class EvaluationRun:
         collect: Path | None = None,
         command: Sequence[str] = (),
         on_rows: Callable[[int], None] = lambda n_rows: None,
+        confirm: Callable[[float], None] = lambda seconds: None,
     ) -> Evaluation:
         """Run what is missing and write the tables.
 
@@ -121,6 +122,9 @@ class EvaluationRun:
             What the user typed, for the stored rows.
         on_rows : callable
             Called with the number of rows, of :attr:`n_total`, that have been dealt with.
+        confirm : callable
+            Called with the seconds that the rest will take, once the first batch is answered by one process; raises
+            where that is too long.
 
         Raises
         ------
@@ -134,7 +138,7 @@ class EvaluationRun:
         with folder.locked():
             folder.open(config, found_versions, resume=resume)
             measure = self._measure_lmms if isinstance(self._suite, LmmsSuite) else self._measure
-            evaluation = measure(workers, on_rows)
+            evaluation = measure(workers, _Rest(self.n_total, on_rows, confirm))
             origin = {
                 **_origin(config, found_versions),
                 "model": self._place.name,
@@ -146,24 +150,40 @@ class EvaluationRun:
             _write(evaluation, origin, collect)
         return evaluation
 
-    def _measure(self, workers: int, on_rows: Callable[[int], None]) -> Evaluation:
+    def _measure(self, workers: int, rest: _Rest) -> Evaluation:
         assert not isinstance(self._suite, LmmsSuite)
         folder = self._run_folder.predictions
         if workers > 1:
-            run_workers(self.config, folder, workers, self._settings, on_rows)
+            run_workers(self.config, folder, workers, self._settings, rest.count)
         else:
-            run_shard(self.config, self._suite, folder, Shard(), self._settings, on_rows)
+            run_shard(self.config, self._suite, folder, Shard(), self._settings, rest.count, rest.estimate)
         stored = PredictionStore(folder).read()
         results = make_results(self._settings, chosen_tasks(self._suite, self.config.tasks), stored)
         return Evaluation(self.folder, results, failures(stored), self._refused)
 
-    def _measure_lmms(self, workers: int, on_rows: Callable[[int], None]) -> Evaluation:
+    def _measure_lmms(self, workers: int, rest: _Rest) -> Evaluation:
         assert isinstance(self._suite, LmmsSuite)
         if workers > 1:
             raise ValueError("--workers is not for tasks of lmms-eval; it has its own way: see docs/reproduce.md.")
         folder = self._run_folder.predictions
-        run_lmms(self.config, self._suite, self._place, self._settings, folder, on_rows)
+        run_lmms(self.config, self._suite, self._place, self._settings, folder, rest.count)
         return Evaluation(self.folder, lmms_results(self._settings, folder), {}, self._refused)
+
+
+class _Rest:
+    """Answers that are left of a run, and how long they take."""
+
+    def __init__(self, n_left: int, on_rows: Callable[[int], None], confirm: Callable[[float], None]) -> None:
+        self._n_left, self._on_rows, self._confirm = n_left, on_rows, confirm
+
+    def count(self, n_rows: int) -> None:
+        """Take off what has been dealt with."""
+        self._n_left -= n_rows
+        self._on_rows(n_rows)
+
+    def estimate(self, seconds: float) -> None:
+        """Ask about the rest, by the seconds that one answer takes."""
+        self._confirm(seconds * self._n_left)
 
 
 def _origin(config: EvalConfig, found_versions: dict[str, str]) -> dict[str, Any]:

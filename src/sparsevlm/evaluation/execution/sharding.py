@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -50,6 +51,7 @@ def run_shard(
     shard: Shard,
     settings: Sequence[Setting],
     on_rows: Callable[[int], None],
+    on_pace: Callable[[float], None] = lambda seconds: None,
 ) -> None:
     """Answers the missing rows of a shard and stores the predictions, batch by batch.
 
@@ -63,11 +65,13 @@ def run_shard(
     settings : sequence of Setting
     on_rows : callable
         Called with the number of rows of one setting that have been dealt with.
+    on_pace : callable
+        Called once, when the first batch is answered, with the seconds that one answer took.
     """
     store = PredictionStore(folder, shard.index)
     stored = store.read()
     generator = BatchGenerator(config, config.max_new_tokens or suite.max_new_tokens)
-    is_warm = False
+    is_warm = has_pace = False
     for number, batch in batches(suite, config, shard):
         missing = {setting.name: _missing(batch, stored.get(setting.name, {})) for setting in settings}
         on_rows(sum(len(batch) - len(rows) for rows in missing.values()))
@@ -83,6 +87,7 @@ def run_shard(
             wanted = missing[setting.name]
             outcomes: dict[str, Any] = dict(unusable)
             # The whole batch again where a kill left a part of it, for the reason given at batches.
+            begin = time.perf_counter()
             if wanted & set(loaded):
                 outcomes.update(
                     zip(
@@ -96,6 +101,9 @@ def run_shard(
             ]
             store.append(setting.name, [prediction for prediction in predictions if not _is_known(prediction, stored)])
             on_rows(len(wanted))
+            if samples and not has_pace:
+                has_pace = True
+                on_pace((time.perf_counter() - begin) / len(samples))
 
 
 def _missing(batch: Sequence[Row], done: dict[tuple[str, str], Prediction]) -> set[str]:

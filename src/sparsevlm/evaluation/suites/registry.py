@@ -32,6 +32,11 @@ def lmms_suite(config: EvalConfig) -> LmmsSuite | None:
     return suite
 
 
+def is_drawn(name: str) -> bool:
+    """Tells whether a suite is of bundled scenes, of which there are as many as are asked for."""
+    return name == "demo" or name.startswith("demo-")
+
+
 def open_suite(config: EvalConfig) -> Suite:
     """The suite of bundled scenes, or of a file, of a configuration; its tasks checked.
 
@@ -41,7 +46,7 @@ def open_suite(config: EvalConfig) -> Suite:
         If there is no such suite, file or task; the message says what there is.
     """
     name = config.suite
-    if name == "demo" or name.startswith("demo-"):
+    if is_drawn(name):
         suite: Suite = DemoSuite(name, FIRST_SEED if config.first_seed is None else config.first_seed)
     elif config.first_seed is not None:
         raise ValueError("--first-seed is of the bundled scenes only (--suite demo).")
