@@ -76,6 +76,8 @@ class SampleReport:
         By image, the views of the picture that its tokens are, one behind the other: ``rows`` times ``columns`` tiles,
         each of ``height`` times ``width`` tokens; 0 columns: ``rows`` tiles whose arrangement is not known. Empty for
         an image that is a single grid; empty as a whole where all are.
+    pictures : tuple of (width, height, digest)
+        The pictures and frames that it is of, where they were told by :meth:`Report.of_pictures`.
     """
 
     n_visual: int
@@ -89,6 +91,7 @@ class SampleReport:
     stages: tuple[StageReport, ...] = ()
     images: tuple[int, ...] = ()
     views: tuple[tuple[tuple[int, int, int, int], ...], ...] = ()
+    pictures: tuple[tuple[int, int, str], ...] = ()
 
     @property
     def average_in(self) -> float:
@@ -180,6 +183,21 @@ class Report:
     def budget_clamped(self) -> bool:
         """Tells whether the budget could not hold for some sample."""
         return any(sample.budget_clamped for sample in self.samples)
+
+    def of_pictures(self, pictures: Sequence[tuple[int, int, str]], sample: int = 0) -> Report:
+        """A copy that says which pictures a sample is of: drawn over others, it is refused.
+
+        Parameters
+        ----------
+        pictures : sequence of (width, height, digest)
+            From :func:`sparsevlm.inputs.identified`, of the sample's images and videos.
+        sample : int
+            Which sample of the batch.
+        """
+        samples = list(self.samples)
+        if samples:
+            samples[sample] = dataclasses.replace(samples[sample], pictures=tuple(pictures))
+        return dataclasses.replace(self, samples=tuple(samples))
 
     def layer_rows(self) -> list[dict[str, Any]]:
         """One row per decoder layer: visual tokens in, kept, recycled (means over samples) and skip reasons."""
@@ -291,7 +309,7 @@ class Report:
 
 
 def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
-    data = {"views": [], **data}  # reports of older releases do not say it
+    data = {"views": [], "pictures": [], **data}  # reports of older releases do not say it
     values = {f.name: data[f.name] for f in dataclasses.fields(SampleReport)}
     stages = []
     for stage in data["stages"]:
@@ -300,6 +318,7 @@ def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
     values["stages"] = tuple(stages)
     values["grids"] = tuple(tuple(grid) for grid in data["grids"])
     values["views"] = tuple(tuple(tuple(view) for view in image) for image in data["views"])
+    values["pictures"] = tuple(tuple(picture) for picture in data["pictures"])
     for name in ("layer_tokens", "visual_positions", "images"):
         values[name] = tuple(data[name])
     return SampleReport(**values)

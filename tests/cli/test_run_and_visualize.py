@@ -159,6 +159,17 @@ def test_visualize_draws_the_same_picture(saved, desk):
     assert (out / "new" / "v.png").read_bytes() == (out / "r.png").read_bytes()
 
 
+def test_visualize_refuses_another_picture(saved, desk, tmp_path):
+    """Of the same size: the report knows the picture."""
+    _, report, out = saved
+    assert [picture[:2] for picture in report.samples[0].pictures] == [Image.open(desk / "photo.jpg").size]
+    Image.open(desk / "photo.jpg").rotate(180).save(tmp_path / "other.png")
+    refused = call("visualize", out / "r.json", "--image", tmp_path / "other.png", "--out", tmp_path / "v.png")
+    assert refused.exit_code == 2
+    assert "is not the one that the report was made with" in refused.stderr
+    assert not (tmp_path / "v.png").exists()
+
+
 def test_several_images(desk, tmp_path):
     images = ["--image", desk / "photo.jpg", "--image", desk / "portrait.jpg"]
     result = run_on(desk, *images, *BUDGET, "--report", tmp_path / "r.json", "--picture", tmp_path / "r.png")

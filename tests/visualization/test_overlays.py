@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sparsevlm.inputs import identified
 from sparsevlm.report import Report, SampleReport, StageReport
 from sparsevlm.report_total import Cost
 from sparsevlm.visualization import Row, draw_report, draw_rows, save_picture
@@ -68,16 +69,16 @@ def test_everything_kept_is_the_image_itself():
     assert np.array_equal(painted, np.asarray(noise))
 
 
-def test_one_panel_per_target_layer_with_counts():
+def test_one_panel_per_change_with_counts():
     sample = sample_of(
         ((1, 4, 6),), (halved(24), stage(6, 13, skipped="at most min_keep=32 tokens"), stage(7, 13, (0,)))
     )
     figure = draw_report(report_of(sample), [plain(168, 112)], title="How many?\ndense: 3")
-    assert len(figure.axes) == 4
+    assert len(figure.axes) == 3
     written = "\n".join(texts(figure))
     for expected in ("How many?", "dense: 3", "original", "24 visual tokens", "layer 2", "12 kept, 1 recycled of 24"):
         assert expected in written
-    assert "unchanged: at most min_keep=32 tokens" in written.replace("\n", " ")
+    assert "of 24; layer 6 unchanged: at most min_keep=32 tokens" in written.replace("\n", " ")
     assert "1 kept of 24" in written
 
 
@@ -85,7 +86,8 @@ def test_a_stage_before_the_decoder_comes_first():
     sample = sample_of(((1, 2, 3),), (stage(-1, 6, (0, 1, 4, 5)), stage(2, 4, (1, 4)), stage(6, 2, skipped="few")))
     figure = draw_report(report_of(sample), [plain(84, 56)])
     written = [text for text in texts(figure) if text.startswith(("before", "layer", "original"))]
-    assert written == ["original", "before the decoder", "layer 2", "layer 6"]
+    assert written == ["original", "before the decoder", "layer 2"]
+    assert any(text.endswith("; layer 6 unchanged: few") for text in texts(figure))
     first, second, third = token_states(sample)
     assert list(first) == [KEPT, KEPT, DROPPED, DROPPED, KEPT, KEPT]
     assert list(second) == list(third) == [DROPPED, KEPT, DROPPED, DROPPED, KEPT, DROPPED]
@@ -182,8 +184,8 @@ def test_saved_png_is_the_same_each_time_and_makes_its_folder(tmp_path):
 
 
 def test_rows_with_many_target_layers_wrap():
-    stages = tuple(stage(layer, 4, (0,)) for layer in range(2, 26, 2))
-    row = Row(plain(56, 56), sample_of(((1, 2, 2),), stages), 0, 2, 2, "a question")
+    stages = tuple(stage(layer, 16, tuple(range(16 - layer // 2))) for layer in range(2, 26, 2))
+    row = Row(plain(56, 56), sample_of(((1, 4, 4),), stages), 0, 4, 4, "a question")
     figure = draw_rows([row, row], title="title")
     assert len(figure.axes) == 26
     assert max(axes.get_position().x1 for axes in figure.axes) <= 1
@@ -206,3 +208,31 @@ def test_a_request_that_failed_is_said_to_have():
     assert "The request failed: RuntimeError: too late." in " ".join(texts(draw_report(failed, [plain(84, 56)])))
     with pytest.raises(ValueError, match=r"no samples to draw \(RuntimeError: too late\)"):
         draw_report(dataclasses.replace(failed, samples=()), [])
+
+
+def test_a_kept_set_is_drawn_once():
+    """With the target layers at which nothing more happens, and why at the first."""
+    all_kept = [stage(layer, 3, (0, 1, 2)) for layer in (6, 10)]
+    stages = (stage(2, 6, (0, 1, 2)), stage(4, 3, skipped="the budget is met"), *all_kept)
+    for pictures in ([plain(84, 56)], [plain(56, 28), plain(56, 28), plain(56, 28)]):
+        grids = ((1, 2, 3),) if len(pictures) == 1 else ((1, 1, 2),) * 3
+        figure = draw_report(report_of(sample_of(grids, stages)), pictures)
+        assert len(figure.axes) == 2 * len(pictures)
+        assert "layer 4 to 10 unchanged: the budget is met" in " ".join(texts(figure)).replace("\n", " ")
+    untouched = draw_report(report_of(sample_of(((1, 2, 3),), (stage(2, 6, skipped="few"),))), [plain(84, 56)])
+    assert len(untouched.axes) == 1
+    assert "6 visual tokens; layer 2 unchanged: few" in " ".join(texts(untouched)).replace("\n", " ")
+
+
+def test_another_picture_of_the_same_shape_is_refused():
+    picture, other = plain(168, 112), plain(168, 112, (200, 100, 51))
+    report = report_of(sample_of(((1, 4, 6),), (halved(24),))).of_pictures(identified([picture]))
+    report = Report.from_dict(report.to_dict())
+    assert draw_report(report, [picture]).axes
+    with pytest.raises(ValueError, match=r"picture 1 \(168x112 pixels, digest \w{16}\) is not the one that the report"):
+        draw_report(report, [other])
+    video = [plain(84, 56, (n, 0, 0)) for n in range(2)]
+    report = report_of(sample_of(((2, 2, 3),), (halved(12),))).of_pictures(identified([video]))
+    assert draw_report(report, [video]).axes
+    with pytest.raises(ValueError, match="picture 1 "):
+        draw_report(report, [video[::-1]])

@@ -140,6 +140,7 @@ def _ask_all(model: Any, processor: Any, scene: Scene, config: SparseVLMConfig, 
 
 def _write_files(out: Path, scene: Scene, exchanges: list[Exchange]) -> list[Path]:
     """Write scene, overlay and one report per question."""
+    from ..inputs import identified
     from ..visualization import Row, draw_rows, save_picture
 
     picture = out / "scene.png"
@@ -147,7 +148,7 @@ def _write_files(out: Path, scene: Scene, exchanges: list[Exchange]) -> list[Pat
     rows, reports = [], []
     for exchange in exchanges:
         reports.append(out / f"{exchange.task}.report.json")
-        exchange.report.to_json(reports[-1])
+        exchange.report.of_pictures(identified([scene.image])).to_json(reports[-1])
         sample = exchange.report.samples[0]
         _, height, width = sample.grids[0]
         label = (

@@ -12,6 +12,7 @@ from .checkpoint import (
 )
 from .device import pick_device
 from .media import decode_image, load_frames, load_image
+from .pictures import identified
 from .pixels import as_rgb
 from .processor import load_processor
 from .torchvision_guard import torchvision_works
@@ -24,6 +25,7 @@ __all__ = [
     "as_rgb",
     "checkpoint_folder",
     "decode_image",
+    "identified",
     "load_frames",
     "load_image",
     "load_model",

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..inputs import as_rgb
+from ..inputs import as_rgb, identified
 from ..report import Report, SampleReport, StageReport
 from .fitting import as_seen, has_shape
 from .page import Page, Panel
@@ -78,7 +78,7 @@ def draw_report(
     max_frames: int = 4,
     processor: Any = None,
 ) -> Figure:
-    """Draw the original and one panel per target layer for every image of a sample.
+    """Draw the original and one panel per change, by target layer, for every image of a sample.
 
     Of an image in tiles, every view has a line of its own: the whole picture, and all tiles put together.
 
@@ -101,7 +101,7 @@ def draw_report(
     IndexError
         If there is no such sample.
     ValueError
-        If the images do not fit the grids of the report.
+        If the images do not fit the grids of the report, or are others than those that it says it is of.
     """
     if not report.samples:
         why = report.failed or report.skipped_because or "no request was made"
@@ -112,10 +112,29 @@ def draw_report(
     if not chosen.grids and not chosen.views:
         raise ValueError(f"sample {sample} of the report has no images to draw.")
     rows = rows_of(chosen, visuals, max_frames=max_frames, processor=processor)
+    _check_pictures(chosen, visuals)
     notes = [] if report.failed is None else [f"The request failed: {report.failed}."]
     notes.extend([f"Nothing was pruned: {report.skipped_because}."] if report.skipped_because else [])
     notes.extend([chosen.budget_clamped] if chosen.budget_clamped else [])
     return draw_rows(rows, title=title, note=" ".join(notes))
+
+
+def _check_pictures(sample: SampleReport, visuals: Sequence[Visual]) -> None:
+    """Refuse other pictures than a report says it is of."""
+    if not sample.pictures:
+        return
+    found = identified(visuals)
+    if len(found) != len(sample.pictures):
+        raise ValueError(
+            f"the report was made with {len(sample.pictures)} pictures or frames, and {len(found)} were given: give "
+            "those of that request."
+        )
+    for number, (given, known) in enumerate(zip(found, sample.pictures, strict=True), 1):
+        if given != known:
+            raise ValueError(
+                f"picture {number} ({given[0]}x{given[1]} pixels, digest {given[2]}) is not the one that the report "
+                f"was made with ({known[0]}x{known[1]} pixels, digest {known[2]}): give the pictures of that request."
+            )
 
 
 def draw_rows(rows: Sequence[Row], *, title: str = "", note: str = "") -> Figure:
@@ -289,20 +308,35 @@ def _spread(steps: int, limit: int) -> list[int]:
 
 
 def _panels(row: Row) -> list[Panel]:
-    """The original, then one panel per target layer."""
+    """The original, then one panel per target layer at which the sample changes."""
     size = row.height * row.width
-    original = np.full((row.height, row.width), KEPT, dtype=np.uint8)
-    cells = [Panel("original", f"{size} visual tokens", shade(row.image, original))]
+    before = np.full(row.sample.n_visual, KEPT, dtype=np.uint8)
+    cells = [Panel("original", f"{size} visual tokens", shade(row.image, row.arranged(before)))]
+    unchanged: list[list[StageReport]] = [[]]  # behind each panel
     for stage, states in zip(row.sample.stages, token_states(row.sample), strict=True):
-        part = row.arranged(states)
-        name = f"layer {stage.layer}" if stage.layer >= 0 else "before the decoder"
-        cells.append(Panel(name, _counts(stage, part), shade(row.image, part)))
-    return cells
+        if np.array_equal(states, before):
+            unchanged[-1].append(stage)
+            continue
+        part, before = row.arranged(states), states
+        cells.append(Panel(_name(stage), _counts(part), shade(row.image, part)))
+        unchanged.append([])
+    return [cell._replace(counts=cell.counts + _unchanged(own)) for cell, own in zip(cells, unchanged, strict=True)]
 
 
-def _counts(stage: StageReport, part: np.ndarray) -> str:
-    if stage.skipped_because:
-        return f"unchanged: {stage.skipped_because}"
+def _name(stage: StageReport) -> str:
+    return f"layer {stage.layer}" if stage.layer >= 0 else "before the decoder"
+
+
+def _unchanged(stages: Sequence[StageReport]) -> str:
+    """Target layers at which a panel stays as it is, and why at the first of them."""
+    if not stages:
+        return ""
+    last = f" to {stages[-1].layer}" if len(stages) > 1 else ""
+    reason = f": {stages[0].skipped_because}" if stages[0].skipped_because else ""
+    return f"; {_name(stages[0])}{last} unchanged{reason}"
+
+
+def _counts(part: np.ndarray) -> str:
     counts = f"{int((part == KEPT).sum())} kept"
     if recycled := int((part == RECYCLED).sum()):
         counts += f", {recycled} recycled"

@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 
 _INK, _FAINT = "#1f2430", "#667085"
 _DPI = 110
-_MOST_LINES = 6
+_MOST_LINES, _MOST_OF_CAPTION = 6, 4
 
 
 class Panel(NamedTuple):
@@ -73,7 +73,7 @@ class Page:
 
     def place(self, panels: Sequence[Panel], width: float, height: float) -> None:
         """Put panels side by side, captions above them."""
-        wrapped = [textwrap.wrap(panel.counts, int(width * 17))[:3] for panel in panels]
+        wrapped = [textwrap.wrap(panel.counts, int(width * 17))[:_MOST_OF_CAPTION] for panel in panels]
         caption = self._LINE * max(map(len, wrapped)) + 0.04
         top = self._used + self._NAME + caption
         for column, (panel, lines) in enumerate(zip(panels, wrapped, strict=True)):
