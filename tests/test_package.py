@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import re
@@ -83,3 +84,15 @@ def test_one_version():
     assert f"\nversion: {sparsevlm.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     (first, *_) = re.findall(r"^## (\S+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert first == sparsevlm.__version__
+
+
+def test_warnings_begin_with_the_librarys_name():
+    """So that a reader of a log knows who speaks, whatever its format."""
+    found = {}
+    for path in Path(sparsevlm.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("warnings.warn", "logger.warning")):
+                texts = [part.value for part in ast.walk(node.args[0]) if isinstance(part, ast.Constant)]
+                found[f"{path.name}:{node.lineno}"] = next(text for text in texts if str(text).strip())
+    assert len(found) > 10
+    assert {place: text for place, text in found.items() if not text.startswith("sparsevlm:")} == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -14,6 +14,12 @@ from .config import OF_APPLY, SparseVLMConfig, check_options
 from .models import adapter_for, check_module, unwrap, wrapper_hint
 from .state import STATE_ATTRIBUTE, SparseVLMState
 from .template import template_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .selection.context import Selector
+    from .typed_options import MoreOptions
 
 
 def apply_sparsevlm(
@@ -25,13 +31,13 @@ def apply_sparsevlm(
     theta: float = 0.5,
     *,
     keep: int | float | Sequence[int | float] | None = None,
-    selector: Any = None,
+    selector: str | Selector | None = None,
     config: SparseVLMConfig | None = None,
     processor: Any = None,
     warmup: bool | Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
     allow_untested: bool = False,
     family: str | None = None,
-    **options: Any,
+    **options: Unpack[MoreOptions],
 ) -> SparseVLMState:
     """Make an unchanged ``model.generate(**inputs)`` prune visual tokens inside the decoder.
 

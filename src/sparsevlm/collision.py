@@ -20,7 +20,7 @@ _REMEDY = (
 def check_collision() -> None:
     """Warn, once per process, about anything else named ``sparsevlm`` that is installed beside this package."""
     if problems := find_collisions():
-        warnings.warn(" ".join([*problems, _REMEDY]), RuntimeWarning, stacklevel=2)
+        warnings.warn(" ".join(["sparsevlm:", *problems, _REMEDY]), RuntimeWarning, stacklevel=2)
 
 
 def find_collisions(search_path: list[str] | None = None, package: Path | None = None) -> list[str]:

@@ -58,9 +58,9 @@ def check_transformers(allow_untested: bool = False, version: str | None = None)
         return
     tested = f"{oldest.major}.{oldest.minor} to {newest.major}.{newest.minor}"
     if found.release[:2] == newest.release[:2] and found > newest:
-        logger.warning("sparsevlm was tested on transformers up to %s; this is its patch %s.", NEWEST, version)
+        logger.warning("sparsevlm: tested on transformers up to %s; this is its patch %s.", NEWEST, version)
     elif allow_untested:
-        logger.warning("sparsevlm was tested on transformers %s; %s was allowed by allow_untested.", tested, version)
+        logger.warning("sparsevlm: tested on transformers %s; %s was allowed by allow_untested.", tested, version)
     else:
         raise ImportError(
             f"transformers {version} is installed; sparsevlm was tested on {tested}, and other versions can answer "

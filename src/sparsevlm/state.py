@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,11 @@ from .request.reporting import make_report
 from .request.session import Session
 from .template import Template
 from .warmup import WarmupReport, given, ladder, warmup
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .typed_options import AllOptions
 
 # Where a model's state is found: on the module whose hooks it holds, so that copies of the model carry copies of it.
 STATE_ATTRIBUTE = "_sparsevlm_state"
@@ -80,7 +85,7 @@ class SparseVLMState:
         return self._report[1]
 
     @contextlib.contextmanager
-    def options(self, **changes: Any) -> Iterator[SparseVLMState]:
+    def options(self, **changes: Unpack[AllOptions]) -> Iterator[SparseVLMState]:
         """Other options for the requests inside: ``with state.options(keep=0.25): model.generate(...)``.
 
         They hold in the calling thread or task alone. ``keep`` may be a list with one budget per sample.

@@ -68,7 +68,7 @@ class GraphPool:
             with _no_collection(), torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
                 result = run()
         except RuntimeError as error:  # out of memory is one
-            logger.warning("a CUDA graph could not be recorded, it runs operation by operation: %s", error)
+            logger.warning("sparsevlm: a CUDA graph could not be recorded, it runs operation by operation: %s", error)
             torch.cuda.synchronize(self._device)  # where the device itself has failed, this says so
             return run
         rewind()

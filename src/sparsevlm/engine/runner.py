@@ -180,7 +180,7 @@ class ModelRunner:
 
     def release_memory(self) -> None:
         """Give back the memory of all programs where it is wanting; the model's own modules take less."""
-        logger.warning("out of memory: the engine forgets its programs, the model's own modules run.")
+        logger.warning("sparsevlm: out of memory: the engine forgets its programs, the model's own modules run.")
         self._forget_programs()
         torch.cuda.empty_cache()  # weights that get a place of their own need room
         self.clear()

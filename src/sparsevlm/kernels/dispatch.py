@@ -36,6 +36,6 @@ def triton_problem() -> str | None:
         rows = torch.ones(2, 16, device="cuda")
         rms_norm(rows, rows[0], 1e-6, None)
     except Exception as error:  # whatever it is, torch's own operations do the same
-        logger.warning("Triton does not work here, torch's own operations run instead: %s", error)
+        logger.warning("sparsevlm: Triton does not work here, torch's own operations run instead: %s", error)
         return f"Triton does not work here ({type(error).__name__})"
     return None

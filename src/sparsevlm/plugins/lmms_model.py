@@ -162,7 +162,9 @@ class SparseVLM(lmms):
             )
             n_clamped, n_batches = totals.clamped()
             if n_clamped:
-                eval_logger.warning(f"the budget could not hold for some image in {n_clamped} of {n_batches} batches")
+                eval_logger.warning(
+                    f"sparsevlm: the budget could not hold for some image in {n_clamped} of {n_batches} batches"
+                )
         remove_sparsevlm(self.model)
         self._state = None
         super().clean()
@@ -230,7 +232,9 @@ class SparseVLM(lmms):
     def _tell_idle(self, task: str, given: dict[str, Any]) -> None:
         """Say once per task which of its options change nothing here."""
         if task not in self._told and (idle := unused_options(given)):
-            eval_logger.warning(f"task {task}: these generation options have no effect here: {', '.join(idle)}")
+            eval_logger.warning(
+                f"sparsevlm: task {task}: these generation options have no effect here: {', '.join(idle)}"
+            )
         self._told.add(task)
 
 
