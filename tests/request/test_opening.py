@@ -61,7 +61,10 @@ def test_a_schedule_is_of_all_tokens_and_no_more_than_are_left():
 def test_a_budget_that_cannot_hold_is_refused_where_it_has_to():
     # The least is (2 · 100 + 6 · 2) / 8.
     assert counts_of(sample_of(100), keep=20) == [(2, 2)]
-    with pytest.raises(ValueError, match=r"less than target layers \(1, 3\) .* 26.5 used \(strict=True refuses this\)"):
+    refused = (
+        r"less than the least possible: 26.5 used, as layers 0..1 see .* min_keep=2 .* \(strict=True refuses this\)"
+    )
+    with pytest.raises(ValueError, match=refused):
         counts_of(sample_of(100), keep=20, strict=True)
     assert counts_of(sample_of(100), keep=0.5, strict=True) == [(50, 25)]
 

@@ -248,6 +248,8 @@ class _Place:
                 skeleton = empty_model(self.model, dtype, self.attn)
         else:
             skeleton = load_skeleton(self.checkpoint)
+            if getattr(skeleton.config, "quantization_config", None) is not None:
+                return  # smaller than their dtype tells
         check_memory(self.model, skeleton, self.device, dtype, _SMALL)
 
     def load(self) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .session import Session
@@ -47,8 +48,11 @@ def reason_of_text(session: Session, ids: Tensor, mask: Any = None) -> str:
 def _counts(session: Session, ids: Tensor, mask: Any) -> dict[str, tuple[int, int]]:
     """Placeholders by kind, and how many stand side by side at most."""
     by_token = {modality.token_id: kind for kind, modality in reversed(session.adapter.modalities.items())}
+    ids = ids.cpu()
+    if not bool(torch.isin(ids, torch.tensor([*by_token], device="cpu")).any()):
+        return {}
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= ids.shape[1]:
-        ids = ids.masked_fill(mask[:, mask.shape[1] - ids.shape[1] :].to(ids.device) == 0, -1)
+        ids = ids.masked_fill(mask[:, mask.shape[1] - ids.shape[1] :].cpu() == 0, -1)
     found = dict[str, tuple[int, int]]()
     for token, run in itertools.chain.from_iterable(map(itertools.groupby, ids.tolist())):
         if (kind := by_token.get(token)) is not None:
