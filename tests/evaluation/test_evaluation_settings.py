@@ -88,7 +88,7 @@ def test_a_preset_is_a_budget():
     ("options", "message"),
     [
         ({"selectors": ("sparsevlm", "best")}, "there is no selector 'best'; there are"),
-        ({"options": {"taus": 0.5}}, "unknown option taus; the options are"),
+        ({"options": {"taus": 0.5}}, "unknown option taus (did you mean 'tau'?); the options are"),
         ({"options": {"keep": 0.5}}, "--set keep=… is not for --set"),
         ({"options": {"tau": 2}}, "tau must be in"),
         ({"keeps": (1.5,)}, "must be in (0, 1]"),
