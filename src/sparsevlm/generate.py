@@ -14,8 +14,8 @@ from transformers.generation import GenerationMixin
 from . import compat
 from .config import REFRESH
 from .engine.generate import Engine, UnsupportedByEngineError
-from .request.drafting import arguments_of_round, brings_images, images_at_hand
-from .request.inputs import check_inputs
+from .request.drafting import arguments_of_round, images_at_hand
+from .request.inputs import brings_images, check_inputs
 from .request.modes import check_modes
 from .request.session import Session
 from .request.turns import converse

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-ROOT = Path(__file__).parents[2]
 TIMES = {"hf-dense": "100", "ours-dense": "25", "ours": "10"}
 TEXT = (
     "On one <!-- e2e device: case=a -->X<!-- end --> it takes "
@@ -16,8 +13,7 @@ TEXT = (
 
 
 @pytest.fixture
-def tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def tables():
     from benchmark import tables
 
     return tables

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def goals(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def goals():
     from benchmark import goals
 
     return goals

@@ -9,18 +9,14 @@ import io
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def script(monkeypatch, tmp_path):
     """Runs a script of ``benchmark/`` and gives its rows."""
-    monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.setattr("benchmark.timed._SECONDS", 0.01)
 
     def run(name):
@@ -63,8 +59,7 @@ def test_ranks_that_differ_are_an_error(script, monkeypatch):
         script("bench_layer1")
 
 
-def test_ranks_by_singular_values(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def test_ranks_by_singular_values():
     from benchmark.bench_layer1 import check_ranks, singular_ranks
 
     matrices = torch.stack([torch.diag(torch.tensor(values)) for values in ([3.0, 0.9, 0.0], [1.0, 1.0, 1.0])])
@@ -105,7 +100,6 @@ def test_graphs(script):
 
 
 def test_whole_calls_go_to_their_file(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
     from benchmark import bench_e2e
 
     seen = []
@@ -119,8 +113,7 @@ def test_whole_calls_go_to_their_file(monkeypatch):
     ]
 
 
-def test_accuracy_beside_retained_tokens(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def test_accuracy_beside_retained_tokens():
     from benchmark.retained import accuracy
 
     row = {"suite": "demo", "task": "average", "selector": "span", "target_layers": "default", "options": ""}
@@ -167,9 +160,8 @@ def test_ready(script, monkeypatch):
     assert all(float(row["p50"]) > 0 for row in rows)
 
 
-def test_the_ladder_holds_none_of_the_requests_behind_it(monkeypatch):
+def test_the_ladder_holds_none_of_the_requests_behind_it():
     """Neither their grids nor their numbers of tokens."""
-    monkeypatch.syspath_prepend(str(ROOT))
     from benchmark import bench_ready
     from sparsevlm.bench.shapes import empty_model
     from sparsevlm.models import adapter_for

@@ -11,8 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def tables():
     from benchmark import tables
 
     return tables

@@ -10,8 +10,7 @@ from documents import DOCUMENTS, ROOT, prose, read
 
 
 @pytest.fixture
-def tables(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
+def tables():
     from benchmark import tables
 
     return tables

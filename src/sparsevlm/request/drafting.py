@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 from ..compat import cache_of
 from ..models import ModelAdapter
+from .inputs import image_arguments
 
 _ENCODED = "mm_encoder_outputs"
 # What the target of the running call was given; transformers hands an assistant the target's features instead.
@@ -44,7 +44,7 @@ def arguments_of_round(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> d
     ValueError
         For features of the target that do not fit the assistant.
     """
-    visual = _visual_names(adapter)
+    visual = image_arguments(adapter)
     if cache_of(arguments) is not None:
         return {name: value for name, value in arguments.items() if name not in visual}
     images = {name: value for name, value in _OF_TARGET.get().items() if name in visual and value is not None}
@@ -54,22 +54,6 @@ def arguments_of_round(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> d
         return rest | {name: value.to(device) if hasattr(value, "to") else value for name, value in images.items()}
     _check_features(adapter, arguments.get(_ENCODED) or {})
     return dict(arguments)
-
-
-def brings_images(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> bool:
-    """Tells whether a round brings images or videos, encoded ones among them."""
-    pixels = (arguments.get(modality.pixels) for modality in adapter.modalities.values())
-    return any(value is not None for value in (*pixels, *(arguments.get(_ENCODED) or {}).values()))
-
-
-def _visual_names(adapter: ModelAdapter) -> set[str]:
-    """Names of all inputs by which images and videos come."""
-    names = {_ENCODED}
-    for kind, modality in adapter.modalities.items():
-        names |= {modality.pixels, *modality.size_inputs}
-        encode = getattr(adapter.base_model, f"get_{kind}_features", None)
-        names |= set() if encode is None else set(inspect.signature(encode).parameters) - {"kwargs"}
-    return names
 
 
 def _check_features(adapter: ModelAdapter, encoded: Mapping[str, Any]) -> None:

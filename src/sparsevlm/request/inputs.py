@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from ..compat import cache_of
 from ..models import Layout, ModelAdapter, n_tokens
 
+_ENCODED = "mm_encoder_outputs"  # images and videos as what the vision tower made of them
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -36,7 +38,7 @@ def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, 
     ValueError
         If there are pixels, but no token to hold them.
     """
-    encoded = inputs.get("mm_encoder_outputs") or {}
+    encoded = inputs.get(_ENCODED) or {}
     brought = [
         kind
         for kind, modality in adapter.modalities.items()
@@ -61,6 +63,27 @@ def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, 
             )
         masks[kind] = found
     return masks
+
+
+def brings_images(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> bool:
+    """Tells whether a call brings images or videos, encoded ones among them."""
+    pixels = (arguments.get(modality.pixels) for modality in adapter.modalities.values())
+    return any(value is not None for value in (*pixels, *(arguments.get(_ENCODED) or {}).values()))
+
+
+def image_arguments(adapter: ModelAdapter) -> set[str]:
+    """Names of all arguments by which images and videos come."""
+    names = {_ENCODED}
+    for kind, modality in adapter.modalities.items():
+        names |= {modality.pixels, *modality.size_inputs, *modality.encoder_inputs}
+        if (encode := getattr(adapter.base_model, f"get_{kind}_features", None)) is not None:
+            names |= parameters_of(encode)
+    return names
+
+
+def parameters_of(function: Any) -> set[str]:
+    """Names of the arguments of a method of a model, but for those of all methods."""
+    return set(inspect.signature(function).parameters) - {"self", "kwargs", "return_dict"}
 
 
 def visual_grids(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..models import ModelAdapter
 from .conversation import OF_TOKENS, Conversation
+from .inputs import image_arguments, parameters_of
 from .kept_features import KeptFeatures, size_names
 
 # Arguments of the base model that are not of its tokens or images, or are made anew.
@@ -21,12 +21,6 @@ def input_ids_of(arguments: Mapping[str, Any]) -> Tensor | None:
     """Tokens that a call is given."""
     ids = arguments.get("input_ids")
     return arguments.get("inputs") if ids is None else ids
-
-
-def brings_images(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> bool:
-    """Tells whether a call brings images or videos."""
-    pixels = (arguments.get(modality.pixels) for modality in adapter.modalities.values())
-    return arguments.get("mm_encoder_outputs") is not None or any(one is not None for one in pixels)
 
 
 def whole_ids(before: Conversation, arguments: Mapping[str, Any], ids: Tensor, past_len: int) -> Tensor:
@@ -56,7 +50,7 @@ def new_inputs(
 ) -> dict[str, Any]:
     """Inputs of the base model for the tokens behind ``past_len``, out of all ``ids``, and for their images."""
     mask = arguments.get("attention_mask")
-    known = (_parameters(adapter.base_model.forward) | _parameters(adapter.model.forward)) - _NOT_OF_TOKENS
+    known = (parameters_of(adapter.base_model.forward) | parameters_of(adapter.model.forward)) - _NOT_OF_TOKENS
     given = {name: value for name, value in arguments.items() if name in known and value is not None}
     given |= {
         name: value[:, past_len:] for name, value in _of_tokens(adapter, before, arguments, ids, past_len).items()
@@ -75,10 +69,7 @@ def whole_inputs(
     features: KeptFeatures,
 ) -> dict[str, Any]:
     """A call with all tokens, and without what only the vision tower reads."""
-    left_out = {"inputs", "mm_encoder_outputs", *size_names(adapter)}
-    for kind, modality in adapter.modalities.items():
-        encoder = getattr(adapter.base_model, f"get_{kind}_features", None)
-        left_out |= {modality.pixels, *modality.encoder_inputs, *(_parameters(encoder) if encoder else ())}
+    left_out = {"inputs", *image_arguments(adapter), *size_names(adapter)}
     rest = {name: value for name, value in arguments.items() if name not in left_out}
     sizes = {name: value.to(ids.device) for name, value in features.sizes.items()}
     return {**rest, "input_ids": ids, **_of_tokens(adapter, before, arguments, ids, past_len), **sizes}
@@ -115,7 +106,3 @@ def _token_types(adapter: ModelAdapter, ids: Tensor, known: Tensor | None) -> Te
         told = None if known is None else known[places[:, : known.shape[1]]]
         made[places] = number if told is None or not told.numel() else int(told[0])
     return made
-
-
-def _parameters(function: Any) -> set[str]:
-    return set(inspect.signature(function).parameters) - {"self", "kwargs", "return_dict"}

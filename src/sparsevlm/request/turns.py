@@ -16,9 +16,10 @@ from ..models import ModelAdapter
 from ..selection.context import VISION_NEEDS
 from .conversation import Conversation, brings_sound, check_refillable, conversation_of, keep_conversation
 from .feature_exchange import FeatureExchange, FeaturesTakenError, NewFeatures
+from .inputs import brings_images
 from .kept_features import KeptFeatures, RowFeatures
 from .kv_cache import empty_layers
-from .later_inputs import brings_images, input_ids_of, new_inputs, whole_ids, whole_inputs
+from .later_inputs import input_ids_of, new_inputs, whole_ids, whole_inputs
 from .session import Session
 from .timing import Mark
 
@@ -128,9 +129,10 @@ class LaterTurn:
         adapter, cache = session.adapter, cache_of(self.arguments)
         features, new = self.features, None
         begin = end = Mark.now(self.ids.device)
-        self._check(adapter, brings_images(adapter, self.arguments))
+        brings = brings_images(adapter, self.arguments)
+        self._check(adapter, brings)
         known = (adapter, self.before, self.arguments, self.ids, self.past_len)
-        if brings_images(adapter, self.arguments):
+        if brings:
             inputs = new_inputs(*known)
             new = encode(inputs) or encode_by_modules(session, inputs)
             features, end = features.followed_by(new.features, adapter), Mark.now(self.ids.device)

@@ -96,7 +96,7 @@ class CapturedTower:
         self._unsupported = unsupported_capture(adapter)
         self._graphs: LRUCache[Hashable, _Program] = LRUCache(_MOST_GRAPHS)
         self._sized: LRUCache[Hashable, _Program] = LRUCache(_MOST_SIZED)
-        self._seen: LRUCache[Hashable, list[None]] = LRUCache(_MOST_SEEN)
+        self._seen: LRUCache[Hashable, object] = LRUCache(_MOST_SEEN)
         self._rooms = _Rooms()
 
     def __len__(self) -> int:
@@ -164,9 +164,8 @@ class CapturedTower:
 
     def _is_new(self, key: Hashable) -> bool:
         """Whether sizes come for the first time: there are too many to record each."""
-        times = self._seen.get(key, list)
-        times.append(None)
-        return len(times) == 1
+        mark = object()
+        return self._seen.get(key, lambda: mark) is mark
 
 
 class _Rooms:
