@@ -299,7 +299,15 @@ def test_an_offloaded_cache_whose_copies_stay_where_they_are(implementation, pro
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
 @pytest.mark.parametrize("prompt", ["one image", "batch, unequal counts"])
-def test_an_offloaded_cache(implementation, prompt):
+def test_an_offloaded_cache(implementation, prompt, monkeypatch):
+    """However late attention comes to read what the next layer's copies could overwrite."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def late(*args, **kwargs):
+        torch.cuda._sleep(3_000_000)
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", late)
     inputs = {name: value.cuda() for name, value in make_inputs(*PROMPTS[prompt]).items()}
     check_offloaded(tiny_model().cuda(), inputs, implementation)
 

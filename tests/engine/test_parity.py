@@ -43,7 +43,8 @@ class Teacher(LogitsProcessor):
 def run(model, inputs, n_new, said=None, **options):
     teacher = Teacher(said)
     processors = LogitsProcessorList([teacher])
-    length = {"min_new_tokens": n_new, "max_new_tokens": n_new, "do_sample": False}
+    # Nothing ends an answer, and no end is forbidden: that would take its score.
+    length = {"eos_token_id": model.config.get_text_config().vocab_size, "max_new_tokens": n_new, "do_sample": False}
     output = model.generate(**inputs, **length, logits_processor=processors, **options)
     return output[:, inputs["input_ids"].shape[1] :], teacher.scores
 

@@ -169,6 +169,8 @@ class PrunedLayer:
     is_first: bool
     all_tables: WeakSet[SlotTable]
     conversation: Any = None
+    is_initialized: bool
+    device: torch.device
 
     def place(self, table: SlotTable, owns_table: bool) -> None:
         """Take ``table``, which already holds the slots of the update to come."""
@@ -193,6 +195,15 @@ class PrunedLayer:
         self.table = self.conversation = None
         self.all_tables.clear()
         super().reset()  # type: ignore[misc]
+
+    def prefetch(self) -> None:
+        """Bring an offloaded layer back to its device, once the calls before are done with memory that it may take.
+
+        transformers waits for them by itself from 5.20 on; before, keys that attention still reads were overwritten.
+        """
+        if self.is_initialized and self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).wait_stream(torch.cuda.default_stream(self.device))
+        super().prefetch()  # type: ignore[misc]
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Remove tokens from the end; see transformers' ``DynamicLayer.crop`` and ``StaticLayer.crop``.
