@@ -12,7 +12,8 @@ A table of these shows one commit: of the rows that its filter lets through thos
 and of these every case's last run. Older rows stay in the file and are shown nowhere; a filter ``commit=...`` names
 other ones. So measure all cases at one commit, whose name ``SPARSEVLM_COMMIT`` sets where git is not there.
 
-With ``goals`` the table sets what the engine was to reach beside what these rows say.
+With ``goals`` the table sets what the engine was to reach beside what these rows say, with ``validity`` rows of
+``results/accuracy.csv`` beside published ones.
 
 A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds), ``<!-- accuracy figure: FILTER
 -->`` (retained percent) or ``<!-- turns figure: FILTER -->`` (percent answered right) and ``<!-- end -->``; its filter
@@ -41,16 +42,18 @@ from benchmark.e2e_rows import (
 from benchmark.goals import goals_table
 from benchmark.ready_rows import read_ready, ready_table
 from benchmark.turns_rows import read_turns, turns_figure, turns_table
+from benchmark.validity import validity_table
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns")
+_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns", "validity")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>accuracy|e2e|goals|memory|mixed|models|pictures|ready|selectors|turns):(?P<filter>.*?) -->\n)"
+    r"(<!-- (?P<kind>accuracy|e2e|goals|memory|mixed|models|pictures|ready|selectors|turns|validity):"
+    r"(?P<filter>.*?) -->\n)"
     r".*?(<!-- end of (?P=kind) -->\n)",
     re.DOTALL,
 )
@@ -192,6 +195,7 @@ def accuracy_figure(rows: list[StoredRow]) -> str:
 def with_tables(text: str) -> str:
     """Replaces the tables and figures in a document's text."""
     whole_calls, accuracy = read_e2e(), stored_rows()
+    of_accuracy = {"accuracy": accuracy_table, "validity": validity_table}
     others = {"ready": (ready_table, read_ready()), "turns": (turns_table, read_turns())}
     tables = {
         "e2e": e2e_table, "memory": memory_table, "mixed": mixed_table, "models": models_table,
@@ -199,8 +203,8 @@ def with_tables(text: str) -> str:
     }  # fmt: skip
 
     def table(match: re.Match[str]) -> str:
-        if match["kind"] == "accuracy":
-            return match[1] + accuracy_table(chosen(accuracy, match["filter"])) + match[4]
+        if match["kind"] in of_accuracy:
+            return match[1] + of_accuracy[match["kind"]](chosen(accuracy, match["filter"])) + match[4]
         if match["kind"] == "goals":
             return match[1] + goals_table(chosen_calls(whole_calls, match["filter"]), others["ready"][1]) + match[4]
         if match["kind"] in others:
