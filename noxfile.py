@@ -91,6 +91,14 @@ def processors(session: nox.Session) -> None:
 
 
 @nox.session
+def server(session: nox.Session) -> None:
+    """The server, asked by OpenAI's own client."""
+    session.install(TORCH)
+    session.install(NEWEST, "-e", ".[test,server]", "openai>=2", "httpx>=0.27")
+    session.run("pytest", "tests/server", *session.posargs)
+
+
+@nox.session
 def quantized(session: nox.Session) -> None:
     """Quantized checkpoints on the CPU, by the packages that read them; GPTQModel compiles some of its kernels."""
     session.install(TORCH)
