@@ -50,7 +50,7 @@ class RequestError(Exception):
         if self.status in (429, 503):
             return {"retry-after": str(RETRY_AFTER)}
         # What has not been read of a body would be taken for the next request.
-        return {"connection": "close"} if self.status in (408, 413, 415) else {}
+        return {"connection": "close"} if self.status in (408, 413) else {}
 
 
 class ClientGoneError(Exception):

@@ -18,7 +18,7 @@ from .errors import RequestError
 from .remote import RemoteImages
 from .settings import ServerSettings
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")  # a JPEG of several images is of the format MPO
 _CODE = "invalid_image"
 _PIXELS_OF_ALL = 4  # times the pixels of one
 _OUTSIDE = "it is no file under the folder that this server reads images from."

@@ -20,6 +20,7 @@ REQUEST_OPTIONS = (
     *("keep", "selector", "schedule", "target_layers", "preset", "min_keep", "min_keep_per_image", "vision_keep"),
     *("tau", "theta", "recycle", "merge", "raters", "heads", "rank_lambda", "rank_tolerance", "seed"),
 )
+_LONGEST = 1000  # list of layers
 _OF_GENERATION = ("temperature", "top_p", "top_k")
 
 
@@ -53,6 +54,8 @@ def pruning_of(state: SparseVLMState, given: Mapping[str, Any] | None) -> Prunin
     """
     changes = dict(given or {})
     try:
+        if len(changes) > len(REQUEST_OPTIONS):
+            raise ValueError(f"{len(changes)} options were given; there are {', '.join(REQUEST_OPTIONS)}.")
         check_options(changes, REQUEST_OPTIONS)
         _check_types(changes)
         if "schedule" in changes and not isinstance(changes["schedule"], (str, type(None))):
@@ -71,6 +74,8 @@ def _check_types(changes: Mapping[str, Any]) -> None:
     if selector is not None and not isinstance(selector, str):
         raise TypeError(f"selector must be one of {', '.join(SELECTORS)}, got {selector!r}.")
     for name, value in changes.items():
+        if isinstance(value, list) and len(value) > _LONGEST:
+            raise ValueError(f"{name} has {len(value)} entries, more than any model has layers.")
         if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(one, (list, dict)) for one in value)):
             raise TypeError(f"{name} must be a number, a text or a list of numbers.")
 

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import RequestError
 
-_MOST_MESSAGES = 1000
+_MOST_MESSAGES, _MOST_PARTS = 1000, 100_000
+_MOST_KEYS = 64  # of an object: each that is unknown would be an error of its own
 _MOST_STOPS = 4
 # Parameters that are taken with the value that asks for nothing, and refused with any other.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -45,6 +46,13 @@ _OF_ANSWERS = ("refusal", "annotations", "audio", "function_call", "tool_calls",
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_small(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > _MOST_KEYS:
+            raise ValueError(f"{len(data)} keys are more than any request has")
+        return data
+
 
 class TextPart(_Strict):
     """A text of a message."""
@@ -74,7 +82,7 @@ class Message(_Strict):
     """A turn of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[list[Part], Field(min_length=1, max_length=_MOST_PARTS, fail_fast=True)]
 
     @model_validator(mode="before")
     @classmethod
@@ -105,22 +113,21 @@ class ChatRequest(_Strict):
     """The body of a request; parameters that are not among these were refused or ask for nothing."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=_MOST_MESSAGES, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=_MOST_STOPS, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     sparsevlm: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
-        stops = self.stops
-        if len(stops) > _MOST_STOPS or not all(stops):
-            raise ValueError(f"stop takes up to {_MOST_STOPS} texts, none of them empty")
+        if not all(self.stops):
+            raise ValueError("stop takes texts that are not empty")
         both = (self.max_tokens, self.max_completion_tokens)
         if None not in both and both[0] != both[1]:
             raise ValueError("max_tokens and max_completion_tokens are the same here; name one of them")
@@ -190,8 +197,15 @@ def _json(body: bytes) -> dict[str, Any]:
 
 def _described(error: ValidationError) -> RequestError:
     """The first error, where it is, and what was got unless that is long."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(step) for step in first["loc"] if not str(step).startswith(("list[", "function-")))
+    found = error.errors(include_url=False, include_context=False)
+    # Of a text or a list, what is wrong with the list where one was given.
+    first = next(
+        (one for one in found if not (one["loc"][-1:] == ("str",) and isinstance(one["input"], list))), found[0]
+    )
+    steps = [str(step) for step in first["loc"]]
+    if steps and steps[-1] == "str":
+        steps.pop()
+    place = ".".join(step for step in steps if not step.startswith(("list[", "function-", "constrained-")))
     said = str(first["msg"]).removeprefix("Value error, ")
     got = first.get("input")
     shown = f", got {got!r}" if isinstance(got, (int, float, bool, type(None))) and first["type"] != "missing" else ""

@@ -29,9 +29,9 @@ def is_public(address: str) -> bool:
     """Tells whether an IP address is one of the public network, and so is the IPv4 address that it holds."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in _NAT64 or int(ip) >> 32 == 0:  # the latter: IPv4-compatible, ::1 and ::
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if ip.ipv4_mapped is not None or ip in _NAT64:
+            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        inner = ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
         if inner is not None and not is_public(str(inner)):
             return False
     special = ip.is_private or ip.is_loopback or ip.is_link_local or ip.is_multicast or ip.is_reserved
@@ -122,7 +122,10 @@ class RemoteImages:
                 return b"", location
             if answer.status != 200 or answer.getheader("content-encoding", "identity") != "identity":
                 raise ValueError
-            return self._read(answer, param), None
+            content = self._read(answer, param)
+            if connection.is_aborted:  # which looks like the end of a page of unknown length
+                raise TimeoutError
+            return content, None
         finally:
             watch.cancel()
             connection.close()
@@ -168,7 +171,7 @@ class _Connection(http.client.HTTPConnection):
     def __init__(self, host: str, port: int, connected: socket.socket, is_secure: bool) -> None:
         self.default_port = 443 if is_secure else 80  # what the header Host need not name
         super().__init__(host, port)
-        self._connected, self._is_secure, self._is_aborted = connected, is_secure, False
+        self._connected, self._is_secure, self.is_aborted = connected, is_secure, False
 
     def connect(self) -> None:
         """Take the socket, and speak TLS over it where the address says so."""
@@ -181,6 +184,7 @@ class _Connection(http.client.HTTPConnection):
 
     def abort(self) -> None:
         """End what goes on, from another thread."""
+        self.is_aborted = True
         with contextlib.suppress(OSError):
             self._connected.shutdown(socket.SHUT_RDWR)
 
