@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-import numpy as np  # noqa: E402
-from live_server import QUESTION, about, asked, bytes_url, data_url, image_part, scene_url  # noqa: E402
-from PIL import Image  # noqa: E402
+import numpy as np
+from live_server import QUESTION, about, asked, bytes_url, data_url, image_part, scene_url
+from PIL import Image
 
-from sparsevlm.scenes import draw_scene  # noqa: E402
+from sparsevlm.scenes import draw_scene
 
 SCENE = draw_scene(8).image
 
@@ -50,7 +50,7 @@ def with_image(url):
         ({"seed": 2**64}, "seed", "less than"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
         ({"stop": ""}, None, "not empty"),
-        ({"stop": [1]}, "stop", "string"),
+        ({"stop": [1]}, "stop.0", "string"),
         ({"stream": "yes"}, "stream", "boolean"),
         ({"stream_options": {"include_usage": True}}, None, "stream=true"),
         ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not supported"),
@@ -85,8 +85,8 @@ def with_image(url):
         ({"sparsevlm": "fast"}, "sparsevlm", "dictionary"),
         ({"sparsevlm": {str(n): n for n in range(50_000)}}, "sparsevlm", "50000 options"),
         ({"sparsevlm": {"target_layers": [1] * 50_000}}, "sparsevlm", "50000 entries"),
-        ({str(n): n for n in range(50_000)}, None, "keys are more than"),
-        ({"messages": [{str(n): n for n in range(50_000)}]}, "messages.0", "keys are more than"),
+        ({str(n): n for n in range(50_000)}, None, "keys is no part"),
+        ({"messages": [{str(n): n for n in range(50_000)}]}, "messages.0", "keys is no part"),
         ({"messages": [{"role": "user", "content": [7] * 90_000}]}, "messages.0.content.0", "valid dictionary"),
     ],
 )
@@ -109,7 +109,7 @@ def test_what_asks_for_nothing_is_taken(live):
         (b"\xff\xfe", "not JSON"),
         (b"[1]", "must be a JSON object"),
         (b"null", "must be a JSON object"),
-        (b'{"temperature": NaN}', "no number of JSON"),
+        (b'{"temperature": NaN}', "holds NaN"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),

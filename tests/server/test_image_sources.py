@@ -13,13 +13,13 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from live_server import QUESTION, asked, image_part  # noqa: E402
+from live_server import QUESTION, asked, image_part
 
-from sparsevlm.scenes import draw_scene  # noqa: E402
-from sparsevlm.server import ServerSettings  # noqa: E402
-from sparsevlm.server.errors import RequestError  # noqa: E402
-from sparsevlm.server.images import ImageReader  # noqa: E402
-from sparsevlm.server.remote import RemoteImages, is_public, resolve  # noqa: E402
+from sparsevlm.scenes import draw_scene
+from sparsevlm.server import ServerSettings
+from sparsevlm.server.errors import RequestError
+from sparsevlm.server.images import ImageReader
+from sparsevlm.server.remote import RemoteImages, is_public, resolve
 
 
 def reader(remote=None, **settings):
@@ -138,7 +138,7 @@ class Pages(http.server.BaseHTTPRequestHandler):
     asked: list[str] = []  # noqa: RUF012
     scene = b""
 
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self.asked.append(self.path)
         page, _, argument = self.path[1:].partition("/")
         if page == "to":

@@ -89,9 +89,9 @@ def test_an_error_in_the_middle_of_a_stream(start, monkeypatch):
 
     monkeypatch.setattr(Row, "push", fail_later)
     pieces = []
+    stream = live.ask(about(8, text="List all cards."), stream=True)
     with pytest.raises(openai.APIError, match="failed to generate"):
-        for chunk in live.ask(about(8, text="List all cards."), stream=True):
-            pieces.append(chunk)
+        pieces.extend(chunk for chunk in stream)
     assert pieces
     monkeypatch.setattr(Row, "push", push)
     assert live.ask().choices[0].message.content == "354"

@@ -11,16 +11,16 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-import torch  # noqa: E402
+import torch
 
-from sparsevlm.inputs.turns import process, render_turn  # noqa: E402
-from sparsevlm.scenes import draw_scene  # noqa: E402
-from sparsevlm.server import ServerSettings  # noqa: E402
-from sparsevlm.server.batching import Queue, Ticket, merged  # noqa: E402
-from sparsevlm.server.options import Pruning, Sampling, sampling_of  # noqa: E402
-from sparsevlm.server.prompts import Prepared  # noqa: E402
-from sparsevlm.server.protocol import ChatRequest  # noqa: E402
-from sparsevlm.server.text import Detokenizer, StopScanner  # noqa: E402
+from sparsevlm.inputs.turns import process, render_turn
+from sparsevlm.scenes import draw_scene
+from sparsevlm.server import ServerSettings
+from sparsevlm.server.batching import Queue, Ticket, merged
+from sparsevlm.server.options import Pruning, Sampling, sampling_of
+from sparsevlm.server.prompts import Prepared
+from sparsevlm.server.protocol import ChatRequest
+from sparsevlm.server.text import Detokenizer, StopScanner
 
 
 class ByteTokenizer:

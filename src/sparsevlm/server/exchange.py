@@ -106,7 +106,7 @@ class Exchange:
                 content += piece
             if not message.get("more_body"):
                 break
-        if n_read > most:
+        if n_read > most or is_large:
             raise too_large
         self._gone = asyncio.ensure_future(self._disconnected())
         return bytes(content)

@@ -149,7 +149,7 @@ class ImageReader:
                 size, kind = image.size, image.format
                 is_animated = kind != "MPO" and bool(getattr(image, "is_animated", False))
         except Image.DecompressionBombError:
-            raise self._too_many_pixels("too many", param) from None
+            raise self._too_many_pixels(param) from None
         except Exception:  # Pillow's readers meet damage with nearly every type of error
             raise RequestError(
                 "the image is none that can be read; this server reads PNG, JPEG, WebP and GIF.",
@@ -159,15 +159,15 @@ class ImageReader:
         if is_animated:
             raise RequestError("the image is animated; send one frame of it.", param=param, code=_CODE)
         if size[0] * size[1] > self._settings.max_image_pixels:
-            raise self._too_many_pixels(f"{size[0]}x{size[1]}", param)
+            raise self._too_many_pixels(param, size)
         try:
             check_aspect_ratio(size, "the image")
         except ValueError as error:
             raise RequestError(str(error), param=param, code=_CODE) from None
         return size
 
-    def _too_many_pixels(self, got: str, param: str) -> RequestError:
-        most = self._settings.max_image_pixels
+    def _too_many_pixels(self, param: str, size: tuple[int, int] | None = None) -> RequestError:
+        most, got = self._settings.max_image_pixels, "too many" if size is None else f"{size[0]}x{size[1]}"
         return RequestError(
             f"the image has {got} pixels, and this server takes up to {most}; send it smaller.",
             param=param,

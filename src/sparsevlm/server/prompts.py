@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 
 from ..inputs.turns import process, render_turn
@@ -60,7 +61,8 @@ class PromptMaker:
 
     def __init__(self, adapter: ModelAdapter, processor: Any, images: ImageReader, settings: ServerSettings) -> None:
         self._adapter, self._processor, self._images, self._settings = adapter, processor, images, settings
-        self._one_at_a_time = threading.Lock()  # tokenizers cannot be used by two threads
+        # One thread: tokenizers cannot be used by two, and torch keeps threads of its own for each that computes.
+        self._processing = ThreadPoolExecutor(1, "sparsevlm-process")
         tokens = (getattr(processor, name, None) for name in _PLACEHOLDERS)
         ids = [modality.token_id for modality in adapter.modalities.values()]
         of_model = processor.tokenizer.convert_ids_to_tokens(ids)
@@ -91,19 +93,25 @@ class PromptMaker:
         ]
         images = self._images.read(urls, give_up)
         try:
-            with self._one_at_a_time:
-                prompt = render_turn(self._processor, _as_template_takes(request.messages))
-                inputs = process(self._processor, [prompt], [images])
+            inputs = self._processing.submit(self._inputs, request.messages, images).result()
         except Exception as error:  # templates and processors refuse with any type of error
             raise RequestError(
                 f"the model's processor does not take these messages: {error}", param="messages"
             ) from error
-        inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         n_prompt = int(inputs["input_ids"].shape[1])
         if n_prompt > self._settings.max_prompt_tokens:
-            raise self._too_long(f"{n_prompt} tokens")
+            raise self._too_long(n_prompt, "tokens")
         (n_visual,) = visual_counts(self._adapter, inputs)
         return Prepared(inputs, n_prompt, n_visual, self._new_tokens(request.asked_tokens, n_prompt))
+
+    def close(self) -> None:
+        """Make no prompts any more."""
+        self._processing.shutdown(wait=False, cancel_futures=True)
+
+    def _inputs(self, messages: list[Message], images: list[Image.Image]) -> dict[str, Tensor]:
+        prompt = render_turn(self._processor, _as_template_takes(messages))
+        inputs = process(self._processor, [prompt], [images])
+        return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
 
     def _check_texts(self, messages: list[Message]) -> None:
         if not getattr(self._processor, "chat_template", None) and [one.role for one in messages] != ["user"]:
@@ -113,7 +121,7 @@ class PromptMaker:
         texts = [part.text for message in messages for part in message.parts if not isinstance(part, ImagePart)]
         n_characters = sum(map(len, texts))
         if n_characters > self._settings.max_prompt_tokens * _MOST_CHARACTERS_PER_TOKEN:
-            raise self._too_long(f"{n_characters} characters")
+            raise self._too_long(n_characters, "characters")
         for text in texts:
             if found := [token for token in self._placeholders if token in text]:
                 raise RequestError(
@@ -126,10 +134,10 @@ class PromptMaker:
                 except UnicodeEncodeError:
                     raise RequestError("a text holds half of a surrogate pair.", param="messages") from None
 
-    def _too_long(self, got: str) -> RequestError:
+    def _too_long(self, n: int, unit: str) -> RequestError:
         most = self._settings.max_prompt_tokens
         return RequestError(
-            f"the prompt has {got}, and this server takes up to {most} tokens.", param="messages", code=_TOO_LONG
+            f"the prompt has {n} {unit}, and this server takes up to {most} tokens.", param="messages", code=_TOO_LONG
         )
 
     def _new_tokens(self, asked: int | None, n_prompt: int) -> int:

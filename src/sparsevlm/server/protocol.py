@@ -50,7 +50,7 @@ class _Strict(BaseModel):
     @classmethod
     def _is_small(cls, data: Any) -> Any:
         if isinstance(data, dict) and len(data) > _MOST_KEYS:
-            raise ValueError(f"{len(data)} keys are more than any request has")
+            raise ValueError(f"an object of {len(data)} keys is no part of a request")
         return data
 
 
@@ -161,7 +161,7 @@ def parse(body: bytes) -> ChatRequest:
     data = _json(body)
     for name in _NAMES:
         if not isinstance(data.pop(name, None), (str, type(None))):
-            raise RequestError(f"{name} must be a text.", param=name)
+            raise RequestError(f"{name} must be a text or left out.", param=name)
     for name in [name for name in data if name in _NEUTRAL]:
         value = data.pop(name)
         if value is not None and not any(_is_same(value, neutral) for neutral in _NEUTRAL[name]):
@@ -182,7 +182,7 @@ def _is_same(value: Any, neutral: Any) -> bool:
 
 def _json(body: bytes) -> dict[str, Any]:
     def refuse(text: str) -> Any:
-        raise ValueError(f"{text} is no number of JSON")
+        raise ValueError(f"it holds {text}, which JSON does not have")
 
     try:
         data = json.loads(body, parse_constant=refuse)

@@ -79,6 +79,7 @@ class Service:
             await asyncio.to_thread(self.worker.join, _GRACE)
             self._preparing.shutdown(wait=False, cancel_futures=True)
             self._fetching.shutdown(wait=False, cancel_futures=True)
+            self._prompts.close()
 
     async def _watch(self) -> None:
         """Start the worker anew where its thread has died."""
