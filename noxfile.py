@@ -94,8 +94,9 @@ def processors(session: nox.Session) -> None:
 def server(session: nox.Session) -> None:
     """The server, asked by OpenAI's own client."""
     session.install(TORCH)
-    session.install(NEWEST, "-e", ".[test,server]", "openai>=2", "httpx>=0.27")
-    session.run("pytest", "tests/server", *session.posargs)
+    packages = ("openai>=2", "httpx>=0.27", "torchvision", "num2words")
+    session.install(TORCH, NEWEST, "-e", ".[test,server]", *packages)
+    session.run("pytest", "-p", "torchvision_shim", "tests/server", *session.posargs, env={"PYTHONPATH": "tests"})
 
 
 @nox.session

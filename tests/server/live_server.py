@@ -83,6 +83,12 @@ class LiveServer:
     def metric(self, name, **labels):
         return self.service.metrics.registry.get_sample_value(f"sparsevlm_{name}", labels or None) or 0.0
 
+    def together(self, works):
+        """Outcomes of functions that ask for one request each, which all wait before one is taken."""
+        with in_threads(works) as outcomes, self.service.queue.preparing():
+            wait_until(lambda: len(self.service.queue) == len(works), 60)
+        return outcomes
+
     def check_idle(self):
         """Nothing is left of any request, and the next one is answered."""
         wait_until(lambda: not self.service.n_in_flight and not self.service.worker.running)
@@ -91,7 +97,7 @@ class LiveServer:
         assert self.send("GET", "/health")[0] == 200
 
 
-def wait_until(holds, seconds=20.0):
+def wait_until(holds, seconds=60.0):
     end = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < end

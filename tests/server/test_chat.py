@@ -7,7 +7,7 @@ import pytest
 openai = pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from live_server import MODEL, LiveServer, about, asked, in_threads, scene_url  # noqa: E402
+from live_server import MODEL, LiveServer, about, asked, scene_url  # noqa: E402
 
 from sparsevlm import apply_sparsevlm  # noqa: E402
 from sparsevlm.bundled import bundled_path  # noqa: E402
@@ -141,12 +141,11 @@ def test_a_seed_draws_the_same_again_and_greedy_draws_nothing(live):
 
 
 def test_requests_that_wait_together_are_one_batch(start):
-    live = start(batch_wait=2.0)
+    live = start(batch_wait=60.0)
     alone = [live.ask(about(scene, text="List all cards."), max_tokens=n).choices[0] for scene, n in CASES]
     works = [lambda case=case: live.ask(about(case[0], text="List all cards."), max_tokens=case[1]) for case in CASES]
-    with in_threads(works) as answers:
-        pass
-    assert max(answer.sparsevlm["batch_size"] for answer in answers) >= 3
+    answers = live.together(works)
+    assert [answer.sparsevlm["batch_size"] for answer in answers] == [4] * 4
     for (_, n), before, answer in zip(CASES, alone, answers, strict=True):
         assert answer.choices[0].message.content == before.message.content
         assert answer.choices[0].finish_reason == before.finish_reason
@@ -157,10 +156,9 @@ CASES = [(8, 3), (9, 24), (10, 1), (11, 12)]
 
 
 def test_unlike_requests_are_not_one_batch(start):
-    live = start(batch_wait=1.0)
+    live = start(batch_wait=60.0)
     more = [{}, {"extra_body": {"sparsevlm": {"keep": 0.5}}}, {"temperature": 1.0}, {"temperature": 1.0, "seed": 1}]
-    with in_threads([lambda one=one: live.ask(**one) for one in more]) as answers:
-        pass
+    answers = live.together([lambda one=one: live.ask(**one) for one in more])
     assert [answer.sparsevlm["batch_size"] for answer in answers] == [1, 1, 1, 1]
     assert answers[1].sparsevlm["visual_tokens_kept"] > 100
 

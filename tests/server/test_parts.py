@@ -16,7 +16,8 @@ import torch
 from sparsevlm.inputs.turns import process, render_turn
 from sparsevlm.scenes import draw_scene
 from sparsevlm.server import ServerSettings
-from sparsevlm.server.batching import Queue, Ticket, merged
+from sparsevlm.server.batching import Queue, Ticket
+from sparsevlm.server.merging import merged
 from sparsevlm.server.options import Pruning, Sampling, sampling_of
 from sparsevlm.server.prompts import Prepared
 from sparsevlm.server.protocol import ChatRequest
@@ -84,10 +85,10 @@ def test_a_merged_batch_is_that_of_the_processor(loaded):
         assert torch.equal(batch[name], value), name
 
 
-def ticket(loop, n_prompt=10, keep=0.5, sampling=None, **inputs):
+def ticket(loop, n_prompt=10, keep=0.5, is_alone=False, **inputs):
     inputs = {"input_ids": torch.zeros(1, n_prompt, dtype=torch.long), **inputs}
     prepared = Prepared(inputs, n_prompt, 0, 5)
-    return Ticket(prepared, Pruning({"keep": keep}, "span"), sampling or Sampling(0.0), (), loop)
+    return Ticket(prepared, Pruning({"keep": keep}, "span"), Sampling(0.0), (), loop, is_alone)
 
 
 @pytest.fixture
@@ -101,17 +102,17 @@ def test_the_queue_gives_out_what_fits_together(loop):
     queue = Queue(ServerSettings("m", max_batch=3, max_batch_tokens=40))
     one, other = ticket(loop), ticket(loop, keep=0.25)
     long, small = ticket(loop, n_prompt=100), ticket(loop, n_prompt=12)
-    seeded = [ticket(loop, sampling=Sampling(1.0, seed=1)) for _ in range(2)]
+    alone = [ticket(loop, is_alone=True) for _ in range(2)]
     wide = [ticket(loop, pixels=torch.zeros(2, width)) for width in (3, 3, 4)]
     more = [ticket(loop) for _ in range(3)]
-    for item in (one, other, long, small, *seeded, *wide, *more):
+    for item in (one, other, long, small, *alone, *wide, *more):
         queue.put(item)
     more[1].is_cancelled = True
     batches = []
     while len(queue):
         batches.append(queue.take())
     assert batches == [
-        [one, small, more[0]], [other], [long], [seeded[0]], [seeded[1]], wide[:2], wide[2:], [more[2]]
+        [one, small, more[0]], [other], [long], [alone[0]], [alone[1]], wide[:2], wide[2:], [more[2]]
     ]  # fmt: skip
     assert queue.close() == []
     assert queue.take() == []

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import random
-
 import pytest
 
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-from live_server import about, asked, image_part, in_threads, scene_url  # noqa: E402,F401
+from live_server import about, asked, image_part, in_threads, scene_url  # noqa: F401
 
 
 def rss():

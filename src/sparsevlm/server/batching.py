@@ -7,20 +7,15 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .errors import RequestError
+from .merging import shapes
 from .options import Pruning, Sampling
 from .prompts import Prepared
 from .settings import ServerSettings
-
-# Inputs with an entry per token of the prompt. What is filled up is hidden by the mask.
-_PER_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 @dataclass(frozen=True)
@@ -53,6 +48,8 @@ class Ticket:
     stops : tuple of str
     loop : AbstractEventLoop
         That reads ``events``.
+    is_alone : bool
+        Whether no other may run with it.
     is_cancelled : bool
         Whether nobody waits for it any more.
     queued, begun, first_token : float
@@ -64,6 +61,7 @@ class Ticket:
     sampling: Sampling
     stops: tuple[str, ...]
     loop: asyncio.AbstractEventLoop
+    is_alone: bool = False
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     is_cancelled: bool = False
     queued: float = 0.0
@@ -77,14 +75,10 @@ class Ticket:
 
     @property
     def key(self) -> Any:
-        """Equal for requests that may be generated together; one that is drawn from a seed is alone."""
-        if self.sampling.seed is not None:
+        """Equal for requests that may be generated together."""
+        if self.is_alone:
             return id(self)
-        shapes = tuple(
-            (name, value.dtype, value.shape[1:] if name not in _PER_TOKEN else ())
-            for name, value in sorted(self.prepared.inputs.items())
-        )
-        return self.pruning.key, self.sampling, shapes
+        return self.pruning.key, self.sampling, shapes(self.prepared.inputs)
 
 
 class Queue:
@@ -163,23 +157,3 @@ class Queue:
                 batch.append(ticket)
                 longest = length
         return batch
-
-
-def merged(samples: Sequence[Mapping[str, Tensor]], pad_token_id: int) -> dict[str, Tensor]:
-    """Inputs of a batch, as the processor would have made them of all prompts at once, padded on the left.
-
-    Parameters
-    ----------
-    samples : sequence of dict of Tensor
-        Of one prompt each, all with the same names; what is no entry per token differs in its first dimension alone.
-    pad_token_id : int
-    """
-    longest = max(int(sample["input_ids"].shape[1]) for sample in samples)
-    batch = {}
-    for name in samples[0]:
-        parts = [sample[name] for sample in samples]
-        if name in _PER_TOKEN:
-            fill = pad_token_id if name == "input_ids" else 0
-            parts = [torch.nn.functional.pad(part, (longest - part.shape[1], 0), value=fill) for part in parts]
-        batch[name] = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return batch

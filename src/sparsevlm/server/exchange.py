@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, MutableMapping
+from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Send
@@ -51,8 +51,8 @@ class Exchange:
         if self._gone is not None:
             self._gone.cancel()
 
-    async def wait(self, work: Awaitable[T], what: str) -> T:
-        """The outcome of work; ``what`` tells what it is, for the error where it takes too long.
+    async def wait(self, work: Awaitable[T], what: Callable[[], str]) -> T:
+        """The outcome of work; ``what`` gives what it is, for the error where it takes too long.
 
         Raises
         ------
@@ -72,7 +72,7 @@ class Exchange:
             raise ClientGoneError
         if self._aborted in done:
             raise RequestError("the server shuts down.", status=503, code="shutting_down")
-        raise RequestError(f"the time of this request was over {what}.", status=408, code="request_timeout")
+        raise RequestError(f"the time of this request was over {what()}.", status=408, code="request_timeout")
 
     async def body(self, headers: Any, most: int) -> bytes:
         """The body of the request.
@@ -92,7 +92,7 @@ class Exchange:
         content = bytearray()
         n_read, stop_draining = 0, 0.0
         while True:
-            message = await self.wait(self._receive(), "before its body had come")
+            message = await self.wait(self._receive(), lambda: "before its body had come")
             if message["type"] == "http.disconnect":
                 raise ClientGoneError
             piece = message.get("body", b"")
@@ -124,7 +124,10 @@ class Exchange:
         RequestError
             What ended it instead of an answer, too.
         """
-        phase = "while it waited for the model" if not ticket.begun else "before its answer was complete"
+
+        def phase() -> str:
+            return "before its answer was complete" if ticket.begun else "while it waited for the model"
+
         found = await self.wait(ticket.events.get(), phase)
         if found.error is not None:
             raise found.error
@@ -142,7 +145,7 @@ class Exchange:
 
         async def say(data: bytes, *, is_last: bool = False) -> None:
             body = {"type": "http.response.body", "body": data, "more_body": not is_last}
-            await self.wait(send(body), "while it was sent")
+            await self.wait(send(body), lambda: "while it was sent")
 
         await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
         try:

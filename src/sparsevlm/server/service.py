@@ -15,6 +15,7 @@ from .batching import Event, Queue, Ticket
 from .errors import RequestError
 from .exchange import Exchange
 from .images import ImageReader
+from .merging import merges
 from .metrics import Metrics
 from .options import pruning_of, sampling_of
 from .prompts import PromptMaker
@@ -56,6 +57,9 @@ class Service:
         self.queue = Queue(settings)
         self.metrics = Metrics(lambda: len(self.queue), lambda: len(self.worker.running))
         self.worker = Worker(state, processor, self.queue, self.metrics)
+        self._merges_images = merges(processor)
+        if not self._merges_images:
+            logger.warning("inputs of this model's processor cannot be put together: images are answered one by one")
         images = ImageReader(settings, remote or RemoteImages(settings))
         self._prompts = PromptMaker(state.adapter, processor, images, settings)
         self._generation_config = state.adapter.model.generation_config
@@ -161,7 +165,10 @@ class Service:
         RequestError
         """
         loop = asyncio.get_running_loop()
-        what = "while its images were read"
+
+        def what() -> str:
+            return "while it was read"
+
         with self.queue.preparing():
             request = await exchange.wait(loop.run_in_executor(self._preparing, parse, body), what)
             exchange.record["model"], exchange.record["stream"] = self.settings.model_name, bool(request.stream)
@@ -185,7 +192,9 @@ class Service:
     def _ticket(self, request: ChatRequest, give_up: float, loop: asyncio.AbstractEventLoop) -> Ticket:
         pruning = pruning_of(self.state, request.sparsevlm)
         prepared = self._prompts.prepare(request, give_up)
-        return Ticket(prepared, pruning, sampling_of(request, self._generation_config), request.stops, loop)
+        sampling = sampling_of(request, self._generation_config)
+        is_alone = sampling.seed is not None or (prepared.n_visual > 0 and not self._merges_images)
+        return Ticket(prepared, pruning, sampling, request.stops, loop, is_alone)
 
     def count(self, ticket: Ticket, end: dict[str, Any], arrived: float) -> None:
         """Count an answered request."""

@@ -14,8 +14,9 @@ from transformers import BatchFeature, StoppingCriteria, StoppingCriteriaList
 from ..inputs.turns import move_inputs
 from ..report import Report
 from ..state import SparseVLMState
-from .batching import Event, Queue, Ticket, merged
+from .batching import Event, Queue, Ticket
 from .errors import RequestError
+from .merging import merged
 from .metrics import Metrics
 from .text import Detokenizer, StopScanner
 
