@@ -91,6 +91,15 @@ def processors(session: nox.Session) -> None:
 
 
 @nox.session
+def server(session: nox.Session) -> None:
+    """The server, asked by OpenAI's own client."""
+    session.install(TORCH)
+    packages = ("openai>=2", "httpx>=0.27", "torchvision", "num2words")
+    session.install(TORCH, NEWEST, "-e", ".[test,server]", *packages)
+    session.run("pytest", "-p", "torchvision_shim", "tests/server", *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
 def quantized(session: nox.Session) -> None:
     """Quantized checkpoints on the CPU, by the packages that read them; GPTQModel compiles some of its kernels."""
     session.install(TORCH)

@@ -28,7 +28,13 @@ WRITES = {
 }
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
+# What asks a server is run by tests/server/test_example.py.
+OF_SERVER = {"client.py"}
+
+
+@pytest.mark.parametrize(
+    "script", [one for one in EXAMPLES if one.name not in OF_SERVER], ids=lambda script: script.name
+)
 def test_example(script, tmp_path, monkeypatch, capsys):
     if script.name == "peft_adapter.py":
         pytest.importorskip("peft")
@@ -61,7 +67,7 @@ def test_a_chat_without_pruning_is_that_of_the_plain_model(tmp_path, monkeypatch
 def test_every_example_is_on_the_page():
     page = read(ROOT / "examples" / "README.md")
     assert [script.name for script in EXAMPLES if f"[{script.name}]({script.name})" not in page] == []
-    assert set(PRINTS) == {script.name for script in EXAMPLES}
+    assert set(PRINTS) | OF_SERVER == {script.name for script in EXAMPLES}
 
 
 def test_the_page_quotes_what_the_scripts_say_of_themselves():
