@@ -39,7 +39,9 @@ def main() -> None:
             requests.append(request(Prompt(**given), text))
         try:
             outputs = llm.generate(requests, sampling, use_tqdm=False)
-            found = [[len(one.prompt_token_ids), list(one.outputs[0].token_ids), one.num_cached_tokens] for one in outputs]
+            found = [
+                [len(one.prompt_token_ids), list(one.outputs[0].token_ids), one.num_cached_tokens] for one in outputs
+            ]
         except Exception as error:
             found = [f"{type(error).__name__}: {error}"]
         batches.append(found)

@@ -51,7 +51,7 @@ def check(found, asked, reference) -> None:
 
 
 WAYS = {
-    "plain": {"enable_prefix_caching": False},
+    "plain": {"enable_prefix_caching": False, "skip_mm_profiling": False},
     "prefix cache": {"enable_prefix_caching": True},
     "chunks": {"enable_prefix_caching": False, "max_num_batched_tokens": 40, "max_num_seqs": 4},
     "chunks and prefix cache": {"enable_prefix_caching": True, "max_num_batched_tokens": 33, "max_num_seqs": 4},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from ...selection.budget import plan_budget
@@ -24,4 +25,4 @@ def kept_per_run(sizes: Sequence[int], options: Options) -> list[int]:
     (n_keep,) = plan_budget(options.keep, "single", n_visual, (-1,), 1, options.min_keep).counts
     # Even steps: the j-th run ends at ⌊j · n_keep / n_runs⌋.
     ends = [j * n_keep // n_runs for j in range(n_runs + 1)]
-    return [max(1, end - start) for start, end in zip(ends, ends[1:], strict=False)]
+    return [max(1, end - start) for start, end in itertools.pairwise(ends)]

@@ -34,8 +34,8 @@ def check_engine(vllm_config: Any) -> None:
     Options.of_engine(given)
     if not set(model_config.architectures) & set(COVERED):
         raise NotImplementedError(
-            f"hf_overrides={{'{KEY}': ...}} was given for {', '.join(model_config.architectures)}; under vLLM the plugin "
-            f"covers {', '.join(COVERED)}. Run this model under transformers (apply_sparsevlm), or leave it out."
+            f"hf_overrides={{'{KEY}': ...}} was given for {', '.join(model_config.architectures)}; under vLLM the "
+            f"plugin covers {', '.join(COVERED)}. Run this model under transformers (apply_sparsevlm), or leave it out."
         )
     _check_ways_to_run(vllm_config)
     from .mm_config import tell_pruning

@@ -8,8 +8,10 @@ from vllm.config.multimodal import MultiModalConfig
 
 
 class PruningMultiModalConfig(MultiModalConfig):
-    """The same with pruning on; vLLM itself reads that off the rate of its own pruning of videos, which decides how many
-    tokens a video has as well."""
+    """The same with pruning on.
+
+    vLLM itself reads that off the rate of its own pruning of videos, which decides how many tokens a video has as well.
+    """
 
     def is_multimodal_pruning_enabled(self) -> bool:
         """Yes."""

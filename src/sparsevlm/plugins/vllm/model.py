@@ -104,23 +104,25 @@ class PruningModel:
             self._runs(*item, texts.get(item[1].text), modality)
             for item in zip(features, options, grids, seconds, strict=True)
         ]
-        group = get_tp_group()
-        is_first = group.world_size == 1 or group.rank_in_group == 0
         found: list[list[Tensor]] = [[] for _ in features]
         for items in grouped(options):
-            flat = [run for i in items for run in runs[i]]
-            if is_first:
-                chosen = choose(flat, options[items[0]], self.config.get_text_config().hidden_size)
-                with_places = [torch.cat([rows, to_channels(at, rows.dtype).to(rows.device)], -1) for rows, at in chosen]
-            else:
-                with_places = [
-                    run.rows.new_empty(min(run.n_keep, run.rows.shape[0]), run.rows.shape[1] + N_CHANNELS)
-                    for run in flat
-                ]
-            for i, rows in zip((i for i in items for _ in runs[i]), with_places, strict=True):
-                # Sums of other ranks may differ in the last digit, and with them a choice.
-                found[i].append(group.broadcast(rows.contiguous(), src=0) if group.world_size > 1 else rows)
+            owners = [i for i in items for _ in runs[i]]
+            chosen = self._chosen([run for i in items for run in runs[i]], options[items[0]])
+            for owner, rows in zip(owners, chosen, strict=True):
+                found[owner].append(rows)
         return [torch.cat(parts) for parts in found]
+
+    def _chosen(self, runs: Sequence[Run], options: Options) -> list[Tensor]:
+        """Rows that go on of each run, the same on all ranks: sums of others may differ in the last digit, and with
+        them a choice."""
+        group = get_tp_group()
+        if group.world_size > 1 and group.rank_in_group > 0:
+            shapes = ((min(run.n_keep, len(run.rows)), run.rows.shape[1] + N_CHANNELS, run.rows) for run in runs)
+            rows = [like.new_empty(n_rows, width) for n_rows, width, like in shapes]
+        else:
+            chosen = choose(runs, options, self.config.get_text_config().hidden_size)
+            rows = [torch.cat([one, to_channels(at, one.dtype).to(one.device)], dim=-1) for one, at in chosen]
+        return [group.broadcast(one.contiguous(), src=0) for one in rows] if group.world_size > 1 else rows
 
     def _runs(
         self,

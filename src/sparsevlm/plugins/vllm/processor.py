@@ -134,8 +134,8 @@ class PruningProcessor:
         n_features = sum(one.get_num_embeds() for one in ranges)
         if n_found != n_features:
             raise ValueError(
-                f"the prompt holds {n_found - n_features} placeholders of images or videos beside those of the ones that "
-                "were given. Leave them out of the text, or give an image for each."
+                f"the prompt holds {n_found - n_features} placeholders of images or videos beside those of the ones "
+                "that were given. Leave them out of the text, or give an image for each."
             )
         for before, after in itertools.pairwise(ranges):
             if before.offset + before.length == after.offset and prompt[after.offset] in self._placeholders.values():
