@@ -23,7 +23,7 @@ _TOWER = {
     "hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128,
 }  # fmt: skip
 _DEEPSTACK = {"depth": 4, "deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 256}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 _INTERLEAVED = {"head_dim": 32, "rope_parameters": {**_TEXT["rope_parameters"], "mrope_interleaved": True}}
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2_5_vl": ("Qwen2_5_VL", {}, {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}),
@@ -51,5 +51,9 @@ def write_checkpoint(kind: str, folder: Path) -> Path:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 1.5 * parameter.shape[-1] ** -0.5
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
-    PROCESSED[kind].make().save_pretrained(folder)
+    processor = PROCESSED[kind].make()
+    # Published ones have one mean for both, and newer vLLM takes that of images alone.
+    processor.image_processor.image_mean = processor.video_processor.image_mean
+    processor.image_processor.image_std = processor.video_processor.image_std
+    processor.save_pretrained(folder)
     return folder

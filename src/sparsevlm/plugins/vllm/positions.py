@@ -7,6 +7,7 @@ features' dtype; the rest is known from the prompt and the sizes of its images.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,8 @@ def to_channels(coordinates: Tensor, dtype: torch.dtype) -> Tensor:
 def from_channels(channels: Tensor) -> Tensor:
     """The coordinates, (3, n), int64, of which :func:`to_channels` has made digits."""
     digits = channels.T.long().view(_DIGITS, 3, -1)
-    return sum(digits[place] * _BASE**place for place in range(_DIGITS))  # type: ignore[return-value]
+    weights = torch.tensor([_BASE**place for place in range(_DIGITS)], device=digits.device)
+    return (digits * weights[:, None, None]).sum(dim=0)
 
 
 def prompt_positions(is_visual: Sequence[bool], extents: Sequence[int]) -> tuple[Tensor, int]:
@@ -64,19 +66,18 @@ def prompt_positions(is_visual: Sequence[bool], extents: Sequence[int]) -> tuple
     delta : int
         The position of the next token less the number of tokens.
     """
-    steps, left, before = [], iter(extents), False
-    for visual in is_visual:
-        # A run takes its extent at its first token, seen by the token behind it.
-        steps.append(0 if visual and before else next(left) if visual else 1)
-        before = visual
-    taken = torch.tensor(steps, dtype=torch.long).cumsum(0)
-    starts = taken - torch.tensor(steps, dtype=torch.long)
-    visual = torch.tensor(list(is_visual), dtype=torch.bool)
-    # Later tokens of a run have a step of 0: they begin where its first does.
-    first = visual & ~torch.cat([torch.zeros(1, dtype=torch.bool), visual[:-1]])
-    begins = torch.where(first, starts, 0).cummax(0).values
-    positions = torch.where(visual, begins, starts)
-    return positions.expand(3, -1).clone(), int(taken[-1]) - len(steps) if steps else 0
+    left = iter(extents)
+    positions: list[int] = []
+    following = 0
+    for visual, run in itertools.groupby(is_visual):
+        n_tokens = len(list(run))
+        if visual:
+            positions += [following] * n_tokens
+            following += next(left)
+        else:
+            positions += range(following, following + n_tokens)
+            following += n_tokens
+    return torch.tensor(positions, dtype=torch.long).repeat(3, 1), following - len(positions)
 
 
 def place_visual(positions: Tensor, is_visual: Tensor, coordinates: Tensor, n_computed: int) -> Tensor:

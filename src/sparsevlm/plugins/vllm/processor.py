@@ -67,7 +67,9 @@ class PruningProcessor:
         """Puts the options of each image and video beside its pixels."""
         rest, key = _taken_apart(hf_processor_mm_kwargs)
         fields = dict(super()._get_mm_fields_config(hf_inputs, rest))  # type: ignore[misc]
-        for modality in _MODALITIES if key is not None else ():
+        if key is None:
+            return fields
+        for modality in _MODALITIES:
             grids = hf_inputs.get(f"{modality}_grid_thw")
             if grids is not None and len(grids):
                 written = torch.frombuffer(bytearray(key.encode()), dtype=torch.uint8)
