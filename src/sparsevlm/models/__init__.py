@@ -1,6 +1,6 @@
 """Model families as data: where the decoder, the vision tower and the visual tokens of a model are."""
 
-from .base import Family, Modality, ModelAdapter
+from .base import Family, Modality, ModelAdapter, special_token_ids
 from .decoder import RECURRENT, SLIDING, Decoder, LateFeatures
 from .examples import BlankImage, blank_word
 from .layout import Grid, Layout, Tiles, View, as_grid, n_tokens, separators, views
@@ -32,6 +32,7 @@ __all__ = [
     "n_tokens",
     "register_adapter",
     "separators",
+    "special_token_ids",
     "supported_model_types",
     "unwrap",
     "views",

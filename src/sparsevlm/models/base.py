@@ -230,7 +230,7 @@ class ModelAdapter:
             decoder=decoder,
             vision=family.vision(model),
             modalities=family.modalities(model),
-            special_token_ids=_special_token_ids(model),
+            special_token_ids=special_token_ids(model.config, model.config.get_text_config(), model.generation_config),
             n_layers=len(decoder.layers),
         )
 
@@ -255,9 +255,10 @@ class ModelAdapter:
         return dataclasses.replace(self, special_token_ids=self.special_token_ids | frozenset(token_ids))
 
 
-def _special_token_ids(model: Any) -> frozenset[int]:
+def special_token_ids(*configs: Any) -> frozenset[int]:
+    """Ids of tokens that are no words, by the configurations of a model, its text model and its generation."""
     found: set[int] = set()
-    for config in (model.config, model.config.get_text_config(), model.generation_config):
+    for config in configs:
         for name in _SPECIAL_TOKENS:
             value = getattr(config, name, None)
             if isinstance(value, (list, tuple)):

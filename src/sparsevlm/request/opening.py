@@ -162,7 +162,7 @@ def make_samples(
         other = (goes_on[b] & ~is_visual[b]).nonzero()[0]
         text = (valid[b, :prompt_end] & ~is_visual[b, :prompt_end]).nonzero()[0]
         if ids is not None and is_special is not None:
-            text = _without_template(text, ids[b].numpy(), template)
+            text = text[template.within(ids[b].numpy()[text].tolist())]
             text = text[~is_special[b, text]]
         last_visual = int(visual[-1]) if visual.size else -1
         rater_candidates = text[text > last_visual]
@@ -234,15 +234,6 @@ def _tail_length(tail: IntArray, q_len: int) -> int:
         return 0
     gaps = (tail[1:] - tail[:-1] != 1).nonzero()[0]
     return int(tail.size - (gaps[-1] + 1 if gaps.size else 0))
-
-
-def _without_template(text: IntArray, ids: IntArray, template: Template) -> IntArray:
-    """Leave out what the template puts around a prompt, each end where it is all there."""
-    found = tuple(ids[text].tolist())
-    start = len(template.prefix) if found[: len(template.prefix)] == template.prefix else 0
-    n_suffix = len(template.suffix)
-    end = len(found) - n_suffix if n_suffix and found[-n_suffix:] == template.suffix else len(found)
-    return text[start:end]
 
 
 def _warn(session: Session, request: Request) -> None:
