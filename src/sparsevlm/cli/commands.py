@@ -12,6 +12,7 @@ from ..collision import check_collision
 from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
+from .explore import explore
 from .run import run
 from .terminal import show_warning
 from .visualize import visualize
@@ -28,6 +29,7 @@ app.command()(run)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(visualize)
+app.command()(explore)
 
 
 def _print_version(asked: bool) -> None:
