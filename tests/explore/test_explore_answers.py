@@ -132,10 +132,10 @@ def test_a_fault_is_told_without_its_traceback_and_leaves_the_model_free(answere
 def test_a_stopped_answer_is_kept_as_far_as_it_came(endless):
     stop = threading.Event()
     for answers in endless.compare(asked(max_new_tokens=512), [DENSE, half()], stop):
-        if answers[0].n_tokens == 3:
+        if answers[0].n_tokens >= 3:
             stop.set()
     assert [answer.state for answer in answers] == [STOPPED, STOPPED]
-    assert 3 <= answers[0].n_tokens <= 5
+    assert 3 <= answers[0].n_tokens <= 12
     assert answers[0].report is not None
     assert answers[1].n_tokens == 0
 
@@ -211,13 +211,12 @@ def test_a_later_run_of_a_page_hides_the_former_and_no_other_page():
     runs.leave("gone")
 
 
-def test_all_selectors_are_in_the_menu_and_the_refused_are_known(answerer, tmp_path):
+def test_selectors_that_a_model_refuses_are_known_with_the_reason(answerer):
     assert answerer.refusals(list(SELECTORS)) == {}
-    model = tiny_model("qwen3_5", n_layers=12)
-    state = apply_sparsevlm(model, keep=0.5)
-    refused = Answerer(model, None, state).refusals(list(SELECTORS))
-    assert "sparsevlm" in refused
-    assert "recurrent" in refused["sparsevlm"]
+    model = tiny_model("gemma4_unified", n_layers=12)
+    refused = Answerer(model, None, apply_sparsevlm(model)).refusals(list(SELECTORS))
+    assert set(refused) == {"visionzip", "hiprune", "scope"}
+    assert refused["scope"].startswith("selector 'scope' needs vision_attention, which is not read")
 
 
 @pytest.mark.parametrize("family", ["llava", "llava_next", "idefics3", "paligemma"])

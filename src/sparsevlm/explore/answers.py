@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 WAITING, ANSWERING, DONE, STOPPED, FAILED = "waiting", "answering", "done", "stopped", "failed"
 _OPEN = (WAITING, ANSWERING)
 _LARGE = 0.99  # a budget that any layers can hold, and at which something is dropped
+_BETWEEN_SIGHTS = 40.0  # milliseconds from one update of a growing answer to the next
 _BETWEEN_LOOKS = 0.1  # seconds, while another page has the model
 # What a user causes; anything else is a fault, and goes into the log with its traceback.
 _OF_USERS = (ValueError, TypeError, IndexError, NotImplementedError, OSError)
@@ -215,41 +216,42 @@ class Answerer:
                 streamer=streamer,
                 stopping_criteria=[_stopped(stop)],
             )
-            elapsed, state = streamer.elapsed, (STOPPED if stop.is_set() else DONE)
-            return streamer.answer.but(
-                state=state, text=streamer.text.strip(), total_ms=elapsed, report=self._state.report
-            )
+            state = STOPPED if stop.is_set() else DONE
+            return streamer.so_far().but(state=state, total_ms=streamer.elapsed, report=self._state.report)
 
 
 class _Streamer:
-    """Hands on the answer at every new token; ``generate`` gives it the prompt first."""
+    """Hands on the answer as it grows, not more often than is seen; ``generate`` gives it the prompt first."""
 
-    def __init__(self, processor: Any, answer: Answer, put: Callable[[Answer], None]) -> None:
-        self._processor, self._put, self._ids, self.answer = processor, put, list[int](), answer
-        self._begin, self._has_prompt = time.perf_counter(), False
-
-    @property
-    def text(self) -> str:
-        """What the new tokens say."""
-        text: str = self._processor.batch_decode([self._ids], skip_special_tokens=True)[0]
-        return text
+    def __init__(self, processor: Any, answer: Answer, hand_on: Callable[[Answer], None]) -> None:
+        self._processor, self._answer, self._hand_on = processor, answer, hand_on
+        self._ids, self._has_prompt, self._seen_ms = list[int](), False, 0.0
+        self._begin = time.perf_counter()
 
     @property
     def elapsed(self) -> float:
         """Milliseconds since the call."""
         return (time.perf_counter() - self._begin) * 1e3
 
+    def so_far(self) -> Answer:
+        """The answer of all tokens that have come."""
+        text = self._processor.batch_decode([self._ids], skip_special_tokens=True)[0].strip()
+        return self._answer.but(text=text, n_tokens=len(self._ids))
+
     def put(self, value: Any) -> None:
         """Take the prompt, then new tokens."""
         if not self._has_prompt:
             self._has_prompt = True
             return
-        first = self.answer.first_token_ms if self._ids else self.elapsed
+        now, is_first = self.elapsed, not self._ids
         self._ids.extend(value.flatten().tolist())
+        if is_first:
+            self._answer = self._answer.but(first_token_ms=now)
+        elif now - self._seen_ms < _BETWEEN_SIGHTS:
+            return
+        self._seen_ms, grown = now, self.so_far()
         # A character may be several tokens, and comes as a replacement until it is whole.
-        text = self.text.rstrip("\ufffd")
-        self.answer = self.answer.but(text=text, n_tokens=len(self._ids), first_token_ms=first)
-        self._put(self.answer)
+        self._hand_on(grown.but(text=grown.text.rstrip("\ufffd")))
 
     def end(self) -> None:
         """Part of the protocol of streamers."""
