@@ -37,7 +37,18 @@ def tests(session: nox.Session) -> None:
 def tests_oldest(session: nox.Session) -> None:
     """The tests with the oldest transformers of the range: of models, requests and both paths, and of most commands;
     not of what calls nothing of transformers, nor of what only calls the public functions."""
-    folders = ("kernels", "benchmark", "bench", "docs", "scenes", "training", "visualization", "evaluation", "plugins")
+    folders = (
+        "kernels",
+        "benchmark",
+        "bench",
+        "docs",
+        "scenes",
+        "training",
+        "visualization",
+        "evaluation",
+        "plugins",
+        "explore",
+    )
     files = ("engine/test_device_steps.py", "cli/test_eval.py", "cli/test_bench_command.py", "test_structure.py")
     options = [f"--ignore=tests/{name}" for name in (*folders, *files)]
     run_tests(session, OLDEST, *options, "--ignore-glob=tests/selection/test_[!o]*")
@@ -77,6 +88,15 @@ def lmms_eval(session: nox.Session) -> None:
     tests = ["tests/plugins", "tests/e2e/test_lmms_eval.py"]
     tests.append("tests/inputs/test_processor_parity.py")  # torchvision comes with lmms-eval
     session.run("pytest", "-p", "torchvision_shim", *tests, *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
+def explore(session: nox.Session) -> None:
+    """The page in headless Chromium, which has to be there; `-- --screenshot FILE` draws it for its document."""
+    session.install(TORCH)
+    session.install(TORCH, NEWEST, "-e", ".[test,explore]", "playwright>=1.60")  # named again, as for processors
+    options = {"PYTHONPATH": "tests", "SPARSEVLM_BROWSER": "required"}
+    session.run("pytest", "-p", "torchvision_shim", "tests/explore", *session.posargs, env=options)
 
 
 @nox.session

@@ -146,17 +146,16 @@ class _Page:
         common = {"show_progress": "hidden", "api_visibility": "private"}
         slow = {**common, "trigger_mode": "multiple", "concurrency_limit": _AT_ONCE, "concurrency_id": "answers"}
         fresh = [self.file, self.question, self.max_new_tokens, *pruning, self.asked, self.answers]
-        asking = gr.on([self.ask.click, self.question.submit], self._ask, fresh, shown, **slow)
+        gr.on([self.ask.click, self.question.submit], self._ask, fresh, shown, **slow)
         changed = [self.keep.release, self.by_rank.input, self.first.input, self.second.input]
-        pruning_again = gr.on(changed, self._prune_again, [self.asked, self.answers, *pruning], shown, **slow)
+        gr.on(changed, self._prune_again, [self.asked, self.answers, *pruning], shown, **slow)
         self.second.change(self._show_second, [self.second], [self.columns[2].box], **common)
         self.by_rank.change(lambda by_rank: gr.Slider(interactive=not by_rank), [self.by_rank], [self.keep], **common)
         self.file.change(self._look, [self.file], [self.picture, self.message], **common)
         drawn = [component for column in self.columns for component in (column.drawing, column.caption)]
-        drawing = (self._draw, [self.asked, self.answers, self.layer], drawn)
-        self.layer.change(*drawing, trigger_mode="always_last", **common)
-        for running in (asking, pruning_again):  # the layer may have been changed meanwhile
-            running.then(*drawing, **common)
+        self.layer.change(
+            self._draw, [self.asked, self.answers, self.layer], drawn, trigger_mode="always_last", **common
+        )
         self.stop.click(self._stop, None, None, queue=False, **common)
         self.blocks.unload(self._leave)
 
@@ -184,15 +183,13 @@ class _Page:
         request: gr.Request,
     ) -> Iterator[Updates]:
         """Answer the page's question under all its sides."""
-        run = self._runs.begin(str(request.session_hash))
+        run = self._runs.begin(str(request.session_hash), layer)
         try:
             question = Question(read_picture(file), text, int(max_new_tokens))
         except (ValueError, OSError) as error:
             yield {self.message: _problem(error)}
             return
-        yield from self._run(
-            run, question, answers if asked == question else (), _sides(keep, by_rank, first, second), layer
-        )
+        yield from self._run(run, question, answers if asked == question else (), _sides(keep, by_rank, first, second))
 
     def _prune_again(
         self,
@@ -208,13 +205,11 @@ class _Page:
         """Answer the last question under other options, once they have stayed a moment."""
         if asked is None:
             return
-        run = self._runs.begin(str(request.session_hash))
+        run = self._runs.begin(str(request.session_hash), layer)
         if not run.stop.wait(_SETTLES):
-            yield from self._run(run, asked, answers, _sides(keep, by_rank, first, second), layer)
+            yield from self._run(run, asked, answers, _sides(keep, by_rank, first, second))
 
-    def _run(
-        self, run: Run, question: Question, former: Sequence[Answer], sides: Sequence[Side], layer: int
-    ) -> Iterator[Updates]:
+    def _run(self, run: Run, question: Question, former: Sequence[Answer], sides: Sequence[Side]) -> Iterator[Updates]:
         known = {answer.side: answer for answer in former if answer.side == DENSE and answer.state == DONE}
         yield {self.message: "", self.asked: question}
         shown: list[Answer | None] = [None] * len(sides)
@@ -226,12 +221,13 @@ class _Page:
                 if answer is not shown[index]:
                     updates |= column.show(answer)
                     if not answer.is_open:
-                        updates |= column.draw(question.picture, answer, layer, self._answerer.processor)
+                        updates |= column.draw(question.picture, answer, run.layer, self._answerer.processor)
                     shown[index] = answer
             yield updates
 
-    def _draw(self, asked: Question | None, answers: Sequence[Answer], layer: int) -> Updates:
-        """Draw the patches of all answers behind another layer."""
+    def _draw(self, asked: Question | None, answers: Sequence[Answer], layer: int, request: gr.Request) -> Updates:
+        """Draw the patches of all answers behind another layer, and let those to come follow."""
+        self._runs.turn_to(str(request.session_hash), layer)
         updates: Updates = {self.columns[0].caption: gr.skip()}
         for column, answer in zip(self.columns, answers, strict=False):
             if asked is not None and not answer.is_open:

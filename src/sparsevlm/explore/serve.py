@@ -18,7 +18,8 @@ _POLICY = (
 )
 _CSS = """
 .numbers { border-collapse: collapse; width: 100%; font-size: 0.9em; }
-.numbers th, .numbers td { border: 0; padding: 2px 12px 2px 0; text-align: left; vertical-align: top; }
+.numbers tr, .numbers th, .numbers td { border: 0 !important; }
+.numbers th, .numbers td { padding: 2px 12px 2px 0 !important; text-align: left; vertical-align: top; }
 .numbers th { font-weight: 600; white-space: nowrap; }
 .legend span { margin-right: 1.5em; }
 .legend i { display: inline-block; width: 1em; height: 1em; margin-right: 0.4em; border: 1px solid #6b7280; }
