@@ -39,7 +39,18 @@ def tests(session: nox.Session) -> None:
 def tests_oldest(session: nox.Session) -> None:
     """The tests with the oldest transformers of the range: of models, requests and both paths, and of most commands;
     not of what calls nothing of transformers, nor of what only calls the public functions."""
-    folders = ("kernels", "benchmark", "bench", "docs", "scenes", "training", "visualization", "evaluation", "plugins")
+    folders = (
+        "kernels",
+        "benchmark",
+        "bench",
+        "docs",
+        "scenes",
+        "training",
+        "visualization",
+        "evaluation",
+        "plugins",
+        "explore",
+    )
     files = ("engine/test_device_steps.py", "cli/test_eval.py", "cli/test_bench_command.py", "test_structure.py")
     options = [f"--ignore=tests/{name}" for name in (*folders, *files)]
     run_tests(session, OLDEST, *options, "--ignore-glob=tests/selection/test_[!o]*")
@@ -98,6 +109,15 @@ def vllm(session: nox.Session) -> None:
     skipped = sum(int(suite.get("skipped", 0)) for suite in ElementTree.parse(report).getroot().iter("testsuite"))
     if skipped:
         session.error(f"{skipped} tests were skipped, which counts as a failure here")
+
+
+@nox.session
+def explore(session: nox.Session) -> None:
+    """The page in headless Chromium, which has to be there; `-- --screenshot FILE` draws it for its document."""
+    session.install(TORCH)
+    session.install(TORCH, NEWEST, "-e", ".[test,explore]", "playwright>=1.60")  # named again, as for processors
+    options = {"PYTHONPATH": "tests", "SPARSEVLM_BROWSER": "required"}
+    session.run("pytest", "-p", "torchvision_shim", "tests/explore", *session.posargs, env=options)
 
 
 @nox.session

@@ -18,6 +18,7 @@ from toys import tiny_model
 
 def pytest_addoption(parser):
     parser.addoption("--support-matrix", metavar="FILE", help="CSV file that the rows of the support matrix go to")
+    parser.addoption("--screenshot", metavar="FILE", help="PNG file that the screenshot of the page goes to")
     parser.addoption("--allow-untested", action="store_true", help="take a transformers newer than the supported ones")
 
 

@@ -44,6 +44,7 @@ LEVELS = {
     "bench": 7,
     "plugins": 7,
     "server": 7,
+    "explore": 7,
     "cli": 8,
     "__main__": 9,
     "__init__": 9,

@@ -12,6 +12,7 @@ from ..collision import check_collision
 from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
+from .explore import explore
 from .run import run
 from .serve import serve
 from .terminal import show_warning
@@ -30,6 +31,7 @@ app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(visualize)
 app.command()(serve)
+app.command()(explore)
 
 
 def _print_version(asked: bool) -> None:

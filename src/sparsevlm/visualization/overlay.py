@@ -28,7 +28,7 @@ _LONG_SIDE = 480
 _PANELS_PER_LINE = 4
 # Inches, by the number of panels in a line.
 _PANEL_WIDTHS = {1: 4.6, 2: 3.8, 3: 3.0, 4: 2.5, 5: 1.9}
-_LEGEND = (
+LEGEND = (
     ("#ffffff", "kept"),
     ("#f59e0b", "recycled: other dropped tokens merged into this one"),
     ("#383c47", "dropped"),
@@ -150,7 +150,7 @@ def draw_rows(rows: Sequence[Row], *, title: str = "", note: str = "") -> Figure
         height = width * min(max(row.height / row.width, 0.1), 1.8)
         for start in range(0, len(cells), columns):
             page.place(cells[start : start + columns], width, height)
-    return page.figure(_LEGEND, note)
+    return page.figure(LEGEND, note)
 
 
 def save_picture(figure: Figure, path: str | Path) -> Path:
