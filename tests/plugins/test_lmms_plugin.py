@@ -77,6 +77,12 @@ def test_options_of_the_pruning(given, config):
     assert parsed(**given).pruning == SparseVLMConfig(**config)
 
 
+@pytest.mark.parametrize(("keep", "budget"), [(64, 64), ("0.25", 0.25), ("dense", None), (1.0, None)], ids=str)
+def test_smaller_images_prune_nothing(keep, budget):
+    found = parsed(selector="downsample", keep=keep)
+    assert (found.pruning, found.downsample) == (None, budget)
+
+
 def test_options_of_the_model():
     found = parsed(device="cpu", dtype="float32", batch_size="4", n_visual=256, max_num_frames="8", system_prompt="Hi")
     assert (found.device, found.dtype, found.batch_size, found.n_visual) == ("cpu", "float32", 4, 256)
@@ -102,6 +108,10 @@ def test_options_of_the_model():
         ({"recycle": 1}, TypeError, "recycle must be True or False"),
         ({"batch_size": "auto"}, ValueError, "got 'auto'; there is no automatic batch size"),
         ({"batch_size": 0}, ValueError, "batch_size must be a whole number of at least 1"),
+        ({"selector": "downsample"}, ValueError, "selector=downsample wants keep="),
+        ({"selector": "downsample", "keep": "adaptive"}, ValueError, "selector=downsample wants keep="),
+        ({"selector": "downsample", "keep": 2.0}, ValueError, "for a number of tokens pass an int"),
+        ({"selector": "downsample", "keep": 64, "tau": 0.3}, ValueError, "prunes nothing, so that tau would have no"),
         ({"n_visual": 25.6}, ValueError, "n_visual must be a whole number"),
         ({"n_visual": 256, "max_pixels": 1000}, ValueError, "leave min_pixels and max_pixels out"),
         ({"min_pixels": 2000, "max_pixels": 1000}, ValueError, "min_pixels=2000 is more than max_pixels=1000"),
