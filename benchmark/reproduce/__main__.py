@@ -14,7 +14,6 @@ from benchmark.reproduce.plan import INPUTS, OUTPUTS, TABLES, Setting, Table, ma
 from benchmark.reproduce.published import fitting
 from benchmark.reproduce.report import csv_text, make_lines, markdown
 from benchmark.reproduce.runs import Options, estimate, missing_tasks, run_setting
-from benchmark.reproduce.scores import headline
 from benchmark.reproduce.store import Fingerprint, Store, write_whole
 from benchmark.validity import read_published
 from sparsevlm.bench.estimate import in_words
@@ -57,7 +56,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     given.tasks, given.selectors = given.tasks or table.tasks, given.selectors or table.selectors
     given.counted = given.counted or table.counted
     if given.out is None:
-        given.out = Path("reproduce") / f"{given.table}-{_short(given.model)}"
+        given.out = Path("reproduce") / f"{given.table}-{checks.short_name(given.model)}"
     return given
 
 
@@ -90,20 +89,20 @@ def _prepare(given: argparse.Namespace, keeps: Sequence[int | float | str], fold
     settings = make_settings(given.selectors, keeps, given.counted, table.n_visual, checkpoint.n_layers)
     checks.check_settings(checkpoint, settings)
     tasks = checks.find_tasks(given.tasks, given.include_path)
+    sized = {"n_visual": table.n_visual} if checkpoint.sizes_images else {}
     shared = {
         "pretrained": given.model if given.model == checks.BUNDLED else str(folder.resolve()),
-        **({"n_visual": table.n_visual} if checkpoint.sizes_images else {}),
+        **sized,
         "dtype": checks.dtype_of(folder, given.device),
         "device": given.device,
         "batch_size": given.batch_size,
     }
     options = Options(shared, given.include_path, given.limit, given.processes, given.download)
-    sized = {"n_visual": table.n_visual} if checkpoint.sizes_images else {}
     found = {
         setting.name: checks.fingerprints(checkpoint, given.device, {**sized, **setting.arguments}, tasks, given.limit)
         for setting in settings
     }
-    return Run(f"{given.table}, {_short(given.model)}", table, checkpoint, settings, tasks, options, found)
+    return Run(f"{given.table}, {checks.short_name(given.model)}", table, checkpoint, settings, tasks, options, found)
 
 
 def _refuse_downloads(run: Run) -> None:
@@ -140,22 +139,15 @@ def _report(run: Run, store: Store) -> int:
         for task in run.tasks
         if (reason := store.failure(setting.name, task)) is not None
     }
-    for setting in run.settings:
-        for task in run.tasks:
-            if (result := store.read(setting.name, task)) is not None:
-                try:
-                    headline(result.metrics)
-                except ValueError as error:
-                    raise ValueError(f"task {task}: {error}") from error
-    published = fitting(read_published(), run.checkpoint.name)
+    model = checks.short_name(run.checkpoint.name)
+    published = fitting(read_published(), model)
     lines = make_lines(run.settings, tuple(run.tasks), store)
     page = markdown(run.name, lines, tuple(run.tasks), published, run.table.n_visual, failed)
     write_whole(store.folder / "table.md", page)
-    model = _short(run.checkpoint.name)
     write_whole(store.folder / "table.csv", csv_text(model, lines, tuple(run.tasks), published, run.table.n_visual))
     print(page)
-    for setting, task in failed:
-        print(f"failed: {setting}, {task}: {store.file(setting, task).with_suffix('.error.txt')}", file=sys.stderr)
+    for name, task in failed:
+        print(f"failed: {name}, {task}: {store.error_file(name, task)}", file=sys.stderr)
     return FAILED if failed else 0
 
 
@@ -168,7 +160,7 @@ def _dry_run(given: argparse.Namespace, keeps: Sequence[int | float | str]) -> i
         print(f"would be refused, or fetched with --download: {error}")
         n_layers = checks.n_layers_of(given.model)
         settings = make_settings(given.selectors, keeps, given.counted, table.n_visual, n_layers)
-        shared = {"pretrained": given.model, "n_visual": table.n_visual}
+        shared = {"pretrained": given.model, "n_visual": table.n_visual, "batch_size": given.batch_size}
         options = Options(shared, given.include_path, given.limit, given.processes, given.download)
         missing = {setting.name: list(given.tasks) for setting in settings}
     else:
@@ -177,7 +169,7 @@ def _dry_run(given: argparse.Namespace, keeps: Sequence[int | float | str]) -> i
         missing = missing_tasks(Store(given.out), settings, run.fingerprints)
         if data_sets := checks.missing_data_sets(run.tasks):
             print(f"would be refused, or fetched with --download: data sets {', '.join(data_sets)}")
-    print("\n".join(_plan_lines(settings, table.n_visual, n_layers)))
+    print("\n".join(plan_lines(settings, table.n_visual, n_layers)))
     print("\nSettings run one after another, as these commands of lmms-eval would, with the model loaded once each:\n")
     for setting in settings:
         if tasks := missing.get(setting.name):
@@ -190,7 +182,7 @@ def _dry_run(given: argparse.Namespace, keeps: Sequence[int | float | str]) -> i
     return 0
 
 
-def _plan_lines(settings: Sequence[Setting], n_visual: int, n_layers: int) -> list[str]:
+def plan_lines(settings: Sequence[Setting], n_visual: int, n_layers: int) -> list[str]:
     """A table of the budgets, as in the documents."""
     lines = [
         f"Of {n_visual} visual tokens in {n_layers} layers:",
@@ -204,10 +196,6 @@ def _plan_lines(settings: Sequence[Setting], n_visual: int, n_layers: int) -> li
             cells[2:] = [", ".join(map(str, plan.counts)), f"{plan.at_inputs:.1f}", f"{plan.at_outputs:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
-
-
-def _short(model: str) -> str:
-    return model.rstrip("/").rpartition("/")[2]
 
 
 def _names(text: str) -> tuple[str, ...]:

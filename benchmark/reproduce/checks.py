@@ -226,13 +226,14 @@ def fingerprints(
     place = ResolvedModel(checkpoint.name, checkpoint.folder, pick_device(device), dtype_of(checkpoint.folder, device))
     found = versions(place, "")
     shared = {name: found[name] for name in ("sparsevlm", "commit", "torch", "transformers", "dtype", "weights")}
-    shared |= {
-        "model": checkpoint.name.rstrip("/").rpartition("/")[2],
-        "limit": limit,
-        "lmms-eval": version("lmms-eval"),
-    }
+    shared |= {"model": short_name(checkpoint.name), "lmms-eval": version("lmms-eval")}
     shared["arguments"] = ",".join(f"{name}={value}" for name, value in arguments.items())
-    return {task: {**shared, "task": files.digest} for task, files in tasks.items()}
+    return {task: {**shared, "limit": limit, "task": files.digest} for task, files in tasks.items()}
+
+
+def short_name(model: str) -> str:
+    """The last part of a folder or a hub id."""
+    return model.rstrip("/").rpartition("/")[2]
 
 
 def dtype_of(folder: Path, device: str) -> str:

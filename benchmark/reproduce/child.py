@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmark.reproduce.scores import headline
 from benchmark.reproduce.store import Fingerprint, Result, Store
 from sparsevlm.evaluation.suites.lmms import task_manager
 
@@ -120,10 +121,11 @@ def _run(job: Job, task: str, fingerprint: Fingerprint, model: Any, manager: Any
     )
     if model.rank != 0:
         return
-    samples = output["samples"][task]
+    samples, metrics = output["samples"][task], read_metrics(output, task)
+    headline(metrics)  # raises where none is known as the task's score
     result = Result(
         fingerprint,
-        metrics=read_metrics(output, task),
+        metrics=metrics,
         n=len(samples),
         tokens=_tokens(model.last_totals.tasks.get(task)),
         seconds=time.perf_counter() - begin,
@@ -134,7 +136,7 @@ def _run(job: Job, task: str, fingerprint: Fingerprint, model: Any, manager: Any
             "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         },
     )
-    store.write(job.setting, task, result, [_sample(one, result.metrics) for one in samples])
+    store.write(job.setting, task, result, [_sample(one, metrics) for one in samples])
 
 
 def read_metrics(output: dict[str, Any], task: str) -> dict[str, float]:

@@ -236,7 +236,7 @@ def planned(arguments: dict[str, str], n_visual: int, n_layers: int) -> Planned:
     config = _config(arguments)
     traits = SelectorTraits.of(make_selector(config))
     if traits.placement == BEFORE_DECODER:
-        layers: tuple[int, ...] = (-1,)
+        layers: Sequence[int] = (-1,)
     else:
         layers = config.target_layers or tuple(range(_FIRST_TARGETS[0], n_layers - 1, _STEP))
     if config.keep is None:

@@ -35,8 +35,8 @@ def share_of(setting: Setting, n_visual: int) -> float:
 
 
 def fitting(published: Sequence[StoredRow], model: str) -> list[StoredRow]:
-    """Rows of a checkpoint, whose name in them is the beginning of the model's or a part of it."""
-    name = _letters(model.rstrip("/").rpartition("/")[2])
+    """Rows of a checkpoint: those whose name of it is a part of the model's."""
+    name = _letters(model)
     return [row for row in published if _letters(row["checkpoint"]) in name]
 
 
@@ -65,9 +65,10 @@ def comparisons(rows: Sequence[StoredRow], ours: Sequence[Ours]) -> list[Compari
                 both[row["selector"]] = (float(row["retained"]), best.retained)
                 keep = best.setting.keep
         if len(both) >= _LEAST_SHARED:
-            places = (members[0][name] for name in ("url", "read_in", "checkpoint"))
+            first = members[0]
             theirs, mine = ({name: pair[i] for name, pair in both.items()} for i in (0, 1))
-            found.append(Comparison(source, *places, share, keep, theirs, mine))
+            place = (source, first["url"], first["read_in"], first["checkpoint"])
+            found.append(Comparison(*place, share=share, keep=keep, published=theirs, ours=mine))
     return found
 
 

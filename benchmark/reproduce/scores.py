@@ -127,7 +127,8 @@ def _positives(values: Sequence[Any]) -> Units:
 
 
 def paired(names: Sequence[str], pruned: tuple[float, Rows], dense: tuple[float, Rows]) -> tuple[Units, Units] | None:
-    """Units of the same rows under two settings, each with lmms-eval's score; ``None`` where these are no such score."""
+    """Units of the same rows under two settings, of each lmms-eval's score and its rows; ``None`` where the rows do not
+    give the score."""
     both = [units_of(names, sorted(rows, key=lambda row: str(row["id"]))) for _, rows in (pruned, dense)]
     first, second = both
     if first is None or second is None or first.sizes != second.sizes:

@@ -95,7 +95,7 @@ class Store:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_whole(file.with_suffix(".jsonl"), lines)
         write_whole(file, json.dumps(vars(result), indent=1) + "\n")
-        self._error_file(setting, task).unlink(missing_ok=True)
+        self.error_file(setting, task).unlink(missing_ok=True)
 
     def begin(self, setting: str, task: str) -> None:
         """Notes that a task has begun, which is what is left of it if its process ends."""
@@ -103,24 +103,25 @@ class Store:
 
     def fail(self, setting: str, task: str, reason: str) -> None:
         """Stores why a task has no result."""
-        file = self._error_file(setting, task)
+        file = self.error_file(setting, task)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(reason.rstrip() + "\n", encoding="utf-8")
 
     def failure(self, setting: str, task: str) -> str | None:
         """Why a task has no result, ``None`` if it was not tried."""
-        file = self._error_file(setting, task)
+        file = self.error_file(setting, task)
         return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
     def forget_failure(self, setting: str, task: str) -> None:
         """Makes way for another try."""
-        self._error_file(setting, task).unlink(missing_ok=True)
+        self.error_file(setting, task).unlink(missing_ok=True)
 
     def file(self, setting: str, task: str) -> Path:
         """Where the result of a task is."""
         return self.folder / "results" / setting / f"{task}.json"
 
-    def _error_file(self, setting: str, task: str) -> Path:
+    def error_file(self, setting: str, task: str) -> Path:
+        """Where the reason is that a task has no result."""
         return self.file(setting, task).with_suffix(".error.txt")
 
 

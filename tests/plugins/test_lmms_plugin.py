@@ -1,9 +1,7 @@
 """What the lmms-eval plugin makes of arguments, generation options and messages; lmms-eval itself is not needed."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,10 +13,6 @@ from sparsevlm.plugins.lmms_inputs import nearest_grid, read_conversation, with_
 from sparsevlm.plugins.lmms_totals import RunTotals, dense_total, merged, pruned_total
 from sparsevlm.report import SampleReport
 from sparsevlm.report_total import Cost
-from sparsevlm.selection.budget import layer_tokens, plan_budget, plan_schedule
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reproduce.md"
-PLAN = re.compile(r"<!-- plan: (\d+) layers, (\d+) tokens -->\n(.*?)<!-- end of plan -->", flags=re.DOTALL)
 
 
 def parsed(**given):
@@ -173,28 +167,6 @@ def test_options_without_effect_are_found():
 def test_the_grid_nearest_to_a_number_of_tokens(size, n_visual, grid):
     assert nearest_grid(*size, n_visual) == grid
     assert with_n_visual(Image.new("RGB", size), n_visual, 28).size == (28 * grid[0], 28 * grid[1])
-
-
-def planned_rows():
-    """Rows of the tables of counts in the document, with the layers and visual tokens that they are for."""
-    for n_layers, n_visual, table in PLAN.findall(DOCUMENT.read_text(encoding="utf-8")):
-        for line in table.strip().splitlines()[2:]:
-            _, arguments, *figures = (cell.strip(" `") for cell in line.strip("|").split("|"))
-            yield int(n_layers), int(n_visual), arguments, figures
-
-
-@pytest.mark.parametrize(("n_layers", "n_visual", "arguments", "figures"), list(planned_rows()))
-def test_the_counts_in_the_document(n_layers, n_visual, arguments, figures):
-    config = parsed(**dict(pair.split("=") for pair in arguments.split(","))).pruning
-    layers = config.target_layers or range(2, n_layers, 4)
-    if config.keep is None:
-        plan = plan_schedule(config.schedule, n_visual, len(layers), config.min_keep)
-    else:
-        plan = plan_budget(config.keep, "geometric", n_visual, layers, n_layers, config.min_keep)
-    tokens = layer_tokens(n_visual, plan.counts, layers, n_layers)
-    averages = (sum(tokens) / n_layers, sum([*tokens[1:], plan.counts[-1]]) / n_layers)
-    assert plan.clamped is None
-    assert figures == [", ".join(map(str, plan.counts)), *(f"{average:.1f}" for average in averages)]
 
 
 def test_messages_of_every_kind(tmp_path):
