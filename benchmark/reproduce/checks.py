@@ -209,9 +209,7 @@ def check_limit(tasks: Sequence[str], limit: int | None) -> None:
     ValueError
     """
     if limit is not None and limit % 2 and _PAIRED in tasks:
-        raise ValueError(
-            f"--limit {limit}: {_PAIRED} scores two questions about an image together, so take an even one."
-        )
+        raise ValueError(f"--limit {limit}: mme scores two questions about an image together, so take an even one.")
 
 
 def fingerprints(

@@ -317,9 +317,8 @@ def test_the_table(tables):
 
 def test_what_differs_between_results_is_said(tables):
     other = result(1.0)
-    tables.write(
-        "span_64", "pope", Result(**{**vars(other), "origin": {**other.origin, "batch_size": "2"}}), samples(1)
-    )
+    other.origin["batch_size"] = "2"
+    tables.write("span_64", "pope", other, samples(1))
     page = markdown("title", make_lines([DENSE, SPAN], ("gqa", "pope"), tables), ("gqa", "pope"), [], 256, {})
     assert "several values of batch size: 8, 2." in page
     assert "several values of device" not in page
