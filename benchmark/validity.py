@@ -123,10 +123,11 @@ def validity_table(rows: list[StoredRow]) -> str:
             cells += [f"{one.published[selector]:.1f}", one.keep, f"{one.ours[selector]:.1f}"]
             lines.append(f"| {' | '.join(cells)} |")
             name = ""
-    return "\n".join([*lines, "", *_agreement(found), "", _origin(rows)]) + "\n"
+    return "\n".join([*lines, "", *agreement_lines(found), "", _origin(rows)]) + "\n"
 
 
-def _agreement(found: list[Comparison]) -> list[str]:
+def agreement_lines(found: list[Comparison]) -> list[str]:
+    """Makes the table of agreement, and says where a random draw stands in each."""
     lines = ["| | pairs ranked alike | the other way round | Kendall's τ |", "|---" * 4 + "|"]
     for one in found:
         alike, otherwise = one.agreement()

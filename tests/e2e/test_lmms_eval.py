@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,6 @@ pytestmark = [
 ]
 
 TESTS = Path(__file__).parents[1]
-DOCUMENT = TESTS.parent / "docs" / "reproduce.md"
 SEEDS = range(500_000, 500_003)
 SIDES = (448, 392, 336)  # one per scene: 256, 196 and 144 visual tokens
 N_QUESTIONS = 3  # per scene
@@ -229,19 +227,6 @@ def test_stock_tasks_ask_what_they_would_ask(runs, name, options):
     expected, _ = own_answers(options, lambda question: question.capitalize() + instruction, max_new_tokens=128)
     assert stripped(answers["local_textvqa_val"]) == stripped(expected)
     assert set(results["results"]["local_mme"]) >= {"mme_perception_score,none", "mme_cognition_score,none"}
-
-
-def test_the_script_of_the_documents(runs, desk, capsys):
-    (block,) = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), flags=re.DOTALL)
-    namespace = {}
-    exec(block, namespace)
-    namespace["METRICS"]["scenes_a"] = ("exact",)
-    namespace["table"](desk / "dense", desk / "pruned")
-    dense, pruned = (runs[name][0]["results"]["scenes_a"]["exact,none"] for name in ("dense", "pruned"))
-    tokens = runs["pruned"][0]["throughput"]["avg_kept_tokens_layer_input"]
-    said = capsys.readouterr().out
-    assert f"scenes_a {100 * pruned / dense:.1f} %" in said
-    assert f"{tokens:.1f} tokens" in said
 
 
 def test_two_processes_and_two_tasks(desk):

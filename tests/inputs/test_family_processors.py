@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from sparsevlm import Report, SparseVLMConfig, apply_sparsevlm
 from sparsevlm.cli import app
 from sparsevlm.cli.asking import build_inputs
-from sparsevlm.evaluation.execution.downsample import VisualCounter
 from sparsevlm.evaluation.execution.generation import BatchGenerator
 from sparsevlm.evaluation.settings import EvalConfig, Setting
 from sparsevlm.evaluation.suites.suite import Sample
 from sparsevlm.inputs import load_processor
+from sparsevlm.inputs.downsample import VisualCounter
 from sparsevlm.visualization.overlay import rows_of
 from toys import FAMILIES, IS_OLD, tiny_model
 from toys.processors import PROCESSED, missing_packages, save_processor

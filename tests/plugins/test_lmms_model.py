@@ -127,6 +127,35 @@ def test_a_fixed_number_of_visual_tokens(make):
         ask(model, CONVERSATIONS[3])
 
 
+def test_smaller_images_instead_of_pruning(make):
+    """Of 8 x 6 and 7 x 7 tokens at most 24 are left; of several pictures each keeps its share, from its own pixels."""
+    wide, square = picture(400, 300), picture(56, 56)
+    model = make("selector=downsample,keep=24,n_visual=48")
+    assert not model.model._forward_pre_hooks
+    ask(model, [user(wide, "What?")], [user(square, "What?")])
+    assert model.totals.tasks["task"].visual_tokens == 4 * 6 + 4 * 5
+    assert [image.size for image in model._sizes([wide])] == [(6 * 28, 4 * 28)]
+    assert sum(image.width * image.height for image in model._sizes([wide, wide])) <= 24 * 28**2
+    assert [image.size for image in make("selector=downsample,keep=60,n_visual=48")._sizes([wide])] == [(224, 168)]
+    half = make("selector=downsample,keep=0.5")
+    ask(half, CONVERSATIONS[0])
+    assert half.totals.tasks["task"].visual_tokens == 5 * 3
+    with pytest.raises(ValueError, match="selector=downsample is for images"):
+        ask(half, CONVERSATIONS[3])
+
+
+def test_a_draw_differs_from_batch_to_batch(make):
+    """The same picture under two questions loses other tokens; the same question again the same."""
+    model, kept = make("selector=random,keep=0.6,min_keep=4,seed=3"), []
+    count = model._count
+    model._count = lambda *given: kept.append(model._state.report.samples[0].stages[0].kept) or count(*given)
+    for _ in range(2):
+        ask(model, CONVERSATIONS[0], [user(picture(), "Is there a circle at all in this picture?")])
+    assert len(kept) == 4
+    assert kept[:2] == kept[2:]
+    assert kept[0] != kept[1]
+
+
 def test_bounds_on_pixels(make):
     model = make(f"keep=dense,max_pixels={10 * 28 * 28}")
     ask(model, CONVERSATIONS[0], CONVERSATIONS[3])

@@ -1,9 +1,7 @@
 """What the lmms-eval plugin makes of arguments, generation options and messages; lmms-eval itself is not needed."""
 
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,10 +13,6 @@ from sparsevlm.plugins.lmms_inputs import nearest_grid, read_conversation, with_
 from sparsevlm.plugins.lmms_totals import RunTotals, dense_total, merged, pruned_total
 from sparsevlm.report import SampleReport
 from sparsevlm.report_total import Cost
-from sparsevlm.selection.budget import layer_tokens, plan_budget, plan_schedule
-
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reproduce.md"
-PLAN = re.compile(r"<!-- plan: (\d+) layers, (\d+) tokens -->\n(.*?)<!-- end of plan -->", flags=re.DOTALL)
 
 
 def parsed(**given):
@@ -77,6 +71,12 @@ def test_options_of_the_pruning(given, config):
     assert parsed(**given).pruning == SparseVLMConfig(**config)
 
 
+@pytest.mark.parametrize(("keep", "budget"), [(64, 64), ("0.25", 0.25), ("dense", None), (1.0, None)], ids=str)
+def test_smaller_images_prune_nothing(keep, budget):
+    found = parsed(selector="downsample", keep=keep)
+    assert (found.pruning, found.downsample) == (None, budget)
+
+
 def test_options_of_the_model():
     found = parsed(device="cpu", dtype="float32", batch_size="4", n_visual=256, max_num_frames="8", system_prompt="Hi")
     assert (found.device, found.dtype, found.batch_size, found.n_visual) == ("cpu", "float32", 4, 256)
@@ -102,6 +102,10 @@ def test_options_of_the_model():
         ({"recycle": 1}, TypeError, "recycle must be True or False"),
         ({"batch_size": "auto"}, ValueError, "got 'auto'; there is no automatic batch size"),
         ({"batch_size": 0}, ValueError, "batch_size must be a whole number of at least 1"),
+        ({"selector": "downsample"}, ValueError, "selector=downsample wants keep="),
+        ({"selector": "downsample", "keep": "adaptive"}, ValueError, "selector=downsample wants keep="),
+        ({"selector": "downsample", "keep": 2.0}, ValueError, "for a number of tokens pass an int"),
+        ({"selector": "downsample", "keep": 64, "tau": 0.3}, ValueError, "prunes nothing, so that tau would have no"),
         ({"n_visual": 25.6}, ValueError, "n_visual must be a whole number"),
         ({"n_visual": 256, "max_pixels": 1000}, ValueError, "leave min_pixels and max_pixels out"),
         ({"min_pixels": 2000, "max_pixels": 1000}, ValueError, "min_pixels=2000 is more than max_pixels=1000"),
@@ -163,28 +167,6 @@ def test_options_without_effect_are_found():
 def test_the_grid_nearest_to_a_number_of_tokens(size, n_visual, grid):
     assert nearest_grid(*size, n_visual) == grid
     assert with_n_visual(Image.new("RGB", size), n_visual, 28).size == (28 * grid[0], 28 * grid[1])
-
-
-def planned_rows():
-    """Rows of the tables of counts in the document, with the layers and visual tokens that they are for."""
-    for n_layers, n_visual, table in PLAN.findall(DOCUMENT.read_text(encoding="utf-8")):
-        for line in table.strip().splitlines()[2:]:
-            _, arguments, *figures = (cell.strip(" `") for cell in line.strip("|").split("|"))
-            yield int(n_layers), int(n_visual), arguments, figures
-
-
-@pytest.mark.parametrize(("n_layers", "n_visual", "arguments", "figures"), list(planned_rows()))
-def test_the_counts_in_the_document(n_layers, n_visual, arguments, figures):
-    config = parsed(**dict(pair.split("=") for pair in arguments.split(","))).pruning
-    layers = config.target_layers or range(2, n_layers, 4)
-    if config.keep is None:
-        plan = plan_schedule(config.schedule, n_visual, len(layers), config.min_keep)
-    else:
-        plan = plan_budget(config.keep, "geometric", n_visual, layers, n_layers, config.min_keep)
-    tokens = layer_tokens(n_visual, plan.counts, layers, n_layers)
-    averages = (sum(tokens) / n_layers, sum([*tokens[1:], plan.counts[-1]]) / n_layers)
-    assert plan.clamped is None
-    assert figures == [", ".join(map(str, plan.counts)), *(f"{average:.1f}" for average in averages)]
 
 
 def test_messages_of_every_kind(tmp_path):

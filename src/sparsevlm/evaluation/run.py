@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .execution.feasible import feasible_settings
-from .execution.lmms import lmms_unsupported, run_lmms
+from .execution.lmms import run_lmms
 from .execution.predictions import PredictionStore
 from .execution.provenance import versions
 from .execution.resolved_model import resolve_model
@@ -84,11 +84,10 @@ class EvaluationRun:
 
     def __init__(self, config: EvalConfig, out: Path) -> None:
         self.config = config
-        settings = make_settings(config)  # first, as it takes no time and finds what is misspelt
+        make_settings(config)  # first, as it takes no time and finds what is misspelt
         self._suite = lmms_suite(config) or open_suite(config)
         self._place = resolve_model(config)
-        unsupported = lmms_unsupported(settings) if isinstance(self._suite, LmmsSuite) else {}
-        self._settings, self._refused = feasible_settings(config, self._place.folder, unsupported)
+        self._settings, self._refused = feasible_settings(config, self._place.folder)
         self._run_folder = RunFolder(out, config, f"{self._suite.name}-{self._place.name}")
         self.folder = self._run_folder.path
         if isinstance(self._suite, LmmsSuite):

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import SCHEDULES, SparseVLMConfig
 
+DOWNSAMPLE = "downsample"
 _DENSE = "dense"
 _PRUNING = tuple(f.name for f in fields(SparseVLMConfig))
 
@@ -36,6 +37,8 @@ class ModelArguments:
         Text, or a file with it, that replaces the system message. ``None``: the task's, or the chat template's.
     pruning : SparseVLMConfig or None
         ``None``: nothing is applied to the model.
+    downsample : int, float or None
+        Visual tokens that the images of a request are made smaller for, or a fraction of what they have.
     """
 
     pretrained: str
@@ -49,9 +52,10 @@ class ModelArguments:
     max_num_frames: int = 32
     system_prompt: str | None = None
     pruning: SparseVLMConfig | None = field(default_factory=SparseVLMConfig)
+    downsample: int | float | None = None
 
 
-_OWN = tuple(f.name for f in fields(ModelArguments) if f.name != "pruning")
+_OWN = tuple(f.name for f in fields(ModelArguments) if f.name not in ("pruning", "downsample"))
 _TEXTS = ("pretrained", "device", "dtype", "attn_implementation", "system_prompt")
 
 
@@ -84,6 +88,8 @@ def parse_arguments(given: Mapping[str, Any]) -> ModelArguments:
         raise ValueError("n_visual fixes the size of every image: leave min_pixels and max_pixels out.")
     if least is not None and most is not None and least > most:
         raise ValueError(f"min_pixels={least} is more than max_pixels={most}.")
+    if given.get("selector") == DOWNSAMPLE:
+        return ModelArguments(**values, pruning=None, downsample=_downsample(given))
     return ModelArguments(**values, pruning=_pruning(given))
 
 
@@ -94,6 +100,20 @@ def _pruning(given: Mapping[str, Any]) -> SparseVLMConfig | None:
     # Checked for a dense run as well, so that a misspelt option shows in the first run of a table.
     config = SparseVLMConfig(**{**options, "keep": 1.0} if is_dense else options)
     return None if is_dense else config
+
+
+def _downsample(given: Mapping[str, Any]) -> int | float | None:
+    """Budget of the images that are made smaller; ``None`` where all is kept."""
+    if idle := sorted(set(given) & set(_PRUNING) - {"keep", "selector"}):
+        raise ValueError(f"selector={DOWNSAMPLE} prunes nothing, so that {', '.join(idle)} would have no effect.")
+    keep = _budget(given.get("keep"))
+    if keep is None:
+        raise ValueError(f"selector={DOWNSAMPLE} wants keep=: a fraction (0.25) or a number of tokens (64).")
+    if keep in (_DENSE, 1.0):
+        return None
+    SparseVLMConfig(keep=keep)  # the same range
+    budget: int | float = keep
+    return budget
 
 
 def _budget(value: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -22,10 +24,12 @@ from ..inputs import load_model, load_processor
 from ..inputs.turns import move_inputs
 from ..models import adapter_for
 from ..request.counting import visual_counts
+from ..selection.context import SelectorTraits
 from ..selection.selectors import make_selector
 from .lmms_arguments import parse_arguments
 from .lmms_generation import cut_at, generation_options, unused_options
-from .lmms_inputs import Conversation, batch_inputs, bound_pixels, read_conversation, token_side, with_n_visual
+from .lmms_inputs import Conversation, batch_inputs, bound_pixels, read_conversation, token_side
+from .lmms_sizes import ImageSizes
 from .lmms_totals import RunTotals, dense_total, merged, pruned_total
 
 BUNDLED = "bundled"
@@ -58,8 +62,9 @@ class SparseVLM(lmms):
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
         chosen = self._arguments = parse_arguments(arguments)
-        if chosen.pruning is not None:
-            make_selector(chosen.pruning)  # before the weights are read
+        self._draws = False
+        if chosen.pruning is not None:  # before the weights are read
+            self._draws = SelectorTraits.of(make_selector(chosen.pruning)).draws
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         path = bundled_path() if chosen.pretrained == BUNDLED else chosen.pretrained
@@ -73,11 +78,12 @@ class SparseVLM(lmms):
         self.processor = load_processor(path)
         self._adapter = adapter_for(self.model)
         if chosen.n_visual is not None:
-            self._side = token_side(self.processor)
+            side = token_side(self.processor)
             # So wide that the processor does not resize a second time.
-            bound_pixels(self.processor, self._side**2, 2 * (chosen.n_visual + 1) * self._side**2)
+            bound_pixels(self.processor, side**2, 2 * (chosen.n_visual + 1) * side**2)
         else:
             bound_pixels(self.processor, chosen.min_pixels, chosen.max_pixels)
+        self._sizes = ImageSizes(self._adapter, self.processor, chosen.n_visual, chosen.downsample)
         self._system_prompt = self._resolve_system_prompt(chosen.system_prompt)
         self._state: Any = None
         if chosen.pruning is not None:
@@ -147,12 +153,17 @@ class SparseVLM(lmms):
         """
         raise NotImplementedError(_GENERATION_ONLY.format("log-likelihoods"))
 
+    def take_totals(self) -> RunTotals:
+        """Totals of all processes since the last call, each of which has to call; counting begins anew."""
+        totals, self._totals = merged(self._gathered()), RunTotals()
+        return totals
+
     def clean(self) -> None:
         """Tell lmms-eval what was kept, then free the model; called once by every process, after its last request.
 
         The figures arrive in the results file under ``throughput``, with ``avg_`` before their names.
         """
-        self._totals = totals = merged(self._gathered())
+        self._totals = totals = self.take_totals()
         if self.rank == 0 and totals.seconds:
             log_metrics(
                 total_elapsed_time=totals.seconds,
@@ -187,7 +198,8 @@ class SparseVLM(lmms):
         inputs = batch_inputs(self.processor, [self._conversation(request) for request in batch])
         inputs = move_inputs(inputs, self.model)
         begin = time.perf_counter()
-        output = self.model.generate(**inputs, **options)
+        with self._drawn_for(batch[0]):
+            output = self.model.generate(**inputs, **options)
         new = output[:, inputs["input_ids"].shape[1] :].tolist()  # waits for the device
         self._totals.seconds += time.perf_counter() - begin
         counted = [not (request.metadata or {}).get("__padding_only__") for request in batch]
@@ -208,13 +220,22 @@ class SparseVLM(lmms):
             messages = doc_to_messages(self.task_dict[task][split][doc_id])
             messages = self._apply_system_prompt(messages, self._system_prompt)
             found = read_conversation(messages, chosen.max_num_frames)
-            if chosen.n_visual is not None:
-                if found.clips:
-                    raise ValueError("n_visual is for images; for tasks with videos use max_pixels.")
-                found.images[:] = [with_n_visual(image, chosen.n_visual, self._side) for image in found.images]
+            if found.clips and (argument := self._sizes.for_images_only):
+                raise ValueError(f"{argument} is for images; for tasks with videos use max_pixels.")
+            found.images[:] = self._sizes(found.images)
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"task {task}, document {doc_id} of {split}: {error}") from error
         return found
+
+    def _drawn_for(self, request: Instance) -> contextlib.AbstractContextManager[Any]:
+        """What is drawn at random differs from batch to batch: else all pictures would be cut by the same mask."""
+        if not self._draws:
+            return contextlib.nullcontext()
+        assert self._arguments.pruning is not None
+        _, _, _, doc_id, task, _ = request.args
+        digest = hashlib.sha256(f"{self._arguments.pruning.seed} {task} {doc_id}".encode()).digest()
+        drawn: contextlib.AbstractContextManager[Any] = self._state.options(seed=int.from_bytes(digest[:4], "big"))
+        return drawn
 
     def _count(self, task: str, counted: Sequence[bool], inputs: Any) -> None:
         if self._state is not None:

@@ -2,9 +2,8 @@
 
 import pytest
 
-from sparsevlm.evaluation import ALL, DOWNSAMPLE, EvalConfig, make_settings
+from sparsevlm.evaluation import ALL, EvalConfig, make_settings
 from sparsevlm.evaluation.execution.feasible import feasible_settings
-from sparsevlm.evaluation.execution.lmms import lmms_unsupported
 from tiny_checkpoint import save_tiny_checkpoint
 
 
@@ -17,7 +16,7 @@ def folder(tmp_path_factory):
 
 def test_of_everything_the_rest_runs(folder):
     config = EvalConfig("demo", "m", (ALL,), (0.6, 0.2), target_layers=(2, 4))
-    left, unsupported = feasible_settings(config, folder, {})
+    left, unsupported = feasible_settings(config, folder)
     assert {setting.name for setting in left} | set(unsupported) == {setting.name for setting in make_settings(config)}
     assert {"dense", "fastv-keep0.6", "hiprune-keep0.2", "downsample-keep0.2"} <= {setting.name for setting in left}
     assert "keep=0.2 cannot hold" in unsupported["fastv-keep0.2"]
@@ -26,17 +25,8 @@ def test_of_everything_the_rest_runs(folder):
 def test_what_was_named_has_to_run(folder):
     config = EvalConfig("demo", "m", ("grid", "fastv"), (0.6, 0.2), target_layers=(2, 4))
     with pytest.raises(ValueError, match=r"grid-keep0\.2 cannot run: keep=0\.2 cannot hold"):
-        feasible_settings(config, folder, {})
-
-
-def test_the_tasks_of_lmms_eval_leave_smaller_pictures_out(folder):
-    config = EvalConfig("lmms:mme", "m", ("grid", DOWNSAMPLE), (0.6,))
-    left, unsupported = feasible_settings(config, folder, lmms_unsupported(make_settings(config)))
-    assert [setting.name for setting in left] == ["dense", "grid-keep0.6"]
-    assert list(unsupported) == ["downsample-keep0.6"]
+        feasible_settings(config, folder)
 
 
 def test_dense_alone_can_be_asked_for(folder):
-    assert [setting.name for setting in feasible_settings(EvalConfig("demo", "m", ("dense",)), folder, {})[0]] == [
-        "dense"
-    ]
+    assert [setting.name for setting in feasible_settings(EvalConfig("demo", "m", ("dense",)), folder)[0]] == ["dense"]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from sparsevlm.evaluation import DENSE, EvalConfig, Setting, make_settings
-from sparsevlm.evaluation.execution.lmms import lmms_unsupported, model_arguments, read_lmms
+from sparsevlm.evaluation.execution.lmms import model_arguments, read_lmms
 from sparsevlm.evaluation.execution.resolved_model import ResolvedModel
 from sparsevlm.evaluation.reporting.lmms_results import lmms_results
 from sparsevlm.evaluation.reporting.results import not_averaged
@@ -106,10 +106,16 @@ def test_a_number_that_lmms_eval_does_not_have_leaves_no_average(tmp_path):
 
 def test_the_plugin_gets_what_the_command_line_says(tmp_path):
     config = EvalConfig(
-        "lmms:mme", "m", ("sparsevlm", "random"), (0.25,), seeds=(3,), target_layers=(2, 6), options={"tau": 0.3}
+        "lmms:mme",
+        "m",
+        ("sparsevlm", "random", "downsample"),
+        (0.25,),
+        seeds=(3,),
+        target_layers=(2, 6),
+        options={"tau": 0.3},
     )
     place = ResolvedModel("m", tmp_path, "cpu", "float32")
-    dense, ours, random = make_settings(config)
+    dense, ours, random, smaller = make_settings(config)
     common = {
         "pretrained": str(tmp_path),
         "device": "cpu",
@@ -121,11 +127,7 @@ def test_the_plugin_gets_what_the_command_line_says(tmp_path):
     pruning = {"selector": "sparsevlm", "keep": 0.25, "tau": 0.3, "target_layers": [2, 6]}
     assert model_arguments(config, place, ours) == {**common, **pruning}
     assert model_arguments(config, place, random) == {**common, **pruning, "selector": "random", "seed": 3}
-
-
-def test_pictures_of_lmms_eval_are_not_made_smaller():
-    settings = make_settings(EvalConfig("lmms:mme", "m", ("random", "downsample")))
-    assert list(lmms_unsupported(settings)) == ["downsample-keep0.5"]
+    assert model_arguments(config, place, smaller) == {**common, "selector": "downsample", "keep": 0.25}
 
 
 def test_without_lmms_eval_the_pip_line_is_named(monkeypatch):

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ... import api
 from ...inputs import load_processor, load_skeleton
+from ...inputs.downsample import Downsampler
 from ...models import adapter_for
 from ..settings import ALL, DENSE, DOWNSAMPLE, EvalConfig, Setting, make_settings
-from .downsample import VisualCounter
 
 _NO_SIZE = "downsample needs a budget that is a size: a fraction or a number of tokens, not adaptive"
 
 
-def feasible_settings(
-    config: EvalConfig, folder: Path, unsupported: Mapping[str, str]
-) -> tuple[list[Setting], dict[str, str]]:
+def feasible_settings(config: EvalConfig, folder: Path) -> tuple[list[Setting], dict[str, str]]:
     """Splits the settings into those that the model can run and the reasons against the others, by name.
 
     Parameters
@@ -26,8 +23,6 @@ def feasible_settings(
     config : EvalConfig
     folder : Path
         Of the checkpoint.
-    unsupported : mapping of str to str
-        Reasons, by name, against settings that no model can run here.
 
     Raises
     ------
@@ -35,11 +30,10 @@ def feasible_settings(
         If the model cannot run a selector that was asked for by name, or if nothing is left to compare with dense.
     """
     model = load_skeleton(folder)
-    reasons, feasible = dict(unsupported), []
+    reasons: dict[str, str] = {}
+    feasible = []
     not_smaller = lru_cache(maxsize=None)(lambda: _reason_against_smaller_images(model, folder))
     for setting in make_settings(config):
-        if setting.name in unsupported:
-            continue
         reason = not_smaller() if setting.selector == DOWNSAMPLE else _unsupported_reason(model, setting)
         if reason is None:
             feasible.append(setting)
@@ -54,7 +48,7 @@ def feasible_settings(
 
 def _reason_against_smaller_images(model: Any, folder: Path) -> str | None:
     """Reason why smaller images do not become fewer tokens, or ``None``."""
-    return VisualCounter(adapter_for(model), load_processor(folder)).unsupported_reason()
+    return Downsampler(adapter_for(model), load_processor(folder)).unsupported_reason()
 
 
 def _unsupported_reason(model: Any, setting: Setting) -> str | None:

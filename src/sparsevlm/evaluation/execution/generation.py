@@ -10,10 +10,10 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from PIL import Image
 
 from ... import api
 from ...inputs import load_model, load_processor
+from ...inputs.downsample import Downsampler
 from ...inputs.turns import move_inputs, process, render_turn
 from ...models import adapter_for
 from ...report import SampleReport
@@ -21,7 +21,6 @@ from ...request.costs import prefill_flops
 from ...request.counting import visual_counts
 from ..settings import DOWNSAMPLE, EvalConfig, Setting
 from ..suites.suite import Sample
-from .downsample import VisualCounter, cuts_grids, downsampled, scaled_to_fit
 from .resolved_model import resolve_model
 
 
@@ -71,7 +70,7 @@ class BatchGenerator:
         self.max_new_tokens = max_new_tokens
         self._adapter = adapter_for(self.model)
         self._flops = lru_cache(maxsize=None)(lambda tokens: prefill_flops(self._adapter, tokens, 0))
-        self._count = VisualCounter(self._adapter, self.processor)
+        self._downsample = Downsampler(self._adapter, self.processor)
         self._last_inputs: tuple[Sequence[Sample], Any] | None = None
         self._state: Any = None
 
@@ -120,16 +119,10 @@ class BatchGenerator:
                 self._last_inputs = samples, self._processed(samples)
             return self._last_inputs[1]
         assert setting.keep is not None  # no setting without a budget is made
-        smaller = [self._downsampled(sample, setting.keep) for sample in samples]
+        smaller = [self._downsample(sample.images, setting.keep) for sample in samples]
         return self._processed(
             [dataclasses.replace(sample, images=images) for sample, images in zip(samples, smaller, strict=True)]
         )
-
-    def _downsampled(self, sample: Sample, keep: int | float) -> tuple[Image.Image, ...]:
-        processor = self.processor.image_processor
-        if cuts_grids(processor):
-            return downsampled(processor, sample.images, keep)
-        return scaled_to_fit(self._count, sample.images, keep)
 
     def _processed(self, samples: Sequence[Sample]) -> Any:
         prompts = [self._prompt(sample) for sample in samples]

@@ -15,12 +15,6 @@ from .predictions import Prediction
 from .resolved_model import ResolvedModel
 
 MODEL = "sparsevlm"
-_NO_DOWNSAMPLING = "lmms-eval loads the images itself, so that they cannot be made smaller here"
-
-
-def lmms_unsupported(settings: Sequence[Setting]) -> dict[str, str]:
-    """Reasons against settings that lmms-eval cannot run, by name."""
-    return {setting.name: _NO_DOWNSAMPLING for setting in settings if setting.selector == DOWNSAMPLE}
 
 
 def run_lmms(
@@ -87,6 +81,8 @@ def model_arguments(config: EvalConfig, model: ResolvedModel, setting: Setting) 
         "attn_implementation": config.attn,
         "batch_size": config.batch,
     }
+    if setting.selector == DOWNSAMPLE:
+        return {**arguments, "selector": DOWNSAMPLE, "keep": setting.keep}
     if setting.pruning is None:
         return {**arguments, "keep": 1.0}
     pruning = {"selector": setting.selector, "keep": setting.keep, **config.options}

@@ -58,7 +58,7 @@ def retained(pairs: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]
     values, draws = [], []
     for task, (pruned, dense) in counted.items():
         values.append(100 * pruned.mean() / dense.mean())
-        counts = _resamples(task, dense.size)
+        counts = resamples(task, dense.size)
         sums = counts @ np.stack([pruned, dense], axis=1).astype(np.float32)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws.append(np.where(sums[:, 1] > 0, 100 * sums[:, 0] / sums[:, 1], np.nan))
@@ -72,7 +72,7 @@ def retained(pairs: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 @lru_cache(maxsize=32)
-def _resamples(task: str, n_rows: int) -> NDArray[np.float32]:
+def resamples(task: str, n_rows: int) -> NDArray[np.float32]:
     """Draws rows with replacement, task by task: counts of shape (N_RESAMPLES, n_rows)."""
     generator = np.random.default_rng([_SEED, zlib.crc32(task.encode())])
     return generator.multinomial(n_rows, np.full(n_rows, 1 / n_rows), size=N_RESAMPLES).astype(np.float32)

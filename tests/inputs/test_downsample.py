@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from sparsevlm.evaluation.execution.downsample import downsampled, fitting_grid, visual_tokens
+from sparsevlm.inputs.downsample import downsampled, fitting_grid, visual_tokens
 
 PROCESSOR = Qwen2VLImageProcessorPil(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280})
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from PIL import Image
 
-from ...inputs.turns import process, render_turn
-from ...models import ModelAdapter
-from ...request.counting import visual_counts
+from ..models import ModelAdapter
+from ..request.counting import visual_counts
+from .turns import process, render_turn
 
 Sizes = tuple[tuple[int, int], ...]
 
@@ -29,7 +29,9 @@ def cuts_grids(image_processor: Any) -> bool:
     return all(hasattr(image_processor, name) for name in ("merge_size", "patch_size", "get_number_of_image_patches"))
 
 
-def downsampled(image_processor: Any, images: Sequence[Image.Image], keep: int | float) -> tuple[Image.Image, ...]:
+def downsampled(
+    image_processor: Any, images: Sequence[Image.Image], keep: int | float, counts: Sequence[int] | None = None
+) -> tuple[Image.Image, ...]:
     """Downsamples the images of a sample until their visual tokens fit a budget.
 
     Each image gets its share of the budget. Its sides become the multiples of ``patch_size * merge_size`` nearest
@@ -43,8 +45,11 @@ def downsampled(image_processor: Any, images: Sequence[Image.Image], keep: int |
     images : sequence of PIL images
     keep : int or float
         Visual tokens of the sample, or a fraction of them.
+    counts : sequence of int, optional
+        Visual tokens that each image has otherwise; what the processor makes of it where omitted.
     """
-    counts = [visual_tokens(image_processor, image) for image in images]
+    if counts is None:
+        counts = [visual_tokens(image_processor, image) for image in images]
     fraction = keep if isinstance(keep, float) else keep / sum(counts)
     if fraction >= 1:
         return tuple(images)
@@ -54,6 +59,34 @@ def downsampled(image_processor: Any, images: Sequence[Image.Image], keep: int |
         rows, columns = fitting_grid(image.height, image.width, fraction * count)
         smaller.append(image.resize((columns * side, rows * side), Image.Resampling.BICUBIC))
     return tuple(smaller)
+
+
+class Downsampler:
+    """Downsamples images by what the processor does with their sizes.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    processor : ProcessorMixin
+    """
+
+    def __init__(self, adapter: ModelAdapter, processor: Any) -> None:
+        self._processor, self._count = processor, VisualCounter(adapter, processor)
+
+    def __call__(
+        self, images: Sequence[Image.Image], keep: int | float, counts: Sequence[int] | None = None
+    ) -> tuple[Image.Image, ...]:
+        """Downsamples the images of a sample; see :func:`downsampled` and :func:`scaled_to_fit`.
+
+        ``counts`` is for processors that cut grids.
+        """
+        if cuts_grids(self._processor.image_processor):
+            return downsampled(self._processor.image_processor, images, keep, counts)
+        return scaled_to_fit(self._count, images, keep)
+
+    def unsupported_reason(self) -> str | None:
+        """Why smaller images are no baseline for this processor, or ``None``."""
+        return self._count.unsupported_reason()
 
 
 class VisualCounter:

@@ -1,0 +1,1 @@
+"""Tables of real checkpoints with lmms-eval: ``python -m benchmark.reproduce``; docs/reproduce.md says how."""
