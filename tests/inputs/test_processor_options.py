@@ -79,7 +79,7 @@ def test_bounds_on_a_video(processor):
 
 
 def test_bounds_that_the_plugin_of_lmms_eval_sets(older):
-    from sparsevlm.plugins.lmms_inputs import bound_pixels
+    from sparsevlm.inputs.pixel_bounds import bound_pixels
 
     bound_pixels(older, None, 28 * 28 * 9)
     for inputs in (older(text=IMAGE_TOKEN, images=PHOTO), older(text=VIDEO_TOKEN, videos=[PHOTO])):

@@ -14,12 +14,12 @@ from PIL import Image
 from ..inputs import as_rgb, load_frames, load_image
 from ..inputs.decoding import check_is_file
 from ..inputs.media import rgb_frames
+from ..inputs.pixel_bounds import check_bounded
 from ..inputs.sources import resolve
 from ..inputs.turns import process, render_turn
 
 # Frames per second that a folder or list of frames is taken to have: that of Qwen's own sampling.
 FRAMES_PER_SECOND = 2.0
-_BOUNDS = ("shortest_edge", "longest_edge")
 
 
 @dataclass(frozen=True)
@@ -130,35 +130,8 @@ def token_side(processor: Any) -> int:
     NotImplementedError
         If the processor does not turn any multiple of that into a grid of as many tokens.
     """
-    _check_bounded(processor, "n_visual")
+    check_bounded(processor, "n_visual")
     return int(processor.image_processor.patch_size * processor.image_processor.merge_size)
-
-
-def _check_bounded(processor: Any, option: str) -> None:
-    """Refuse processors whose sizes are no bounds on pixels, as those of Qwen and GLM are."""
-    images = processor.image_processor
-    size = getattr(images, "size", None) or {}
-    if not hasattr(images, "merge_size") or any(dict(size).get(name) is None for name in _BOUNDS):
-        raise NotImplementedError(
-            f"{option} needs an image processor that bounds pixels (size with {' and '.join(_BOUNDS)}, and "
-            f"merge_size), got {type(images).__name__} with size {dict(size)}. Leave {option} out."
-        )
-
-
-def bound_pixels(processor: Any, least: int | None, most: int | None) -> None:
-    """Replace the processor's bounds on the pixels of an image or a frame; ``None`` leaves one as it is.
-
-    Raises
-    ------
-    NotImplementedError
-        If it has none.
-    """
-    bounds = {name: value for name, value in zip(_BOUNDS, (least, most), strict=True) if value is not None}
-    if bounds:
-        _check_bounded(processor, "min_pixels and max_pixels")
-    for owner in (processor.image_processor, getattr(processor, "video_processor", None)):
-        if owner is not None and (size := owner.size) is not None:
-            owner.size = type(size)(**{**dict(size), **bounds})
 
 
 def _image(source: Any) -> Image.Image:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..api import apply_sparsevlm, remove_sparsevlm
 from ..bundled import bundled_path
 from ..inputs import load_model, load_processor
+from ..inputs.pixel_bounds import bound_pixels
 from ..inputs.turns import move_inputs
 from ..models import adapter_for
 from ..request.counting import visual_counts
@@ -28,7 +29,7 @@ from ..selection.context import SelectorTraits
 from ..selection.selectors import make_selector
 from .lmms_arguments import parse_arguments
 from .lmms_generation import cut_at, generation_options, unused_options
-from .lmms_inputs import Conversation, batch_inputs, bound_pixels, read_conversation, token_side
+from .lmms_inputs import Conversation, batch_inputs, read_conversation, token_side
 from .lmms_sizes import ImageSizes
 from .lmms_totals import RunTotals, dense_total, merged, pruned_total
 

@@ -8,11 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from ...inputs import decode_image, load_image
 from ...inputs.decoding import check_is_file
-from ...inputs.media import MAX_ASPECT_RATIO
-from ...inputs.placeholders import IMAGE_TOKEN, VIDEO_TOKEN
-from ...inputs.sources import resolve
+from ...inputs.rows import check_question, row_image
 from ..metrics.scores import check_answers, check_metric
 from ..settings import AVERAGE
 from .fingerprint import fingerprint
@@ -97,11 +94,8 @@ class LocalSuite:
         for name in ("id", "task"):
             _check_storable(name, str(_value(record, name)))
         question = _value(record, "question")
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError("has no question; give a text in the column 'question'")
+        check_question(question)
         _check_storable("question", question)
-        if found := [token for token in (IMAGE_TOKEN, VIDEO_TOKEN) if token in question]:
-            raise ValueError(f"has {found[0]} in its question, where a picture would be put; take it out")
         answers = _answers(record)
         metric = str(_value(record, "metric") or self.metric)
         check_answers(metric, answers)
@@ -145,22 +139,4 @@ def _images(record: Record) -> tuple[Image.Image, ...]:
             f"has no image; give a path or bytes in the column {IMAGE_COLUMNS[0]!r}, or a list of them in "
             f"{IMAGE_COLUMNS[1]!r}"
         )
-    return tuple(_image(one, record.folder) for one in listed)
-
-
-def _image(value: Any, folder: Path) -> Image.Image:
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if not isinstance(value, (str, bytes)):
-        raise ValueError(f"has an image of type {type(value).__name__}; give a path or the bytes of a picture file")
-    try:
-        content = resolve(value) if isinstance(value, str) else value
-        image = decode_image(content) if isinstance(content, bytes) else load_image(folder / content)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"has an unusable image: {error}") from error
-    if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
-        raise ValueError(
-            f"has an image of {image.width}x{image.height} pixels, and the model takes sides of up to "
-            f"{MAX_ASPECT_RATIO} to 1; crop it"
-        )
-    return image
+    return tuple(row_image(one, record.folder) for one in listed)
