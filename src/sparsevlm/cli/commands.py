@@ -13,6 +13,7 @@ from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
 from .run import run
+from .smol import smol_weights
 from .terminal import show_warning
 from .visualize import visualize
 
@@ -28,6 +29,7 @@ app.command()(run)
 app.command("eval")(evaluate)
 app.command()(bench)
 app.command()(visualize)
+app.command()(smol_weights)
 
 
 def _print_version(asked: bool) -> None:
