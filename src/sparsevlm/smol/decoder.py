@@ -58,7 +58,9 @@ def read_decoder(path: Path) -> Decoder:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise ImportError("the decoder of smol is a GGUF file, which the package gguf reads: pip install gguf") from error
+        raise ImportError(
+            "the decoder of smol is a GGUF file, which the package gguf reads: pip install gguf"
+        ) from error
     try:
         reader = GGUFReader(path)
     except Exception as error:  # what it finds in a damaged file decides which
@@ -71,7 +73,9 @@ def read_decoder(path: Path) -> Decoder:
         config = _config(fields)
         return Decoder(config, _weights(reader.tensors, config), _tokenizer(fields))
     except KeyError as error:
-        raise ValueError(f"{path} is not laid out as a SmolLM2: its field or weight {error} is missing or new.") from error
+        raise ValueError(
+            f"{path} is not laid out as a SmolLM2: its field or weight {error} is missing or new."
+        ) from error
 
 
 def _config(fields: dict[str, Any]) -> LlamaConfig:
@@ -98,7 +102,7 @@ def _config(fields: dict[str, Any]) -> LlamaConfig:
 def _weights(tensors: list[Any], config: LlamaConfig) -> dict[str, torch.Tensor]:
     from gguf import dequantize
 
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads: dict[str, Any] = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     weights = {}
     for tensor in tensors:
         prefix, kind = "", tensor.name.removesuffix(".weight")

