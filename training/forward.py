@@ -71,6 +71,34 @@ def text_layer(layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: t
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
+class TextForward:
+    """Forward pass of a decoder over text alone, with its embedding as its head.
+
+    Parameters
+    ----------
+    text : nn.Module
+        ``model.language_model`` of a Qwen2.5-VL.
+    count, length : int
+        Sequences in a batch, tokens of each.
+    compiled : bool
+        Compile one decoder layer and reuse it for all.
+    """
+
+    def __init__(self, text: nn.Module, count: int, length: int, compiled: bool = False):
+        self._text, self._spans = text, ((count, length),)
+        weight = text.embed_tokens.weight
+        positions = torch.arange(length, device=weight.device).expand(3, 1, -1)
+        self._cos, self._sin = (table[0].repeat(count, 1)[:, None] for table in text.rotary_emb(weight, positions))
+        self._layer: Callable = torch.compile(text_layer, dynamic=False) if compiled else text_layer
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 of shape (count * length, vocabulary), of int64 ``ids`` of shape (count, length)."""
+        hidden = self._text.embed_tokens(ids.flatten())
+        for layer in self._text.layers:
+            hidden = self._layer(layer, hidden, self._cos, self._sin, self._spans)
+        return F.linear(self._text.norm(hidden), self._text.embed_tokens.weight).float()
+
+
 @dataclass(frozen=True)
 class Decoded:
     """What the decoder says of a group.

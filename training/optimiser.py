@@ -1,9 +1,12 @@
 """Muon for the matrices within the blocks, AdamW for all else; made to be captured in a CUDA graph."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from training.adapters import Adapter, master_of
 
 _MOMENTUM = 0.95
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -34,15 +37,31 @@ def orthogonalised(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
+@dataclass(frozen=True)
+class Trained:
+    """What is trained of a model.
+
+    Attributes
+    ----------
+    matrices : list of nn.Parameter
+        Stepped by Muon. Its update is scaled to a root mean square of 0.2, about that of AdamW.
+    others : list of nn.Parameter
+        Stepped by AdamW.
+    adapters : list of Adapter
+        Fewer numbers than the weights that they change; stepped by AdamW.
+    """
+
+    matrices: list[nn.Parameter]
+    others: list[nn.Parameter]
+    adapters: list[Adapter]
+
+
 class Optimiser:
     """Steps float32 copies of a model's weights and copies them back.
 
     Parameters
     ----------
-    matrices : sequence of nn.Parameter
-        Stepped by Muon. Its update is scaled to a root mean square of 0.2, about that of AdamW.
-    others : sequence of nn.Parameter
-        Stepped by AdamW.
+    trained : Trained
     decay : float
         Weight decay of everything that has two axes or more, per unit of learning rate.
     clip : float
@@ -54,24 +73,23 @@ class Optimiser:
         Learning rates of the two, scalars to be filled before each step.
     """
 
-    def __init__(self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], decay: float, clip: float):
-        device = others[0].device
+    def __init__(self, trained: Trained, decay: float, clip: float):
+        device = trained.others[0].device
         self.rate, self.matrix_rate = torch.zeros((), device=device), torch.zeros((), device=device)
         self._decay, self._clip = decay, clip
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
-        for weight in matrices:
+        for weight in trained.matrices:
             by_shape.setdefault(weight.shape, []).append(weight)
         self._stacks = list(by_shape.values())
         self._masters = [torch.stack([weight.detach().float() for weight in stack]) for stack in self._stacks]
         self._momenta = [torch.zeros_like(master) for master in self._masters]
-        self._others = list(others)
-        self._other_masters = [weight.detach().clone().float().requires_grad_() for weight in others]
-        for master in self._other_masters:
-            master.grad = torch.zeros_like(master)
+        self._others, self._adapters = trained.others, trained.adapters
+        self._other_masters = [master_of(weight) for weight in trained.others]
+        self._stepped = self._other_masters + [m for adapter in trained.adapters for m in adapter.masters]
         on_gpu = device.type == "cuda"
         groups = [
-            {"params": [m for m in self._other_masters if m.ndim >= 2], "weight_decay": decay},
-            {"params": [m for m in self._other_masters if m.ndim < 2], "weight_decay": 0.0},
+            {"params": [m for m in self._stepped if m.ndim >= 2], "weight_decay": decay},
+            {"params": [m for m in self._stepped if m.ndim < 2], "weight_decay": 0.0},
         ]
         self._adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
@@ -84,7 +102,8 @@ class Optimiser:
     @property
     def weights(self) -> list[nn.Parameter]:
         """Everything that is stepped, in the order in which :meth:`step` takes gradients."""
-        return [weight for stack in self._stacks for weight in stack] + self._others
+        adapted = [weight for adapter in self._adapters for weight in adapter.weights]
+        return [weight for stack in self._stacks for weight in stack] + self._others + adapted
 
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -97,22 +116,28 @@ class Optimiser:
             update = orthogonalised(gradient + _MOMENTUM * momentum).float() * (0.2 * max(master.shape[1:]) ** 0.5)
             master.sub_(self.matrix_rate * (update + self._decay * master))
             torch._foreach_copy_(stack, list(master.unbind()))
-        grads = [master.grad for master in self._other_masters]
-        torch._foreach_copy_(grads, list(gradients[start:]))
+        stop = start + len(self._others)
+        torch._foreach_copy_([master.grad for master in self._other_masters], list(gradients[start:stop]))
+        for adapter in self._adapters:
+            start, stop = stop, stop + len(adapter.weights)
+            adapter.take(gradients[start:stop])
+        grads = [master.grad for master in self._stepped]
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         torch._foreach_mul_(grads, (self._clip / (norm + 1e-6)).clamp(max=1.0))
         self._adamw.step()
         torch._foreach_copy_(self._others, self._other_masters)
+        for adapter in self._adapters:
+            adapter.write()
         return norm
 
 
-def split_weights(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Matrices of attention and MLPs, and all else (embeddings, head, norms, biases, the patch embedding)."""
-    matrices = {
-        id(module.weight)
-        for part in (*model.model.visual.blocks, model.model.visual.merger, *model.model.language_model.layers)
-        for module in part.modules()
-        if isinstance(module, nn.Linear)
-    }
-    weights = list(model.parameters())
-    return [w for w in weights if id(w) in matrices], [w for w in weights if id(w) not in matrices]
+def whole_model(model: nn.Module) -> Trained:
+    """Everything: by Muon the matrices of attention and MLPs, by AdamW embeddings, head, norms, biases, patches."""
+    blocks = (*model.model.visual.blocks, model.model.visual.merger, *model.model.language_model.layers)
+    return split_weights(list(model.parameters()), blocks)
+
+
+def split_weights(weights: list[nn.Parameter], blocks: Sequence[nn.Module]) -> Trained:
+    """Out of ``weights`` the matrices of ``blocks`` for Muon, and all others for AdamW."""
+    matrices = {id(module.weight) for part in blocks for module in part.modules() if isinstance(module, nn.Linear)}
+    return Trained([w for w in weights if id(w) in matrices], [w for w in weights if id(w) not in matrices], [])

@@ -39,7 +39,7 @@ class SequenceBuilder:
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerFast
-        The bundled tokenizer.
+        With the tokens of Qwen's chats.
     device : torch.device
         Where the tables live.
 
@@ -53,23 +53,22 @@ class SequenceBuilder:
         def encode(text: str) -> list[int]:
             return list(tokenizer(text, add_special_tokens=False).input_ids)
 
-        self.head_ids = torch.tensor(encode("<|im_start|>user\n<|vision_start|>"), device=device)
+        image = [{"role": "user", "content": [{"type": "image"}]}]
+        head, _, _ = tokenizer.apply_chat_template(image, tokenize=False).partition("<|image_pad|>")
+        self.head_ids = torch.tensor(encode(head), device=device)
         self.between_ids = torch.tensor(encode("<|vision_end|><|vision_start|>"), device=device)
         turn_end = "<|im_end|>\n<|im_start|>assistant\n"
         opening = [encode("<|vision_end|>" + text + turn_end) for text in QUESTION_TEXTS]
         follow_up = [encode("\n<|im_start|>user\n" + text + turn_end) for text in QUESTION_TEXTS]
         self._questions, self._question_lengths = _padded_table(opening + follow_up, device)
-        pieces = [encode(piece) for piece in PIECES]
-        if longest := [piece for piece, ids in zip(PIECES, pieces, strict=True) if len(ids) != 1]:
-            raise ValueError(f"the tokenizer splits these pieces of answers: {longest}")
-        self._pieces = torch.tensor([ids[0] for ids in pieces], device=device)
+        self._pieces, self._piece_lengths = _padded_table([encode(piece) for piece in PIECES], device)
         self._end = tokenizer.eos_token_id
         self._n_texts = len(QUESTION_TEXTS)
         self._pad = tokenizer.pad_token_id
 
     def longest_turn(self, n_pieces: int) -> int:
         """Tokens that any question with an answer of ``n_pieces`` fits in."""
-        return self._questions.shape[1] + n_pieces + 1
+        return self._questions.shape[1] + n_pieces * self._pieces.shape[1] + 1
 
     def __call__(self, questions: QuestionBatch, tail: int) -> Sequences:
         """Assemble the chats of a batch in ``tail`` tokens; questions that do not fit are cut off."""
@@ -99,10 +98,17 @@ class SequenceBuilder:
         return Sequences(input_ids[:, :tail], targets[:, :tail], owner[:, :tail], complete)
 
     def _answers(self, pieces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Tokens (batch, n, MAX_PIECES + 1), <|im_end|> after the last piece, and their numbers (batch, n)."""
-        pieces = torch.nn.functional.pad(pieces, (0, 1), value=NO_PIECE)
-        tokens = torch.where(pieces == NO_PIECE, self._end, self._pieces[pieces.clamp(min=0)])
-        return tokens, (pieces != NO_PIECE).sum(dim=2) + 1
+        """Tokens (batch, n, longest), <|im_end|> after those of the last piece, and their numbers (batch, n)."""
+        lengths = torch.where(pieces == NO_PIECE, 0, self._piece_lengths[pieces.clamp(min=0)])
+        ends = lengths.cumsum(dim=2)
+        offset = torch.arange(self._pieces.shape[1], device=pieces.device)
+        longest = pieces.shape[2] * self._pieces.shape[1]
+        # What a shorter piece does not use goes to an extra column that is cut off.
+        used = offset < lengths[..., None]
+        place = torch.where(used, (ends - lengths)[..., None] + offset, longest + 1)
+        tokens = torch.full((*pieces.shape[:2], longest + 2), self._end, device=pieces.device)
+        tokens.scatter_(2, place.flatten(2), self._pieces[pieces.clamp(min=0)].flatten(2))
+        return tokens[..., :-1], ends[..., -1] + 1
 
 
 def _padded_table(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,15 +17,13 @@ TASK_SHARES = {
 
 
 @dataclass(frozen=True)
-class TrainSettings:
-    """Everything that defines a run; written next to its log.
+class StageSettings:
+    """What any run has; written next to its log.
 
     Attributes
     ----------
-    layers, mlp, rope_theta : int, int, float
-        Decoder depth, MLP width and rotary base of a fresh model; only ``layers`` counts when ``init`` is given.
     init : str
-        Folder of a checkpoint to start from, or "" for a fresh model. It is grown to ``layers`` decoder layers.
+        Folder to go on from that an earlier run has written, or "" to begin.
     seconds : float
         Wall-clock limit of training, compilation included; progress of the schedules is measured against it.
     steps : int
@@ -51,9 +49,6 @@ class TrainSettings:
         Compile the blocks; replay the step as a CUDA graph. Both need a GPU.
     """
 
-    layers: int = 4
-    mlp: int = 448
-    rope_theta: float = 1e4
     init: str = ""
     seconds: float = 450.0
     steps: int = 0
@@ -83,3 +78,18 @@ class TrainSettings:
             )
         if self.seed < 0 or self.seed >= 2**15:
             raise ValueError(f"seed must lie in [0, {2**15}), got {self.seed}")
+
+
+@dataclass(frozen=True)
+class TrainSettings(StageSettings):
+    """A run that trains the bundled model.
+
+    Attributes
+    ----------
+    layers, mlp, rope_theta : int, int, float
+        Decoder depth, MLP width and rotary base of a fresh model; one that ``init`` names is grown to ``layers``.
+    """
+
+    layers: int = 4
+    mlp: int = 448
+    rope_theta: float = 1e4

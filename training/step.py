@@ -1,5 +1,6 @@
 """One optimisation step: draw scenes, ask, run forward and backward, update; optionally as one CUDA graph."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -11,13 +12,15 @@ from training.forward import Decoded, SceneForward
 from training.groups import parse_mix, task_table
 from training.material import Material, draw_material
 from training.objective import PLACE_SIZES, TOKEN_SIZES, Readout, score_answers
-from training.optimiser import Optimiser, split_weights
+from training.optimiser import Optimiser, Trained
 from training.pixels import Patchifier
+from training.replay import TextReplay
 from training.sequences import SequenceBuilder
-from training.settings import TASK_SHARES, TrainSettings
+from training.settings import TASK_SHARES, StageSettings
 
 _SEEDS_PER_RUN = 2**32
 _EAGER_STEPS = 3
+_MEANS = ("loss", "token_loss", "place_loss", "replay_loss", "grad_norm")
 _AUXILIARY = ("kind", "colour_seen", "glyph", "edge", "row", "column", "box_edge", "kind_known", "colour_known")
 
 
@@ -25,7 +28,7 @@ class Metrics:
     """Sums over steps, kept on the device so that logging alone waits for it."""
 
     def __init__(self, device: torch.device):
-        self.totals = torch.zeros(5, device=device)  # steps, loss, auxiliary loss, place loss, gradient norm
+        self.totals = torch.zeros(1 + len(_MEANS), device=device)  # of steps, and of what is averaged over them
         self.auxiliary = torch.zeros(len(_AUXILIARY), device=device)
         self.hits = torch.zeros(len(TASKS), device=device)
         self.asked = torch.zeros(len(TASKS), device=device)
@@ -37,8 +40,7 @@ class Metrics:
         for tensor in (self.totals, self.auxiliary, self.hits, self.asked):
             tensor.zero_()
         steps = max(totals[0], 1.0)
-        names = ("loss", "token_loss", "place_loss", "grad_norm")
-        means = {name: total / steps for name, total in zip(names, totals[1:], strict=True)}
+        means = {name: total / steps for name, total in zip(_MEANS, totals[1:], strict=True)}
         means |= {name: total / steps for name, total in zip(_AUXILIARY, auxiliary, strict=True)}
         return means | {task: h / max(a, 1.0) for task, h, a in zip(TASKS, hits, asked, strict=True)}
 
@@ -53,19 +55,25 @@ class TrainStep:
     model : Qwen2_5_VLForConditionalGeneration
         Model to train in place.
     tokenizer : PreTrainedTokenizerFast
-        The bundled tokenizer.
-    settings : TrainSettings
+        The model's.
+    settings : StageSettings
         The run.
+    trained : Trained
+        What of the model is trained; the rest should ask for no gradient.
+    replay : TextReplay, optional
+        Text whose loss is added to that of the answers.
     """
 
     def __init__(
         self,
         model: Qwen2_5_VLForConditionalGeneration,
         tokenizer: PreTrainedTokenizerFast,
-        settings: TrainSettings,
+        settings: StageSettings,
+        trained: Trained,
+        replay: TextReplay | None = None,
     ):
         device, dtype = model.device, model.dtype
-        self.settings, self.dtype, self.steps_done = settings, dtype, 0
+        self.settings, self.dtype, self.steps_done, self.replay = settings, dtype, 0, replay
         self.metrics = Metrics(device)
         self.builder, self.patchify = SequenceBuilder(tokenizer, device), Patchifier(device)
         self.groups = parse_mix(settings.mix)
@@ -80,10 +88,10 @@ class TrainStep:
         self.seeds = training_seeds(first, n_samples).to(device)
         self.task_table = task_table(TASK_SHARES, device)
         self.auxiliary_weight = torch.zeros((), device=device)
-        matrices, others = split_weights(model)
         if settings.auxiliary_until > 0:
-            others += [*self.token_head.parameters(), *self.place_head.parameters()]
-        self.optimiser = Optimiser(matrices, others, settings.decay, settings.clip)
+            heads = [*self.token_head.parameters(), *self.place_head.parameters()]
+            trained = dataclasses.replace(trained, others=trained.others + heads)
+        self.optimiser = Optimiser(trained, settings.decay, settings.clip)
         self.weights = self.optimiser.weights
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -152,8 +160,13 @@ class TrainStep:
             token_loss, place_loss, accuracy = self._auxiliary(parts, features, decoded)
             loss = answers + self.auxiliary_weight * (token_loss + settings.place_weight * place_loss)
             self.metrics.auxiliary += accuracy
+        replayed = torch.zeros_like(answers)
+        if self.replay is not None:
+            replayed = self.replay.loss()
+            loss = loss + self.replay.weight * replayed
         norm = self.optimiser.step(torch.autograd.grad(loss, self.weights))
-        totals = (torch.ones_like(norm), answers.detach(), token_loss.detach(), place_loss.detach(), norm)
+        losses = (answers, token_loss, place_loss, replayed)
+        totals = (torch.ones_like(norm), *(one.detach() for one in losses), norm)
         self.metrics.totals += torch.stack(totals)
         self.metrics.hits += score.hits
         self.metrics.asked += score.asked

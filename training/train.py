@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
@@ -15,8 +16,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForCo
 from sparsevlm.bundled import __file__ as bundled_file
 from training.architecture import build_model, cast_weights, grow
 from training.evaluate import evaluate
-from training.settings import TrainSettings
+from training.optimiser import whole_model
+from training.settings import StageSettings, TrainSettings
 from training.step import TrainStep
+
+Settings = TypeVar("Settings", bound=StageSettings)
+Result = TypeVar("Result")
 
 _LOG_EVERY = 20.0  # seconds
 _SYNC_EVERY = 20  # steps: the host must not run ahead of the wall clock
@@ -24,9 +29,14 @@ _SHARD_SIZE = "12MB"
 
 
 def main() -> None:
-    """Command line: one option per field of :class:`TrainSettings`, and where to write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for field in dataclasses.fields(TrainSettings):
+    """Command line."""
+    train(*parse_arguments(TrainSettings, __doc__))
+
+
+def parse_arguments(kind: type[Settings], description: str | None) -> tuple[Settings, Path, int, torch.device]:
+    """Options of a run: one per field of ``kind``, where to write, hold-out scenes per layout, and the device."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for field in dataclasses.fields(kind):
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default)
@@ -37,7 +47,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = vars(parser.parse_args())
     out, eval_scenes, device = arguments.pop("out"), arguments.pop("eval_scenes"), arguments.pop("device")
-    train(TrainSettings(**arguments), out, eval_scenes, torch.device(device))
+    return kind(**arguments), out, eval_scenes, torch.device(device)
 
 
 def train(settings: TrainSettings, out: Path, eval_scenes: int, device: torch.device) -> dict[str, dict[str, float]]:
@@ -49,19 +59,35 @@ def train(settings: TrainSettings, out: Path, eval_scenes: int, device: torch.de
         Hold-out accuracy by layout and task.
     """
     started = time.monotonic()
-    torch.manual_seed(settings.seed)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    out.mkdir(parents=True, exist_ok=True)
+    prepare(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(Path(bundled_file).parent)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = cast_weights(_starting_model(settings).to(device), dtype)
-    step = TrainStep(model, tokenizer, settings)
+    model = cast_weights(_starting_model(settings).to(device), dtype_of(device))
+    step = TrainStep(model, tokenizer, settings, whole_model(model))
+    return run_stage(step, settings, out, started, lambda: _finish(model, tokenizer, out, eval_scenes))
+
+
+def prepare(seed: int) -> None:
+    """Seed torch, and let float32 products use the tensor cores."""
+    torch.manual_seed(seed)
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What a model in training computes in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def run_stage(
+    step: TrainStep, settings: StageSettings, out: Path, started: float, finish: Callable[[], Result]
+) -> Result:
+    """Train until the clock or the number of steps ends it; what ``finish`` returns is the last row of the log."""
+    out.mkdir(parents=True, exist_ok=True)
     with _log_file(out / "log.jsonl") as log:
         log({"settings": dataclasses.asdict(settings), "torch": torch.__version__})
         _loop(step, settings, started, log)
-        accuracy = _finish(model, tokenizer, out, eval_scenes)
-        log({"steps": step.steps_done, "seconds": time.monotonic() - started, "holdout": accuracy})
-    return accuracy
+        result = finish()
+        log({"steps": step.steps_done, "seconds": time.monotonic() - started, "holdout": result})
+    return result
 
 
 def _starting_model(settings: TrainSettings) -> Qwen2_5_VLForConditionalGeneration:
@@ -70,7 +96,7 @@ def _starting_model(settings: TrainSettings) -> Qwen2_5_VLForConditionalGenerati
     return grow(Qwen2_5_VLForConditionalGeneration.from_pretrained(settings.init, dtype="float32"), settings.layers)
 
 
-def _loop(step: TrainStep, settings: TrainSettings, started: float, log: Callable[[dict], None]) -> None:
+def _loop(step: TrainStep, settings: StageSettings, started: float, log: Callable[[dict], None]) -> None:
     last_log, last_steps, last_sync = started, 0, 0
     while True:
         if step.steps_done - last_sync >= _SYNC_EVERY and step.seeds.is_cuda:
@@ -91,13 +117,13 @@ def _loop(step: TrainStep, settings: TrainSettings, started: float, log: Callabl
         step.run(rate_factor(settings, step.steps_done, progress), auxiliary_weight(settings, progress))
 
 
-def rate_factor(settings: TrainSettings, step: int, progress: float) -> float:
+def rate_factor(settings: StageSettings, step: int, progress: float) -> float:
     """Learning rate as a share of its peak: linear warm-up over steps, times a cosine over progress in [0, 1]."""
     cosine = settings.floor + (1 - settings.floor) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
     return min(1.0, (step + 1) / max(settings.warmup, 1)) * cosine
 
 
-def auxiliary_weight(settings: TrainSettings, progress: float) -> float:
+def auxiliary_weight(settings: StageSettings, progress: float) -> float:
     """Weight of the auxiliary losses: 1 up to ``auxiliary_from``, then linear to 0 at ``auxiliary_until``."""
     if settings.auxiliary_until == 0:
         return 0.0

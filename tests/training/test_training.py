@@ -33,7 +33,7 @@ from training.evaluate import evaluate
 from training.forward import SceneForward
 from training.groups import draw_group, parse_mix
 from training.objective import PLACE_SIZES, TOKEN_SIZES, Readout, place_labels, score_answers, token_labels
-from training.optimiser import Optimiser, orthogonalised
+from training.optimiser import Optimiser, Trained, orthogonalised, whole_model
 from training.pixels import Patchifier, full_patches
 from training.sequences import IGNORE, SequenceBuilder, Sequences
 from training.settings import TrainSettings
@@ -183,7 +183,8 @@ def test_casting_keeps_rotary_frequencies():
 def test_step_moves_weights_and_counts_questions(tokenizer):
     torch.manual_seed(0)
     model = build_model(layers=1, mlp=16)
-    step = TrainStep(model, tokenizer, TrainSettings(mix="wide:2,pair:1", questions=3, draw_ahead=2))
+    settings = TrainSettings(mix="wide:2,pair:1", questions=3, draw_ahead=2)
+    step = TrainStep(model, tokenizer, settings, whole_model(model))
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     seeds = step.seeds.clone()
     step.run(factor=1.0, auxiliary_weight=1.0)
@@ -208,7 +209,7 @@ def test_optimiser_descends():
     torch.manual_seed(0)
     matrix, bias = torch.nn.Parameter(torch.randn(6, 4)), torch.nn.Parameter(torch.zeros(6))
     target, inputs = torch.randn(6, 4), torch.randn(64, 4)
-    optimiser = Optimiser([matrix], [bias], decay=0.0, clip=1.0)
+    optimiser = Optimiser(Trained([matrix], [bias], []), decay=0.0, clip=1.0)
 
     def loss():
         return (torch.nn.functional.linear(inputs, matrix, bias) - inputs @ target.T - 1.0).square().mean()

@@ -15,6 +15,7 @@ from .evaluate import evaluate
 from .explore import explore
 from .run import run
 from .serve import serve
+from .smol import smol_weights
 from .terminal import show_warning
 from .visualize import visualize
 
@@ -32,6 +33,7 @@ app.command()(bench)
 app.command()(visualize)
 app.command()(serve)
 app.command()(explore)
+app.command()(smol_weights)
 
 
 def _print_version(asked: bool) -> None:

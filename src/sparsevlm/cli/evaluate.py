@@ -48,7 +48,7 @@ def evaluate(
             "--suite", help="demo, demo-<layout>, a .jsonl or .parquet file, or lmms:TASK[,TASK] for lmms-eval's tasks."
         ),
     ] = "demo",
-    model: Annotated[str, typer.Option("--model", help="Folder, hub id, or 'bundled'.")] = "bundled",
+    model: Annotated[str, typer.Option("--model", help="Folder, hub id, 'bundled' or 'smol'.")] = "bundled",
     selectors: Annotated[
         str | None,
         typer.Option(

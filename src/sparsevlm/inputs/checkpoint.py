@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..smol import smol_path
 from .device import check_attention, pick_device
 from .torchvision_guard import torchvision_works
 
@@ -15,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+SMOL = "smol"  # the name of the checkpoint that `sparsevlm smol-weights` writes
 _SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model"]
 
 
@@ -24,7 +26,8 @@ def checkpoint_folder(path_or_id: str | Path, *, weights: bool = True, local_fil
     Parameters
     ----------
     path_or_id : str or Path
-        A folder, or a hub id such as ``Qwen/Qwen2.5-VL-3B-Instruct``.
+        A folder, a hub id such as ``Qwen/Qwen2.5-VL-3B-Instruct``, or ``"smol"``, which ``sparsevlm smol-weights``
+        writes.
     weights : bool
         Whether a hub id brings its safetensors files, too. Without, a folder with a processor alone will do.
     local_files_only : bool
@@ -37,7 +40,7 @@ def checkpoint_folder(path_or_id: str | Path, *, weights: bool = True, local_fil
     ValueError
         If the folder is none of a model.
     """
-    path = Path(path_or_id)
+    path = smol_path() if path_or_id == SMOL else Path(path_or_id)
     if path.is_file():
         raise ValueError(f"{path} is a file; give the folder of a model in Hugging Face layout.")
     if not path.is_dir():
@@ -90,7 +93,7 @@ def load_model(
     Parameters
     ----------
     path_or_id : str or Path
-        A folder, or a hub id.
+        A folder, a hub id, or ``"smol"``.
     dtype : {"auto", "float32", "float16", "bfloat16"}
         ``"auto"``: as stored.
     device : str
