@@ -45,7 +45,9 @@ def evaluate(
     suite: Annotated[
         str,
         typer.Option(
-            "--suite", help="demo, demo-<layout>, a .jsonl or .parquet file, or lmms:TASK[,TASK] for lmms-eval's tasks."
+            "--suite",
+            help="demo, demo-<layout>, grounds, grounds-<ground>, documents, charts, screens, whole, chat, a .jsonl or "
+            ".parquet file, or lmms:TASK[,TASK] for lmms-eval's tasks.",
         ),
     ] = "demo",
     model: Annotated[str, typer.Option("--model", help="Folder, hub id, or 'bundled'.")] = "bundled",
@@ -77,7 +79,8 @@ def evaluate(
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Of selectors that draw at random, with commas.")] = "0",
     first_seed: Annotated[
-        int | None, typer.Option("--first-seed", help="First bundled scene; below 1000000.", show_default="500000")
+        int | None,
+        typer.Option("--first-seed", help="First seed of what is drawn; below 1000000.", show_default="500000"),
     ] = None,
     target_layers: Annotated[
         str | None, typer.Option("--target-layers", help="Such as 2,6,10.", show_default="every 4th from 2")
