@@ -93,7 +93,7 @@ def evaluate(
         typer.Option("--set", help="Another option of SparseVLMConfig, as name=value; may be given several times."),
     ] = None,
     metric: Annotated[
-        str, typer.Option("--metric", help="exact, vqa, anls or iou, for rows of a file that name none.")
+        str, typer.Option("--metric", help="exact, vqa, anls, relaxed or iou, for rows of a file that name none.")
     ] = "exact",
     instruction: Annotated[str, typer.Option("--instruction", help="Text appended to every question.")] = "",
     max_new_tokens: Annotated[

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from .charts import CHARTS
+from .chat import CHAT
+from .documents import DOCUMENTS
 from .example import Example, Request, TaskFamily
 from .grounds import ALL_GROUNDS, EACH_GROUND
 from .photos import check_photos
+from .screens import SCREENS
 from .splits import TRAINING, check_seed, generator
+from .whole import WHOLE
 
-FAMILIES: dict[str, TaskFamily] = {family.name: family for family in (ALL_GROUNDS, *EACH_GROUND)}
+FAMILIES: dict[str, TaskFamily] = {
+    family.name: family for family in (ALL_GROUNDS, *EACH_GROUND, DOCUMENTS, CHARTS, SCREENS, WHOLE, CHAT)
+}
 
 
 def draw(family: str, task: str, seed: int, split: str = TRAINING, turns: int = 1) -> Example:

@@ -24,12 +24,15 @@ class Turn:
         How an answer is judged: ``"exact"``, ``"anls"``, ``"relaxed"`` or ``"iou"``.
     box : tuple of int or None
         What the question is about in pixels (left, top, right, bottom), where it is in one place.
+    follow : Turn or None
+        A question that makes sense right behind this one only, as it says "it".
     """
 
     question: str
     answers: tuple[str, ...]
     metric: str = "exact"
     box: Box | None = None
+    follow: Turn | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from ..scenes import (
     NOTHING,
     SINGLE_TASKS,
     Ground,
+    Question,
     SceneSpec,
     cell_contents,
     draw_scene,
@@ -34,7 +35,7 @@ _TRIES = 12
 _APART = 150  # sum of the differences of three channels
 _CROWD = 70
 _GAP = 4  # pixels between an object and the crowd
-_PHOTOGRAPHIC = frozenset({"photograph", "collage"})
+PHOTOGRAPHIC = frozenset({"photograph", "collage"})
 
 
 def _clutter(rng: random.Random, spec: SceneSpec, split: str) -> Image.Image:
@@ -60,7 +61,7 @@ def _crowded(rng: random.Random, spec: SceneSpec, split: str) -> Image.Image:
 
 def _outline(rng: random.Random, box: Box) -> list[tuple[float, float]]:
     """A pentagon, hexagon or octagon, an arrow, a bar or an L."""
-    left, top, right, bottom = box
+    left, top, right, _ = box
     side, turn = right - left, rng.uniform(0, 2 * math.pi)
     corners = rng.choice((5, 6, 8, 0, 0))
     if corners:
@@ -161,11 +162,13 @@ def _draw(request: Request, name: str, kind: str) -> Drawing:
     first = scene.question(kind)
     others = [question for question in scene.questions if question.task != kind]
     asked = [first, *request.rng.sample(others, min(request.turns - 1, len(others)))]
-    turns = tuple(
-        Turn(one.text, (one.answer,), _METRICS.get(one.task, "exact"), one.box[0] if len(one.box) == 1 else None)
-        for one in asked
-    )
-    return (scene.image,), turns
+    return (scene.image,), tuple(turn_of(one) for one in asked)
+
+
+def turn_of(question: Question) -> Turn:
+    """A question of a scene as a turn."""
+    box = question.box[0] if len(question.box) == 1 else None
+    return Turn(question.text, (question.answer,), _METRICS.get(question.task, "exact"), box)
 
 
 def _draw_any(request: Request) -> Drawing:
@@ -173,14 +176,14 @@ def _draw_any(request: Request) -> Drawing:
     return _draw(request, request.task, SINGLE_TASKS[request.seed % len(SINGLE_TASKS)])
 
 
-ALL_GROUNDS = TaskFamily("grounds", GROUNDS, _draw_any, photographic=_PHOTOGRAPHIC)
+ALL_GROUNDS = TaskFamily("grounds", GROUNDS, _draw_any, photographic=PHOTOGRAPHIC)
 # One family for each ground, whose tasks are the kinds of questions.
 EACH_GROUND = tuple(
     TaskFamily(
         f"grounds-{name}",
         SINGLE_TASKS,
         lambda request, name=name: _draw(request, name, request.task),
-        photographic=frozenset(SINGLE_TASKS) if name in _PHOTOGRAPHIC else frozenset(),
+        photographic=frozenset(SINGLE_TASKS) if name in PHOTOGRAPHIC else frozenset(),
     )
     for name in GROUNDS
 )

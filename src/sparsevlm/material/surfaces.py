@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -87,8 +88,8 @@ def collage(rng: random.Random, size: Size, split: str) -> Image.Image:
     """Pieces of several photographs side by side, cut anywhere."""
     columns, rows = _cuts(rng, size[0]), _cuts(rng, size[1])
     whole = Image.new("RGB", size)
-    for left, right in zip(columns, columns[1:], strict=False):
-        for top, bottom in zip(rows, rows[1:], strict=False):
+    for left, right in itertools.pairwise(columns):
+        for top, bottom in itertools.pairwise(rows):
             whole.paste(crop(rng, split, (right - left, bottom - top)), (left, top))
     return whole
 
