@@ -31,6 +31,7 @@ LEVELS = {
     "report": 1,
     "selection": 1,
     "models": 1,
+    "material": 1,
     "typed_options": 2,
     "request": 2,
     "hooks": 3,

@@ -45,7 +45,9 @@ def evaluate(
     suite: Annotated[
         str,
         typer.Option(
-            "--suite", help="demo, demo-<layout>, a .jsonl or .parquet file, or lmms:TASK[,TASK] for lmms-eval's tasks."
+            "--suite",
+            help="demo, demo-<layout>, grounds, grounds-<ground>, documents, charts, screens, whole, chat, a .jsonl or "
+            ".parquet file, or lmms:TASK[,TASK] for lmms-eval's tasks.",
         ),
     ] = "demo",
     model: Annotated[str, typer.Option("--model", help="Folder, hub id, 'bundled' or 'smol'.")] = "bundled",
@@ -77,7 +79,8 @@ def evaluate(
     ] = None,
     seeds: Annotated[str, typer.Option("--seeds", help="Of selectors that draw at random, with commas.")] = "0",
     first_seed: Annotated[
-        int | None, typer.Option("--first-seed", help="First bundled scene; below 1000000.", show_default="500000")
+        int | None,
+        typer.Option("--first-seed", help="First seed of what is drawn; below 1000000.", show_default="500000"),
     ] = None,
     target_layers: Annotated[
         str | None, typer.Option("--target-layers", help="Such as 2,6,10.", show_default="every 4th from 2")
@@ -90,7 +93,7 @@ def evaluate(
         typer.Option("--set", help="Another option of SparseVLMConfig, as name=value; may be given several times."),
     ] = None,
     metric: Annotated[
-        str, typer.Option("--metric", help="exact, vqa, anls or iou, for rows of a file that name none.")
+        str, typer.Option("--metric", help="exact, vqa, anls, relaxed or iou, for rows of a file that name none.")
     ] = "exact",
     instruction: Annotated[str, typer.Option("--instruction", help="Text appended to every question.")] = "",
     max_new_tokens: Annotated[

@@ -1,9 +1,12 @@
 """Generated scenes with questions: the same code draws for training, evaluation and demos."""
 
+from .atlas import FULL
 from .questions import QuestionBatch, ask, ask_pair
 from .render import (
     CARD,
     CLUTTER,
+    PLAIN,
+    Ground,
     cell_contents,
     cell_corners,
     cell_tiles,
@@ -14,9 +17,10 @@ from .render import (
 )
 from .scene import Box, Example, Question, Scene, draw_example, draw_scene
 from .seeds import HOLDOUT_SEEDS, TRAINING_SEEDS, holdout_seeds, training_seeds
-from .specification import SceneSpec, sample_specs
+from .specification import NOTHING, SceneSpec, sample_specs
 from .vocabulary import (
     BOX_UNIT,
+    COLOUR_RGB,
     COLOURS,
     DEFAULT_LAYOUT,
     GLYPHS,
@@ -39,16 +43,20 @@ __all__ = [
     "CARD",
     "CLUTTER",
     "COLOURS",
+    "COLOUR_RGB",
     "DEFAULT_LAYOUT",
+    "FULL",
     "GLYPHS",
     "HOLDOUT_SEEDS",
     "LAYOUTS",
     "MAX_GLYPHS",
     "MAX_PIECES",
+    "NOTHING",
     "NO_PIECE",
     "PAIR",
     "PAIR_LAYOUT",
     "PIECES",
+    "PLAIN",
     "QUESTION_TEXTS",
     "SHAPES",
     "SINGLE_TASKS",
@@ -56,6 +64,7 @@ __all__ = [
     "TRAINING_SEEDS",
     "Box",
     "Example",
+    "Ground",
     "Layout",
     "Question",
     "QuestionBatch",

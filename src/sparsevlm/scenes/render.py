@@ -1,5 +1,7 @@
 """Batched drawing of scenes: integer arithmetic only, so every device gives the same pixels."""
 
+from dataclasses import dataclass
+
 import torch
 
 from .atlas import CARD_LENGTHS, FIRST_CARD, FIRST_CLUTTER, FULL, GLYPH_HEIGHT, NOISE_SIDE, Atlas, atlas_for
@@ -9,8 +11,32 @@ from .vocabulary import MAX_GLYPHS, NO_PIECE, SHAPES
 CARD, CLUTTER = len(SHAPES), len(SHAPES) + 1  # kinds after those of the shapes
 
 
-def render(spec: SceneSpec) -> torch.Tensor:
+@dataclass(frozen=True)
+class Ground:
+    """What scenes are drawn on, and how faintly.
+
+    Attributes
+    ----------
+    pixels : torch.Tensor or None
+        uint8 of shape (batch, 3, height, width) on the device of the scenes; ``None``: their own plain ground.
+    opacity : int
+        Of everything that stands on it, from 0 to ``FULL``.
+    """
+
+    pixels: torch.Tensor | None = None
+    opacity: int = FULL
+
+
+PLAIN = Ground()
+
+
+def render(spec: SceneSpec, ground: Ground = PLAIN) -> torch.Tensor:
     """Draw the scenes.
+
+    Parameters
+    ----------
+    spec : SceneSpec
+    ground : Ground
 
     Returns
     -------
@@ -26,11 +52,14 @@ def render(spec: SceneSpec) -> torch.Tensor:
     is_clutter = (kinds == CLUTTER)[..., None]
     paint = torch.where(is_clutter, spec.clutter_grey, atlas.colours[colours]) + spec.colour_jitter
     inside, at, cell = _grid_pixels(spec)
-    canvas = _background(spec)
+    below = _background(spec) if ground.pixels is None else ground.pixels.to(torch.int16)
+    canvas = below
     for mask, colour in ((cover, paint), (text, atlas.ink[colours].expand_as(paint))):
         alpha = (mask.flatten(1).gather(1, at) * inside).view(-1, 1, layout.height, layout.width)
         target = colour.clamp(0, 255).to(torch.int16).transpose(1, 2).gather(2, cell[:, None].expand(-1, 3, -1))
         canvas = canvas + (((target.view_as(canvas) - canvas) * alpha) >> 7)
+    if ground.opacity < FULL:
+        canvas = below + (((canvas - below) * ground.opacity) >> 7)
     return (canvas + _noise(spec, atlas)).clamp(0, 255).to(torch.uint8)
 
 

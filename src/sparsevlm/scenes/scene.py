@@ -1,12 +1,13 @@
 """Scenes as images with questions, for people, demos and evaluation."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
 from .questions import QuestionBatch, ask, ask_pair
-from .render import picture_boxes, render
+from .render import PLAIN, Ground, picture_boxes, render
 from .specification import SceneSpec, sample_specs
 from .vocabulary import (
     DEFAULT_LAYOUT,
@@ -76,7 +77,9 @@ class Example:
     answer: str
 
 
-def draw_scene(seed: int, layout: Layout = DEFAULT_LAYOUT) -> Scene:
+def draw_scene(
+    seed: int, layout: Layout = DEFAULT_LAYOUT, ground: Callable[[SceneSpec], Ground] | None = None
+) -> Scene:
     """Draw the scene of a seed on the CPU.
 
     Parameters
@@ -85,6 +88,8 @@ def draw_scene(seed: int, layout: Layout = DEFAULT_LAYOUT) -> Scene:
         In [0, 2**48). Seeds below one million are never used in training.
     layout : Layout
         Grid of the picture.
+    ground : callable, optional
+        Makes the ground from the scene, a batch of one; without it the scene has a plain one.
 
     Raises
     ------
@@ -93,7 +98,7 @@ def draw_scene(seed: int, layout: Layout = DEFAULT_LAYOUT) -> Scene:
     """
     spec = sample_specs(_checked_seed(seed), layout)
     questions = ask(spec, torch.arange(len(SINGLE_TASKS))[None])
-    return Scene(_image(spec), _describe(spec, questions), seed)
+    return Scene(_image(spec, PLAIN if ground is None else ground(spec)), _describe(spec, questions), seed)
 
 
 def draw_example(task: str, seed: int, layout: str = "square") -> Example:
@@ -134,8 +139,8 @@ def _checked_seed(seed: int) -> torch.Tensor:
     return torch.tensor([seed])
 
 
-def _image(spec: SceneSpec) -> Image.Image:
-    return Image.fromarray(render(spec)[0].permute(1, 2, 0).numpy(), "RGB")
+def _image(spec: SceneSpec, ground: Ground = PLAIN) -> Image.Image:
+    return Image.fromarray(render(spec, ground)[0].permute(1, 2, 0).numpy(), "RGB")
 
 
 def _answer(questions: QuestionBatch, column: int) -> str:

@@ -130,9 +130,17 @@ class BatchGenerator:
         return move_inputs(inputs, self.model)
 
     def _prompt(self, sample: Sample) -> str:
-        text = sample.question + (f"\n{self.instruction}" if self.instruction else "")
-        content = [*({"type": "image"} for _ in sample.images), {"type": "text", "text": text}]
-        return render_turn(self.processor, [{"role": "user", "content": content}])
+        """The conversation so far and the question, the images before everything."""
+        asked = [*(question for question, _ in sample.history), sample.question]
+        messages: list[dict[str, Any]] = []
+        for i, question in enumerate(asked):
+            text = question + (f"\n{self.instruction}" if self.instruction else "")
+            images = [{"type": "image"} for _ in sample.images] if i == 0 else []
+            messages.append({"role": "user", "content": [*images, {"type": "text", "text": text}]})
+            if i < len(sample.history):
+                answer = sample.history[i][1]
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        return render_turn(self.processor, messages)
 
     def _now(self) -> float:
         if self.model.device.type == "cuda":

@@ -10,12 +10,29 @@ from typing import Any
 from .vqa import LEAST_ANSWERS, vqa_accuracy
 
 IOU_THRESHOLD = 0.5
+_RELAXED = 0.05
+_ROUNDING = 1e-9  # so that 21 is within 5 % of 20
 _Box = tuple[int, int, int, int]
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction is one of the answers, up to case, runs of white space and a full stop at the end."""
     return float(_plain(prediction) in {_plain(answer) for answer in answers})
+
+
+def relaxed_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """1 if a number is within 5 % of an answer, or any other text equal to it as by :func:`exact_match`.
+
+    Source: Methani et al., "PlotQA", WACV 2020, and Masry et al., "ChartQA", ACL Findings 2022. A per cent sign, a
+    dollar sign and commas between thousands are left out of account; an answer that is a year is a number as well,
+    which is as the sources have it, so give ``exact`` for those.
+    """
+    said = _number(prediction)
+    for answer in answers:
+        wanted = _number(answer)
+        if wanted is not None and said is not None and abs(said - wanted) <= _RELAXED * abs(wanted) + _ROUNDING:
+            return 1.0
+    return exact_match(prediction, answers)
 
 
 def anls(prediction: str, answers: Sequence[str]) -> float:
@@ -45,6 +62,7 @@ METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
     "exact": exact_match,
     "vqa": vqa_accuracy,
     "anls": anls,
+    "relaxed": relaxed_accuracy,
     "iou": box_match,
 }
 
@@ -94,6 +112,11 @@ def check_answers(metric: str, answers: Sequence[str]) -> None:
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).casefold().removesuffix(".")
+
+
+def _number(text: str) -> float | None:
+    plain = text.strip().removesuffix(".").strip("%$ ").replace(",", "")
+    return float(plain) if re.fullmatch(r"-?\d+(\.\d+)?", plain) else None
 
 
 def _box(text: str) -> _Box | None:

@@ -27,12 +27,15 @@ class Sample:
         Every answer that counts; the ``vqa`` metric takes one per annotator.
     metric : str
         A name of :data:`sparsevlm.evaluation.metrics.scores.METRICS`.
+    history : tuple of (str, str)
+        Questions asked before, the images before the first of them, and the right answers to them.
     """
 
     images: tuple[Image.Image, ...]
     question: str
     answers: tuple[str, ...]
     metric: str
+    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
