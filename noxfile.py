@@ -39,20 +39,9 @@ def tests(session: nox.Session) -> None:
 def tests_oldest(session: nox.Session) -> None:
     """The tests with the oldest transformers of the range: of models, requests and both paths, and of most commands;
     not of what calls nothing of transformers, nor of what only calls the public functions."""
-    folders = (
-        "kernels",
-        "benchmark",
-        "bench",
-        "docs",
-        "scenes",
-        "training",
-        "visualization",
-        "evaluation",
-        "plugins",
-        "explore",
-    )
+    folders = ("kernels", "benchmark", "bench", "docs", "scenes", "training", "visualization", "evaluation", "plugins")
     files = ("engine/test_device_steps.py", "cli/test_eval.py", "cli/test_bench_command.py", "test_structure.py")
-    options = [f"--ignore=tests/{name}" for name in (*folders, *files)]
+    options = [f"--ignore=tests/{name}" for name in (*folders, "explore", *files)]
     run_tests(session, OLDEST, *options, "--ignore-glob=tests/selection/test_[!o]*")
 
 

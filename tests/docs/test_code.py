@@ -17,7 +17,7 @@ from sparsevlm.selection.selectors import SELECTORS
 from toys import make_inputs, tiny_model
 
 # What a block may need to be marked: ``<!-- not run: needs a GPU -->`` before it.
-REASONS = {"needs a GPU", "needs a checkpoint", "installs packages", "starts a server", "needs a server", "serves until it is stopped"}
+REASONS = {"needs a GPU", "needs a checkpoint", "installs packages", "starts a server", "needs a server"}
 CODE = [document for document in DOCUMENTS if any(block.language in ("python", "bash") for block in blocks(document))]
 PYTHON = [document for document in DOCUMENTS if any(block.language == "python" for block in blocks(document))]
 
