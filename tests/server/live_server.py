@@ -46,7 +46,7 @@ class LiveServer:
         """OpenAI's own."""
         import openai
 
-        options = {"api_key": "none", "max_retries": 0, "timeout": 60, **options}
+        options = {"api_key": "none", "max_retries": 0, "timeout": 250, **options}
         return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **options)
 
     def ask(self, content=None, **more):
@@ -54,7 +54,7 @@ class LiveServer:
 
     def send(self, method, path, body=None, headers=()):
         """Status, headers and body of an answer, JSON where it is."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=250)
         try:
             headers = {"content-type": "application/json", **dict(headers)}
             body = json.dumps(body) if isinstance(body, (dict, list)) else body
@@ -156,4 +156,4 @@ def in_threads(works):
         thread.start()
     yield outcomes
     for thread in threads:
-        thread.join(120)
+        thread.join(250)

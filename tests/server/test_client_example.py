@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,9 +48,8 @@ def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
     from typer.testing import CliRunner
 
     from sparsevlm.cli import app
-    from sparsevlm.cli import serve as command
 
-    monkeypatch.setattr(sys.modules[command.__wrapped__.__module__], "find_spec", lambda name: None)
+    monkeypatch.setattr("sparsevlm.cli.serve.find_spec", lambda name: None)
     done = CliRunner().invoke(app, ["serve", "--model", "bundled"])
     assert done.exit_code == 2
     assert 'pip install ".[server]"' in " ".join(done.output.split())

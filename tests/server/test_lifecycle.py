@@ -167,7 +167,7 @@ class Process:
             self.lines.append(line)
 
     def client(self):
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=60)
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=250)
 
     def ask(self, **more):
         return self.client().chat.completions.create(**asked(about(8, text="List all cards."), **more))
@@ -189,17 +189,17 @@ def process():
 
 
 def test_a_server_under_load_ends_what_it_has_begun(process):
-    server = process("--max-batch", "2", "--shutdown-timeout", "60")
+    server = process("--max-batch", "2", "--shutdown-timeout", "200")
     stream = iter(server.ask(max_tokens=24, stream=True))
     next(stream)
-    with in_threads([lambda: server.ask(max_tokens=24)] * 5) as answers:
-        wait_for_requests(server, 5)
+    with in_threads([lambda: server.ask(max_tokens=8)] * 3) as answers:
+        wait_for_requests(server, 4)
         server.process.send_signal(signal.SIGTERM)
     said = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
     assert said.startswith("blue 354")
     for answer in answers:
         assert answer.choices[0].message.content.startswith("blue 354"), answer
-    assert server.process.wait(60) == 0
+    assert server.process.wait(120) == 0
     assert not [line for line in server.lines if b'"exception"' in line]
 
 
@@ -220,7 +220,7 @@ def wait_for_requests(server, n):
 
 
 def test_new_requests_are_refused_while_a_server_ends(start, endless):
-    live = start(shutdown_timeout=20.0)
+    live = start(shutdown_timeout=200.0)
     stream = live.ask(max_tokens=50, stream=True)
     next(iter(stream))
     live.service.drain()

@@ -52,12 +52,10 @@ def merges(processor: Any) -> bool:
     """
     prompts, images = [], []
     try:
-        for shade, text in (("red", "a"), ("blue", "a longer text")):
+        for colour, text in (("red", "a"), ("blue", "a longer text")):
             content = [{"type": "image"}, {"type": "text", "text": text}]
             prompts.append(render_turn(processor, [{"role": "user", "content": content}]))
-            images.append(
-                [Image.linear_gradient("L").resize((224, 168)).convert("RGB").point(lambda x, y=shade: x ^ y)]
-            )
+            images.append([Image.new("RGB", (224, 168), colour)])
         whole = process(processor, prompts, images)
         parts = [process(processor, [prompt], [own]) for prompt, own in zip(prompts, images, strict=True)]
         parts = [{name: value for name, value in one.items() if isinstance(value, Tensor)} for one in parts]
