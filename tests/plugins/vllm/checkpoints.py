@@ -23,13 +23,11 @@ _TOWER = {
     "hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 128,
 }  # fmt: skip
 _DEEPSTACK = {"depth": 4, "deepstack_visual_indexes": [0, 1, 2], "num_position_embeddings": 256}
-_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 _INTERLEAVED = {"head_dim": 32, "rope_parameters": {**_TEXT["rope_parameters"], "mrope_interleaved": True}}
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "qwen2_5_vl": ("Qwen2_5_VL", {}, {"window_size": 56, "fullatt_block_indexes": [1], "tokens_per_second": 2}),
     "qwen2_vl": ("Qwen2VL", {}, {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}),
     "qwen3_vl": ("Qwen3VL", _INTERLEAVED, _DEEPSTACK),
-    "qwen3_vl_moe": ("Qwen3VLMoe", {**_INTERLEAVED, **_EXPERTS}, _DEEPSTACK),
 }
 
 

@@ -10,7 +10,6 @@ COVERED = {
     "Qwen2VLForConditionalGeneration": "PrunedQwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "PrunedQwen2_5VL",
     "Qwen3VLForConditionalGeneration": "PrunedQwen3VL",
-    "Qwen3VLMoeForConditionalGeneration": "PrunedQwen3VLMoe",
 }
 
 

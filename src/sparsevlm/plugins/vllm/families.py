@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl, qwen3_vl_moe
+from vllm.model_executor.models import qwen2_5_vl, qwen2_vl, qwen3_vl
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .model import PruningModel
@@ -42,12 +42,5 @@ class PrunedQwen2_5VL(PruningModel, qwen2_5_vl.Qwen2_5_VLForConditionalGeneratio
 @_registered(PrunedQwen3VLProcessor, qwen3_vl, "Qwen3VLProcessingInfo", "Qwen3VLDummyInputsBuilder")
 class PrunedQwen3VL(PruningModel, qwen3_vl.Qwen3VLForConditionalGeneration):
     """Qwen3-VL."""
-
-    frames_apart = True
-
-
-@_registered(PrunedQwen3VLProcessor, qwen3_vl_moe, "Qwen3VLMoeProcessingInfo", "Qwen3VLDummyInputsBuilder")
-class PrunedQwen3VLMoe(PruningModel, qwen3_vl_moe.Qwen3VLMoeForConditionalGeneration):
-    """Qwen3-VL with experts."""
 
     frames_apart = True
