@@ -43,6 +43,7 @@ LEVELS = {
     "evaluation": 7,
     "bench": 7,
     "plugins": 7,
+    "ray": 7,
     "cli": 8,
     "__main__": 9,
     "__init__": 9,

@@ -20,7 +20,9 @@ PRINTS = {
     "overlay.py": ["wrote overlay.png"],
     "evaluate_own_data.py": ["dense 1.0: score", "span 0.25: score", "random 0.25: score"],
     "peft_adapter.py": ["354", "merged: path"],
+    "ray_folder.py": ["scene-8.png: blue 354, orange 780, cyan TREE (64 of 256 tokens)", "scene-11.png: "],
 }
+NEEDS = {"peft_adapter.py": "peft", "ray_folder.py": "ray.data"}
 WRITES = {
     "report_json.py": ["report-8.json", "report-9.json"],
     "overlay.py": ["overlay.png"],
@@ -30,8 +32,8 @@ WRITES = {
 
 @pytest.mark.parametrize("script", EXAMPLES, ids=lambda script: script.name)
 def test_example(script, tmp_path, monkeypatch, capsys):
-    if script.name == "peft_adapter.py":
-        pytest.importorskip("peft")
+    if script.name in NEEDS:
+        pytest.importorskip(NEEDS[script.name])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
