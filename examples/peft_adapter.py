@@ -1,4 +1,4 @@
-"""A LoRA adapter of PEFT: trained for a few steps, saved, loaded again, and pruned as it is and merged. Needs `peft`."""
+"""LoRA adapter of PEFT: trained for a few steps, saved, loaded again, pruned as it is and merged. Needs `peft`."""
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,19 +23,21 @@ def asked(question, image, answer=None):
 
 
 question, image = "Read the number on the blue card.", draw_scene(8).image
-inputs, lesson = asked(question, image), asked(question, image, "blue 354")  # it says "354" before the training
+inputs, lesson = asked(question, image), asked(question, image, "blue 354")
 labels = lesson["input_ids"].clone()
 labels[:, : inputs["input_ids"].shape[1]] = -100  # only the answer is learned
 
 torch.manual_seed(0)
 tuned = get_peft_model(load_model(CHECKPOINT, device="cpu"), LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
 optimizer = torch.optim.AdamW((weight for weight in tuned.parameters() if weight.requires_grad), lr=1e-2)
+losses = []
 for _ in range(6):  # without SparseVLM, which refuses labels
     loss = tuned(**lesson, labels=labels).loss
     loss.backward()
-    print(loss.item())
     optimizer.step()
     optimizer.zero_grad()
+    losses.append(loss.item())
+print(f"loss of the lesson: {losses[0]:.1f}, after {len(losses) - 1} steps {losses[-1]:.1f}")
 tuned.save_pretrained("adapter")
 
 model = PeftModel.from_pretrained(load_model(CHECKPOINT), "adapter").eval()
@@ -56,5 +58,5 @@ remove_sparsevlm(model)
 merged = model.merge_and_unload()
 state = apply_sparsevlm(merged, keep=0.25, processor=processor)
 print(f"merged: {answer(merged)}, path {state.report.path}")
-merged.save_pretrained("merged")  # with it the processor: a checkpoint like any other
+merged.save_pretrained("merged")  # with the processor beside it a checkpoint like any other
 processor.save_pretrained("merged")

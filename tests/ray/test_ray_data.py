@@ -25,7 +25,7 @@ OPTIONS = {"model": "bundled", "pruning": {"keep": 0.25}, "generation": {"max_ne
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors do not find this file
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -74,7 +74,7 @@ def predict(dataset, folder, n_actors, **options):
         batch_format="pyarrow",
         batch_size=2,
         compute=ray_data.ActorPoolStrategy(size=n_actors),
-        num_cpus=0.5,  # the rest reads and writes
+        num_cpus=1,
     )
 
 
