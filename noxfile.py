@@ -139,6 +139,14 @@ def smol(session: nox.Session) -> None:
 
 
 @nox.session
+def ray(session: nox.Session) -> None:
+    """Jobs of Ray Data on one machine, with the page and the examples that need packages of their own."""
+    session.install(TORCH)
+    session.install(TORCH, NEWEST, "-e", ".[test,ray]", "peft")
+    session.run("pytest", "tests/ray", "tests/docs/test_code.py", "tests/docs/test_examples.py", *session.posargs)
+
+
+@nox.session
 def quantized(session: nox.Session) -> None:
     """Quantized checkpoints on the CPU, by the packages that read them; GPTQModel compiles some of its kernels."""
     session.install(TORCH)

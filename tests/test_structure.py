@@ -47,6 +47,7 @@ LEVELS = {
     "plugins": 7,
     "server": 7,
     "explore": 7,
+    "ray": 7,
     "cli": 8,
     "__main__": 9,
     "__init__": 9,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 
 import pytest
@@ -19,9 +20,17 @@ PRINTS = {
     "report_json.py": ["2 requests, 63.5 visual tokens", "256 256 256 36"],
     "overlay.py": ["wrote overlay.png"],
     "evaluate_own_data.py": ["dense 1.0: score", "span 0.25: score", "random 0.25: score"],
-    "peft_adapter.py": ["354", "merged: path"],
+    "peft_adapter.py": ["after 5 steps ", "(64 of 256 visual tokens)", "merged: "],
+    "ray_folder.py": ["scene-8.png: blue 354, orange 780, cyan TREE (64 of 256 visual tokens)", "scene-11.png: "],
 }
+NEEDS = {"peft_adapter.py": "peft", "ray_folder.py": "ray.data"}
 WRITES = {
+    "peft_adapter.py": [
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "merged/processor_config.json",
+    ],
+    "ray_folder.py": ["answers/*.parquet"],
     "report_json.py": ["report-8.json", "report-9.json"],
     "overlay.py": ["overlay.png"],
     "evaluate_own_data.py": ["questions.jsonl", "runs/*/metrics.csv", "runs/*/table.md"],
@@ -36,8 +45,8 @@ OF_SERVER = {"client.py"}
     "script", [one for one in EXAMPLES if one.name not in OF_SERVER], ids=lambda script: script.name
 )
 def test_example(script, tmp_path, monkeypatch, capsys):
-    if script.name == "peft_adapter.py":
-        pytest.importorskip("peft")
+    if script.name in NEEDS:
+        pytest.importorskip(NEEDS[script.name])
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out
@@ -45,6 +54,16 @@ def test_example(script, tmp_path, monkeypatch, capsys):
         assert text in printed
     for pattern in WRITES.get(script.name, ()):
         assert list(tmp_path.glob(pattern)), pattern
+
+
+def test_the_adapter_of_the_example_has_learned_and_is_merged_whole(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(ROOT / "examples" / "peft_adapter.py"))
+    printed = capsys.readouterr().out
+    first, last = re.search(r"loss of the lesson: ([\d.]+), after \d+ steps ([\d.]+)", printed).groups()
+    assert float(last) < 0.8 * float(first)
+    assert re.search(r"adapter: (.*) \(64", printed)[1] == re.search(r"merged: (.*), path", printed)[1]
 
 
 def test_a_chat_without_pruning_is_that_of_the_plain_model(tmp_path, monkeypatch):

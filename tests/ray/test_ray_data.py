@@ -25,7 +25,7 @@ OPTIONS = {"model": "bundled", "pruning": {"keep": 0.25}, "generation": {"max_ne
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors do not find this file
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init(num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -74,14 +74,14 @@ def predict(dataset, folder, n_actors, **options):
         batch_format="pyarrow",
         batch_size=2,
         compute=ray_data.ActorPoolStrategy(size=n_actors),
-        num_cpus=0.5,  # the rest reads and writes
+        num_cpus=1,
     )
 
 
 def test_two_actors_of_which_one_dies_answer_every_row_once(tmp_path):
     source = questions(tmp_path, 8, 2)
     (tmp_path / "die-7").touch()
-    dataset = ray_data.read_parquet(source, override_num_blocks=8)
+    dataset = ray_data.read_parquet(source).repartition(target_num_rows_per_block=2)
     predict(dataset, tmp_path, 2).write_parquet(str(tmp_path / "answers"))
     assert not (tmp_path / "die-7").exists(), "no actor died"
     found = pq.read_table(tmp_path / "answers").to_pylist()
@@ -106,7 +106,7 @@ def test_a_job_that_ended_in_the_middle_goes_on_behind_what_it_has_written(tmp_p
     monkeypatch.setattr(context, "checkpoint_config", checkpoint)
 
     def run():
-        dataset = ray_data.read_parquet(source, override_num_blocks=6)
+        dataset = ray_data.read_parquet(source).repartition(target_num_rows_per_block=2)
         predict(dataset, tmp_path, 1, on_error="raise").write_parquet(answers)
 
     with pytest.raises(Exception, match="a row cannot be answered: ValueError: the row has an unusable image"):

@@ -131,8 +131,8 @@ def with_columns(table: pyarrow.Table, rows: Sequence[Mapping[str, Any]], prefix
 
     if taken := [prefix + name for name in TYPES if prefix + name in table.column_names]:
         raise ValueError(
-            f"the dataset has {', '.join(map(repr, taken))} already, and the answers would come under that name; choose "
-            "an output_prefix, such as 'model_'."
+            f"the dataset has {', '.join(map(repr, taken))} already, and the answers would come under that name; "
+            "choose an output_prefix, such as 'model_'."
         )
     for name, kind in TYPES.items():
         values = pa.array([row.get(name) for row in rows], pa.type_for_alias(kind))
