@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..scenes import Scene
 from ..selection.selectors import DEFAULT, SELECTORS
-from .answers import DENSE, DONE, Answer, Answerer, Side
+from .answers import DENSE, DONE, WAITING, Answer, Answerer, Side
 from .drawing import draw_patches, legend, numbers
 from .question import MAX_CHARACTERS, Question, read_picture
 from .runs import Run, Runs
@@ -220,6 +220,8 @@ class _Page:
             for index, (column, answer) in enumerate(zip(self.columns, answers, strict=False)):
                 if answer is not shown[index]:
                     updates |= column.show(answer)
+                    if answer.state == WAITING and not known:  # what is drawn is of another picture or question
+                        updates |= {column.drawing: None, column.caption: ""}
                     if not answer.is_open:
                         updates |= column.draw(question.picture, answer, run.layer, self._answerer.processor)
                     shown[index] = answer
