@@ -55,7 +55,7 @@ def test_commands_have_the_options_that_the_documents_name():
         code = "\n".join(block.code.replace("\\\n", " ") for block in blocks(document) if block.language == "bash")
         for line in [*code.splitlines(), *spans(document)]:
             command = line.split("  #")[0]
-            for name, rest in re.findall(r"(?<![\w.])sparsevlm (\w+)((?: [^&|;]*)?)", command):
+            for name, rest in re.findall(r"(?<![\w.])sparsevlm ([\w-]+)((?: [^&|;]*)?)", command):
                 if name not in options:
                     continue
                 seen.add(name)

@@ -21,7 +21,7 @@ NOT_MEANINGFUL = (
 def run(
     *,
     model: Annotated[
-        str, typer.Option("--model", help="Folder, hub id, or 'bundled' for the small model of this package.")
+        str, typer.Option("--model", help="Folder, hub id, 'bundled' for the small model of this package, or 'smol'.")
     ],
     prompt: Annotated[str, typer.Option("--prompt", help="Question or instruction.")],
     image: Images = None,
