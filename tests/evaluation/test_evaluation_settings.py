@@ -135,7 +135,7 @@ def test_scenes_of_another_layout(layout):
         ("demo", {"first_seed": 1_000_000}, "may have been trained on"),
         ("demo", {"tasks": ("number", "poem")}, "suite demo has no task 'poem'; it has number, word"),
         ("missing.jsonl", {}, "missing.jsonl does not exist"),
-        ("missing.jsonl", {"first_seed": 3}, "--first-seed is of the bundled scenes only"),
+        ("missing.jsonl", {"first_seed": 3}, "--first-seed is of what is drawn only"),
     ],
 )
 def test_a_suite_that_does_not_exist_is_named(name, options, message):

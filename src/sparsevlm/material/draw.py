@@ -48,6 +48,7 @@ def draw(family: str, task: str, seed: int, split: str = TRAINING, turns: int = 
     check_seed(seed, split)
     request = Request(task, seed, split, turns, generator(family, task, seed, split))
     images, asked = FAMILIES[family].draw(request)
+    assert asked, "every picture has a question"
     return Example(family, task, images, asked)
 
 

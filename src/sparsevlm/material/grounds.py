@@ -34,6 +34,12 @@ _TRAINING_LAYOUTS = ("square", "square", "wide", "tall", "small")
 _TRIES = 12
 _APART = 150  # sum of the differences of three channels
 _CROWD = 70
+# An arrow, a bar and an L, in a square from -1 to 1.
+_ANGULAR: tuple[list[tuple[float, float]], ...] = (
+    [(-1, -0.3), (0.2, -0.3), (0.2, -0.8), (1, 0), (0.2, 0.8), (0.2, 0.3), (-1, 0.3)],
+    [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)],
+    [(-1, -1), (-0.4, -1), (-0.4, 0.4), (1, 0.4), (1, 1), (-1, 1)],
+)
 _GAP = 4  # pixels between an object and the crowd
 PHOTOGRAPHIC = frozenset({"photograph", "collage"})
 
@@ -68,13 +74,7 @@ def _outline(rng: random.Random, box: Box) -> list[tuple[float, float]]:
         angles = [turn + 2 * math.pi * i / corners for i in range(corners)]
         unit = [(math.cos(angle), math.sin(angle)) for angle in angles]
     else:
-        unit = rng.choice(
-            (
-                [(-1, -0.3), (0.2, -0.3), (0.2, -0.8), (1, 0), (0.2, 0.8), (0.2, 0.3), (-1, 0.3)],
-                [(-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)],
-                [(-1, -1), (-0.4, -1), (-0.4, 0.4), (1, 0.4), (1, 1), (-1, 1)],
-            )
-        )
+        unit = rng.choice(_ANGULAR)
     return [(left + side * (1 + x) / 2, top + side * (1 + y) / 2) for x, y in unit]
 
 
@@ -171,19 +171,20 @@ def turn_of(question: Question) -> Turn:
     return Turn(question.text, (question.answer,), _METRICS.get(question.task, "exact"), box)
 
 
+def _family_on(name: str) -> TaskFamily:
+    """The family of one ground, whose tasks are the kinds of questions."""
+
+    def draw(request: Request) -> Drawing:
+        return _draw(request, name, request.task)
+
+    photographic = frozenset(SINGLE_TASKS) if name in PHOTOGRAPHIC else frozenset[str]()
+    return TaskFamily(f"grounds-{name}", SINGLE_TASKS, draw, photographic=photographic)
+
+
 def _draw_any(request: Request) -> Drawing:
     """A task is a ground; the kinds of questions follow each other from seed to seed."""
     return _draw(request, request.task, SINGLE_TASKS[request.seed % len(SINGLE_TASKS)])
 
 
 ALL_GROUNDS = TaskFamily("grounds", GROUNDS, _draw_any, photographic=PHOTOGRAPHIC)
-# One family for each ground, whose tasks are the kinds of questions.
-EACH_GROUND = tuple(
-    TaskFamily(
-        f"grounds-{name}",
-        SINGLE_TASKS,
-        lambda request, name=name: _draw(request, name, request.task),
-        photographic=frozenset(SINGLE_TASKS) if name in PHOTOGRAPHIC else frozenset(),
-    )
-    for name in GROUNDS
-)
+EACH_GROUND = tuple(_family_on(name) for name in GROUNDS)

@@ -51,8 +51,10 @@ def gradient(rng: random.Random, size: Size) -> Image.Image:
 def texture(rng: random.Random, size: Size) -> Image.Image:
     """One of ``PATTERNS`` in two greyish colours, turned by any angle."""
     one = muted(rng, 40, 120)
-    other = tuple(min(255, channel + rng.randint(45, 100)) for channel in one)
-    return pattern(rng, size, rng.choice(PATTERNS), one, other, rng.uniform(8, 44), rng.uniform(0, math.pi))
+    red, green, blue = (min(255, channel + rng.randint(45, 100)) for channel in one)
+    return pattern(
+        rng, size, rng.choice(PATTERNS), one, (red, green, blue), rng.uniform(8, 44), rng.uniform(0, math.pi)
+    )
 
 
 def pattern(

@@ -2,7 +2,15 @@
 
 import pytest
 
-from sparsevlm.evaluation.metrics.scores import METRICS, anls, box_iou, check_answers, exact_match, score
+from sparsevlm.evaluation.metrics.scores import (
+    METRICS,
+    anls,
+    box_iou,
+    check_answers,
+    exact_match,
+    relaxed_accuracy,
+    score,
+)
 from sparsevlm.evaluation.metrics.vqa import normalised, vqa_accuracy
 
 
@@ -53,6 +61,31 @@ def test_vqa_accuracy_leaves_one_annotator_out(n_matching, expected):
     assert vqa_accuracy("Red car.", answers) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("21", "20", 1),
+        ("21.1", "20", 0),
+        ("19", "20", 1),
+        ("18.9", "20", 0),
+        ("-20", "20", 0),
+        ("1,940", "2000", 1),
+        ("$9.40", "9.4", 1),
+        ("12%", "12", 1),
+        ("12.", "12", 1),
+        ("0", "0", 1),
+        ("0.1", "0", 0),
+        ("about 20", "20", 0),
+        ("Blue", "blue", 1),
+        ("blau", "blue", 0),
+        ("", "5", 0),
+    ],
+)
+def test_relaxed_accuracy(prediction, answer, expected):
+    assert relaxed_accuracy(prediction, [answer]) == expected
+    assert relaxed_accuracy(prediction, ["nothing", answer]) == expected
+
+
 def test_anls():
     pytest.importorskip("anls_star")
     assert anls("Hello World", ["hello world"]) == 1
@@ -91,7 +124,7 @@ def test_the_best_box_counts():
 @pytest.mark.parametrize(
     ("metric", "answers", "message"),
     [
-        ("bleu", ["a"], "there is no metric 'bleu'; there are exact, vqa, anls, iou"),
+        ("bleu", ["a"], "there is no metric 'bleu'; there are exact, vqa, anls, relaxed, iou"),
         ("vqa", ["a", "b", "c"], "at least 4 annotators, got 3; use exact"),
         ("iou", ["left half"], "four whole numbers"),
     ],

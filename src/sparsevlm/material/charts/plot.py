@@ -96,7 +96,7 @@ def opened(rng: random.Random, split: str) -> Iterator[Plot]:
         ) from error
     columns, rows = rng.choice(GRIDS[split])
     size = rng.uniform(9.5, 13) * max(1.0, columns / 26)
-    style: dict[str, Any] = {"font.family": rng.choice(_FAMILIES[split]), "font.size": size}
+    style: Any = {"font.family": rng.choice(_FAMILIES[split]), "font.size": size}
     with matplotlib.rc_context(style):
         yield Plot(rng, split, (columns * _TOKEN, rows * _TOKEN))
 

@@ -54,12 +54,11 @@ class Window:
 class _Painter:
     """Draws a window from top to bottom."""
 
-    def __init__(self, rng: random.Random, split: str) -> None:
-        columns, rows = rng.choice(GRIDS[split])
+    def __init__(self, rng: random.Random, split: str, size: tuple[int, int], text_size: int) -> None:
         self.rng, self.split, self.theme = rng, split, pick_theme(rng, split)
-        self.image = Image.new("RGB", (columns * _TOKEN, rows * _TOKEN), self.theme.ground)
+        self.image = Image.new("RGB", size, self.theme.ground)
         self.draw = ImageDraw.Draw(self.image)
-        self.face, self.size = pick_font(rng, split), rng.randint(14, 14 + self.image.width // 70)
+        self.face, self.size = pick_font(rng, split), text_size
         self.y = 0
         self.boxes: dict[str, Box] = {}
 
@@ -81,8 +80,20 @@ class _Painter:
 
 
 def draw_window(rng: random.Random, split: str) -> Window:
-    """A window with everything in it; nothing hides what is asked about."""
-    painter = _Painter(rng, split)
+    """A window with everything in it, in smaller letters where they must be; nothing hides what is asked about."""
+    columns, rows = rng.choice(GRIDS[split])
+    size = (columns * _TOKEN, rows * _TOKEN)
+    text_size = rng.randint(14, 14 + size[0] // 70)
+    while True:
+        window = _paint(_Painter(rng, split, size, text_size))
+        lowest = max(box[3] for box in window.boxes.values())
+        if window.fields and window.switches and len(window.buttons) > 1 and lowest < size[1] - 2.7 * text_size:
+            return window
+        text_size -= 1
+
+
+def _paint(painter: _Painter) -> Window:
+    rng, split = painter.rng, painter.split
     title = f"{word(rng, 'company', split)} {rng.choice(('Editor', 'Mail', 'Manager', 'Viewer', 'Studio'))}"
     _title_bar(painter, title)
     menus, opened, places = _menu_bar(painter)
@@ -184,7 +195,7 @@ def _fields(painter: _Painter, left: int) -> dict[str, str]:
 
 def _switches(painter: _Painter, left: int) -> dict[str, bool]:
     rng, size, theme = painter.rng, painter.size, painter.theme
-    switches = {}
+    switches: dict[str, bool] = {}
     for name in some(rng, "setting", painter.split, rng.randint(2, 4)):
         if painter.y + 2 * size > painter.image.height - 6 * size and switches:
             break
@@ -205,7 +216,7 @@ def _buttons(painter: _Painter, left: int) -> list[str]:
     rng, size, theme = painter.rng, painter.size, painter.theme
     taken = painter.image.height - round(3.2 * size)
     top = rng.randint(painter.y, max(painter.y, taken - 2 * size))
-    x, names = left, []
+    x, names = left, list[str]()
     for name in some(rng, "button", painter.split, rng.randint(2, 4)):
         width = painter.width(name) + 2 * size
         if x + width > painter.image.width - 4:
