@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark.reproduce import checks
-from benchmark.reproduce.plan import INPUTS, OUTPUTS, TABLES, Setting, Table, make_settings, parse_keep
+from benchmark.reproduce.plan import (
+    INPUTS,
+    OUTPUTS,
+    TABLES,
+    Keep,
+    Setting,
+    Table,
+    check_selectors,
+    make_settings,
+    parse_keep,
+)
 from benchmark.reproduce.published import fitting
 from benchmark.reproduce.report import csv_text, make_lines, markdown
 from benchmark.reproduce.runs import Options, estimate, missing_tasks, run_setting
@@ -66,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         keeps = [parse_keep(one) for one in given.keep] if given.keep else TABLES[given.table].keeps
         checks.check_limit(given.tasks, given.limit)
+        check_selectors(given.selectors)
         if given.dry_run:
             return _dry_run(given, keeps)
         store = Store(given.out)
@@ -83,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _prepare(given: argparse.Namespace, keeps: Sequence[int | float | str], folder: Path) -> Run:
+def _prepare(given: argparse.Namespace, keeps: Sequence[Keep], folder: Path) -> Run:
     table = TABLES[given.table]
     checkpoint = checks.describe_checkpoint(given.model, folder, table)
     settings = make_settings(given.selectors, keeps, given.counted, table.n_visual, checkpoint.n_layers)
@@ -151,8 +162,8 @@ def _report(run: Run, store: Store) -> int:
     return FAILED if failed else 0
 
 
-def _dry_run(given: argparse.Namespace, keeps: Sequence[int | float | str]) -> int:
-    """Says what would run; of a checkpoint or an lmms-eval that is not here, by what is known without."""
+def _dry_run(given: argparse.Namespace, keeps: Sequence[Keep]) -> int:
+    """Says what would run; of a checkpoint that is not here, by what is known without."""
     table = TABLES[given.table]
     try:
         folder = checks.find_checkpoint(given.model, download=False)
