@@ -109,8 +109,9 @@ def _prepare(given: argparse.Namespace, keeps: Sequence[Keep], folder: Path) -> 
         "batch_size": given.batch_size,
     }
     options = Options(shared, given.include_path, given.limit, given.processes, given.download)
+    origin = checks.provenance(checkpoint, given.device)
     found = {
-        setting.name: checks.fingerprints(checkpoint, given.device, {**sized, **setting.arguments}, tasks, given.limit)
+        setting.name: checks.fingerprints(origin, {**sized, **setting.arguments}, tasks, given.limit)
         for setting in settings
     }
     return Run(f"{given.table}, {checks.short_name(given.model)}", table, checkpoint, settings, tasks, options, found)
@@ -131,7 +132,7 @@ def _run(run: Run, store: Store, missing: Mapping[str, Sequence[str]]) -> None:
     for setting in run.settings:
         if tasks := missing.get(setting.name):
             _, seconds = estimate(store, _from(run, missing, setting), run.options.limit)
-            rest = "" if seconds is None else f"; all that is left takes about {in_words(seconds)}"
+            rest = "" if seconds is None else f"; all that is left takes {in_words(seconds)}"
             print(f"{setting.name}: {', '.join(tasks)}{rest}", file=sys.stderr, flush=True)
             wanted = {task: run.fingerprints[setting.name][task] for task in tasks}
             run_setting(store, setting, wanted, run.options)
@@ -187,7 +188,7 @@ def _dry_run(given: argparse.Namespace, keeps: Sequence[Keep]) -> int:
             print(options.command(setting, tasks))
     n_rows, seconds = estimate(Store(given.out), missing, given.limit)
     rows = "an unknown number of" if n_rows is None else str(n_rows)
-    time = f", about {in_words(seconds)} by what is stored in {given.out}" if seconds is not None else ""
+    time = f", {in_words(seconds)} by what is stored in {given.out}" if seconds is not None else ""
     n_missing = sum(map(len, missing.values()))
     print(f"\n{n_missing} of {len(settings) * len(given.tasks)} results are missing, {rows} answers{time}")
     return 0
