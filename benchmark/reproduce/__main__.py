@@ -10,7 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark.reproduce import checks
-from benchmark.reproduce.plan import INPUTS, OUTPUTS, TABLES, Setting, Table, make_settings, parse_keep
+from benchmark.reproduce.plan import (
+    INPUTS,
+    OUTPUTS,
+    TABLES,
+    Keep,
+    Setting,
+    Table,
+    check_selectors,
+    make_settings,
+    parse_keep,
+)
 from benchmark.reproduce.published import fitting
 from benchmark.reproduce.report import csv_text, make_lines, markdown
 from benchmark.reproduce.runs import Options, estimate, missing_tasks, run_setting
@@ -66,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         keeps = [parse_keep(one) for one in given.keep] if given.keep else TABLES[given.table].keeps
         checks.check_limit(given.tasks, given.limit)
+        check_selectors(given.selectors)
         if given.dry_run:
             return _dry_run(given, keeps)
         store = Store(given.out)
@@ -83,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _prepare(given: argparse.Namespace, keeps: Sequence[int | float | str], folder: Path) -> Run:
+def _prepare(given: argparse.Namespace, keeps: Sequence[Keep], folder: Path) -> Run:
     table = TABLES[given.table]
     checkpoint = checks.describe_checkpoint(given.model, folder, table)
     settings = make_settings(given.selectors, keeps, given.counted, table.n_visual, checkpoint.n_layers)
@@ -98,8 +109,9 @@ def _prepare(given: argparse.Namespace, keeps: Sequence[int | float | str], fold
         "batch_size": given.batch_size,
     }
     options = Options(shared, given.include_path, given.limit, given.processes, given.download)
+    origin = checks.provenance(checkpoint, given.device)
     found = {
-        setting.name: checks.fingerprints(checkpoint, given.device, {**sized, **setting.arguments}, tasks, given.limit)
+        setting.name: checks.fingerprints(origin, {**sized, **setting.arguments}, tasks, given.limit)
         for setting in settings
     }
     return Run(f"{given.table}, {checks.short_name(given.model)}", table, checkpoint, settings, tasks, options, found)
@@ -120,7 +132,7 @@ def _run(run: Run, store: Store, missing: Mapping[str, Sequence[str]]) -> None:
     for setting in run.settings:
         if tasks := missing.get(setting.name):
             _, seconds = estimate(store, _from(run, missing, setting), run.options.limit)
-            rest = "" if seconds is None else f"; all that is left takes about {in_words(seconds)}"
+            rest = "" if seconds is None else f"; all that is left takes {in_words(seconds)}"
             print(f"{setting.name}: {', '.join(tasks)}{rest}", file=sys.stderr, flush=True)
             wanted = {task: run.fingerprints[setting.name][task] for task in tasks}
             run_setting(store, setting, wanted, run.options)
@@ -151,8 +163,8 @@ def _report(run: Run, store: Store) -> int:
     return FAILED if failed else 0
 
 
-def _dry_run(given: argparse.Namespace, keeps: Sequence[int | float | str]) -> int:
-    """Says what would run; of a checkpoint or an lmms-eval that is not here, by what is known without."""
+def _dry_run(given: argparse.Namespace, keeps: Sequence[Keep]) -> int:
+    """Says what would run; of a checkpoint that is not here, by what is known without."""
     table = TABLES[given.table]
     try:
         folder = checks.find_checkpoint(given.model, download=False)
@@ -176,7 +188,7 @@ def _dry_run(given: argparse.Namespace, keeps: Sequence[int | float | str]) -> i
             print(options.command(setting, tasks))
     n_rows, seconds = estimate(Store(given.out), missing, given.limit)
     rows = "an unknown number of" if n_rows is None else str(n_rows)
-    time = f", about {in_words(seconds)} by what is stored in {given.out}" if seconds is not None else ""
+    time = f", {in_words(seconds)} by what is stored in {given.out}" if seconds is not None else ""
     n_missing = sum(map(len, missing.values()))
     print(f"\n{n_missing} of {len(settings) * len(given.tasks)} results are missing, {rows} answers{time}")
     return 0

@@ -212,10 +212,8 @@ def check_limit(tasks: Sequence[str], limit: int | None) -> None:
         raise ValueError(f"--limit {limit}: mme scores two questions about an image together, so take an even one.")
 
 
-def fingerprints(
-    checkpoint: Checkpoint, device: str, arguments: Mapping[str, Any], tasks: Mapping[str, TaskFiles], limit: int | None
-) -> dict[str, Fingerprint]:
-    """Everything that the figures of a setting depend on, by task.
+def provenance(checkpoint: Checkpoint, device: str) -> Fingerprint:
+    """Weights, dtype and versions.
 
     Batch size, number of processes and device are no part of it; the tables say if they differ.
     """
@@ -223,10 +221,16 @@ def fingerprints(
 
     place = ResolvedModel(checkpoint.name, checkpoint.folder, pick_device(device), dtype_of(checkpoint.folder, device))
     found = versions(place, "")
-    shared = {name: found[name] for name in ("sparsevlm", "commit", "torch", "transformers", "dtype", "weights")}
-    shared |= {"model": short_name(checkpoint.name), "lmms-eval": version("lmms-eval")}
-    shared["arguments"] = ",".join(f"{name}={value}" for name, value in arguments.items())
-    return {task: {**shared, "limit": limit, "task": files.digest} for task, files in tasks.items()}
+    kept = {name: found[name] for name in ("sparsevlm", "commit", "torch", "transformers", "dtype", "weights")}
+    return {**kept, "model": short_name(checkpoint.name), "lmms-eval": version("lmms-eval")}
+
+
+def fingerprints(
+    origin: Fingerprint, arguments: Mapping[str, Any], tasks: Mapping[str, TaskFiles], limit: int | None
+) -> dict[str, Fingerprint]:
+    """Everything that the figures of a setting depend on, by task."""
+    shared = {**origin, "arguments": ",".join(f"{name}={value}" for name, value in arguments.items()), "limit": limit}
+    return {task: {**shared, "task": files.digest} for task, files in tasks.items()}
 
 
 def short_name(model: str) -> str:

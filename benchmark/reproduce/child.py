@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.reproduce.scores import headline
-from benchmark.reproduce.store import Fingerprint, Result, Store
+from benchmark.reproduce.store import UNFINISHED, Fingerprint, Result, Store
 from sparsevlm.evaluation.suites.lmms import task_manager
 
 _PARENT_POLL_SECONDS = 2.0
@@ -71,7 +71,8 @@ def main(file: Path) -> None:
         try:
             _run(job, task, fingerprint, model, manager, store)
         except Exception:
-            if model.rank == 0:
+            # Of several processes the first to fail says why: the launcher ends the others.
+            if store.failure(job.setting, task) == UNFINISHED:
                 store.fail(job.setting, task, traceback.format_exc())
             traceback.print_exc()
             if model.world_size > 1:

@@ -136,9 +136,8 @@ def make_settings(
     Raises
     ------
     ValueError
-        If a selector does not exist, or a budget cannot hold.
+        If a budget cannot hold.
     """
-    check_selectors(selectors)
     settings = [Setting(DENSE, "", {"keep": DENSE})]
     for selector in dict.fromkeys(selectors):
         if selector != DENSE:

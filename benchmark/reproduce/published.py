@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def comparisons(rows: Sequence[StoredRow], ours: Sequence[Ours]) -> list[Compari
         both: dict[str, tuple[float, float]] = {}
         keep = ""
         for row in members:
-            fits = [one for one in ours if one.retained == one.retained and row in published_of([row], one)]
+            fits = [one for one in ours if not math.isnan(one.retained) and row in published_of([row], one)]
             if fits:
                 best = min(fits, key=lambda one: (one.setting.keep not in PRESETS, one.setting.selector != PAPER))
                 both[row["selector"]] = (float(row["retained"]), best.retained)
