@@ -116,7 +116,7 @@ def quantized(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """Ruff and mypy."""
     session.install(TORCH)
-    session.install(TORCH, NEWEST, "-e", ".[cli,dev]")
+    session.install(TORCH, NEWEST, "-e", ".[cli,server,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
