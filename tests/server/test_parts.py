@@ -16,11 +16,12 @@ import torch
 from sparsevlm.inputs.turns import process, render_turn
 from sparsevlm.scenes import draw_scene
 from sparsevlm.server import ServerSettings
-from sparsevlm.server.batching import Queue, Ticket
+from sparsevlm.server.batching import Event, Queue, Ticket
+from sparsevlm.server.exchange import Exchange
 from sparsevlm.server.merging import merged
 from sparsevlm.server.options import Pruning, Sampling, sampling_of
 from sparsevlm.server.prompts import Prepared
-from sparsevlm.server.protocol import ChatRequest
+from sparsevlm.server.protocol import ChatRequest, Chunks
 from sparsevlm.server.text import Detokenizer, StopScanner
 
 
@@ -156,3 +157,26 @@ def test_what_a_request_leaves_out_is_the_checkpoints():
     assert sampling(Own, temperature=1.5, top_p=0.5, seed=3) == Sampling(1.5, 0.5, 20, 3)
     assert sampling(Greedy, seed=3) == Sampling(0.0)
     assert sampling(Greedy, temperature=1.0) == Sampling(1.0, 1.0, 0)
+
+
+def test_a_client_that_does_not_read_holds_its_place_no_longer_than_its_time(loop):
+    """What is sent waits for the client without end."""
+
+    async def stream():
+        async def send(message):
+            if message["type"] == "http.response.body":
+                await asyncio.sleep(1000)
+
+        async def receive():
+            await asyncio.sleep(1000)
+
+        record = {}
+        exchange = Exchange(receive, time.monotonic() + 0.2, asyncio.Event(), record)
+        chunks = Chunks("id", 0, "m", includes_usage=False)
+        end = await exchange.stream(send, ticket(asyncio.get_running_loop()), Event("text"), chunks)
+        exchange.close()
+        return end, record
+
+    begin = time.monotonic()
+    assert loop.run_until_complete(stream()) == (None, {"error": "request_timeout"})
+    assert time.monotonic() - begin < 20

@@ -130,7 +130,7 @@ class _Completion(Response):
                 else:
                     text, end = await self._whole(exchange, ticket)
                     said = completion(self._id, self._created, self._model, text, end)
-                    await JSONResponse(said)(scope, receive, send)
+                    await exchange.wait(JSONResponse(said)(scope, receive, send), lambda: "while it was sent")
                 if end is not None:
                     service.count(ticket, end, record["arrived"])
             finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from .protocol import Chunks, event
 T = TypeVar("T")
 _MOST_DRAINED = 4  # times the limit of a body: so much of one that is too large is read before it is refused
 _DRAIN_SECONDS = 10.0
+_LAST_SECONDS = 2.0  # for the event that tells of an error
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -162,7 +164,9 @@ class Exchange:
             return found.end
         except RequestError as error:
             self.record["error"] = error.code
-            await send({"type": "http.response.body", "body": event(error.body), "more_body": False})
+            last = send({"type": "http.response.body", "body": event(error.body), "more_body": False})
+            with contextlib.suppress(asyncio.TimeoutError):  # of a client that does not read
+                await asyncio.wait_for(last, _LAST_SECONDS)
         except ClientGoneError:
             self.record["error"] = "client_gone"
         return None
