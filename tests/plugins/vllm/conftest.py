@@ -55,11 +55,13 @@ def reference(tmp_path_factory):
 
 @pytest.fixture
 def ask(tmp_path, environment, reference):
-    """``ask(kind, batches, **engine)``: what vLLM answers to batches of prompts, each asked together."""
+    """``ask(kind, batches, **engine)``: what vLLM answers to batches of prompts, each asked together; ``dummies``: it
+    makes the inputs that it measures its memory with as well."""
 
-    def run(kind: str, batches: Sequence[Sequence[Any]], **engine: Any) -> list[list[Any]]:
+    def run(kind: str, batches: Sequence[Sequence[Any]], dummies: bool = False, **engine: Any) -> list[list[Any]]:
         folder, transformers_path = reference(kind)
         job: Mapping[str, Any] = {
+            "dummies": dummies,
             "engine": {**ENGINE, "model": str(folder), **engine},
             "batches": [[(transformers_path.text(one), dataclasses.asdict(one)) for one in batch] for batch in batches],
         }
