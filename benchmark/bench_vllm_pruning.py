@@ -46,7 +46,7 @@ _ENVIRONMENT = {
 }  # fmt: skip
 _OF_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 # Heads of a size that vLLM's kernels for CPUs take.
-_TINY_TEXT = {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 151936}
+_TINY_TEXT = {"hidden_size": 128, "vocab_size": 151936}
 _TINY_SECTIONS = [4, 6, 6]
 
 

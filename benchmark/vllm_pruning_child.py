@@ -35,6 +35,9 @@ class Engine:
     def __init__(self, job: dict[str, Any]) -> None:
         import vllm
 
+        from sparsevlm.plugins.vllm import register
+
+        register()  # where the package is not installed, vLLM finds no entry point
         self._vllm, self._ids = vllm, job["image_ids"]
         self._generator = np.random.default_rng(0)
         self._llm = vllm.LLM(**job["engine"])

@@ -20,6 +20,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1",
     "VLLM_HOST_IP": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false",
+    "TORCHDYNAMO_DISABLE": "1",  # helpers of workers would be compiled one by one
 }  # fmt: skip
 ENGINE = {
     "dtype": "float32", "max_model_len": 2048, "enforce_eager": True, "seed": 0, "block_size": 32,
@@ -55,11 +56,13 @@ def reference(tmp_path_factory):
 
 @pytest.fixture
 def ask(tmp_path, environment, reference):
-    """``ask(kind, batches, **engine)``: what vLLM answers to batches of prompts, each asked together."""
+    """``ask(kind, batches, **engine)``: what vLLM answers to batches of prompts, each asked together; ``dummies``: it
+    makes the inputs that it measures its memory with as well."""
 
-    def run(kind: str, batches: Sequence[Sequence[Any]], **engine: Any) -> list[list[Any]]:
+    def run(kind: str, batches: Sequence[Sequence[Any]], dummies: bool = False, **engine: Any) -> list[list[Any]]:
         folder, transformers_path = reference(kind)
         job: Mapping[str, Any] = {
+            "dummies": dummies,
             "engine": {**ENGINE, "model": str(folder), **engine},
             "batches": [[(transformers_path.text(one), dataclasses.asdict(one)) for one in batch] for batch in batches],
         }

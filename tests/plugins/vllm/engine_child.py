@@ -30,6 +30,10 @@ def main() -> None:
     job_file, out = sys.argv[1:]
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     llm = vllm.LLM(**job["engine"])
+    if job["dummies"]:  # as vLLM measures its memory with
+        processor = llm.llm_engine.renderer.mm_processor
+        dummies = [processor.get_dummy_mm_inputs({"image": 1, "video": 1}), processor.get_dummy_mm_inputs({"image": 2})]
+        print("dummies", [sorted(one["mm_placeholders"]) for one in dummies])
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     batches = []
     for batch in job["batches"]:

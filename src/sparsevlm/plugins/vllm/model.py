@@ -139,6 +139,7 @@ class PruningModel:
             parts, coordinates = features.split(rows * columns), grid_coordinates((1, rows, columns))
         else:
             parts, coordinates = (features,), grid_coordinates((frames, rows, columns), self._steps(modality, seconds))
+        coordinates = coordinates.to(features.device, non_blocking=True)
         counts = kept_per_run([part.shape[0] for part in parts], options)
         return [Run(part, coordinates, n, text) for part, n in zip(parts, counts, strict=True)]
 

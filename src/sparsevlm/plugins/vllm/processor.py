@@ -124,13 +124,16 @@ class PruningProcessor:
         return words or tuple(prompt[-1:])
 
     def _check(self, processed: Any) -> None:
-        """Refuses prompts in which positions of images could not be told.
+        """Refuses prompts in which positions of images could not be told; those of vLLM's profiling hold nothing but
+        images, and are not answered.
 
         Raises
         ------
         ValueError
         """
         prompt, ranges = processed["prompt_token_ids"], processed["mm_placeholders"]
+        if all(token_id in self._placeholders.values() for token_id in prompt):
+            return
         ranges = sorted((one for found in ranges.values() for one in found), key=lambda one: one.offset)
         n_found = sum(token_id in self._placeholders.values() for token_id in prompt)
         n_features = sum(one.get_num_embeds() for one in ranges)
