@@ -18,6 +18,7 @@ import ray  # noqa: E402
 from sparsevlm.ray import SparseVLMPredictor  # noqa: E402
 from sparsevlm.scenes import draw_scene  # noqa: E402
 
+pytestmark = pytest.mark.timeout(900)  # seconds; actors start slowly where cores are few
 QUESTION = "Read the number on the blue card."
 OPTIONS = {"model": "bundled", "pruning": {"keep": 0.25}, "generation": {"max_new_tokens": 4}}
 
