@@ -140,6 +140,21 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(endless):
     assert answers[1].n_tokens == 0
 
 
+def test_answers_of_the_engine_grow_and_are_stopped(answerer, monkeypatch):
+    options = answerer._state.options
+    monkeypatch.setattr(answerer._state, "options", lambda **changes: options(**changes, engine=True))
+    seen = list(answerer.compare(asked(max_new_tokens=12), [half()], threading.Event()))
+    assert seen[-1][0].report.path == "engine"
+    assert seen[-1][0].n_tokens == 12
+    assert any(0 < answers[0].n_tokens < 12 for answers in seen)
+    stop = threading.Event()
+    for answers in answerer.compare(asked(max_new_tokens=400), [half()], stop):
+        if answers[0].n_tokens:
+            stop.set()
+    assert answers[0].state == STOPPED
+    assert 0 < answers[0].n_tokens < 400
+
+
 def test_a_page_that_goes_ends_its_answer_and_frees_the_model(endless):
     comparing = endless.compare(asked(max_new_tokens=512), [DENSE], threading.Event())
     while next(comparing)[0].n_tokens < 2:

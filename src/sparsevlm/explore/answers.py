@@ -176,7 +176,11 @@ class Answerer:
     ) -> None:
         for index, answer in enumerate(answers):
             if answer.is_open:
-                self._answer(question, answer, stop, lambda grown, index=index: updates.put((index, grown)))
+
+                def put(grown: Answer, at: int = index) -> None:
+                    updates.put((at, grown))
+
+                self._answer(question, answer, stop, put)
 
     def _answer(self, question: Question, answer: Answer, stop: threading.Event, put: Callable[[Answer], None]) -> None:
         """Generate one answer when it is its turn; whatever goes wrong is a part of it."""
