@@ -86,6 +86,7 @@ def test_known_answers_are_not_generated_again(answerer):
     (dense,) = last(answerer, asked())
     again = last(answerer, asked(), DENSE, half(), known={DENSE: dense})
     assert again[0] is dense
+    assert last(answerer, asked(), DENSE, known={DENSE: dense}) == (dense,)
     assert again[1].state == DONE
 
 
