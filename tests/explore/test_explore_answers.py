@@ -18,7 +18,7 @@ from sparsevlm.scenes import draw_scene
 from sparsevlm.selection.selectors import SELECTORS
 from tiny_checkpoint import save_tiny_checkpoint
 from toys import tiny_model
-from toys.processors import save_processor
+from toys.processors import missing_packages, save_processor
 
 PICTURE = draw_scene(8).image.resize((224, 224))
 N_VISUAL = 64
@@ -241,6 +241,8 @@ def test_selectors_that_a_model_refuses_are_known_with_the_reason(answerer):
 @pytest.mark.parametrize("family", ["llava", "llava_next", "idefics3", "paligemma"])
 def test_other_families_answer_and_are_drawn(family, tmp_path):
     """Crops, tiles with separators, tiles and a picture without a chat template."""
+    if missing := missing_packages(family):
+        pytest.skip(f"the processor of {family} needs {', '.join(missing)}: nox -s explore")
     model = tiny_model(family, n_layers=12)
     model.config.save_pretrained(tmp_path)
     processor = load_processor(save_processor(family, tmp_path))
