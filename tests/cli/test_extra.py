@@ -33,3 +33,10 @@ def test_the_module_is_the_command(arguments):
     )
     assert (module.returncode, module.stdout, module.stderr) == (command.returncode, command.stdout, command.stderr)
     assert "sparsevlm" in command.stdout + command.stderr
+
+
+def test_the_page_without_gradio_names_its_extra():
+    done = run(f"import sys; sys.modules['gradio'] = None; {COMMAND}", "explore")
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: the page needs gradio, which the extra explore brings: run `pip install")

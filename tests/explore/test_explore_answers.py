@@ -18,7 +18,7 @@ from sparsevlm.scenes import draw_scene
 from sparsevlm.selection.selectors import SELECTORS
 from tiny_checkpoint import save_tiny_checkpoint
 from toys import tiny_model
-from toys.processors import save_processor
+from toys.processors import missing_packages, save_processor
 
 PICTURE = draw_scene(8).image.resize((224, 224))
 N_VISUAL = 64
@@ -86,6 +86,7 @@ def test_known_answers_are_not_generated_again(answerer):
     (dense,) = last(answerer, asked())
     again = last(answerer, asked(), DENSE, half(), known={DENSE: dense})
     assert again[0] is dense
+    assert last(answerer, asked(), DENSE, known={DENSE: dense}) == (dense,)
     assert again[1].state == DONE
 
 
@@ -138,6 +139,21 @@ def test_a_stopped_answer_is_kept_as_far_as_it_came(endless):
     assert 3 <= answers[0].n_tokens <= 12
     assert answers[0].report is not None
     assert answers[1].n_tokens == 0
+
+
+def test_answers_of_the_engine_grow_and_are_stopped(answerer, monkeypatch):
+    options = answerer._state.options
+    monkeypatch.setattr(answerer._state, "options", lambda **changes: options(**changes, engine=True))
+    seen = list(answerer.compare(asked(max_new_tokens=12), [half()], threading.Event()))
+    assert seen[-1][0].report.path == "engine"
+    assert seen[-1][0].n_tokens == 12
+    assert any(0 < answers[0].n_tokens < 12 for answers in seen)
+    stop = threading.Event()
+    for answers in answerer.compare(asked(max_new_tokens=400), [half()], stop):
+        if answers[0].n_tokens:
+            stop.set()
+    assert answers[0].state == STOPPED
+    assert 0 < answers[0].n_tokens < 400
 
 
 def test_a_page_that_goes_ends_its_answer_and_frees_the_model(endless):
@@ -225,6 +241,8 @@ def test_selectors_that_a_model_refuses_are_known_with_the_reason(answerer):
 @pytest.mark.parametrize("family", ["llava", "llava_next", "idefics3", "paligemma"])
 def test_other_families_answer_and_are_drawn(family, tmp_path):
     """Crops, tiles with separators, tiles and a picture without a chat template."""
+    if missing := missing_packages(family):
+        pytest.skip(f"the processor of {family} needs {', '.join(missing)}: nox -s explore")
     model = tiny_model(family, n_layers=12)
     model.config.save_pretrained(tmp_path)
     processor = load_processor(save_processor(family, tmp_path))

@@ -158,16 +158,14 @@ class Answerer:
         known = known or {}
         answers = [known.get(side, Answer(side)) for side in sides]
         yield tuple(answers)
-        updates: queue.SimpleQueue[tuple[int, Answer] | None] = queue.SimpleQueue()
+        updates: queue.SimpleQueue[tuple[int, Answer]] = queue.SimpleQueue()
         threading.Thread(target=self._answer_all, args=(question, list(answers), stop, updates), daemon=True).start()
         try:
-            while (update := updates.get()) is not None:
-                while update is not None:
-                    answers[update[0]] = update[1]
-                    update = updates.get_nowait() if not updates.empty() else None
+            while any(answer.is_open for answer in answers):
+                index, answers[index] = updates.get()
+                while not updates.empty():  # only the newest of each is shown
+                    index, answers[index] = updates.get()
                 yield tuple(answers)
-                if not any(answer.is_open for answer in answers):
-                    return
         finally:
             stop.set()
 
@@ -176,7 +174,11 @@ class Answerer:
     ) -> None:
         for index, answer in enumerate(answers):
             if answer.is_open:
-                self._answer(question, answer, stop, lambda grown, index=index: updates.put((index, grown)))
+
+                def put(grown: Answer, at: int = index) -> None:
+                    updates.put((at, grown))
+
+                self._answer(question, answer, stop, put)
 
     def _answer(self, question: Question, answer: Answer, stop: threading.Event, put: Callable[[Answer], None]) -> None:
         """Generate one answer when it is its turn; whatever goes wrong is a part of it."""
