@@ -11,7 +11,7 @@ import torch
 from sparsevlm.bundled import bundled_path
 from sparsevlm.scenes import NO_PIECE, PIECES, QUESTION_TEXTS, ask, holdout_seeds, sample_specs
 from sparsevlm.smol.decoder import read_decoder
-from sparsevlm.smol.model import build_model, bundled_tower
+from sparsevlm.smol.model import build_model, bundled_tower, make_tokenizer
 from sparsevlm.smol.parts import Parts
 from tiny_gguf import CONFIG, make_llama, write_gguf
 
@@ -30,7 +30,7 @@ from training.smol.train import train
 pytest.importorskip("gguf")
 
 CPU = torch.device("cpu")
-TINY = {"mix": "small:1", "questions": 1, "tail": 400, "tower_depth": 6, "steps": 1, "auxiliary_until": 0.0}
+TINY = {"mix": "small:1", "questions": 1, "tail": 160, "tower_depth": 6, "steps": 1, "auxiliary_until": 0.0}
 TEXTS = [f"The text number {i}.\n\nIt is long enough: " + "in the " * 60 for i in range(12)]
 
 
@@ -40,7 +40,7 @@ def decoder(tmp_path_factory):
 
 
 def test_sequences_equal_the_chat_template_where_pieces_are_several_tokens(decoder):
-    tokenizer = SmolModel(SmolSettings(**TINY), CPU, torch.float32, decoder).tokenizer
+    tokenizer = make_tokenizer(decoder)
     builder = SequenceBuilder(tokenizer, CPU)
     questions = ask(sample_specs(holdout_seeds(5, 2)), torch.tensor([[0, 7, 2], [3, 8, 4]]))
     sequences = builder(questions, 900)
@@ -153,7 +153,7 @@ def test_replay_is_zero_for_the_original_and_takes_all_windows(decoder):
 
 
 def test_text_is_there_and_none_of_it_is_in_both_sets(decoder):
-    tokenizer = SmolModel(SmolSettings(**TINY), CPU, torch.float32, decoder).tokenizer
+    tokenizer = make_tokenizer(decoder)
     replayed, held_out = text_windows(tokenizer, 64, TEXTS)
     of_held_out = tokenizer.decode(held_out.flatten())
     of_replayed = tokenizer.decode(replayed.flatten())
