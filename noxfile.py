@@ -37,7 +37,18 @@ def tests(session: nox.Session) -> None:
 def tests_oldest(session: nox.Session) -> None:
     """The tests with the oldest transformers of the range: of models, requests and both paths, and of most commands;
     not of what calls nothing of transformers, nor of what only calls the public functions."""
-    folders = ("kernels", "benchmark", "bench", "docs", "scenes", "training", "visualization", "evaluation", "plugins")
+    folders = (
+        "kernels",
+        "benchmark",
+        "bench",
+        "docs",
+        "scenes",
+        "material",
+        "training",
+        "visualization",
+        "evaluation",
+        "plugins",
+    )
     files = ("engine/test_device_steps.py", "cli/test_eval.py", "cli/test_bench_command.py", "test_structure.py")
     options = [f"--ignore=tests/{name}" for name in (*folders, *files)]
     run_tests(session, OLDEST, *options, "--ignore-glob=tests/selection/test_[!o]*")
@@ -88,6 +99,14 @@ def processors(session: nox.Session) -> None:
     )  # named again: a newer torchvision would replace it
     tests = ("tests/inputs", "tests/bench/test_family_pictures.py")
     session.run("pytest", "-p", "torchvision_shim", *tests, *session.posargs, env={"PYTHONPATH": "tests"})
+
+
+@nox.session
+def photos(session: nox.Session) -> None:
+    """Drawn tasks on photographs, which come inside scikit-image and scikit-learn."""
+    session.install(TORCH)
+    session.install(NEWEST, "-e", ".[test,photos]")
+    session.run("pytest", "tests/material/photos", *session.posargs)
 
 
 @nox.session
