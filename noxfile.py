@@ -39,7 +39,18 @@ def tests(session: nox.Session) -> None:
 def tests_oldest(session: nox.Session) -> None:
     """The tests with the oldest transformers of the range: of models, requests and both paths, and of most commands;
     not of what calls nothing of transformers, nor of what only calls the public functions."""
-    folders = ("kernels", "benchmark", "bench", "docs", "scenes", "training", "visualization", "evaluation", "plugins")
+    folders = (
+        "kernels",
+        "benchmark",
+        "bench",
+        "docs",
+        "scenes",
+        "material",
+        "training",
+        "visualization",
+        "evaluation",
+        "plugins",
+    )
     files = ("engine/test_device_steps.py", "cli/test_eval.py", "cli/test_bench_command.py", "test_structure.py")
     options = [f"--ignore=tests/{name}" for name in (*folders, "explore", *files)]
     run_tests(session, OLDEST, *options, "--ignore-glob=tests/selection/test_[!o]*")
@@ -145,6 +156,14 @@ def ray(session: nox.Session) -> None:
     session.install(TORCH)
     session.install(TORCH, NEWEST, "-e", ".[test,ray]", "peft")
     session.run("pytest", "tests/ray", "tests/docs/test_code.py", "tests/docs/test_examples.py", *session.posargs)
+
+
+@nox.session
+def photos(session: nox.Session) -> None:
+    """Drawn tasks on photographs, which come inside scikit-image and scikit-learn."""
+    session.install(TORCH)
+    session.install(NEWEST, "-e", ".[test,photos]")
+    session.run("pytest", "tests/material/photos", *session.posargs)
 
 
 @nox.session

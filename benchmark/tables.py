@@ -49,7 +49,7 @@ from sparsevlm.selection.selectors import SELECTORS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns", "validity")
+_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns", "validity", "material")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
     r"(<!-- (?P<kind>accuracy|e2e|goals|memory|mixed|models|pictures|ready|selectors|turns|validity):"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from sparsevlm.evaluation.metrics.scores import score
@@ -95,3 +97,11 @@ def test_one_seed_is_drawn_unlike_in_both_splits():
 def test_what_does_not_exist_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         draw(*arguments)
+
+
+def test_the_page_has_every_family_and_task():
+    page = (Path(__file__).parents[2] / "docs" / "material.md").read_text(encoding="utf-8")
+    rows = {row.split("|")[1].strip(" `"): row.split("|")[2] for row in page.splitlines() if row.startswith("| `")}
+    for name, family in FAMILIES.items():
+        row = rows["grounds-<ground>" if name.startswith("grounds-") else name]
+        assert [task.strip(" `") for task in row.split(",")] == list(family.tasks)

@@ -52,9 +52,10 @@ def texture(rng: random.Random, size: Size) -> Image.Image:
     """One of ``PATTERNS`` in two greyish colours, turned by any angle."""
     one = muted(rng, 40, 120)
     red, green, blue = (min(255, channel + rng.randint(45, 100)) for channel in one)
-    return pattern(
-        rng, size, rng.choice(PATTERNS), one, (red, green, blue), rng.uniform(8, 44), rng.uniform(0, math.pi)
-    )
+    kind, other = rng.choice(PATTERNS), (red, green, blue)
+    if kind == "bricks":  # dark ones, with light joints
+        one, other = other, one
+    return pattern(rng, size, kind, one, other, rng.uniform(8, 44), rng.uniform(0, math.pi))
 
 
 def pattern(
@@ -131,7 +132,7 @@ def _dots(along: NDArray[np.float32], across: NDArray[np.float32]) -> NDArray[np
 
 def _bricks(along: NDArray[np.float32], across: NDArray[np.float32]) -> NDArray[np.bool_]:
     row = np.floor(2 * across)
-    return ((2 * across) % 1 < 0.16) | ((along + 0.5 * (row % 2)) % 1 < 0.08)
+    return ((2 * across) % 1 >= 0.16) & ((along + 0.5 * (row % 2)) % 1 >= 0.08)
 
 
 _PATTERNS = {
