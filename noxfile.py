@@ -87,7 +87,7 @@ def lmms_eval(session: nox.Session) -> None:
     """The plugin of lmms-eval, with lmms-eval, offline; a large environment, so not one of the default sessions."""
     session.install(TORCH)
     session.install(TORCH, NEWEST, "-e", ".[test,eval]")  # named again: a newer torchvision would replace it
-    tests = ["tests/plugins", "tests/e2e/test_lmms_eval.py", "tests/e2e/test_reproduce.py"]
+    tests = ["tests/plugins", "tests/e2e/test_lmms_eval.py", "tests/e2e/test_reproduce_run.py"]
     tests.append("tests/inputs/test_processor_parity.py")  # torchvision comes with lmms-eval
     session.run("pytest", "-p", "torchvision_shim", *tests, *session.posargs, env={"PYTHONPATH": "tests"})
 

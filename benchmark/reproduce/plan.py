@@ -201,19 +201,31 @@ def _held(selector: str, keep: int | float, counted: str, n_visual: int, n_layer
         if first != _FIRST_TARGETS[0]:
             arguments["target_layers"] = ";".join(map(str, range(first, n_layers - 1, _STEP)))
         if counted == OUTPUTS:
-            # The inputs hold more than the outputs, by the tokens that are gone behind the first target layer.
-            candidates = [{**arguments, "keep": str(more)} for more in range(round(wanted), n_visual + 1)]
-            holding = [one for one in candidates if _holds(one, n_visual, n_layers)]
-            if holding:
-                arguments = min(holding, key=lambda one: abs(planned(one, n_visual, n_layers).at_outputs - wanted))
-                if abs(planned(arguments, n_visual, n_layers).at_outputs - wanted) <= 1:
-                    return arguments
+            if (found := _at_outputs(arguments, wanted, n_visual, n_layers)) is not None:
+                return found
         elif _holds(arguments, n_visual, n_layers):
             return arguments
     raise ValueError(
         f"--keep {keep} of {n_visual} visual tokens, averaged over the {counted} of {n_layers} layers, is less than "
         f"{selector} can hold with any target layers. Choose a larger one."
     )
+
+
+def _at_outputs(arguments: dict[str, str], wanted: float, n_visual: int, n_layers: int) -> dict[str, str] | None:
+    """The same with the number of tokens whose average over the outputs is next to what is wanted, or ``None``.
+
+    The inputs hold more than the outputs, by the tokens that are gone behind the first target layer.
+    """
+    nearest, distance = None, 1.0
+    for keep in range(round(wanted), n_visual + 1):
+        candidate = {**arguments, "keep": str(keep)}
+        if _holds(candidate, n_visual, n_layers):
+            beyond = planned(candidate, n_visual, n_layers).at_outputs - wanted
+            if abs(beyond) <= distance:
+                nearest, distance = candidate, abs(beyond)
+            if beyond >= 0:
+                break
+    return nearest
 
 
 def _holds(arguments: dict[str, str], n_visual: int, n_layers: int) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
-import json
 import re
 import shlex
 import sys
@@ -184,19 +184,3 @@ def test_the_supported_models_are_in_the_readme():
     from sparsevlm.models.registry import supported_model_types
 
     assert [name for name in supported_model_types() if f"`{name}`" not in read(ROOT / "README.md")] == []
-
-
-def test_retained_percent_of_two_runs(tmp_path, capsys):
-    """The functions of the page on real checkpoints, on results files as lmms-eval writes them."""
-    namespace = {}
-    for block in python_blocks(ROOT / "docs" / "reproduce.md"):
-        exec(block.code, namespace)
-    for name, accuracy, tokens in (("dense", 0.8, 256.0), ("half", 0.6, 128.0)):
-        found = {
-            "results": {"gqa": {"exact_match,none": accuracy}},
-            "throughput": {"avg_kept_tokens_layer_input": tokens},
-        }
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "1_results.json").write_text(json.dumps(found))
-    namespace["table"](tmp_path / "dense", tmp_path / "half")
-    assert "128.0 tokens, gqa 75.0 %, average 75.0 %" in capsys.readouterr().out
