@@ -84,9 +84,9 @@ class LiveServer:
         return self.service.metrics.registry.get_sample_value(f"sparsevlm_{name}", labels or None) or 0.0
 
     def together(self, works):
-        """Outcomes of functions that ask for one request each, which all wait before one is taken."""
+        """Outcomes of functions that ask for one request each: a batch that is not full is taken when all wait."""
         with in_threads(works) as outcomes, self.service.queue.preparing():
-            wait_until(lambda: len(self.service.queue) == len(works), 60)
+            wait_until(lambda: len(self.service.queue) == len(works) or self.service.worker.running, 200)
         return outcomes
 
     def check_idle(self):

@@ -13,15 +13,15 @@ import pytest
 pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
-MOST_MIB = 2.0  # that a window of 36 requests may add, once what grows at first has grown
+MOST_MIB = 8.0  # that a window of 36 requests may add; where shapes are kept without bound it is 50 and more
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.timeout(1200)
 def test_memory_stays_where_it_is():
-    """oneDNN keeps what it compiles for each new shape, up to 1024 of them: here a few, so that the rest is seen."""
+    """torch's kernels keep what they compile for each new shape: here of a few, so that the rest is seen."""
     script = Path(__file__).parent / "soaked.py"
-    environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
+    environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "LRU_CACHE_CAPACITY": "8"}
     done = subprocess.run([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, check=True)
     windows = [json.loads(line) for line in done.stdout.splitlines()]
     print(*windows, sep="\n")
