@@ -18,7 +18,15 @@ from sparsevlm.selection.selectors import SELECTORS
 from toys import make_inputs, tiny_model
 
 # What a block may need to be marked: ``<!-- not run: needs a GPU -->`` before it.
-REASONS = {"needs a GPU", "needs a checkpoint", "installs packages", "starts a server", "needs a server", "needs Ray"}
+REASONS = {
+    "needs a GPU",
+    "needs a checkpoint",
+    "installs packages",
+    "starts a server",
+    "needs a server",
+    "needs Ray",
+    "takes minutes",
+}
 CODE = [document for document in DOCUMENTS if any(block.language in ("python", "bash") for block in blocks(document))]
 PYTHON = [document for document in DOCUMENTS if any(block.language == "python" for block in blocks(document))]
 
