@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from sparsevlm.plugins.vllm.budget import kept_per_run
@@ -53,6 +55,9 @@ def test_only_an_engine_names_a_module():
     assert engine.of_request({"keep": 0.5}).selector == name
     with pytest.raises(ValueError, match="only the engine may name a module"):
         Options().of_request({"selector": name})
+    with pytest.raises(ValueError, match="only the engine may name a module"):
+        Options().of_request({"selector": "antigravity:fly"})
+    assert "antigravity" not in sys.modules  # nothing is imported for a request
 
 
 def test_keys_tell_choices_apart():

@@ -82,13 +82,13 @@ class Options:
         """
         if not given:
             return self
-        changed = self._changed(given, "mm_processor_kwargs")
-        if ":" in changed.selector and changed.selector != self.selector:
+        named = given.get("selector") if isinstance(given, Mapping) else None
+        if isinstance(named, str) and ":" in named and named != self.selector:  # before anything is imported
             raise ValueError(
-                f"the request asks for selector={changed.selector!r}: only the engine may name a module, in "
+                f"the request asks for selector={named!r}: only the engine may name a module, in "
                 "hf_overrides={'sparsevlm': {'selector': ...}}. Name one of the selectors of the library."
             )
-        return changed
+        return self._changed(given, "mm_processor_kwargs")
 
     def _changed(self, given: Any, where: str) -> Options:
         names = [one.name for one in dataclasses.fields(self) if one.name != "text"]
