@@ -1,7 +1,7 @@
 """Runs the tasks of one setting in a process of its own: ``python -m benchmark.reproduce.child JOB``.
 
-The model is loaded once. A task that fails is noted and the next one runs; with several processes (``accelerate
-launch``) a failure ends them all, and the parent starts others for the rest.
+The model is loaded once. A task that fails is noted and the next one runs; with several processes a failure ends them
+all, and the parent starts others for the rest.
 """
 
 from __future__ import annotations

@@ -40,6 +40,14 @@ class Options:
     processes: int
     download: bool
 
+    @property
+    def launcher(self) -> list[str]:
+        """Arguments of Python that start several processes: what ``accelerate launch`` starts, which without GPUs
+        would make do with one."""
+        if self.processes == 1:
+            return []
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
+
     def arguments(self, setting: Setting) -> dict[str, Any]:
         """Arguments of the plugin's model for a setting."""
         return {**self.shared, **setting.arguments}
@@ -47,8 +55,7 @@ class Options:
     def command(self, setting: Setting, tasks: Sequence[str]) -> str:
         """The same as a command of lmms-eval."""
         arguments = ",".join(f"{name}={value}" for name, value in self.arguments(setting).items())
-        start = ["accelerate", "launch", "--num_processes", str(self.processes)] if self.processes > 1 else ["python"]
-        command = [*start, "-m", "lmms_eval", "--model", "sparsevlm", "--model_args", arguments]
+        command = ["python", *self.launcher, "-m", "lmms_eval", "--model", "sparsevlm", "--model_args", arguments]
         command += ["--tasks", ",".join(tasks), "--log_samples"]
         command += ["--limit", str(self.limit)] if self.limit else []
         command += ["--include_path", str(self.include_path)] if self.include_path else []
@@ -121,8 +128,7 @@ def _process(
     job = Job(folder, setting.name, options.arguments(setting), dict(tasks), place, options.limit, parent=os.getpid())
     file = store.folder / "job.json"
     job.write(file)
-    launcher = ["accelerate.commands.launch", "--num_processes", str(options.processes), "-m"]
-    command = [sys.executable, "-m", *(launcher if options.processes > 1 else []), "benchmark.reproduce.child"]
+    command = [sys.executable, *options.launcher, "-m", "benchmark.reproduce.child"]
     paths = [str(_ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     if not options.download:

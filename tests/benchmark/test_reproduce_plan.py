@@ -183,7 +183,7 @@ def test_a_process_that_ends_amid_a_task_leaves_the_others_to_another(tmp_path):
 def test_the_same_as_a_command_of_lmms_eval():
     command = Options({"pretrained": "m"}, None, 8, 4, download=False).command(SPAN, ["mme", "gqa"])
     assert command == (
-        "accelerate launch --num_processes 4 -m lmms_eval --model sparsevlm --model_args "
+        "python -m torch.distributed.run --standalone --nproc-per-node 4 -m lmms_eval --model sparsevlm --model_args "
         "pretrained=m,selector=span,keep=64 --tasks mme,gqa --log_samples --limit 8"
     )
 
