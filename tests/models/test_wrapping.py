@@ -81,6 +81,7 @@ def peft_model(kind, family="qwen2_5_vl"):
     torch.manual_seed(0)
     config = peft.LoraConfig(
         target_modules=["q_proj", "v_proj", "o_proj"],
+        exclude_modules=r".*vision_tower.*" if family == "gemma4" else None,  # peft takes no linears that clip
         init_lora_weights=False,
         task_type="CAUSAL_LM" if kind == "causal" else None,
     )

@@ -92,5 +92,5 @@ def _answerer(model: str, dtype: str | None, device: str, *, wants_warmup: bool)
             try:
                 state.warmup()
             except NotImplementedError as error:
-                logger.warning("no warm-up: %s", error)
+                logger.warning("sparsevlm: no warm-up: %s", error)
     return Answerer(loaded, processor, state)

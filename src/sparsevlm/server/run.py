@@ -72,6 +72,6 @@ def serve(app: Gate) -> None:
         host, port = bound.getsockname()[:2]
         where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         if settings.api_key is None and settings.host not in _LOOPBACK:
-            logger.warning("%s can be reached from other machines, and asks for no key (--api-key)", where)
+            logger.warning("sparsevlm: %s can be reached from other machines, and asks for no key (--api-key)", where)
         logger.info("serving", extra={FIELDS: {"url": f"{where}/v1", "model": settings.model_name}})
         Server(app).run(sockets=[bound])

@@ -59,7 +59,7 @@ class Service:
         self.worker = Worker(state, processor, self.queue, self.metrics)
         self._merges_images = merges(processor)
         if not self._merges_images:
-            logger.warning("inputs of this model's processor cannot be put together: images are answered one by one")
+            logger.warning("sparsevlm: this processor's inputs cannot be put together: images are answered one by one")
         images = ImageReader(settings, remote or RemoteImages(settings))
         self._prompts = PromptMaker(state.adapter, processor, images, settings)
         self._generation_config = state.adapter.model.generation_config
