@@ -89,7 +89,7 @@ def test_both_paths_keep_the_same(selector, prompt):
 @pytest.mark.parametrize("selector", ["span", "random", "sparsevlm", "span-joint"])
 def test_the_rank_decides_on_both_paths(selector):
     model, inputs = tiny_model(), inputs_of("a batch of one, two and three")
-    # Not so few that all but one of the last are kept: of centred states the last two are then equally far from the rest.
+    # Not so few that all but one of the last are kept: of centred states the last two are then equally far off.
     state = apply_sparsevlm(model, **options_of(selector, keep=None, rank_lambda=0.8, rank_tolerance=0.3))
     wanted, report = model.generate(**inputs, **GREEDY), state.report
     assert not all(sample.budget_clamped is None for sample in report.samples) or selector == "sparsevlm"
