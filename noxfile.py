@@ -40,19 +40,11 @@ def tests_oldest(session: nox.Session) -> None:
     """The tests with the oldest transformers of the range: of models, requests and both paths, and of most commands;
     not of what calls nothing of transformers, nor of what only calls the public functions."""
     folders = (
-        "kernels",
-        "benchmark",
-        "bench",
-        "docs",
-        "scenes",
-        "material",
-        "training",
-        "visualization",
-        "evaluation",
-        "plugins",
+        *("kernels", "benchmark", "bench", "docs", "scenes", "material", "training", "visualization", "evaluation"),
+        *("plugins", "explore"),
     )
     files = ("engine/test_device_steps.py", "cli/test_eval.py", "cli/test_bench_command.py", "test_structure.py")
-    options = [f"--ignore=tests/{name}" for name in (*folders, "explore", *files)]
+    options = [f"--ignore=tests/{name}" for name in (*folders, *files)]
     run_tests(session, OLDEST, *options, "--ignore-glob=tests/selection/test_[!o]*")
 
 
