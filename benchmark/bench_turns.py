@@ -26,7 +26,7 @@ from sparsevlm.compat import cache_of
 from sparsevlm.config import TURNS
 from sparsevlm.evaluation.execution.provenance import commit
 from sparsevlm.evaluation.metrics.scores import score
-from sparsevlm.evaluation.suites.demo import FIRST_SEED
+from sparsevlm.evaluation.suites.seeded import FIRST_SEED
 from sparsevlm.inputs import load_model, load_processor
 from sparsevlm.scenes import SINGLE_TASKS, Question, draw_scene
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from sparsevlm.evaluation.suites.demo import FIRST_SEED
 from sparsevlm.evaluation.suites.drawn import DrawnSuite
+from sparsevlm.evaluation.suites.seeded import FIRST_SEED
 from sparsevlm.evaluation.suites.suite import Sample
 from sparsevlm.material.fonts import font
 

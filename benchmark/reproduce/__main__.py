@@ -24,9 +24,10 @@ from benchmark.reproduce.plan import (
 from benchmark.reproduce.published import fitting
 from benchmark.reproduce.report import csv_text, make_lines, markdown
 from benchmark.reproduce.runs import Options, estimate, missing_tasks, run_setting
-from benchmark.reproduce.store import Fingerprint, Store, write_whole
+from benchmark.reproduce.store import Fingerprint, Store
 from benchmark.validity import read_published
 from sparsevlm.bench.estimate import in_words
+from sparsevlm.evaluation.execution.run_folder import write_whole
 
 FAILED, REFUSED, INTERRUPTED = 1, 2, 130
 

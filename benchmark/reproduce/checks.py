@@ -11,9 +11,9 @@ from typing import Any
 from benchmark.reproduce.plan import N_LAYERS, Setting, Table
 from benchmark.reproduce.store import Fingerprint
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
-from sparsevlm.bundled import bundled_path
+from sparsevlm.bundled import BUNDLED
 from sparsevlm.evaluation.execution.provenance import versions
-from sparsevlm.evaluation.execution.resolved_model import BUNDLED, ResolvedModel
+from sparsevlm.evaluation.execution.resolved_model import ResolvedModel
 from sparsevlm.evaluation.suites.fingerprint import fingerprint
 from sparsevlm.evaluation.suites.lmms import LmmsSuite, task_manager
 from sparsevlm.inputs import checkpoint_folder, load_processor, load_skeleton, pick_device
@@ -73,9 +73,7 @@ def find_checkpoint(model: str, download: bool) -> Path:
     FileNotFoundError
         If it is not here; the message says what would be downloaded.
     """
-    if model == BUNDLED:
-        return bundled_path()
-    if Path(model).exists() or download:
+    if model == BUNDLED or Path(model).exists() or download:
         return checkpoint_folder(model)
     try:
         return checkpoint_folder(model, local_files_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from sparsevlm.evaluation.execution.run_folder import locked_folder, write_whole
 
 Fingerprint = dict[str, Any]
 UNFINISHED = "the process ended before the task did"
@@ -63,19 +63,8 @@ class Store:
         ValueError
             If another run is in this folder, or it cannot be made.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"--out {self.folder} cannot be made: a file is in its place.") from error
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(f"--out {self.folder} is in use by another run; wait for it, or end it.") from error
-        try:
+        with locked_folder(self.folder):
             yield
-        finally:
-            lock.release()
 
     def read(self, setting: str, task: str) -> Result | None:
         """The result of a task, ``None`` where there is none or half of one."""
@@ -143,11 +132,3 @@ def check_same(stored: Result, current: Fingerprint, file: Path) -> None:
             f"{file} is a result of another kind: {'; '.join(differences)}. Write elsewhere with --out, or move the "
             "file away to have it made anew."
         )
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Writes a file in one step."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)

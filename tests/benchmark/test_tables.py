@@ -32,6 +32,7 @@ def test_stored_rows_say_where_they_come_from(tables):
         assert row["commit"] not in ("", "unknown")
         assert "dirty" not in row["commit"]
         assert row["command"].startswith("sparsevlm eval")
+        assert not re.search(r"(^|[ =])/", row["command"])  # no path of the machine that it ran on
 
 
 def row(task, selector="random", keep="0.5", **changes):

@@ -3,6 +3,8 @@
 from importlib.resources import files
 from pathlib import Path
 
+BUNDLED = "bundled"  # its name where a checkpoint is named
+
 
 def bundled_path() -> Path:
     """Folder to pass to ``from_pretrained``.
@@ -18,4 +20,4 @@ def bundled_path() -> Path:
     return path
 
 
-__all__ = ["bundled_path"]
+__all__ = ["BUNDLED", "bundled_path"]

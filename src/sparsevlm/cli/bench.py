@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..bundled import BUNDLED
 from ..config import did_you_mean
-from .options import BUNDLED, Debug, Device, Yes, prepare_file
+from .options import Debug, Device, Yes, prepare_file
 from .terminal import confirm_long, progress, quiet_transformers, reports_errors
 
 if TYPE_CHECKING:
@@ -203,7 +204,6 @@ class _Place:
     @classmethod
     def of(cls, model: str | None, dtype: str | None, device: str, attn: str) -> _Place:
         from ..bench.shapes import SHAPES
-        from ..bundled import bundled_path
         from ..inputs import checkpoint_folder, pick_device
         from ..inputs.device import check_attention
 
@@ -215,9 +215,7 @@ class _Place:
         model, dtype = model or of_device[0], dtype or of_device[1]
         if model in SHAPES:
             return cls(model, None, dtype, target, attn)
-        if model == BUNDLED:
-            return cls(model, bundled_path(), dtype, target, attn)
-        if "/" not in model and not Path(model).exists():
+        if "/" not in model and model != BUNDLED and not Path(model).exists():
             raise FileNotFoundError(
                 f"model {model}{did_you_mean(model, SHAPES)} is neither a shape, a folder nor a hub id (owner/name); "
                 f"shapes are {', '.join(SHAPES)}, and {BUNDLED} is the small model of this package."

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import BUNDLED, Debug, Device
+from ..bundled import BUNDLED
+from .options import Debug, Device
 from .run import NOT_MEANINGFUL
 from .terminal import progress, quiet_transformers, reports_errors
 
@@ -76,7 +77,6 @@ def explore(
 def _answerer(model: str, dtype: str | None, device: str, *, wants_warmup: bool) -> Any:
     with progress(f"loading {model}"):
         from .. import apply_sparsevlm
-        from ..bundled import bundled_path
         from ..explore.answers import Answerer
         from ..inputs import load_model, load_processor, pick_device
 
@@ -84,8 +84,7 @@ def _answerer(model: str, dtype: str | None, device: str, *, wants_warmup: bool)
         target = pick_device(device)
         if dtype is None:  # bfloat16, as stored, is slow on most CPUs
             dtype = "float32" if model == BUNDLED and target == "cpu" else "auto"
-        path = bundled_path() if model == BUNDLED else model
-        loaded, processor = load_model(path, dtype=dtype, device=target), load_processor(path)
+        loaded, processor = load_model(model, dtype=dtype, device=target), load_processor(model)
         state = apply_sparsevlm(loaded, processor=processor)
     if wants_warmup and target != "cpu":
         with progress("warming up"):

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-BUNDLED = "bundled"  # the name of the package's own model
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask before what takes more than ten minutes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what goes on.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, or one of several, such as cuda:1.")]

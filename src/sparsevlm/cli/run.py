@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import BUNDLED, KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers, prepare_file
+from ..bundled import BUNDLED
+from .options import KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers, prepare_file
 from .terminal import progress, quiet_transformers, reports_errors
 from .visuals import Frame, Images, Video, check_not_overwritten, read_visuals
 
@@ -96,13 +97,11 @@ def run(
 
 def _load(model: str, dtype: str, device: str, attn: str) -> tuple[Any, Any]:
     with progress(f"loading {model}"):
-        from ..bundled import bundled_path
         from ..inputs import load_model, load_processor
 
         quiet_transformers()
-        path = bundled_path() if model == BUNDLED else model
-        loaded = load_model(path, dtype=dtype, device=device, attn_implementation=attn)
-        return loaded, load_processor(path)
+        loaded = load_model(model, dtype=dtype, device=device, attn_implementation=attn)
+        return loaded, load_processor(model)
 
 
 def _answers(

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import BUNDLED, KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers
+from ..bundled import BUNDLED
+from .options import KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers
 from .run import NOT_MEANINGFUL
 from .terminal import progress, quiet_transformers, reports_errors
 
@@ -164,11 +165,9 @@ def _load(model: str, dtype: str, device: str, attn: str, config: Any) -> tuple[
     """The pruned model and its processor."""
     with progress(f"loading {model}"):
         from .. import apply_sparsevlm
-        from ..bundled import bundled_path
         from ..inputs import load_model, load_processor
 
         quiet_transformers()
-        path = bundled_path() if model == BUNDLED else model
-        loaded = load_model(path, dtype=dtype, device=device, attn_implementation=attn)
-        processor = load_processor(path)
+        loaded = load_model(model, dtype=dtype, device=device, attn_implementation=attn)
+        processor = load_processor(model)
         return apply_sparsevlm(loaded, config=config, processor=processor), processor

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..bundled import BUNDLED, bundled_path
 from ..smol import smol_path
 from .device import check_attention, pick_device
 from .torchvision_guard import torchvision_works
@@ -26,8 +27,8 @@ def checkpoint_folder(path_or_id: str | Path, *, weights: bool = True, local_fil
     Parameters
     ----------
     path_or_id : str or Path
-        A folder, a hub id such as ``Qwen/Qwen2.5-VL-3B-Instruct``, or ``"smol"``, which ``sparsevlm smol-weights``
-        writes.
+        A folder, a hub id such as ``Qwen/Qwen2.5-VL-3B-Instruct``, ``"bundled"``, the model of this package, or
+        ``"smol"``, which ``sparsevlm smol-weights`` writes.
     weights : bool
         Whether a hub id brings its safetensors files, too. Without, a folder with a processor alone will do.
     local_files_only : bool
@@ -40,6 +41,8 @@ def checkpoint_folder(path_or_id: str | Path, *, weights: bool = True, local_fil
     ValueError
         If the folder is none of a model.
     """
+    if path_or_id == BUNDLED:
+        return bundled_path()
     path = smol_path() if path_or_id == SMOL else Path(path_or_id)
     if path.is_file():
         raise ValueError(f"{path} is a file; give the folder of a model in Hugging Face layout.")

@@ -19,7 +19,6 @@ from loguru import logger as eval_logger
 from tqdm import tqdm
 
 from ..api import apply_sparsevlm, remove_sparsevlm
-from ..bundled import bundled_path
 from ..inputs import load_model, load_processor
 from ..inputs.pixel_bounds import bound_pixels
 from ..inputs.turns import move_inputs
@@ -33,7 +32,6 @@ from .lmms_inputs import Conversation, batch_inputs, read_conversation, token_si
 from .lmms_sizes import ImageSizes
 from .lmms_totals import RunTotals, dense_total, merged, pruned_total
 
-BUNDLED = "bundled"
 _GENERATION_ONLY = (
     "--model sparsevlm answers tasks of output_type generate_until only; this one wants {}. Most vision-language tasks "
     "have such a variant (seedbench beside seedbench_ppl, egoschema beside egoschema_mcppl): "
@@ -68,15 +66,14 @@ class SparseVLM(lmms):
             self._draws = SelectorTraits.of(make_selector(chosen.pruning)).draws
         self.accelerator = Accelerator()
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        path = bundled_path() if chosen.pretrained == BUNDLED else chosen.pretrained
         self.model = load_model(
-            path,
+            chosen.pretrained,
             dtype=chosen.dtype,
             device=str(self.accelerator.device) if self._world_size > 1 else chosen.device,
             attn_implementation=chosen.attn_implementation,
         )
         self._device: torch.device = self.model.device
-        self.processor = load_processor(path)
+        self.processor = load_processor(chosen.pretrained)
         self._adapter = adapter_for(self.model)
         if chosen.n_visual is not None:
             side = token_side(self.processor)

@@ -13,7 +13,6 @@ from .generation import checked_generation
 if TYPE_CHECKING:
     import pyarrow
 
-BUNDLED = "bundled"
 RAISE, COLUMN = ON_ERROR = ("raise", "column")
 
 
@@ -94,12 +93,10 @@ class SparseVLMPredictor:
         self._generation = checked_generation(generation or {})
 
         from ..api import apply_sparsevlm
-        from ..bundled import bundled_path
         from ..inputs import load_model, load_processor
         from ..inputs.pixel_bounds import bound_pixels
 
-        path = bundled_path() if model == BUNDLED else model
-        self.processor = load_processor(path, local_files_only=local_files_only)
+        self.processor = load_processor(model, local_files_only=local_files_only)
         if min_pixels is not None or max_pixels is not None:
             bound_pixels(self.processor, min_pixels, max_pixels)
         tokens = [getattr(self.processor, name, None) for name in ("image_token", "video_token")]
@@ -111,7 +108,7 @@ class SparseVLMPredictor:
             tuple(token for token in tokens if isinstance(token, str)),
         )
         self.model = load_model(
-            path,
+            model,
             dtype=dtype,
             device=device,
             attn_implementation=attn_implementation,

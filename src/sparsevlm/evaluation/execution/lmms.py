@@ -13,6 +13,7 @@ from ..settings import DOWNSAMPLE, EvalConfig, Setting
 from ..suites.lmms import LmmsSuite, task_manager
 from .predictions import Prediction
 from .resolved_model import ResolvedModel
+from .run_folder import write_whole
 
 MODEL = "sparsevlm"
 
@@ -45,8 +46,8 @@ def run_lmms(
             output, totals = _simple_evaluate(config, suite, model, setting)
             figures, predictions = read_lmms(output, totals, setting)
             lines = "".join(json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in predictions)
-            _write(folder / f"{setting.name}.jsonl", lines)
-            _write(scores, json.dumps(figures, indent=1) + "\n")
+            write_whole(folder / f"{setting.name}.jsonl", lines)
+            write_whole(scores, json.dumps(figures, indent=1) + "\n")
         on_rows(len(suite.tasks))
 
 
@@ -159,10 +160,3 @@ def _prediction(row: str, metric: str, sample: dict[str, Any], setting: Setting)
     if isinstance(score, dict):
         score = score.get("score")
     return {**prediction, "score": float(score)} if isinstance(score, (int, float)) else prediction
-
-
-def _write(file: Path, text: str) -> None:
-    """Writes a file in one step, so that a kill leaves no half of it."""
-    aside = file.with_name(file.name + ".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(file)

@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...bundled import bundled_path
 from ...inputs import checkpoint_folder, pick_device
 from ...inputs.checkpoint import read_json
 from ..settings import EvalConfig
-
-BUNDLED = "bundled"
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ def resolve_model(config: EvalConfig) -> ResolvedModel:
     FileNotFoundError, ValueError
         If there is no such checkpoint or device.
     """
-    folder = bundled_path() if config.model == BUNDLED else checkpoint_folder(config.model)
+    folder = checkpoint_folder(config.model)
     device = pick_device(config.device)
     dtype = config.dtype
     if dtype == "auto":

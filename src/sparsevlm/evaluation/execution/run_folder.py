@@ -14,6 +14,38 @@ from filelock import FileLock, Timeout
 from ..settings import EvalConfig
 
 
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Makes a folder and locks it against a second run; a killed run does not keep the lock.
+
+    Raises
+    ------
+    ValueError
+        If another process is running in this folder, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f"cannot write to folder {folder}: a file is in its place.") from error
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(f"{folder} is in use by another run; wait for it, or end it.") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Writes a file in one step, so that a kill leaves no half of it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    aside = file.with_name(file.name + ".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
+
+
 class RunFolder:
     """Run folder ``<out>/<title>-<digest of the configuration>``.
 
@@ -45,21 +77,8 @@ class RunFolder:
         ValueError
             If another process is running in this folder.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise ValueError(f"cannot write to folder {self.path}: a file is in its place.") from error
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ValueError(
-                f"{self.path} is in use by another run of the same configuration; wait for it, or end it."
-            ) from error
-        try:
+        with locked_folder(self.path):
             yield
-        finally:
-            lock.release()
 
     def open(self, config: EvalConfig, versions: dict[str, str], *, resume: bool) -> None:
         """Resumes the run in the folder, or starts anew.

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-
 from ...material import EVALUATION, FAMILIES, check_packages, draw
-from ...scenes import HOLDOUT_SEEDS
 from ..metrics.scores import check_metric
-from .demo import DEFAULT_LIMIT, FIRST_SEED
-from .suite import Row, Sample, chosen_tasks
+from .seeded import FIRST_SEED, SeededSuite
+from .suite import Sample, chosen_tasks
 
 
-class DrawnSuite:
+class DrawnSuite(SeededSuite):
     """Examples of one family from the part that is held out; a row's id is its seed.
 
     Parameters
@@ -34,40 +30,18 @@ class DrawnSuite:
 
     def __init__(self, name: str, first_seed: int = FIRST_SEED, wanted: tuple[str, ...] | None = None) -> None:
         family = FAMILIES[name]
-        if first_seed not in HOLDOUT_SEEDS:
-            raise ValueError(
-                f"pictures of seed {first_seed} may have been trained on; the first row must be in "
-                f"{HOLDOUT_SEEDS.start}..{HOLDOUT_SEEDS.stop - 1}."
-            )
-        self.name = name
-        self.first_seed = first_seed
-        self.tasks = family.tasks
-        self.max_new_tokens = family.max_new_tokens
+        super().__init__(name, family.tasks, family.max_new_tokens, first_seed)
         self._wanted = chosen_tasks(self, wanted)
         check_packages(name, self._wanted, EVALUATION)
         if set(self._wanted) & family.read:
             check_metric("anls")
 
-    def n_rows(self, task: str, limit: int | None) -> int:
-        """Number of rows that :meth:`rows` yields: ``limit``, or :data:`~.demo.DEFAULT_LIMIT`."""
-        return min(DEFAULT_LIMIT if limit is None else limit, HOLDOUT_SEEDS.stop - self.first_seed)
-
-    def rows(self, task: str, limit: int | None) -> Iterator[Row]:
-        """Rows of consecutive seeds."""
-        for seed in range(self.first_seed, self.first_seed + self.n_rows(task, limit)):
-            yield Row(str(seed), task, lambda seed=seed: self._sample(task, seed))  # type: ignore[misc]
-
     def fingerprint(self) -> str:
         """Hash of the first picture, questions and answers of every wanted task."""
-        digest = hashlib.sha256()
-        for task in self._wanted:
-            sample = self._sample(task, self.first_seed)
-            digest.update("\n".join([task, *sum(sample.history, ()), sample.question, *sample.answers]).encode())
-            for image in sample.images:
-                digest.update(image.tobytes())
-        return digest.hexdigest()[:16]
+        return self.fingerprint_of(self._wanted)
 
-    def _sample(self, task: str, seed: int) -> Sample:
+    def sample(self, task: str, seed: int) -> Sample:
+        """Draws a picture and the turns about it, of which the last is asked."""
         example = draw(self.name, task, seed, EVALUATION)
         *earlier, asked = example.turns
         history = tuple((turn.question, turn.answers[0]) for turn in earlier)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from ...material import FAMILIES
 from ..settings import EvalConfig
-from .demo import FIRST_SEED, DemoSuite
+from .demo import DemoSuite
 from .drawn import DrawnSuite
 from .lmms import LmmsSuite
 from .local import LocalSuite
+from .seeded import FIRST_SEED
 from .suite import Suite, chosen_tasks
 
 LMMS_PREFIX = "lmms:"
