@@ -142,7 +142,8 @@ def test_the_log_holds_no_contents_and_no_key(start, caplog):
     (line,) = [line for line in lines if line.get("request_id") == "mine"]
     assert (line["status"], line["prompt_tokens"], line["visual_tokens"], line["level"]) == (200, 274, 256, "info")
     assert [line["error"] for line in lines if line.get("status") == 400] == ["invalid_image"]
-    text = json.dumps(lines)
+    drawn = ("request_id", "time", "seconds")  # whose digits may be those of the answer
+    text = json.dumps([{name: value for name, value in line.items() if name not in drawn} for line in lines])
     for secret in ("a-secret", "blue card", "354", "base64", "AAAA"):
         assert secret not in text
 
