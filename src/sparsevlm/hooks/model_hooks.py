@@ -270,7 +270,7 @@ class ModelHooks:
         if forward is not None and not forward.is_beside and request is not None and output is not None:
             device = next(iter(self._adapter.decoder.layers[-1].parameters())).device
             assert self._begin is not None
-            request.add_time("decode" if request.decode_steps else "prefill", self._begin, Mark.now(device))
+            request.add_time("decode" if request.decode_steps else "prefill", self._begin, self._begin.end(device))
             if not request.decode_steps:
                 self._finish_prefill(request, forward.cache)
         self._vision.end_pass(comes_again=forward is not None and forward.cache is None)

@@ -24,6 +24,16 @@ class Mark:
             event.record(torch.cuda.current_stream(device))
         return cls(time.perf_counter(), event)
 
+    def end(self, device: torch.device) -> Mark:
+        """Mark the end, on ``device``, of what this mark began, maybe on another: events of two cannot be compared."""
+        later = Mark.now(device)
+        if self.event is not None and later.event is not None and self.event.device != later.event.device:
+            beside = torch.cuda.Stream(self.event.device)  # not the stream of the model, which need not wait
+            beside.wait_event(later.event)
+            later.event = torch.cuda.Event(enable_timing=True)
+            later.event.record(beside)
+        return later
+
     def ms_until(self, later: Mark) -> float:
         """Milliseconds to ``later``; waits for the device where events were recorded."""
         if self.event is not None and later.event is not None:
