@@ -66,6 +66,8 @@ ATTENTIVE = {
     "fastv": {"selector": "fastv"},
     "pyramiddrop": {"selector": "pyramiddrop"},
     "span-joint": {"selector": "span-joint"},
+    "priortr": {"selector": "priortr"},
+    "span-prior": {"selector": "span-prior"},
     "an object": {"selector": Reads()},
     "some targets keep all": {"selector": "sparsevlm", "schedule": [99, 7]},
 }
@@ -92,7 +94,7 @@ def test_selectors_that_read_attention_choose_the_same(prompt, case, family):
 class Spy:
     """Keeps what is first, whatever it is given, and remembers it."""
 
-    needs = Reads.needs | {"vision_attention", "vision_keys"}
+    needs = Reads.needs | {"prior_attention", "vision_attention", "vision_keys"}
 
     def __init__(self):
         self.seen = []

@@ -452,11 +452,12 @@ def test_an_encoding_is_known_by_itself_not_by_its_turn():
 @pytest.mark.parametrize("attn", ["sdpa", "eager", flash_emulation.NAME])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_last_attention(prompt, family, attn, place):
+def test_attention_of_single_tokens(prompt, family, attn, place):
+    """Of the prompt's last, and of the one right behind the last visual one."""
     flash_emulation.register()
     model, inputs = build(family, *PROMPTS[prompt], place=place)
     use_attention(model, attn)
-    options = {**spied("both", ("last_attention",)), "keep": 0.5}
+    options = {**spied("both", ("last_attention", "prior_attention")), "keep": 0.5}
     state = apply_sparsevlm(model, **options)
     model.generate(**inputs, max_new_tokens=2)
     contexts, report = options["selector"].seen, state.report
@@ -470,11 +471,15 @@ def test_last_attention(prompt, family, attn, place):
     for context in contexts:
         if context.layer < 0:
             assert context.last_attention is None
+            assert context.prior_attention is None
             continue
-        visual = torch.tensor(report.samples[context.sample].visual_positions)[context.indices.cpu()]
-        wanted = attentions[context.layer][context.sample, :, -1].float().mean(dim=0).cpu()[visual]
-        assert context.last_attention.dtype == torch.float32
-        torch.testing.assert_close(context.last_attention.cpu(), wanted, rtol=tolerance, atol=tolerance / 100)
+        positions = report.samples[context.sample].visual_positions
+        visual = torch.tensor(positions)[context.indices.cpu()]
+        whole = attentions[context.layer][context.sample].float().mean(dim=0).cpu()
+        text = sorted({*range(int(visual[-1]), whole.shape[0])} - {*positions})
+        for found, row in ((context.last_attention, -1), (context.prior_attention, text[0] if text else -1)):
+            assert found.dtype == torch.float32
+            torch.testing.assert_close(found.cpu(), whole[row, visual], rtol=tolerance, atol=tolerance / 100)
 
 
 def test_last_token_of_the_prompt_is_no_guess_no_padding_and_may_be_the_templates():

@@ -48,6 +48,7 @@ def make_context(n, seed=0, dim=8, n_text=3, kind="random", dtype=torch.float32,
         "rater_attention": scores(n_text, n),
         "previous_hidden_states": states(dim),
         "last_attention": scores(n),
+        "prior_attention": scores(n),
         "vision_attention": scores(2, n),
         "vision_keys": states(dim),
     }

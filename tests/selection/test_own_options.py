@@ -18,6 +18,7 @@ from sparsevlm.selection.selectors import (
     MMTokSelector,
     ScopeSelector,
     SpanJointSelector,
+    SpanPriorSelector,
     SparseVLMPaperSelector,
     SparseVLMSelector,
     SparseVLMv2Selector,
@@ -166,6 +167,7 @@ def test_fields_change_the_choice():
         (MMTokSelector(), MMTokSelector(alpha=20.0, visual_temperature=0.05)),
         (VisionZipSelector(), VisionZipSelector(contextual=40)),
         (SpanJointSelector(), SpanJointSelector(alpha=1.0)),
+        (SpanPriorSelector(), SpanPriorSelector(alpha=1.0, least=0.5)),
     ):
         assert kept(plain) != kept(other), plain
 
@@ -176,6 +178,7 @@ def test_fields_change_the_choice():
         (SparseVLMSelector, {"tau": 1.5}, ValueError, r"tau must be in \[0, 1\], got 1.5"),
         (SparseVLMv2Selector, {"theta": "half"}, TypeError, r"theta must be a number in \[0, 1\]"),
         (HiPruneSelector, {"alpha": -0.1}, ValueError, r"alpha must be in \[0, 1\]"),
+        (SpanPriorSelector, {"least": -1}, ValueError, r"least must be in \[0, 1\]"),
         (SpanJointSelector, {"nearest": 2}, ValueError, r"nearest must be in \[0, 1\]"),
         (
             MMTokSelector,

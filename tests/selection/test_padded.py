@@ -135,6 +135,7 @@ def everything(fill):
         context,
         rater_attention=torch.rand((batch, 3, n)),
         last_attention=torch.rand((batch, n)),
+        prior_attention=torch.rand((batch, n)),
         previous_hidden_states=torch.rand_like(context.hidden_states),
         n_clusters=torch.ones(batch, dtype=torch.int64),
     )

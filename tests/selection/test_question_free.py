@@ -9,7 +9,18 @@ from sparsevlm import apply_sparsevlm
 from sparsevlm.selection.selectors import SELECTORS
 from toys import make_inputs, tiny_model
 
-READERS = {"span-joint", "sparsevlm", "sparsevlm-paper", "sparsevlm-v2", "fastv", "pyramiddrop", "cdpruner", "mmtok"}
+READERS = {
+    "span-joint",
+    "span-prior",
+    "priortr",
+    "sparsevlm",
+    "sparsevlm-paper",
+    "sparsevlm-v2",
+    "fastv",
+    "pyramiddrop",
+    "cdpruner",
+    "mmtok",
+}
 OPTIONS = {"min_keep": 3, "keep": 0.5, "turns": "agnostic"}
 
 

@@ -15,6 +15,7 @@ from selector_contexts import grid_coordinates, make_context, run
 from sparsevlm.config import SparseVLMConfig
 from sparsevlm.selection.context import BEFORE_DECODER, NEEDS, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
+from sparsevlm.selection.selectors.span_prior import SpanPriorSelector
 
 DOCS = Path(__file__).parents[2] / "docs/selectors.md"
 
@@ -28,6 +29,35 @@ def directions(*degrees):
 def test_last_attention_ranks(name):
     context = make_context(5, last_attention=torch.tensor([0.1, 0.3, 0.1, 0.05, 0.3]))
     assert run(name, context, 3).keep_idx.tolist() == [0, 1, 4]  # 0 and 2 tie
+
+
+def test_priortr_by_hand():
+    """p = .5 .3 .1 .1 and q = .7 .1 .1 .1: p log(p/q) is -.168, .330, 0 and 0; scale does not count."""
+    given = {
+        "last_attention": torch.tensor([5.0, 3.0, 1.0, 1.0]),
+        "prior_attention": torch.tensor([0.7, 0.1, 0.1, 0.1]),
+    }
+    assert [run("priortr", make_context(4, **given), k).keep_idx.tolist() for k in (1, 2, 3)] == [
+        [1],
+        [1, 2],
+        [1, 2, 3],
+    ]
+    assert run("fastv", make_context(4, **given), 1).keep_idx.tolist() == [0]
+
+
+def test_span_prior_by_hand():
+    """Of CROSS 0 and 2 lie far from the mean, 16, and 1 and 3 near it, 1. Asked for are 2 and 3, or 3 alone: others
+    count a relevance of 0.001 ** 0.25, 0.178, squared."""
+
+    def picks(*posterior, k=1, **fields):
+        given = {"last_attention": torch.tensor(posterior), "prior_attention": torch.ones(4)}
+        return SpanPriorSelector(**fields).select(make_context(4, hidden_states=CROSS, **given), k).keep_idx.tolist()
+
+    assert [picks(1.0, 1.0, 2.0, 2.0, k=k) for k in (1, 2, 3)] == [[2], [2, 3], [0, 2, 3]]
+    assert picks(1.0, 1.0, 2.0, 4.0) == [3]
+    assert picks(1.0, 1.0, 2.0, 4.0, alpha=0.15) == [0]
+    assert picks(1.0, 1.0, 2.0, 4.0, alpha=0.15, least=1e-6) == [3]
+    assert picks(1.0, 1.0, 2.0, 4.0, alpha=0.0) == picks(1.0, 1.0, 1.0, 1.0) == [0]  # as span
 
 
 def test_v2drop_keeps_the_largest_change():

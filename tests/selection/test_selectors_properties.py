@@ -21,7 +21,15 @@ from sparsevlm.selection.selectors import SELECTORS
 KINDS = ("random", "pairs", "identical", "zeros")
 BY_SCORE = ("fastv", "pyramiddrop", "v2drop")
 GREEDY = ("span", "divprune", "cdpruner", "scope", "mmtok")
-VISUAL_ROWS = ("hidden_states", "features", "previous_hidden_states", "vision_keys", "last_attention", "indices")
+VISUAL_ROWS = (
+    "hidden_states",
+    "features",
+    "previous_hidden_states",
+    "vision_keys",
+    "last_attention",
+    "prior_attention",
+    "indices",
+)
 
 
 def same(a, b):
@@ -134,7 +142,8 @@ def test_only_what_is_needed_is_read(name):
     context = make_context(24)
     needs = SelectorTraits.of(SELECTORS[name]()).needs
     optional = {
-        "features", "text_features", "rater_attention", "previous_hidden_states", "last_attention", "vision_attention",
+        "features", "text_features", "rater_attention", "previous_hidden_states", "last_attention", "prior_attention",
+        "vision_attention",
         "vision_keys",
     }  # fmt: skip
     bare = dataclasses.replace(context, **dict.fromkeys(optional - needs))

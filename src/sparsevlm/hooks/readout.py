@@ -37,8 +37,8 @@ def read_target_layer(
         readout.previous = [
             hidden[b, request.local_rows(b, sample.positions)] for b, sample in enumerate(request.samples)
         ]
-    text, last = reads_text(request), "last_attention" in needs
-    if not text and not last:
+    text, last, prior = reads_text(request), "last_attention" in needs, "prior_attention" in needs
+    if not (text or last or prior):
         return None
 
     @torch.no_grad()
@@ -53,6 +53,8 @@ def read_target_layer(
             ]
         if last:  # apart from the text rows, which are the same numbers with it and without
             readout.last = [_rows_attention(request, b, sample.last, offset, inputs)[0] for b, sample in samples]
+        if prior:
+            readout.prior = [_rows_attention(request, b, sample.behind, offset, inputs)[0] for b, sample in samples]
 
     return AttentionProbe(attention, read, request.tp_group)
 

@@ -175,7 +175,7 @@ def check_readable(
     ValueError
         With the layers that have attention.
     """
-    asked = {"rater_attention", "last_attention"} & traits.needs
+    asked = {"rater_attention", "last_attention", "prior_attention"} & traits.needs
     by_rank = config.keep is None and isinstance(config.schedule or traits.default_schedule, str)
     attentions = adapter.decoder.attentions
     without = [layer for layer in target_layers if layer >= 0 and attentions[layer] is None]

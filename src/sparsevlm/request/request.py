@@ -92,6 +92,14 @@ class Sample:
         """Positions of the visual tokens that are left."""
         return self.visual[self.alive]
 
+    @property
+    def behind(self) -> Tensor:
+        """Position of the token right behind the last visual one that is left, or of the prompt's last, (1,)."""
+        if not self.alive.shape[0]:
+            return self.last
+        after = torch.cat([self.other, self.last])
+        return after[torch.searchsorted(after, self.positions[-1:], right=True).clamp_max(after.shape[0] - 1)]
+
     def coordinates_on(self, device: torch.device) -> Tensor:
         """Coordinates of what is left, (3, n_alive)."""
         if self.coordinates is None:

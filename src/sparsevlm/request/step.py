@@ -81,6 +81,8 @@ class Readout:
         Attention of the text that may vote to the visual tokens that are left.
     last : list of Tensor of shape (n_visual,), float32
         That of the prompt's last token.
+    prior : list of Tensor of shape (n_visual,), float32
+        That of the token right behind the last visual one.
     previous : list of Tensor of shape (n_visual, hidden_size)
         The layer's input.
     vision : list of VisionRows
@@ -89,6 +91,7 @@ class Readout:
 
     text: list[Tensor] = field(default_factory=list)
     last: list[Tensor] = field(default_factory=list)
+    prior: list[Tensor] = field(default_factory=list)
     previous: list[Tensor] = field(default_factory=list)
     vision: list[VisionRows] = field(default_factory=list)
 
@@ -207,7 +210,8 @@ def reads(request: Request) -> bool:
     """Tells whether anything of a target layer has to be read while it runs."""
     if request.first is not None:
         return False
-    return reads_text(request) or bool({"last_attention", "previous_hidden_states"} & request.traits.needs)
+    of_layer = {"last_attention", "prior_attention", "previous_hidden_states"}
+    return reads_text(request) or bool(of_layer & request.traits.needs)
 
 
 def choose_embedding_raters(request: Request, states: Callable[[int, Tensor], Tensor]) -> None:
@@ -286,6 +290,7 @@ def _context(
         n_images=max(1, len(sample.image_sizes)),
         rater_attention=None if raters is None else readout.text[b][raters],
         last_attention=readout.last[b] if readout.last else None,
+        prior_attention=readout.prior[b] if readout.prior else None,
         previous_hidden_states=readout.previous[b].to(device) if readout.previous else None,
         vision_attention=vision.vision_attention,
         vision_keys=vision.vision_keys,

@@ -17,7 +17,7 @@ EVERYWHERE = "both"
 PLACEMENTS = (BEFORE_DECODER, TARGET_LAYERS, EVERYWHERE)
 VISION_NEEDS = frozenset({"vision_attention", "vision_keys"})
 # What only a decoder layer has.
-_LATE_NEEDS = frozenset({"rater_attention", "last_attention", "previous_hidden_states"})
+_LATE_NEEDS = frozenset({"rater_attention", "last_attention", "prior_attention", "previous_hidden_states"})
 # What padded samples can be given, by placement.
 _PADDED_NEEDS = {
     TARGET_LAYERS: _LATE_NEEDS,
@@ -58,6 +58,9 @@ class SelectionContext:
         the decoder.
     last_attention : Tensor of shape (n_visual,), float32, optional
         Post-softmax attention of the last token of the prompt, mean over all heads. ``None`` before the decoder.
+    prior_attention : Tensor of shape (n_visual,), float32, optional
+        The same of the token right behind the last visual one: it has seen all images, and of a question behind them
+        nothing. ``None`` before the decoder.
     vision_attention : Tensor of shape (2, n_visual), float32, optional
         Attention that each token receives in the vision tower, relative to an even share: summed over all queries of
         its image or frame, mean over heads and over its merged patches. It is 1 on average in every image and frame,
@@ -86,6 +89,7 @@ class SelectionContext:
     text_features: Tensor | None = None
     rater_attention: Tensor | None = None
     last_attention: Tensor | None = None
+    prior_attention: Tensor | None = None
     vision_attention: Tensor | None = None
     vision_keys: Tensor | None = None
     previous_hidden_states: Tensor | None = None
@@ -100,7 +104,8 @@ class SelectionContext:
 
     def at(self, rows: Tensor) -> SelectionContext:
         """A copy with some of the visual rows only, given as indices of shape (n_rows,)."""
-        by_row = ("hidden_states", "indices", "features", "last_attention", "vision_keys", "previous_hidden_states")
+        by_row = ("hidden_states", "indices", "features", "last_attention", "prior_attention")
+        by_row += ("vision_keys", "previous_hidden_states")
         by_column = ("coordinates", "rater_attention", "vision_attention")
         given = {name: getattr(self, name) for name in (*by_row, *by_column, "image_idx", "text_features")}
         taken = {name: value for name, value in given.items() if value is not None}

@@ -40,7 +40,7 @@ class PaddedContext:
         For selectors that draw: another number for every sample, target layer and ``config.seed``; below 2**31.
     rater_attention : Tensor of shape (batch, n_raters, n_visual), float32, optional
         0 for text that does not vote.
-    last_attention : Tensor of shape (batch, n_visual), float32, optional
+    last_attention, prior_attention : Tensor of shape (batch, n_visual), float32, optional
     previous_hidden_states : Tensor of shape (batch, n_visual, hidden_size), optional
     text_features : Tensor of shape (batch, n_text, hidden_size), optional
     is_text : Tensor of shape (batch, n_text), bool, optional
@@ -61,6 +61,7 @@ class PaddedContext:
     seeds: Tensor
     rater_attention: Tensor | None = None
     last_attention: Tensor | None = None
+    prior_attention: Tensor | None = None
     previous_hidden_states: Tensor | None = None
     text_features: Tensor | None = None
     is_text: Tensor | None = None
@@ -130,6 +131,7 @@ def padded_sample(context: SelectionContext, n_keep: int) -> PaddedContext:
         seeds=torch.tensor([draw_seed(context.config.seed, context.layer, context.sample)], device=states.device),
         rater_attention=batched(context.rater_attention),
         last_attention=batched(context.last_attention),
+        prior_attention=batched(context.prior_attention),
         previous_hidden_states=batched(context.previous_hidden_states),
         text_features=batched(text),
         is_text=None if text is None else torch.ones((1, text.shape[0]), dtype=torch.bool, device=states.device),

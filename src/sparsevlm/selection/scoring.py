@@ -15,6 +15,26 @@ _MAX_BLOCK_ELEMENTS = 1 << 26
 _VISUAL_HEADS, _OF_HEADS = 14, 32
 
 
+def information_gain(posterior: Tensor, prior: Tensor, valid: Tensor) -> Tensor:
+    """``p log(p / q)`` of every token: what it adds to the divergence of p from q.
+
+    Parameters
+    ----------
+    posterior, prior : Tensor of shape (batch, n_visual)
+        Attention, not negative; p and q are these, scaled to a sum of 1.
+    valid : Tensor of shape (batch, n_visual), bool
+        False for rows that do not count.
+
+    Returns
+    -------
+    Tensor of shape (batch, n_visual), float32
+        Negative where attention fell.
+    """
+    p, q = (torch.where(valid, attention.float(), 0.0) for attention in (posterior, prior))
+    p, q = (attention / attention.sum(dim=-1, keepdim=True).clamp_min(1e-10) for attention in (p, q))
+    return p * ((p + 1e-10) / (q + 1e-10)).log()
+
+
 def text_to_visual_attention(
     query: Tensor,
     key: Tensor,

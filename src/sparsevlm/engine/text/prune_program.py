@@ -180,6 +180,7 @@ def _context(
         seeds=seeds,
         rater_attention=readout.raters,
         last_attention=readout.last,
+        prior_attention=readout.prior,
         previous_hidden_states=readout.previous,
         text_features=readout.text,
         is_text=readout.is_text,

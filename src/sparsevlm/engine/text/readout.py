@@ -59,6 +59,8 @@ def read(request: Request, space: Workspace, packed: PackedRows, target: int, sc
         found.text += attend(candidates, n_top_heads)
     if "last_attention" in needs:
         found.last += [rows[0] for rows in attend([sample.last for sample in request.samples])]
+    if "prior_attention" in needs:
+        found.prior += [rows[0] for rows in attend([sample.behind for sample in request.samples])]
     return found
 
 
@@ -103,7 +105,7 @@ class PaddedReadout:
     raters : Tensor of shape (batch, n_text, n_visual), float32
         Attention of the raters, 0 for other text.
     is_rater : Tensor of shape (batch, n_text), bool
-    last : Tensor of shape (batch, n_visual), float32
+    last, prior : Tensor of shape (batch, n_visual), float32
     previous : Tensor of shape (batch, n_visual, hidden_size)
     text : Tensor of shape (batch, n_text, hidden_size)
         Embeddings of all text, and of what fills it up.
@@ -115,6 +117,7 @@ class PaddedReadout:
     raters: Tensor | None = None
     is_rater: Tensor | None = None
     last: Tensor | None = None
+    prior: Tensor | None = None
     previous: Tensor | None = None
     text: Tensor | None = None
     is_text: Tensor | None = None
@@ -148,7 +151,7 @@ def read_padded(space: Workspace, step: PruneStep, visual_rows: Tensor, valid: T
     if step.is_before:
         return _read_before(space, step, visual_rows)
     needs, shape, config = step.needs, step.shape, step.config
-    raters = is_rater = last = None
+    raters = is_rater = last = prior = None
     if step.by_rank or "rater_attention" in needs:
         text = PaddedRows(space.query, space.text_rows[: shape.batch, : shape.n_text], space.n_text[: shape.batch])
         n_top_heads = visual_head_count(space.query.shape[1]) if config.heads == "visual" else None
@@ -160,12 +163,16 @@ def read_padded(space: Workspace, step: PruneStep, visual_rows: Tensor, valid: T
             raters = torch.where(is_rater[..., None], raters, 0.0)
         else:
             is_rater = text.counts
+    n_visual, last_row = space.n_visual[: shape.batch], space.cu_seqlens[1 : shape.batch + 1, None].long() - 1
     if "last_attention" in needs:
-        index = (space.cu_seqlens[1 : shape.batch + 1, None].long() - 1).clamp_min(0)
-        rows = PaddedRows(space.query, index, space.n_visual[: shape.batch].clamp_max(1))
+        rows = PaddedRows(space.query, last_row.clamp_min(0), n_visual.clamp_max(1))
         last = _padded_attention(space, step, visual_rows, valid, rows)[:, 0]
+    if "prior_attention" in needs:
+        behind = visual_rows.gather(1, (n_visual[:, None].long() - 1).clamp_min(0)) + 1
+        rows = PaddedRows(space.query, torch.minimum(behind, last_row).clamp_min(0), n_visual.clamp_max(1))
+        prior = _padded_attention(space, step, visual_rows, valid, rows)[:, 0]
     previous = space.previous[visual_rows] if "previous_hidden_states" in needs else None
-    return PaddedReadout(raters, is_rater, last, previous)
+    return PaddedReadout(raters, is_rater, last, prior, previous)
 
 
 def _read_before(space: Workspace, step: PruneStep, visual_rows: Tensor) -> PaddedReadout:

@@ -13,10 +13,12 @@ from .fastv import FastVSelector
 from .grid import GridSelector
 from .hiprune import HiPruneSelector
 from .mmtok import MMTokSelector
+from .priortr import PriorTRSelector
 from .pyramiddrop import PyramidDropSelector
 from .random import RandomSelector
 from .scope import ScopeSelector
 from .span import SpanJointSelector, SpanSelector
+from .span_prior import SpanPriorSelector
 from .sparsevlm import SparseVLMPaperSelector, SparseVLMSelector, SparseVLMv2Selector
 from .tome import ToMeSelector
 from .v2drop import V2DropSelector
@@ -26,10 +28,12 @@ DEFAULT = "span"  # chosen by measurements: docs/ablation.md
 SELECTORS: dict[str, Callable[[], Any]] = {
     "span": SpanSelector,
     "span-joint": SpanJointSelector,
+    "span-prior": SpanPriorSelector,
     "sparsevlm": SparseVLMSelector,
     "sparsevlm-paper": SparseVLMPaperSelector,
     "sparsevlm-v2": SparseVLMv2Selector,
     "fastv": FastVSelector,
+    "priortr": PriorTRSelector,
     "pyramiddrop": PyramidDropSelector,
     "v2drop": V2DropSelector,
     "visionzip": VisionZipSelector,
