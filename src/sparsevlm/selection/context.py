@@ -104,10 +104,10 @@ class SelectionContext:
 
     def at(self, rows: Tensor) -> SelectionContext:
         """A copy with some of the visual rows only, given as indices of shape (n_rows,)."""
-        by_row = ("hidden_states", "indices", "features", "last_attention", "prior_attention")
-        by_row += ("vision_keys", "previous_hidden_states")
+        of_rows = ("hidden_states", "indices", "features", "image_idx", "vision_keys", "previous_hidden_states")
         by_column = ("coordinates", "rater_attention", "vision_attention")
-        given = {name: getattr(self, name) for name in (*by_row, *by_column, "image_idx", "text_features")}
+        of_tokens = ("last_attention", "prior_attention")
+        given = {name: getattr(self, name) for name in (*of_rows, *of_tokens, *by_column, "text_features")}
         taken = {name: value for name, value in given.items() if value is not None}
         for name, value in taken.items():
             taken[name] = (
