@@ -146,4 +146,4 @@ def test_a_decoder_on_two_gpus(family, case):
     state = apply_sparsevlm(model, **SELECTED[case])
     model.generate(**inputs, **GREEDY)
     assert (state.report.path, state.report.samples) == ("plain", samples)
-    assert state.report.wall_ms["prefill"] > 0 and state.report.wall_ms["decode"] > 0  # over both
+    assert min(state.report.wall_ms[phase] for phase in ("prefill", "decode")) > 0  # over both
