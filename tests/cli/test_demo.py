@@ -122,10 +122,14 @@ def test_the_bundled_model_answers(four_questions):
 
 def panels(picture):
     """The square panels of an overlay, row by row, as pixels: where nearly nothing is white."""
-    ink = (np.asarray(picture.convert("RGB")) < 250).any(axis=2)
+    pixels = np.asarray(picture.convert("RGB"))
+    ink = (pixels < 250).any(axis=2)
     rows = runs(ink[:, ink.shape[1] // 4 : ink.shape[1] // 3].mean(axis=1) > 0.9)
-    return [[np.asarray(picture.convert("RGB"))[top:bottom, left:right].astype(int)
-             for left, right in runs(ink[top:bottom].mean(axis=0) > 0.9)] for top, bottom in rows]  # fmt: skip
+    columns = [runs(ink[top:bottom].mean(axis=0) > 0.9) for top, bottom in rows]
+    return [
+        [pixels[top:bottom, left:right] for left, right in of_row]
+        for (top, bottom), of_row in zip(rows, columns, strict=True)
+    ]
 
 
 def runs(is_in, least=100):
@@ -136,12 +140,9 @@ def runs(is_in, least=100):
 
 def n_bright(panel, n_cells):
     """Cells of a panel that are not darkened, by the inner pixels of each."""
-    edges = np.linspace(0, len(panel), n_cells + 1)
-    cells = [
-        panel[int(top) + 6 : int(top + len(panel) / n_cells) - 5, int(left) + 6 : int(left + len(panel) / n_cells) - 5]
-        for top in edges[:-1]
-        for left in edges[:-1]
-    ]
+    side = len(panel) / n_cells
+    insides = [slice(int(n * side) + 6, int((n + 1) * side) - 5) for n in range(n_cells)]
+    cells = [panel[rows, columns] for rows in insides for columns in insides]
     return sum(bool(np.median(cell.max(axis=2)) > 90) for cell in cells)
 
 

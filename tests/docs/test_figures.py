@@ -115,7 +115,7 @@ def test_the_strongest_published_methods_stand_beside_ours(tables):
     assert set(re.findall(r"^\| ([a-z-]+) \|.*\*\*", table, re.MULTILINE)) == {"span", "random", *strongest}
 
 
-def test_the_documents_say_what_is_lost_where_the_vision_tower_is_pruned(tables):
+def test_the_documents_say_what_is_lost_where_the_vision_tower_is_pruned():
     """On crowded and full pictures, and in the quick start where to read it."""
     sentence = "accuracy figure: run=grounds-bundled-22ff0e93 selector=span task="
     for name in ("docs/engine.md", "docs/material.md"):
