@@ -146,4 +146,4 @@ def test_a_decoder_on_two_gpus(family, case):
     state = apply_sparsevlm(model, **SELECTED[case])
     model.generate(**inputs, **GREEDY)
     assert (state.report.path, state.report.samples) == ("plain", samples)
-    assert all(state.report.wall_ms[phase] > 0 for phase in ("prefill", "decode"))  # begun on one, ended on the other
+    assert min(state.report.wall_ms[phase] for phase in ("prefill", "decode")) > 0  # begun on one, ended on the other

@@ -86,6 +86,17 @@ def test_one_version():
     assert first == sparsevlm.__version__
 
 
+def test_an_install_without_a_version_gets_a_torch_that_was_tested():
+    """From the one of the GPU's tests to the one of the test sessions."""
+    oldest, beyond = re.search(r'"torch>=([\d.]+),<([\d.]+)"', (ROOT / "pyproject.toml").read_text()).groups()
+    newest = re.search(r'^TORCH = .*"torch==([\d.]+)\.\d+"\)', (ROOT / "noxfile.py").read_text(), re.MULTILINE)[1]
+    major, minor = map(int, newest.split("."))
+    assert beyond == f"{major}.{minor + 1}"
+    tested = re.search(r"^\| tested \|.*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)[0]
+    assert f"torch {newest} on CPU; torch {oldest} with" in tested
+    assert f"torch from {oldest} to {newest}" in (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+
+
 def test_warnings_begin_with_the_librarys_name():
     """So that a reader of a log knows who speaks, whatever its format."""
     found = {}

@@ -14,7 +14,6 @@ from toys import PROMPTS, make_inputs, tiny_model
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.5}
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 BEFORE = {"visionzip", "hiprune", "divprune", "cdpruner", "scope", "mmtok", "tome"}
-ON_ENGINE = sorted(set(SELECTORS) - {"visionzip", "hiprune", "scope"})  # which look into the vision tower
 BLANK_FIRST = [("text", 2), ("image", 4, 4), ("text", 4), ("image", 6, 6), ("text", 5)]
 MANY = {
     "a blank image": [BLANK_FIRST],
@@ -71,8 +70,31 @@ def test_every_image_keeps_its_floor(selector, prompt):
     assert Report.from_dict(report.to_dict()) == report
 
 
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
+def test_floors_of_images_of_very_different_sizes(selector):
+    """What the quick start says, with the defaults for both floors."""
+    model = tiny_model(n_layers=12)
+    state = apply_sparsevlm(model, selector=selector, keep=0.4)
+    for sides in ([5], [4, 4]):  # the prompt has no more than min_keep
+        model.generate(**make_inputs(_prompt(sides)), max_new_tokens=1)
+        (sample,) = state.report.samples
+        assert set(sample.layer_tokens) == {sum(sample.images)}
+        assert all(stage.n_kept == stage.n_in for stage in sample.stages)
+    for sides in ([4, 16], [2, 12, 1, 10, 6]):
+        model.generate(**make_inputs(_prompt(sides)), max_new_tokens=1)
+        (sample,) = state.report.samples
+        assert sample.images == tuple(side * side for side in sides)
+        check(state.report, 4)
+        assert sum(sample.stages[-1].per_image) >= 32
+        assert sample.average_in <= 0.4 * sum(sample.images)
+
+
+def _prompt(sides):
+    return [("text", 2), *[part for side in sides for part in (("image", side, side), ("text", 2))], ("text", 5)]
+
+
 @pytest.mark.parametrize("prompt", MANY)
-@pytest.mark.parametrize("selector", ON_ENGINE)
+@pytest.mark.parametrize("selector", sorted(SELECTORS))
 def test_both_paths_keep_the_same(selector, prompt):
     model, inputs = tiny_model(), inputs_of(prompt)
     for options in ({}, {"keep": 0.35, "min_keep_per_image": 9}, {"min_keep_per_image": 0}):

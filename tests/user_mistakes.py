@@ -5,6 +5,7 @@ One that goes unnoticed makes its comment an unused one, which `nox -s lint` rep
 
 from torch import nn
 
+import sparsevlm
 from sparsevlm import Report, SelectionContext, SparseVLMState, apply_sparsevlm, reset_n_vis
 
 
@@ -32,6 +33,8 @@ def mistakes(model: nn.Module, state: SparseVLMState, reports: list[Report]) -> 
     reset_n_vis(model)  # type: ignore[arg-type]
     print(reports[0].avarage_in)  # type: ignore[attr-defined]
     print(sum(reports).avarage_in)  # type: ignore[union-attr]
+    state.remove()  # type: ignore[attr-defined]
+    sparsevlm.aply_sparsevlm(model)  # type: ignore[attr-defined]
 
 
 def no_mistakes(model: nn.Module, state: SparseVLMState, name: str, budgets: list[float]) -> None:

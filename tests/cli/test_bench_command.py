@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import csv
+import re
 
 import pytest
 from typer.testing import CliRunner
 
 from sparsevlm.bench.cases import CORE, FULL, Case, MixedCase
+from sparsevlm.bench.providers import make_providers
 from sparsevlm.bench.rounds import Settings
 from sparsevlm.bench.rows import COLUMNS
+from sparsevlm.bench.vllm_dense import VLLM_DENSE
 from sparsevlm.bundled import bundled_path
 from sparsevlm.cli import app
 from sparsevlm.cli import bench as bench_command
 from sparsevlm.cli.bench_tables import print_case
 from tiny_checkpoint import save_tiny_checkpoint
+from toys import tiny_model
 
 FAST = ["--device", "cpu", "--dtype", "float32", "--iterations", "1", "--warmup", "1"]
 
@@ -45,6 +49,7 @@ def test_table_and_rows(checkpoint, tmp_path):
     assert tuple(found[0]) == COLUMNS
     assert len({row["timestamp"] for row in found}) <= 2
     assert {row["model"] for row in found} == {"tiny"}
+    assert {row["floor"] for row in found} == {""}  # of a CPU there is none
     assert all(row["command"].startswith("sparsevlm") for row in found)
     rows.write_text("a,b\n1,2\n")
     result = call("--model", checkpoint, "--cases", "v256-b1-n1", "--append-to", str(rows), *FAST)
@@ -155,6 +160,18 @@ def test_only_columns_that_are_shown_are_explained():
     assert "x: how many times faster" in result.stdout
     about = bench_command._about(["/token", "floor", "GB"], [MixedCase(24)], "random", on_gpu=True)
     assert all(word in about for word in ("/token:", "floor:", "GB:", "mixed shapes", "hf-static"))
+
+
+def test_help_explains_every_case_and_provider(monkeypatch):
+    """docs/engine.md sends its readers there."""
+    monkeypatch.setattr("sparsevlm.bench.providers.check_float8", lambda device: None)
+    measured = make_providers(tiny_model(), (0.25,), static=True, vision_keep=0.5, selectors=["random"], fp8=True)
+    names = {provider.name for provider in measured} - {"ours-random"} | {"ours-NAME", "hf-flash", VLLM_DENSE.name}
+    cases = {re.match("[a-z]+", case.name)[0] for case in FULL}
+    said = " ".join(call("--help").stdout.split()).partition("─ Options ─")[0]
+    assert {name for name in names if not re.search(rf"(?<![\w-]){name}(?![\w-])", said)} == set()
+    assert {kind for kind in cases if not re.search(rf"(?<!\w){kind}\d", said)} == set()
+    assert {"ours-vision", "ours-fp8", "hf-static"} <= names
 
 
 @pytest.mark.parametrize(("model", "is_measured"), [("tiny", True), ("llava-tiny", False)])

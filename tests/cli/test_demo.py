@@ -1,8 +1,10 @@
 """``sparsevlm demo``: on a stand-in of random weights always, on the bundled model where it is installed."""
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
@@ -99,17 +101,65 @@ def test_without_the_bundled_model(tmp_path, monkeypatch):
     assert "no bundled model" in result.stderr
 
 
-@needs_weights
-def test_the_bundled_model_answers(tmp_path, monkeypatch):
-    """One scene shows that everything fits together; accuracy is measured on many, elsewhere."""
-    monkeypatch.chdir(tmp_path)
-    result = call("demo", "--json", "--questions", 4)
+@pytest.fixture(scope="module")
+def four_questions(tmp_path_factory):
+    """What the demo prints as JSON, and its folder."""
+    out = tmp_path_factory.mktemp("demo")
+    result = call("demo", "--json", "--questions", 4, "--out", out)
     assert result.exit_code == 0, result.stderr
-    asked = json.loads(result.stdout)["questions"]
+    return json.loads(result.stdout)["questions"], out
+
+
+@needs_weights
+def test_the_bundled_model_answers(four_questions):
+    """One scene shows that everything fits together; accuracy is measured on many, elsewhere."""
+    asked, _ = four_questions
     assert [one["task"] for one in asked] == list(TASK_ORDER[:4])
     assert sum(one["dense"]["text"] == one["right"] for one in asked) >= 3
     assert all(one["average_in"] == pytest.approx(64, abs=1) for one in asked)
     assert sum(one["pruned"]["text"] == one["right"] for one in asked) >= 3
+
+
+def panels(picture):
+    """The square panels of an overlay, row by row, as pixels: where nearly nothing is white."""
+    pixels = np.asarray(picture.convert("RGB"))
+    ink = (pixels < 250).any(axis=2)
+    rows = runs(ink[:, ink.shape[1] // 4 : ink.shape[1] // 3].mean(axis=1) > 0.9)
+    columns = [runs(ink[top:bottom].mean(axis=0) > 0.9) for top, bottom in rows]
+    return [
+        [pixels[top:bottom, left:right] for left, right in of_row]
+        for (top, bottom), of_row in zip(rows, columns, strict=True)
+    ]
+
+
+def runs(is_in, least=100):
+    """First places and ends of the long runs of true values."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], is_in.astype(int), [0]])))
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b - a > least]
+
+
+def n_bright(panel, n_cells):
+    """Cells of a panel that are not darkened, by the inner pixels of each."""
+    side = len(panel) / n_cells
+    insides = [slice(int(n * side) + 6, int((n + 1) * side) - 5) for n in range(n_cells)]
+    cells = [panel[rows, columns] for rows in insides for columns in insides]
+    return sum(bool(np.median(cell.max(axis=2)) > 90) for cell in cells)
+
+
+@needs_weights
+def test_the_picture_of_the_readme_is_what_the_demo_draws(four_questions):
+    """By its counts: CONTRIBUTING.md has the command that draws it anew."""
+    _, out = four_questions
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    ((alt, path),) = re.findall(r"!\[(.*)\]\((docs/images/demo.*)\)", readme)
+    drawn = panels(Image.open(Path(__file__).parents[2] / path))
+    assert len(drawn) == 3
+    for task, (original, *changes) in zip(TASK_ORDER, drawn, strict=False):
+        (sample,) = Report.from_json(out / f"{task}.report.json").samples
+        counts = [stage.n_kept for stage in sample.stages]
+        assert n_bright(original, 16) == sample.n_visual == 256
+        assert [n_bright(panel, 16) for panel in changes] == list(dict.fromkeys(counts))
+        assert ("recycled" in alt) == any(stage.n_recycled for stage in sample.stages)
 
 
 @needs_weights

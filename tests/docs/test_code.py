@@ -83,6 +83,32 @@ def test_a_command_that_fails_is_seen(tmp_path, monkeypatch):
         run_command(["rm", "file"])
 
 
+@pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
+def test_what_needs_a_checkpoint_runs_on_the_small_model(name, tmp_path, monkeypatch, capsys):
+    """Behind the imports of the page, with a file and the names of another model and device."""
+    monkeypatch.chdir(tmp_path)
+    page = python_blocks(ROOT / name)
+    (block,) = [block for block in page if block.why == "needs a checkpoint"]
+    code = block.code
+    for written, other in {
+        '"Qwen/Qwen2.5-VL-7B-Instruct"': "bundled_path()",
+        '"cuda"': '"cpu"',
+        '"bfloat16"': '"float32"',
+        ", warmup=True": "",
+        "What does the sign say?": "Read the number on the blue card.",
+    }.items():
+        assert written in code or "warmup" in written
+        code = code.replace(written, other)
+    before = ast.parse(page[0].code).body
+    needed = [node for node in before if isinstance(node, (ast.Import, ast.ImportFrom, ast.FunctionDef))]
+    namespace = {}
+    exec(compile(ast.Module(needed, type_ignores=[]), name, "exec"), namespace)
+    namespace["draw_scene"](8).image.save("photo.jpg")
+    exec(compile(code, name, "exec"), namespace)
+    assert "354" in capsys.readouterr().out
+    assert namespace["state"].report.average_in <= 64
+
+
 def test_what_is_not_run_says_why():
     marked = [(name_of(document), block) for document in CODE for block in blocks(document) if block.why]
     assert marked
@@ -92,10 +118,22 @@ def test_what_is_not_run_says_why():
             compile(block.code, name, "exec")
 
 
-def test_every_block_says_its_language():
-    for document in DOCUMENTS:
-        assert read(document).count("\n```") == 2 * len(blocks(document))
-        assert {block.language for block in blocks(document)} <= {"python", "bash", "text", "mermaid"}
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_every_block_is_seen_and_says_its_language(document):
+    assert len(fences(read(document))) == 2 * len(blocks(document))
+    assert {block.language for block in blocks(document)} <= {"python", "bash", "text", "mermaid"}
+
+
+def fences(text):
+    """Lines that open or close a block, in whatever way Markdown has for it."""
+    return re.findall(r"^[ >]*(?:```|~~~).*$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("opening", ["```py title=x", "  ```python", "~~~python", "> ```python"])
+def test_a_block_that_would_not_be_run_is_found(opening, tmp_path):
+    (tmp_path / "page.md").write_text(f"# Page\n\n{opening}\nraise SystemError\n{opening[: opening.index('p')]}\n")
+    assert len(fences(read(tmp_path / "page.md"))) == 2
+    assert blocks(tmp_path / "page.md") == []
 
 
 def attributes(tree, name):
@@ -154,8 +192,10 @@ def test_the_names_test_finds_what_does_not_exist():
 
 
 def test_the_readme_begins_with_a_few_lines_of_code():
-    (block,) = python_blocks(ROOT / "README.md")
-    assert len([line for line in block.code.splitlines() if line.strip()]) <= 12
+    first, second = python_blocks(ROOT / "README.md")
+    for block in (first, second):
+        assert len([line for line in block.code.splitlines() if line.strip()]) <= 12
+    assert (first.why, second.why) == (None, "needs a checkpoint")
     before = read(ROOT / "README.md").split("```python")[0]
     assert "pip install" in before
     assert "##" not in before

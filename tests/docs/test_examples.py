@@ -37,7 +37,7 @@ WRITES = {
 }
 
 
-# What asks a server is run by tests/server/test_example.py.
+# What asks a server is run by tests/server/test_client_example.py.
 OF_SERVER = {"client.py"}
 
 

@@ -8,6 +8,9 @@ import re
 import pytest
 from documents import DOCUMENTS, ROOT, prose, read
 
+from sparsevlm.material.grounds import GROUNDS
+from sparsevlm.selection.selectors import SELECTORS
+
 
 @pytest.fixture
 def tables():
@@ -95,6 +98,39 @@ def test_no_measurement_is_written_by_hand():
         line for line in text.splitlines() if "roofline bound" not in line and not line.startswith("| v")
     )
     assert re.findall(r"\d[\d.]* ?(?:ms\b|%|×|times\b)", sentences) == []
+
+
+def test_the_strongest_published_methods_stand_beside_ours(tables):
+    """Of the run that has all selectors: two in the README, three in the first table of the page."""
+    run = [row for row in tables.stored_rows() if row["run"] == "demo-bundled-63051291" and row["keep"] == "0.25"]
+    retained = {row["selector"]: float(row["retained"]) for row in run if row["task"] == "average"}
+    published = [name for name in retained if name not in ("span", "span-joint", "random", "grid", "downsample")]
+    strongest = sorted(published, key=retained.__getitem__, reverse=True)[:3]
+    assert set(SELECTORS) - {"span", "span-joint", "random", "grid"} == set(published)
+    (sentence,) = [line for line in read(ROOT / "README.md").splitlines() if line.startswith("| accuracy |")]
+    assert set(re.findall(r"accuracy figure: run=demo-bundled-63051291 selector=([\w-]+) ", sentence)) == {
+        "span", "random", *strongest[:2]
+    }  # fmt: skip
+    table = re.search(r"<!-- accuracy: .*?<!-- end of accuracy", read(ROOT / "docs" / "accuracy.md"), re.DOTALL)[0]
+    assert set(re.findall(r"^\| ([a-z-]+) \|.*\*\*", table, re.MULTILINE)) == {"span", "random", *strongest}
+
+
+def test_the_documents_say_what_is_lost_where_the_vision_tower_is_pruned():
+    """On crowded and full pictures, and in the quick start where to read it."""
+    sentence = "accuracy figure: run=grounds-bundled-22ff0e93 selector=span task="
+    for name in ("docs/engine.md", "docs/material.md"):
+        assert {"collage", "photograph", "crowded"} <= set(re.findall(f"{sentence}(\\w+)", read(ROOT / name)))
+    for paragraph in read(ROOT / "docs" / "quickstart.md").split("\n\n"):
+        assert "vision_keep" not in paragraph or "(engine.md#less-work-in-the-vision-tower)" in paragraph
+
+
+def test_every_full_ground_is_in_a_table():
+    """Photographs, noise and clutter among them: dense, the default, the strongest published method, a random draw."""
+    text = read(ROOT / "docs" / "material.md")
+    table = re.search(r"<!-- accuracy: run=grounds-.*?<!-- end of accuracy", text, re.DOTALL)[0]
+    (heads,) = re.findall(r"^\| selector \|.*\| average \| (.*) \|$", table, re.MULTILINE)
+    assert set(heads.split(" | ")) == set(GROUNDS) >= {"photograph", "noise", "clutter"}
+    assert {"dense", "span", "mmtok", "random"} <= set(re.findall(r"^\| ([a-z-]+) \|", table, re.MULTILINE))
 
 
 def test_accuracy_is_claimed_of_the_small_model_only():

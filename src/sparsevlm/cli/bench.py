@@ -113,7 +113,19 @@ def bench(
     yes: Yes = False,
     debug: Debug = False,
 ) -> None:
-    """Measure transformers, this library's engine dense, and pruned, in one process and in turn."""
+    """Measure transformers, this library's engine dense, and pruned, in one process and in turn.
+
+    Cases: v1024-b1-n64 has 1024 visual tokens in each prompt, a batch of 1 and
+    64 new tokens; picture896-b1-n1 begins at a decoded square picture of 896
+    pixels a side; mixed24 are 24 requests, no two of one shape.
+
+    Providers: hf-dense is transformers, hf-flash the same with flash-attn where
+    that is installed, hf-static with compiled decoding; vllm-dense is vLLM.
+    ours-default is apply_sparsevlm(model) without options. All other ours-...
+    run on the engine: ours-dense with nothing dropped, ours with span at --keep,
+    ours-vision with --vision-keep too, ours-fp8 with float8 weights, ours-NAME
+    with one of --selectors in the place of span.
+    """
     from ..bench.cases import named_cases
     from ..bench.estimate import in_words
     from ..bench.providers import chosen_selectors
