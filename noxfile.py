@@ -37,15 +37,28 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def tests_oldest(session: nox.Session) -> None:
-    """The tests with the oldest transformers of the range: of models, requests and both paths, and of most commands;
-    not of what calls nothing of transformers, nor of what only calls the public functions."""
+    """The tests with the oldest transformers of the range: of models, requests and both paths, and of the commands that
+    load models; not of what calls nothing of transformers, nor of what only calls the public functions."""
     folders = (
         *("kernels", "benchmark", "bench", "docs", "scenes", "material", "training", "visualization", "evaluation"),
-        *("plugins", "explore"),
+        *("plugins", "explore", "server", "ray", "smol", "e2e"),
     )
-    files = ("engine/test_device_steps.py", "cli/test_eval.py", "cli/test_bench_command.py", "test_structure.py")
+    engine = ("attentive_selectors", "device_steps", "prune_program", "workspace", "warmup", "replaced_modules")
+    commands = ("eval", "bench_command", "demo", "extra")
+    others = ("structure", "types", "package", "name_collision", "config", "template", "threads", "several_images")
+    files = (
+        *(f"engine/test_{name}.py" for name in engine),
+        *(f"cli/test_{name}.py" for name in commands),
+        *(f"test_{name}.py" for name in others),
+    )
     options = [f"--ignore=tests/{name}" for name in (*folders, *files)]
     run_tests(session, OLDEST, *options, "--ignore-glob=tests/selection/test_[!o]*")
+
+
+@nox.session
+def tests_oldest_whole(session: nox.Session) -> None:
+    """All tests with the oldest transformers of the range; for releases, as it takes as long as the session tests."""
+    run_tests(session, OLDEST)
 
 
 @nox.session

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels import bipartite_merge as plain
 from sparsevlm.kernels.triton import bipartite_merge as twin
@@ -82,7 +83,7 @@ def drawn_rows(places, size, seed, dtype):
 KINDS = ("distinct", "tied", "equal", "special")
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 @given(data=st.data(), n=st.integers(2, 24), seed=st.integers(0, 1 << 30), kind=st.sampled_from(KINDS))
 def test_twins(data, n, seed, kind):
     """Samples with nothing, with one row, that are done, and that merge all they can."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels.centre import centre_reference
 from sparsevlm.kernels.triton import centre as triton_module
@@ -33,7 +34,7 @@ def check(states, valid, device):
         assert torch.equal(given.cpu().nan_to_num(), states.nan_to_num())
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     batch=st.integers(1, 5), n=st.integers(1, 40), size=st.integers(1, 40), seed=st.integers(0, 1 << 30),
     dtype=st.sampled_from(DTYPES), mask=st.sampled_from(["first", "any"]),

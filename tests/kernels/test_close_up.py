@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels import close_up as plain
 from sparsevlm.kernels.close_up import Packed
@@ -79,7 +80,7 @@ SAMPLE = st.tuples(st.integers(0, 12), st.floats(0, 1), st.integers(0, 6), st.in
 )
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(samples=st.lists(SAMPLE, min_size=1, max_size=3), room=st.integers(1, 9), seed=st.integers(0, 1 << 30))
 def test_twin(samples, room, seed):
     most = max(kept for _, kept, *_ in samples)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels import clusters as plain
 from sparsevlm.kernels.places import indices_of_reference
@@ -56,7 +57,7 @@ def check_nearest(n, numbers, n_centres, seed, device, values=None):
     assert torch.equal(found.cpu(), wanted)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(data=st.data(), n=st.integers(1, 24), seed=st.integers(0, 1 << 30), merge=st.sampled_from(["mean", "sum"]))
 def test_twins(data, n, seed, merge):
     """Samples with nothing, with one cluster, and with nothing but centres; most similarities are tied."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels.merge import write_merged_reference
 from sparsevlm.kernels.places import indices_of_reference
@@ -57,7 +58,7 @@ def check(inputs, device):
     return wanted
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=examples(15), deadline=None)
 @given(
     data=st.data(), n=st.integers(1, 24), size=st.integers(1, 20), seed=st.integers(0, 1 << 30),
     dtype=st.sampled_from([torch.float32, torch.float16]), kind=st.sampled_from(["nothing", "one", "some"]),

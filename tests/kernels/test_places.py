@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels.places import first_picks_reference, indices_of_reference
 from sparsevlm.kernels.triton import places
@@ -13,7 +14,7 @@ from sparsevlm.kernels.triton import places
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(batch=st.integers(1, 5), n=st.integers(1, 70), most=st.integers(0, 80), seed=st.integers(0, 1 << 30))
 def test_indices(batch, n, most, seed):
     generator = torch.Generator().manual_seed(seed)
@@ -22,7 +23,7 @@ def test_indices(batch, n, most, seed):
     assert torch.equal(places.indices_of(mask.to(DEVICE), most).cpu(), indices_of_reference(mask, most))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(batch=st.integers(1, 5), n=st.integers(1, 70), data=st.data())
 def test_first_picks(batch, n, data):
     """Samples of any size, of which some keep nothing and some all; what is picked late is any row."""

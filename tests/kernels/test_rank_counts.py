@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels.rank_counts import RankRule, rank_counts_reference
 from sparsevlm.kernels.triton import rank_counts as triton_module
@@ -26,7 +27,7 @@ def check(numbers, ranks, most, rule, device=DEVICE):
     assert bool(flags[0]) == bool((ranks < 0).any())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=examples(300), deadline=None)
 @given(
     samples=st.lists(st.tuples(st.integers(0, 300), st.integers(-1, 40)), min_size=1, max_size=5), rule=RULES,
     room=st.integers(0, 9),

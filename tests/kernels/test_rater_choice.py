@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels.rater_choice import choose_raters_reference, top_heads_reference
 from sparsevlm.kernels.triton.rater_choice import choose_raters, top_heads
@@ -18,7 +19,7 @@ def eighths(shape, seed, most=9):
     return torch.randint(most, shape, generator=torch.Generator().manual_seed(seed)) / 8.0
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     batch=st.integers(1, 5), n_rows=st.integers(0, 20), heads=st.integers(1, 12), seed=st.integers(0, 1 << 30),
     data=st.data(),
@@ -32,7 +33,7 @@ def test_heads(batch, n_rows, heads, seed, data):
     assert (wanted > 0).sum(dim=1).tolist() == [n_top] * batch
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     numbers=st.lists(st.integers(0, 12), min_size=1, max_size=3), room=st.integers(0, 5), n_visual=st.integers(1, 9),
     alike=st.booleans(), seed=st.integers(0, 1 << 30),

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels.recycled_rows import clusters_within, recycled_rows_reference
 from sparsevlm.kernels.triton import recycled_rows as triton_module
@@ -27,7 +28,7 @@ def check(n, n_visual, n_keep, given_clusters, tau, theta, device, seed=0):
         assert torch.equal(one.cpu(), other)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(data=st.data(), n=st.integers(1, 70), tau=st.floats(0, 1), theta=st.floats(0, 1), is_given=st.booleans())
 def test_twin(data, n, tau, theta, is_given):
     """Some samples lose nothing, or have nothing."""

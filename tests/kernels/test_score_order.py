@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import examples
 
 from sparsevlm.kernels import score_order as plain
 from sparsevlm.kernels.triton import score_order
@@ -21,7 +22,7 @@ def check(scores, valid, n_keep):
     assert torch.equal(found.cpu(), plain.highest_reference(scores, valid, n_keep))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     batch=st.integers(1, 4), n=st.integers(1, 70), n_values=st.integers(1, 100), seed=st.integers(0, 1 << 30),
     dtype=st.sampled_from(DTYPES), special=st.booleans(),
