@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     check_columns(given.append_to, COLUMNS)
     command = command_of("bench_vllm_load", sys.argv[1:] if arguments is None else arguments)
+    origin = origin_columns(given.shape, command)  # its time is that of all rows of a run
     print(f"about {estimate(given) / 60:.1f} minutes, {given.minutes:g} at most", flush=True)
     end = time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory() as place:
@@ -86,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         n_text = text_tokens(folder, request_of(given))
         for engine in engines(given):
             for found in measured(given, engine, folder, n_text, end):
-                row = {**dict.fromkeys(COLUMNS, ""), **found, **origin_columns(given.shape, command)}
+                row = {**dict.fromkeys(COLUMNS, ""), **found, **origin}
                 append_rows(given.append_to, [row])
                 shown = ("case", "provider", "selector", "keep", "phase", "metric", "p50", "p99", "n", "note")
                 print(*(row[name] or "-" for name in shown), flush=True)

@@ -11,6 +11,7 @@ import base64
 import io
 import itertools
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ from benchmark.vllm_setup import SIDE, Setting
 N_LETTERS = 40  # of a question, each a token
 _COARSE = 14  # pixels of a picture for one that is drawn
 _QUALITY = 90
+_MOST_OF_THE_FIRST = 60.0  # seconds
+Content = tuple[str, dict[str, Any]]  # a question, and the picture or video that it is about
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class Request:
     frames: int
     new_tokens: int
 
-    def content(self, number: int) -> tuple[str, dict[str, Any]]:
+    def content(self, number: int) -> Content:
         """A question and what it is about, both drawn by the number of the request.
 
         Pictures are smooth noise, whose JPEG is about as large as a photo's.
@@ -93,7 +96,7 @@ def load(
         Of requests, each of which is made once.
     clients : int
     warmup, seconds : float
-        Requests that are answered in the first are not counted.
+        Requests that are answered in the first are not counted, nor is one before it. Without a warm-up there is none.
 
     Raises
     ------
@@ -109,13 +112,14 @@ async def _load(
 ) -> Load:  # fmt: skip
     import aiohttp
 
-    begin = time.perf_counter() + warmup
     answers: list[tuple[float, Any]] = []
     connector = aiohttp.TCPConnector(limit=clients)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(None)) as session:
-        tasks = [
-            asyncio.create_task(_client(session, address, request, setting, numbers, answers)) for _ in range(clients)
-        ]
+        ask = _asking(session, address, request, setting)
+        if warmup:
+            await _first_answer(ask, request.content(next(numbers)))
+        begin = time.perf_counter() + warmup
+        tasks = [asyncio.create_task(_client(ask, request, numbers, answers)) for _ in range(clients)]
         failed, _ = await asyncio.wait(tasks, timeout=warmup + seconds, return_when=asyncio.FIRST_EXCEPTION)
         end = time.perf_counter()
         for task in tasks:
@@ -133,20 +137,22 @@ async def _load(
     )
 
 
-async def _client(
-    session: Any, address: str, request: Request, setting: Setting, numbers: itertools.count[int],
-    answers: list[tuple[float, Any]],
-) -> None:  # fmt: skip
-    """Asks without end; the next request is drawn while one is answered."""
+def _asking(session: Any, address: str, request: Request, setting: Setting) -> Callable[[Content], Awaitable[Any]]:
+    """Asks one request, by vLLM's own function.
+
+    Raises
+    ------
+    RuntimeError
+        If it fails.
+    """
     from vllm.benchmarks.lib.endpoint_request_func import RequestFuncInput, async_request_openai_chat_completions
 
     options: dict[str, Any] = {"temperature": 0.0}
     if setting is not None:
         options["mm_processor_kwargs"] = {"sparsevlm": setting}
-    following = asyncio.create_task(asyncio.to_thread(request.content, next(numbers)))
-    while True:
-        question, visual = await following
-        following = asyncio.create_task(asyncio.to_thread(request.content, next(numbers)))
+
+    async def ask(content: Content) -> Any:
+        question, visual = content
         asked = RequestFuncInput(
             prompt=question, multi_modal_content=visual, api_url=f"{address}/v1/chat/completions", prompt_len=0,
             output_len=request.new_tokens, model=NAME, ignore_eos=True, extra_body=options,
@@ -154,6 +160,29 @@ async def _client(
         answer = await async_request_openai_chat_completions(asked, session)
         if not answer.success:
             raise RuntimeError(f"a request failed: {answer.error.strip().splitlines()[-1]}")
+        return answer
+
+    return ask
+
+
+async def _first_answer(ask: Callable[[Content], Awaitable[Any]], content: Content) -> None:
+    """Kernels are compiled in it, which may take longer than a warm-up."""
+    try:
+        await asyncio.wait_for(ask(content), _MOST_OF_THE_FIRST)
+    except asyncio.TimeoutError:
+        raise RuntimeError(f"the first request was not answered in {_MOST_OF_THE_FIRST:.0f} s") from None
+
+
+async def _client(
+    ask: Callable[[Content], Awaitable[Any]], request: Request, numbers: itertools.count[int],
+    answers: list[tuple[float, Any]],
+) -> None:  # fmt: skip
+    """Asks without end; the next request is drawn while one is answered."""
+    following = asyncio.create_task(asyncio.to_thread(request.content, next(numbers)))
+    while True:
+        content = await following
+        following = asyncio.create_task(asyncio.to_thread(request.content, next(numbers)))
+        answer = await ask(content)
         answers.append((time.perf_counter(), answer))
 
 
