@@ -39,6 +39,7 @@ from benchmark.vllm_setup import (
 )
 from sparsevlm.bench.checkpoint import write_checkpoint_files
 from sparsevlm.bench.rows import Row, append_rows, cell, check_columns
+from sparsevlm.bench.shapes import shape_label
 
 COLUMNS = (
     *("case", "provider", "selector", "keep", "clients", "frames", "n_visual", "n_kept", "n_text", "new_tokens"),
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parse(arguments)
     check_columns(given.append_to, COLUMNS)
     command = command_of("bench_vllm_load", sys.argv[1:] if arguments is None else arguments)
-    origin = origin_columns(given.shape, command)  # its time is that of all rows of a run
+    origin = origin_columns(shape_label(given.shape), command)  # its time is that of all rows of a run
     print(f"about {estimate(given) / 60:.1f} minutes, {given.minutes:g} at most", flush=True)
     end = time.monotonic() + 60 * given.minutes
     with tempfile.TemporaryDirectory() as place:
@@ -195,6 +196,7 @@ def _phase(
                 found = load(*asked, 0.0, given.choice_seconds)
             yield from choice_rows(columns, server.choices(), found.seconds)
     except RuntimeError as error:
+        server.show_log()
         yield _note(columns, f"failed: {error}"[:200])
 
 

@@ -70,7 +70,7 @@ def _caption(rows: list[StoredRow]) -> str:
     n = [int(row["n"]) for row in rows if row["phase"] == "first_token"]
     answered = f"{min(n)} to {max(n)} answered requests a line" if n else "no request was answered"
     return (
-        f"{all_of('new_tokens')} new tokens a request, {answered}. {all_of('model')} shape, random weights; "
+        f"{all_of('new_tokens')} new tokens a request, {answered}. {all_of('model')}; "
         f"{all_of('dtype')}, {all_of('gpu')}, vllm {all_of('vllm')}, torch {all_of('torch')}, transformers "
         f"{all_of('transformers')}, commit {all_of('commit')}; rows with their commands: vllm_load.csv in "
         "benchmark/results."

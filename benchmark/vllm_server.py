@@ -101,7 +101,7 @@ class Server:
                 time.sleep(0.5)
             code = self._process.poll()
             if code is not None or time.monotonic() > end:
-                print(self._log.read_text(encoding="utf-8", errors="replace")[-_TAIL:], file=sys.stderr)
+                self.show_log()
                 reason = f"in {self._seconds:.0f} s" if code is None else f"exit code {code}"
                 raise RuntimeError(f"the server was not ready: {reason}")
 
@@ -113,6 +113,10 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
+
+    def show_log(self) -> None:
+        """Print the end of what the server has written to the error stream."""
+        print(self._log.read_text(encoding="utf-8", errors="replace")[-_TAIL:], file=sys.stderr)
 
     @contextlib.contextmanager
     def timed_choices(self) -> Iterator[None]:
@@ -136,7 +140,7 @@ def takes_request_options() -> list[str]:
     try:
         from vllm.entrypoints.launchers.cli_args import BaseFrontendArgs
     except ImportError:
-        from vllm.entrypoints.openai.cli_args import BaseFrontendArgs  # type: ignore[no-redef]
+        from vllm.entrypoints.openai.cli_args import BaseFrontendArgs
     is_asked = "trust_request_mm_kwargs" in BaseFrontendArgs.__dataclass_fields__
     return ["--trust-request-mm-kwargs"] if is_asked else []
 

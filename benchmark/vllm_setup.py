@@ -81,10 +81,10 @@ def setting_columns(setting: Setting) -> Row:
     return {"provider": PRUNED, "selector": setting["selector"], "keep": str(setting["keep"])}
 
 
-def origin_columns(shape: str, command: str) -> Row:
+def origin_columns(model: str, command: str) -> Row:
     """Columns that tell where rows come from."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shared = {"model": shape, "dtype": dtype(), "vllm": vllm_version(), "commit": commit(), "command": command}
+    shared = {"model": model, "dtype": dtype(), "vllm": vllm_version(), "commit": commit(), "command": command}
     return {**shared, **device_and_versions(device)}
 
 

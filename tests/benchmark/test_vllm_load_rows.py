@@ -130,7 +130,7 @@ def test_a_choice_for_several_images_is_shared_by_them():
 class FakeServer:
     """A server that is there at once, or is not."""
 
-    address, reason = "http://nowhere", ""
+    address, reason, shown = "http://nowhere", "", []
 
     def __init__(self, *given):
         self.switched = 0
@@ -146,6 +146,9 @@ class FakeServer:
     def timed_choices(self):
         self.switched += 1
         yield
+
+    def show_log(self):
+        self.shown.append(self)
 
     def choices(self):
         return [(5.0, 1)] * self.switched
@@ -170,6 +173,7 @@ def test_a_run_stores_its_rows(monkeypatch, tmp_path):
     assert len(rows) == 2 * (5 + 5 + 5 + 2)
     assert len({row["timestamp"] for row in rows}) == 1
     assert {row["command"] for row in rows} == {" ".join(["python -m benchmark.bench_vllm_load", *SMALL])}
+    assert {row["model"] for row in rows} == {"tiny shape, random weights"}
     assert not any(row["note"] for row in rows)
     chosen = [row for row in rows if row["phase"].startswith("choice")]
     assert {(row["provider"], row["keep"]) for row in chosen} == {("vllm-sparsevlm", "0.5")}
@@ -181,7 +185,9 @@ def test_what_fails_leaves_the_rest_and_says_why(monkeypatch, tmp_path):
             raise RuntimeError("a request failed: Bad Request")
         return answered(address, request, setting, numbers, clients, *rest)
 
-    rows = rows_of_a_run(monkeypatch, tmp_path, load)
+    shown = []
+    rows = rows_of_a_run(monkeypatch, tmp_path, load, shown=shown)
+    assert len(shown) == 1
     (failed,) = [row for row in rows if row["note"]]
     assert (failed["note"], failed["clients"], failed["keep"]) == ("failed: a request failed: Bad Request", "8", "0.5")
     assert len(rows) == 2 * (5 + 5) + 7 + 1
