@@ -104,7 +104,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--visual", type=int, default=1024, help="visual tokens of a picture, or of two frames")
     parser.add_argument("--frames", type=int, default=1, help="of a video, an even number; 1: pictures")
-    parser.add_argument("--own-rates", default="", help="of vLLM's own pruning of videos, each a server of its own")
+    parser.add_argument("--own-rates", default="", help="of vLLM's own pruning of videos, on a GPU; a server each")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10.0, help="that are counted, of each number of clients")
     parser.add_argument("--warmup", type=float, default=3.0, help="seconds before these")

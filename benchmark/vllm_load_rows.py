@@ -35,9 +35,9 @@ def vllm_load_table(rows: list[StoredRow]) -> str:
     for row in rows:
         settings.setdefault(_setting(row), {})[row["phase"], row["metric"]] = row
     lines = [
-        "| case | | keep | prompt tokens | requests a second | new tokens a second | first token, ms: p50 | p99 | "
-        "choice a request, ms | its share of the time |",
-        "|---" * 10 + "|",
+        "| clients | visual tokens | | keep | prompt tokens | requests a second | new tokens a second | "
+        "first token, ms: p50 | p99 | choice a request, ms | its share of the time |",
+        "|---" * 11 + "|",
     ]
     # A case's settings stand beside each other, as they ran.
     for case in dict.fromkeys(case for case, *_ in settings):
@@ -46,7 +46,9 @@ def vllm_load_table(rows: list[StoredRow]) -> str:
 
 
 def _line(setting: _Setting, found: _Figures) -> str:
-    case, provider, selector, keep = setting
+    _, provider, selector, keep = setting
+    shared = next(iter(found.values()))
+    frames = "" if shared["frames"] == "1" else f" of {shared['frames']} frames"
 
     def figure(phase: str, metric: str, places: int, column: str = "p50", times: float = 1.0) -> str:
         value = found.get((phase, metric), {}).get(column)
@@ -60,7 +62,8 @@ def _line(setting: _Setting, found: _Figures) -> str:
     ]  # fmt: skip
     if note := found.get(("load", "requests_per_s"), {}).get("note"):
         cells[0] = note
-    return f"| {case} | {selector or provider} | {keep} | {' | '.join(cells)} |"
+    visual = f"{shared['n_visual']}{frames}"
+    return f"| {shared['clients']} | {visual} | {selector or provider} | {keep} | {' | '.join(cells)} |"
 
 
 def _caption(rows: list[StoredRow]) -> str:

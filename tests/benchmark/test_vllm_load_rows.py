@@ -246,24 +246,23 @@ def asked(monkeypatch):
 
 
 def test_clients_ask_one_request_after_the_other(asked):
-    found = vllm_clients.load("http://x", REQUEST, SETTING, itertools.count(), 3, 0.2, 0.4)
+    found = vllm_clients.load("http://x", REQUEST, SETTING, itertools.count(), 3, 0.2, 0.8)
     assert asked.most == 3
     urls = [json.dumps(one.multi_modal_content) for one in asked.requests]
     assert len(set(urls)) == len(urls)
     assert 0 < len(found.total) < len(urls)  # those of the warm-up are not counted
-    assert found.seconds == pytest.approx(0.4, abs=0.15)
+    assert found.seconds >= 0.8
     assert set(found.new_tokens) == {16}
     assert asked.requests[0].extra_body["mm_processor_kwargs"] == {"sparsevlm": SETTING}
     assert asked.requests[0].ignore_eos
-    vllm_clients.load("http://x", REQUEST, None, itertools.count(), 1, 0.0, 0.1)
+    vllm_clients.load("http://x", REQUEST, None, itertools.count(), 1, 0.1, 0.0)
     assert "mm_processor_kwargs" not in asked.requests[-1].extra_body
 
 
 def test_the_first_request_may_take_longer_than_the_warm_up(asked, monkeypatch):
-    asked.seconds = 0.5
-    found = vllm_clients.load("http://x", REQUEST, None, itertools.count(), 1, 0.1, 0.2)
-    assert found.seconds == pytest.approx(0.2, abs=0.1)
-    assert len(found.total) > 2
+    asked.seconds = 1.0
+    found = vllm_clients.load("http://x", REQUEST, None, itertools.count(), 1, 0.1, 0.7)
+    assert 0 < len(found.total) < len(asked.requests) - 1
     asked.requests.clear()
     monkeypatch.setattr(vllm_clients, "_MOST_OF_THE_FIRST", 0.1)
     with pytest.raises(RuntimeError, match="the first request was not answered in 0 s"):
@@ -311,9 +310,11 @@ def test_the_table_is_of_the_last_runs():
     rows += [{**rows[0], **row} for row in choices]
     old = [{**row, "timestamp": "1", "p50": "77"} for row in rows]
     lines = vllm_load_rows.vllm_load_table([*old, *rows, {**old[0], "commit": "older", "timestamp": "0"}]).splitlines()
-    assert lines[2] == "| 8 clients, 64 visual | vllm-dense | 1.0 | 124 | 0.50 | 8 | 30 | 30 | – | – |"
-    assert lines[3] == "| 8 clients, 64 visual | mmtok | 0.5 | 92 | 1.00 | 16 | 15 | 20 | 1.50 | 1.5 % |"
+    assert lines[2] == "| 8 | 64 | vllm-dense | 1.0 | 124 | 0.50 | 8 | 30 | 30 | – | – |"
+    assert lines[3] == "| 8 | 64 | mmtok | 0.5 | 92 | 1.00 | 16 | 15 | 20 | 1.50 | 1.5 % |"
     assert "1 to 2 answered requests a line" in lines[-1]
+    video = [{**row, "case": "other", "frames": "8"} for row in rows[:5]]
+    assert "| 8 | 64 of 8 frames | vllm-dense |" in vllm_load_rows.vllm_load_table(video)
     failed = [{**rows[0], "note": "not reached in 9 minutes", "p50": ""}]
     assert "| not reached in 9 minutes | – |" in vllm_load_rows.vllm_load_table(failed)
     assert vllm_load_rows.vllm_load_table([]).startswith("No rows yet")
