@@ -8,7 +8,6 @@ kept cache, dense and for two selectors under every value of the option ``turns`
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmark.commands import command_of
 from benchmark.timed import RESULTS
 from sparsevlm import apply_sparsevlm
 from sparsevlm.bench.rows import Row, append_rows, check_columns, device_and_versions
@@ -172,20 +172,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_columns(given.append_to, COLUMNS)
     dtype = "bfloat16" if given.device.startswith("cuda") else "float32"
     model, processor = load_model(bundled_path(), dtype=dtype, device=given.device), load_processor(bundled_path())
-    command = command_of(sys.argv[1:] if arguments is None else arguments)
+    command = command_of("bench_turns", sys.argv[1:] if arguments is None else arguments)
     shared = {**device_and_versions(model.device), "dtype": dtype, "commit": commit(), "command": command}
     for selector in given.selectors:
         for turns in (ALONE, DENSE) if selector == DENSE else (ALONE, *TURNS):
             rows = measured(model, processor, given.n, selector, turns)
             append_rows(given.append_to, [{**dict.fromkeys(COLUMNS, ""), **row, **shared} for row in rows])
             print(selector, turns, rows[-1].get("accuracy", rows[-1].get("note")), flush=True)
-
-
-def command_of(arguments: Sequence[str]) -> str:
-    """The command that gives the same rows again, wherever these were appended to."""
-    place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    place.add_argument("--append-to")
-    return shlex.join(["python", "-m", "benchmark.bench_turns", *place.parse_known_args(arguments)[1]])
 
 
 def measured(model: Any, processor: Any, n: int, selector: str, turns: str) -> list[Row]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import subprocess
 import sys
 import tempfile
@@ -19,35 +17,30 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import transformers
 
+from benchmark.commands import command_of
 from benchmark.timed import RESULTS
+from benchmark.vllm_setup import (
+    Setting,
+    dtype,
+    environment,
+    model_config,
+    n_kept,
+    origin_columns,
+    percentiles,
+    pruning_settings,
+    setting_columns,
+)
 from sparsevlm.bench.checkpoint import write_checkpoint_files
-from sparsevlm.bench.rows import Row, append_rows, cell, check_columns, device_and_versions, spread
-from sparsevlm.bench.shapes import empty_model
-from sparsevlm.evaluation.execution.provenance import commit
-from sparsevlm.plugins.vllm.budget import kept_per_run
-from sparsevlm.plugins.vllm.compat import vllm_version
-from sparsevlm.plugins.vllm.options import Options
+from sparsevlm.bench.rows import Row, append_rows, check_columns
 
 COLUMNS = (
     *("case", "provider", "selector", "keep", "requests", "n_visual", "n_kept", "n_text", "new_tokens", "phase"),
     *("metric", "p50", "p20", "p80", "p99", "n", "model", "dtype", "gpu", "torch", "triton", "transformers", "vllm"),
     *("commit", "command", "timestamp", "note"),
 )
-DENSE = "vllm-dense"
 _TEXT = 40
-_ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "VLLM_HOST_IP": "127.0.0.1",
-    "GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false",
-}  # fmt: skip
-_OF_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-# Heads of a size that vLLM's kernels for CPUs take.
-_TINY_TEXT = {"hidden_size": 128, "vocab_size": 151936}
-_TINY_SECTIONS = [4, 6, 6]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,15 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        config = _config(given.shape)
+        config = model_config(given.shape)
         write_checkpoint_files(config, folder)
-        for cases in (list(_cases(given, [None])), list(_cases(given, _settings(given)))):
+        for cases in (list(_cases(given, [None])), list(_cases(given, pruning_settings(given.keep, given.selectors)))):
             job = _job(given, folder, config, cases)
             found = _run(job, Path(place))
             rows += [row for case, one in zip(cases, found, strict=True) for row in _rows(given, case, one)]
-    shared = {"model": given.shape, "dtype": _dtype(), "vllm": vllm_version(), "commit": commit()}
-    shared |= device_and_versions(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    shared |= {"command": shlex.join(["python", "-m", "benchmark.bench_vllm_pruning", *(arguments or sys.argv[1:])])}
+    command = command_of("bench_vllm_pruning", sys.argv[1:] if arguments is None else arguments)
+    shared = origin_columns(given.shape, command)
     rows = [{**dict.fromkeys(COLUMNS, ""), **row, **shared} for row in rows]
     append_rows(given.append_to, rows)
     for row in rows:
@@ -87,15 +79,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _settings(given: argparse.Namespace) -> list[dict[str, Any] | None]:
-    """Options of requests to the pruning engine, all tokens first: what its way alone costs."""
-    settings: list[dict[str, Any] | None] = [{"keep": 1.0, "selector": "grid"}]
-    for keep in given.keep.split(","):
-        settings += [{"keep": float(keep), "selector": name} for name in given.selectors.split(",")]
-    return settings
-
-
-def _cases(given: argparse.Namespace, settings: Sequence[dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+def _cases(given: argparse.Namespace, settings: Sequence[Setting]) -> Iterator[dict[str, Any]]:
     visual = [int(n) for n in given.visual.split(",")]
     calls = [(f"first token, {n} visual", n, 1, 1) for n in visual]
     for n in given.requests.split(","):
@@ -103,28 +87,16 @@ def _cases(given: argparse.Namespace, settings: Sequence[dict[str, Any] | None])
     for options in settings:
         for name, n_visual, requests, new_tokens in calls:
             side = round(n_visual**0.5)
-            n_kept = n_visual if options is None else sum(kept_per_run([n_visual], Options().of_request(options)))
             yield {
                 "name": name, "grid": [side, n_visual // side], "requests": requests, "new_tokens": new_tokens,
-                "options": options, "n_kept": n_kept, "n_text": _TEXT,
+                "options": options, "n_kept": n_kept(n_visual, options), "n_text": _TEXT,
             }  # fmt: skip
-
-
-def _config(shape: str) -> Any:
-    config = empty_model(shape, torch.float32, "sdpa").config
-    if shape != "tiny":
-        return config
-    given = config.to_dict()
-    given["text_config"] |= {**_TINY_TEXT, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 192}
-    given["text_config"]["rope_parameters"] |= {"mrope_section": _TINY_SECTIONS}
-    given["vision_config"] |= {"hidden_size": 64, "num_heads": 2, "intermediate_size": 96, "out_hidden_size": 128}
-    return transformers.Qwen2_5_VLConfig(**given)
 
 
 def _job(given: argparse.Namespace, folder: Path, config: Any, cases: Sequence[dict[str, Any]]) -> dict[str, Any]:
     longest = max(one["grid"][0] * one["grid"][1] for one in cases) + _TEXT + given.new_tokens
     engine: dict[str, Any] = {
-        "model": str(folder), "dtype": _dtype(), "load_format": "dummy", "max_model_len": max(8192, longest), "seed": 0,
+        "model": str(folder), "dtype": dtype(), "load_format": "dummy", "max_model_len": max(8192, longest), "seed": 0,
         "limit_mm_per_prompt": {"image": 1, "video": 0}, "enable_prefix_caching": False, "mm_processor_cache_gb": 0,
         "disable_log_stats": False,
     }  # fmt: skip
@@ -141,19 +113,16 @@ def _job(given: argparse.Namespace, folder: Path, config: Any, cases: Sequence[d
     }  # fmt: skip
 
 
-def _dtype() -> str:
-    return "bfloat16" if torch.cuda.is_available() else "float32"
-
-
 def _run(job: dict[str, Any], place: Path) -> list[dict[str, Any]]:
     """Times of each case; one that was not reached has a note."""
     job_file, out, log = (place / name for name in ("job.json", "out.json", "log.txt"))
     out.unlink(missing_ok=True)
     job_file.write_text(json.dumps(job), encoding="utf-8")
-    environment = {**_ENVIRONMENT, **({} if torch.cuda.is_available() else _OF_CPU), **os.environ}
     with log.open("w", encoding="utf-8") as lines:
         command = [sys.executable, "-m", "benchmark.vllm_pruning_child", str(job_file), str(out)]
-        code = subprocess.run(command, env=environment, stdout=lines, stderr=subprocess.STDOUT, check=False).returncode
+        code = subprocess.run(
+            command, env=environment(), stdout=lines, stderr=subprocess.STDOUT, check=False
+        ).returncode
     found = json.loads(out.read_text(encoding="utf-8")) if out.exists() else []
     if len(found) < len(job["cases"]):
         last = log.read_text(encoding="utf-8", errors="replace")
@@ -164,11 +133,8 @@ def _run(job: dict[str, Any], place: Path) -> list[dict[str, Any]]:
 
 
 def _rows(given: argparse.Namespace, case: dict[str, Any], found: dict[str, Any]) -> list[Row]:
-    options = case["options"]
     shared = {
-        "case": case["name"], "provider": DENSE if options is None else "vllm-sparsevlm",
-        "selector": "" if options is None else options["selector"],
-        "keep": "1.0" if options is None else str(options["keep"]), "requests": str(case["requests"]),
+        "case": case["name"], **setting_columns(case["options"]), "requests": str(case["requests"]),
         "n_visual": str(case["grid"][0] * case["grid"][1]), "n_kept": str(case["n_kept"]),
         "n_text": str(case["n_text"]), "new_tokens": str(case["new_tokens"]), "note": found["note"],
     }  # fmt: skip
@@ -176,18 +142,13 @@ def _rows(given: argparse.Namespace, case: dict[str, Any], found: dict[str, Any]
         return [{**shared, "phase": "total", "metric": "ms"}]
     rows = []
     for phase, values in found["times"].items():
-        rows.append({**shared, "phase": phase, "metric": "ms", **_spread(values)})
+        rows.append({**shared, "phase": phase, "metric": "ms", **percentiles(values)})
         if phase == "total":
             tokens = [1e3 * case["requests"] * case["new_tokens"] / value for value in values]
-            rows.append({**shared, "phase": phase, "metric": "new_tokens_per_s", **_spread(tokens)})
+            rows.append({**shared, "phase": phase, "metric": "new_tokens_per_s", **percentiles(tokens)})
             requests = [1e3 * case["requests"] / value for value in values]
-            rows.append({**shared, "phase": phase, "metric": "requests_per_s", **_spread(requests)})
+            rows.append({**shared, "phase": phase, "metric": "requests_per_s", **percentiles(requests)})
     return rows
-
-
-def _spread(values: Sequence[float]) -> Row:
-    """Percentiles, and of how many values."""
-    return {**spread(values), "p99": cell(float(np.percentile(values, 99))), "n": str(len(values))}
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ names columns of ``results/accuracy.csv`` and the values that its rows must have
 ``suite=demo target_layers=default keep=0.5,0.25``; a value that ends in ``*`` stands for all that begin so, and ``or``
 stands between filters of which one must hold. With ``e2e``, ``models``, ``selectors``, ``mixed`` or ``pictures`` in
 the place of ``accuracy`` the table is one of ``results/e2e.csv``, with ``memory`` one of the bytes in it, with
-``ready`` one of ``results/ready.csv``, with ``turns`` one of ``results/turns.csv``. Of ``results/e2e.csv`` rows of the
-7b shape are shown, but where a filter names ``model``.
+``ready`` one of ``results/ready.csv``, with ``turns`` one of ``results/turns.csv``, with ``vllm-load``
+one of ``results/vllm_load.csv``. Of ``results/e2e.csv`` rows of the 7b shape are shown, but where a filter names
+``model``.
 
 A table of these shows one commit: of the rows that its filter lets through those of the commit that was measured last,
 and of these every case's last run. Older rows stay in the file and are shown nowhere; a filter ``commit=...`` names
@@ -43,16 +44,17 @@ from benchmark.goals import goals_table
 from benchmark.ready_rows import read_ready, ready_table
 from benchmark.turns_rows import read_turns, turns_figure, turns_table
 from benchmark.validity import validity_table
+from benchmark.vllm_load_rows import read_vllm_load, vllm_load_table
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns", "validity", "material")
+_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns", "validity", "material", "vllm")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>accuracy|e2e|goals|memory|mixed|models|pictures|ready|selectors|turns|validity):"
+    r"(<!-- (?P<kind>accuracy|e2e|goals|memory|mixed|models|pictures|ready|selectors|turns|validity|vllm-load):"
     r"(?P<filter>.*?) -->\n)"
     r".*?(<!-- end of (?P=kind) -->\n)",
     re.DOTALL,
@@ -197,6 +199,7 @@ def with_tables(text: str) -> str:
     whole_calls, accuracy = read_e2e(), stored_rows()
     of_accuracy = {"accuracy": accuracy_table, "validity": validity_table}
     others = {"ready": (ready_table, read_ready()), "turns": (turns_table, read_turns())}
+    others |= {"vllm-load": (vllm_load_table, read_vllm_load())}
     tables = {
         "e2e": e2e_table, "memory": memory_table, "mixed": mixed_table, "models": models_table,
         "pictures": pictures_table, "selectors": selectors_table,

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-_PIXELS = 28  # of an image, along one side of a visual token
+from benchmark.vllm_setup import SIDE
+from benchmark.vllm_timed_choice import timed
+
 _WORDS = 256  # ids that every tokenizer knows
 _BEFORE = 8  # text tokens in front of the image
 
@@ -70,7 +71,7 @@ class Engine:
 
     def _prompt(self, case: dict[str, Any]) -> dict[str, Any]:
         height, width = case["grid"]
-        pixels = self._generator.integers(0, 256, (height * _PIXELS, width * _PIXELS, 3), dtype=np.uint8)
+        pixels = self._generator.integers(0, 256, (height * SIDE, width * SIDE, 3), dtype=np.uint8)
         words = self._generator.integers(0, _WORDS, case["n_text"] - 2).tolist()
         ids = [*words[:_BEFORE], *self._ids, *words[_BEFORE:]]
         prompt = {"prompt_token_ids": ids, "multi_modal_data": {"image": Image.fromarray(pixels)}}
@@ -78,7 +79,7 @@ class Engine:
 
 
 class TimedChoice:
-    """Times the choice of tokens, with the device waited for before and behind it."""
+    """Times the choice of tokens, per image."""
 
     def __init__(self) -> None:
         from sparsevlm.plugins.vllm import model
@@ -87,24 +88,11 @@ class TimedChoice:
         self.times: list[float] = []
 
     def __enter__(self) -> TimedChoice:
-        self._module.choose = self._timed
+        self._module.choose = timed(self._choose, lambda ms, n_images: self.times.append(ms / n_images))
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._module.choose = self._choose
-
-    def _timed(self, runs: Any, *options: Any) -> Any:
-        _synchronize()
-        begin = time.perf_counter()
-        chosen = self._choose(runs, *options)
-        _synchronize()
-        self.times.append(1e3 * (time.perf_counter() - begin) / len(runs))
-        return chosen
-
-
-def _synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def times_of(engine: Engine, case: dict[str, Any], job: dict[str, Any]) -> Times:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmark import bench_vllm_pruning as bench
+from benchmark import vllm_setup
 
 
 def parsed(*arguments):
@@ -11,7 +12,10 @@ def parsed(*arguments):
 
 def test_dense_and_pruned_engines_get_the_same_requests():
     given = parsed("--visual", "1024,4096", "--requests", "1,8")
-    dense, pruned = list(bench._cases(given, [None])), list(bench._cases(given, bench._settings(given)))
+    dense, pruned = (
+        list(bench._cases(given, [None])),
+        list(bench._cases(given, vllm_setup.pruning_settings(given.keep, given.selectors))),
+    )
     assert [one["name"] for one in dense] == [
         "first token, 1024 visual", "first token, 4096 visual", "1 together", "8 together"
     ]  # fmt: skip
@@ -40,4 +44,4 @@ def test_a_case_that_failed_has_a_row_with_the_reason():
     (case, *_) = bench._cases(parsed("--visual", "64", "--requests", "1"), [None])
     (row,) = bench._rows(parsed(), case, {"times": {}, "note": "failed: no memory"})
     assert row["note"] == "failed: no memory"
-    assert row["provider"] == bench.DENSE
+    assert row["provider"] == vllm_setup.DENSE
