@@ -16,7 +16,7 @@ from sparsevlm.scenes import draw_scene
 from sparsevlm.server.memory import bound_memory
 
 N_WINDOWS, N_LEAKY, N_ROUNDS, N_THREADS = 14, 4, 9, 4
-LEAK = 1 << 18  # bytes of each request in the last windows
+LEAK = 1 << 19  # bytes of each request in the last windows
 
 
 def held():

@@ -15,7 +15,7 @@ pytest.importorskip("openai")
 pytest.importorskip("fastapi")
 
 N_FIRST = 4  # windows in which all is made that is made once: threads, buffers for the largest products
-N_COMPARED = 4  # at both ends: what is kept for shapes rises and falls within three windows
+N_COMPARED = 4  # at both ends: what is kept for lengths rises and falls within three windows
 MOST_MIB = 2.0  # that a window of 36 requests may add
 
 
