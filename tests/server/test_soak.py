@@ -34,9 +34,9 @@ def test_memory_stays_where_it_is():
     test may last: here they hold a few, so that the rest is seen.
 
     What is free is not given back to the system before it is looked at, so the first windows grow to the most that was
-    needed at once. Runs on two cores with AMX went from 613 to 660, 687 and 693 MiB in windows 1, 2, 5 and 12 and back
-    to 682, and from 637 to 711 in window 5 and then lay between 698 and 732 to the 22nd. With a heap for each thread,
-    and generating threads that are not replaced, it was 640 in window 1, 657 in the 5th, 685 in the 12th, 698 in the 22nd.
+    needed at once. On two cores with AMX, one thread of torch's, a run went from 613 to 660, 687 and 693 MiB in
+    windows 1, 2, 5 and 12 and back to 682 in the 14th; one with longer texts from 637 to 711 in window 5, and then lay
+    between 698 and 732 to the 22nd.
     """
     script = Path(__file__).parent / "soaked.py"
     environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8", "LRU_CACHE_CAPACITY": "8"}
