@@ -132,6 +132,34 @@ def test_a_thread_that_dies_is_started_anew(start, monkeypatch):
     assert live.post(asked())[0] == 503
 
 
+def test_on_a_cpu_a_thread_generates_some_batches_and_another_follows(start, monkeypatch):
+    """What torch's attention keeps for each length ends with its thread."""
+    monkeypatch.setattr("sparsevlm.server.worker._MOST_BATCHES", 2)
+    n_before = _n_generating()
+    worker, threads = (live := start()).service.worker, []
+    serve = worker._serve
+
+    def seen(batch):
+        threads.append(threading.current_thread())
+        serve(batch)
+
+    monkeypatch.setattr(worker, "_serve", seen)
+    assert {live.ask().choices[0].message.content for _ in range(5)} == {"354"}
+    first, second, third, fourth, fifth = threads
+    assert first is second is not third
+    assert third is fourth is not fifth
+    wait_until(lambda: not third.is_alive())
+    assert _n_generating() == n_before + 1
+    assert worker.n_started == 1
+    assert live.metric("worker_restarts_total") == 0
+    live.__exit__()
+    assert not worker.is_alive
+
+
+def _n_generating():
+    return sum(one.name == "sparsevlm-generate" for one in threading.enumerate())
+
+
 def test_a_model_that_does_not_answer_is_noticed(start, monkeypatch):
     live, hang = start(request_timeout=1.0), threading.Event()
     monkeypatch.setattr(live.service.worker, "_generate", lambda rows: hang.wait(20))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +16,6 @@ from .terminal import progress, quiet_transformers, reports_errors
 
 _NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 _MEBIBYTE = 1 << 20
-# Of torch's kernels on a CPU, which keep what they compile for each shape, 1024 by default: prompts have ever new ones.
-_KEPT_SHAPES = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "LRU_CACHE_CAPACITY": "128"}
 _LIMITS = "Limits"
 _PRUNING = "Pruning, of requests that name none"
 
@@ -132,8 +129,9 @@ def serve(
             f'the server needs {", ".join(missing)}, which the extra server brings: run `pip install ".[server]"` in '
             'the source tree, or `pip install "WHEEL[server]"` with the path of a wheel built from it.'
         )
-    for variable, number in _KEPT_SHAPES.items():  # before torch is imported
-        os.environ.setdefault(variable, number)
+    from ..server.memory import bound_memory
+
+    bound_memory()  # before torch is imported
     from ..config import SparseVLMConfig
     from ..server import ServerSettings
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import Any
@@ -20,6 +21,7 @@ from .merging import merged
 from .metrics import Metrics
 from .text import Detokenizer, StopScanner
 
+_MOST_BATCHES = 32  # of a thread on a CPU: torch's attention keeps a kernel for each length until its thread ends
 logger = logging.getLogger(__name__)
 
 
@@ -106,7 +108,7 @@ class _Stops(StoppingCriteria):
 
 
 class Worker:
-    """Generates the batches of a queue in a thread of its own.
+    """Generates the batches of a queue in a thread of its own; on a CPU in one after the other.
 
     Parameters
     ----------
@@ -118,7 +120,7 @@ class Worker:
     Attributes
     ----------
     n_started : int
-        Threads that were started: more than one where one has died.
+        Threads that were started where there was none: more than one where one has died.
     last_step : float
         When the model last gave a token, by ``time.monotonic``.
     lost_device : str, optional
@@ -133,7 +135,9 @@ class Worker:
         self._ends = frozenset([ends] if isinstance(ends, int) else ends or ())
         pads = (self._tokenizer.pad_token_id, config.pad_token_id, *self._ends, 0)
         self._pad_token_id = next(int(one) for one in pads if one is not None)
+        self._most_batches = _MOST_BATCHES if self._model.device.type == "cpu" else math.inf
         self._thread: threading.Thread | None = None
+        self._starting = threading.Lock()
         self._batch: list[Ticket] = []
         self.n_started, self.last_step = 0, time.monotonic()
         self.lost_device: str | None = None
@@ -154,19 +158,30 @@ class Worker:
             ticket.tell(Event(error=_internal()))
         self._batch = []
         self.n_started += 1
-        self._thread = threading.Thread(target=self._run, name="sparsevlm-generate", daemon=True)
-        self._thread.start()
+        self._start_thread()
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._run, name="sparsevlm-generate", daemon=True)
+        with self._starting:
+            thread.start()
+            self._thread = thread  # only now: until then the one before it is alive
 
     def join(self, seconds: float) -> None:
-        """Wait for the thread to end."""
-        if self._thread is not None:
-            self._thread.join(seconds)
+        """Wait for the thread to end, and for those that follow it."""
+        end = time.monotonic() + seconds
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < end:
+            self._thread.join(max(0.0, end - time.monotonic()))
 
     def _run(self) -> None:
+        n_batches = 0
         while batch := self._queue.take():
             self._batch, self.last_step = batch, time.monotonic()
             self._serve(batch)
             self._batch = []
+            n_batches += 1
+            if n_batches >= self._most_batches:
+                self._start_thread()
+                break
 
     def _serve(self, batch: list[Ticket]) -> None:
         """Generate a batch; whatever fails is told to its requests alone."""
