@@ -37,22 +37,17 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def tests_oldest(session: nox.Session) -> None:
-    """The tests with the oldest transformers of the range: of models, requests and both paths, and of the commands that
-    load models; not of what calls nothing of transformers, nor of what only calls the public functions."""
-    folders = (
-        *("kernels", "benchmark", "bench", "docs", "scenes", "material", "training", "visualization", "evaluation"),
-        *("plugins", "explore", "server", "ray", "smol", "e2e"),
+    """What may differ with the oldest transformers of the range: families, requests, exactness and ways of generating
+    on both paths."""
+    engine = ("parity", "generate", "outputs", "kept_caches", "later_turns")
+    others = ("api", "compat", "copies", "exactness", "generation_modes")
+    tests = (
+        *(f"tests/{name}" for name in ("parity", "models", "hooks", "request")),
+        *(f"tests/engine/test_{name}.py" for name in engine),
+        *(f"tests/test_{name}.py" for name in others),
+        *("tests/inputs/test_family_processors.py", "tests/cli/test_run_and_visualize.py"),
     )
-    engine = ("attentive_selectors", "device_steps", "prune_program", "workspace", "warmup", "replaced_modules")
-    commands = ("eval", "bench_command", "demo", "extra")
-    others = ("structure", "types", "package", "name_collision", "config", "template", "threads", "several_images")
-    files = (
-        *(f"engine/test_{name}.py" for name in engine),
-        *(f"cli/test_{name}.py" for name in commands),
-        *(f"test_{name}.py" for name in others),
-    )
-    options = [f"--ignore=tests/{name}" for name in (*folders, *files)]
-    run_tests(session, OLDEST, *options, "--ignore-glob=tests/selection/test_[!o]*")
+    run_tests(session, OLDEST, *tests)
 
 
 @nox.session

@@ -51,7 +51,7 @@ def test_twin(batch, n, size, seed, dtype, mask):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 2, 3, 200])
+@pytest.mark.parametrize("n", [1, 2, 3, 70, pytest.param(200, marks=pytest.mark.gpu)])
 def test_nothing_is_left_of_equal_states(n, dtype, device):
     states = drawn(2, 1, 24, n, dtype, 30.0).expand(-1, n, -1).contiguous().to(device)
     valid = torch.arange(n, device=device) < torch.tensor([[n], [n // 2]], device=device)
