@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from interpreted import examples
 
 from sparsevlm.kernels import density_peaks as plain
