@@ -39,13 +39,15 @@ def tests(session: nox.Session) -> None:
 def tests_oldest(session: nox.Session) -> None:
     """What may differ with the oldest transformers of the range: families, requests, exactness and ways of generating
     on both paths."""
-    engine = ("parity", "generate", "outputs", "kept_caches", "later_turns")
-    others = ("api", "compat", "copies", "exactness", "generation_modes")
+    parity = ("oracle", "padding", "late_features", "turns")
+    engine = ("generate", "kept_caches")
+    others = ("api", "compat", "exactness", "generation_modes")
     tests = (
-        *(f"tests/{name}" for name in ("parity", "models", "hooks", "request")),
+        *(f"tests/parity/test_{name}.py" for name in parity),
         *(f"tests/engine/test_{name}.py" for name in engine),
         *(f"tests/test_{name}.py" for name in others),
-        *("tests/inputs/test_family_processors.py", "tests/cli/test_run_and_visualize.py"),
+        *("tests/models/test_families.py", "tests/models/test_adapters.py", "tests/hooks", "tests/request"),
+        "tests/inputs/test_family_processors.py",
     )
     run_tests(session, OLDEST, *tests)
 
