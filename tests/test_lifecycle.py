@@ -35,7 +35,7 @@ def test_tensors_do_not_pile_up_over_requests():
     model = tiny_model()
     apply_sparsevlm(model, **OPTIONS)
     counts = []
-    for round_ in range(8):
+    for round_ in range(12):
         model.generate(**make_inputs([("text", 3), ("image", 3 + round_ % 3, 5), ("text", 4)]), max_new_tokens=2)
         gc.collect()
         counts.append(sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects()))

@@ -223,7 +223,8 @@ def test_broken_torchvision_is_hidden(tmp_path, monkeypatch, caplog, error):
     [
         "",
         "from transformers.utils import is_torchvision_available as seen; assert seen()\n",
-        "from sparsevlm import apply_sparsevlm\nimport sparsevlm.evaluation\n",
+        "from sparsevlm import apply_sparsevlm\n",
+        "import sparsevlm.evaluation\n",
     ],
 )
 def test_a_whole_process_with_a_broken_torchvision(tmp_path, folder, first):

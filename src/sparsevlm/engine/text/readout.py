@@ -163,7 +163,8 @@ def read_padded(space: Workspace, step: PruneStep, visual_rows: Tensor, valid: T
             raters = torch.where(is_rater[..., None], raters, 0.0)
         else:
             is_rater = text.counts
-    n_visual, last_row = space.n_visual[: shape.batch], space.cu_seqlens[1 : shape.batch + 1, None].long() - 1
+    if {"last_attention", "prior_attention"} & needs:
+        n_visual, last_row = space.n_visual[: shape.batch], space.cu_seqlens[1 : shape.batch + 1, None].long() - 1
     if "last_attention" in needs:
         rows = PaddedRows(space.query, last_row.clamp_min(0), n_visual.clamp_max(1))
         last = _padded_attention(space, step, visual_rows, valid, rows)[:, 0]

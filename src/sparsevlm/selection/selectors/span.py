@@ -23,6 +23,8 @@ from ..greedy import dpp_map, dpp_order, dpp_order_by_gram, gram_pays
 from ..padded import PaddedContext, PaddedSelection
 from ..similarity import finite, nearest_rows, padded_nearest, unit_rows
 
+_LEAST = 1e-6  # relevance of a token, relative to the highest
+
 
 @dataclass(frozen=True)
 class SpanSelector:
@@ -100,22 +102,15 @@ class SpanJointSelector:
         states = centre(states, torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device))
         attention = finite(torch.stack([_last_attention(context) for context in contexts]))
         relative = attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
-        quality = relative.clamp_min(1e-6) ** self.alpha  # a token that nobody looks at still has its place
+        quality = relative.clamp_min(_LEAST) ** self.alpha  # a token that nobody looks at still has its place
         kept = dpp_map(states, quality, n_keep, rounds=True)
         return [self._merged(*one) for one in zip(contexts, states, kept, strict=True)]
 
     def select_padded(self, context: PaddedContext) -> PaddedSelection:
         """The same for several samples filled up to one size."""
         assert context.last_attention is not None  # declared in needs
-        valid, attention = context.valid, context.last_attention.float()
-        states = centre(_own(context.hidden_states), valid)
-        relative = attention / attention.amax(dim=-1, keepdim=True).clamp_min(1e-30)
-        quality = torch.where(valid, relative.clamp_min(1e-6) ** self.alpha, 0.0)
-        if states.is_cuda:
-            order = dpp_order_by_gram(states, quality, context.most_kept, True, context.n_picks)
-        else:
-            order = dpp_order(states, quality, context.most_kept, True)
-        is_kept = first_picks(order, context.n_keep, valid)
+        valid = context.valid
+        states, is_kept = weighed_picks(context, context.last_attention.float(), self.alpha)
         if not context.config.recycle:
             return PaddedSelection(is_kept)
         target = self._joined(states, valid, is_kept, context.most_kept)
@@ -148,6 +143,34 @@ class SpanJointSelector:
             sizes = torch.zeros_like(weight).index_add_(0, merge_target.clamp_min(0), weight)
             weight = weight / sizes[merge_target.clamp_min(0)].clamp_min(1.0)
         return Selection(kept, merge_target, weight)
+
+
+def weighed_picks(
+    context: PaddedContext, relevance: Tensor, alpha: float, least: float = _LEAST
+) -> tuple[Tensor, Tensor]:
+    """Span's search, weighed by ``max(relevance / max relevance, least)^alpha``.
+
+    Parameters
+    ----------
+    context : PaddedContext
+    relevance : Tensor of shape (batch, n_visual), float32
+        Not negative.
+    alpha, least : float
+
+    Returns
+    -------
+    states : Tensor of shape (batch, n_visual, hidden_size), float32
+        Centred.
+    is_kept : Tensor of shape (batch, n_visual), bool
+    """
+    valid, states = context.valid, centre(_own(context.hidden_states.detach()), context.valid)
+    relative = relevance / relevance.amax(dim=-1, keepdim=True).clamp_min(1e-30)
+    quality = torch.where(valid, relative.clamp_min(max(least, _LEAST)) ** alpha, 0.0)
+    if states.is_cuda:
+        order = dpp_order_by_gram(states, quality, context.most_kept, True, context.n_picks)
+    else:
+        order = dpp_order(states, quality, context.most_kept, True)
+    return states, first_picks(order, context.n_keep, valid)
 
 
 def _own(states: Tensor) -> Tensor:

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from ...config import check_unit_interval
-from ...kernels.centre import centre
-from ...kernels.places import first_picks
 from ..context import TARGET_LAYERS, Selection, SelectionContext
-from ..greedy import dpp_order, dpp_order_by_gram
 from ..padded import PaddedContext, PaddedSelection, padded_sample, unpadded
 from .priortr import gain_of
+from .span import weighed_picks
 
 
 @dataclass(frozen=True)
@@ -50,13 +46,5 @@ class SpanPriorSelector:
 
     def select_padded(self, context: PaddedContext) -> PaddedSelection:
         """The same for several samples filled up to one size."""
-        valid, gain = context.valid, gain_of(context).clamp_min(0.0)
-        relative = gain / gain.amax(dim=-1, keepdim=True).clamp_min(1e-30)
-        quality = torch.where(valid, relative.clamp_min(max(self.least, 1e-6)) ** self.alpha, 0.0)
-        states = context.hidden_states.detach()
-        states = centre(states.clone() if states.dtype == torch.float32 else states, valid)
-        if states.is_cuda:
-            order = dpp_order_by_gram(states, quality, context.most_kept, True, context.n_picks)
-        else:
-            order = dpp_order(states, quality, context.most_kept, True)
-        return PaddedSelection(first_picks(order, context.n_keep, valid))
+        gain = gain_of(context).clamp_min(0.0)
+        return PaddedSelection(weighed_picks(context, gain, self.alpha, self.least)[1])
