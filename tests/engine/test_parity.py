@@ -163,6 +163,7 @@ def by_budget_and_rank():
             )
 
 
+@pytest.mark.timeout(900)  # seconds; 500 answers three ways, beside other tests on one GPU
 @pytest.mark.parametrize(
     ("device", "dtype", "n_scenes", "tasks", "options", "least"),
     [
