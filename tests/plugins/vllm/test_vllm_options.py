@@ -77,6 +77,8 @@ def test_only_guided_selectors_read_the_text():
 
 
 def test_untested_versions_are_refused(monkeypatch):
+    monkeypatch.delenv("SPARSEVLM_ALLOW_UNTESTED_VLLM", raising=False)
+    check_vllm("0.25.0")
     check_vllm("0.32.0")
     check_vllm("0.32.0+cpu")
     assert not is_tested("0.33.0")
