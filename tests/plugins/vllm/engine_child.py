@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,16 @@ def request(prompt: Prompt, text: str) -> dict[str, Any]:
     return given
 
 
+def dummies_of(llm: Any) -> Any:
+    """What makes the inputs that an engine measures its memory with: its processor, or the registry of older vLLM."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    processor = llm.llm_engine.renderer.mm_processor
+    if hasattr(processor, "get_dummy_mm_inputs"):
+        return processor.get_dummy_mm_inputs
+    return partial(MULTIMODAL_REGISTRY.get_dummy_mm_inputs, llm.model_config, processor=processor)
+
+
 def main() -> None:
     import vllm
 
@@ -31,8 +42,8 @@ def main() -> None:
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     llm = vllm.LLM(**job["engine"])
     if job["dummies"]:  # as vLLM measures its memory with
-        processor = llm.llm_engine.renderer.mm_processor
-        dummies = [processor.get_dummy_mm_inputs({"image": 1, "video": 1}), processor.get_dummy_mm_inputs({"image": 2})]
+        make = dummies_of(llm)
+        dummies = [make({"image": 1, "video": 1}), make({"image": 2})]
         print("dummies", [sorted(one["mm_placeholders"]) for one in dummies])
     sampling = vllm.SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True)
     batches = []

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from packaging.version import Version
 from PIL import Image
 
 from sparsevlm import apply_sparsevlm, remove_sparsevlm
 from sparsevlm.plugins.vllm.budget import kept_per_run
+from sparsevlm.plugins.vllm.compat import vllm_version
 from sparsevlm.plugins.vllm.options import Options
 from sparsevlm.selection.context import BEFORE_DECODER, Selection
 
@@ -116,6 +118,8 @@ class Reference:
         self.model = cls.from_pretrained(folder, dtype=torch.float32).eval()
         self.processor = transformers.AutoProcessor.from_pretrained(folder)
         self.frames_apart = "qwen3" in config.model_type
+        # Older vLLM does not tell Qwen2.5-VL's processor when frames were taken, which then counts on 24 a second.
+        self._is_told_times = self.frames_apart or Version(vllm_version()) >= Version("0.31")
         self._answers: dict[str, tuple[int, list[int]]] = {}
 
     def text(self, prompt: Prompt) -> str:
@@ -135,8 +139,10 @@ class Reference:
         if prompt.images:
             visual["images"] = prompt.pictures()
         if prompt.video:
-            known = {name: value for name, value in prompt.metadata().items() if name != "do_sample_frames"}
-            visual |= {"videos": [prompt.frames()], "video_metadata": [known], "do_sample_frames": False}
+            visual |= {"videos": [prompt.frames()], "do_sample_frames": False}
+            if self._is_told_times:
+                known = {name: value for name, value in prompt.metadata().items() if name != "do_sample_frames"}
+                visual["video_metadata"] = [known]
         inputs = self.processor(text=[self.text(prompt)], return_tensors="pt", **visual)
         sizes, counts = self._runs(inputs, options)
         if sum(counts) < sum(sizes):

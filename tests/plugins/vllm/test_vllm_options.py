@@ -77,6 +77,8 @@ def test_only_guided_selectors_read_the_text():
 
 
 def test_untested_versions_are_refused(monkeypatch):
+    monkeypatch.delenv("SPARSEVLM_ALLOW_UNTESTED_VLLM", raising=False)
+    check_vllm("0.25.0")
     check_vllm("0.32.0")
     check_vllm("0.32.0+cpu")
     assert not is_tested("0.33.0")
@@ -138,3 +140,15 @@ def test_engines_that_cannot_prune_are_refused(options, error, says, monkeypatch
     with pytest.raises(error, match=says):
         checks.check_engine(engine({"keep": 0.5}, **options))
     checks.check_engine(engine(None, **options))  # who asks for nothing is left alone
+
+
+def test_the_decoder_of_an_engine_that_passed_is_not_refused(monkeypatch):
+    """vLLM builds it from a copy of the model's configuration that names another architecture."""
+    from sparsevlm.plugins.vllm import checks
+
+    monkeypatch.setattr(checks, "check_vllm", lambda: None)
+    decoder = engine({"keep": 0.5}, architectures=("Qwen2ForCausalLM",))
+    with pytest.raises(NotImplementedError, match="was given for Qwen2ForCausalLM"):
+        checks.check_engine(decoder)
+    decoder.model_config.config_updated = True
+    checks.check_engine(decoder)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(900)
 ENGINE_OPTIONS = {"keep": 0.5, "min_keep": 3}
 LANDSCAPE, PORTRAIT, SMALL = (4, 9, 1), (8, 3, 2), (3, 5, 3)
 SELECTORS = ("divprune", "cdpruner", "mmtok", "tome", "random", "grid")
-VIDEO = (6, 7, 5)
+VIDEO, LONG_VIDEO = (6, 7, 5), (16, 16, 2)
 
 
 def prompts() -> list[Prompt]:
@@ -34,6 +34,7 @@ def prompts() -> list[Prompt]:
         Prompt("is the picture in the picture", images=(LANDSCAPE,), options={"selector": "mmtok"}),
         Prompt(images=(LANDSCAPE, LANDSCAPE, SMALL), options={"keep": 0.9, "selector": "tome"}),
         Prompt(images=(SMALL,), options={"keep": 1.0}),
+        Prompt("what is in the video", video=LONG_VIDEO, options={"keep": 0.2}),
         Prompt("what is the video"),
     ]
     return found

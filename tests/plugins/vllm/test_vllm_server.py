@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("vllm.config")  # tests/plugins/vllm by itself would do for "vllm"
 
+from benchmark.vllm_server import takes_request_options
 from reference import NEW_TOKENS, Prompt
 
 from sparsevlm.plugins.vllm.options import Options
@@ -25,13 +26,7 @@ pytestmark = pytest.mark.timeout(900)
 ENGINE_OPTIONS = {"keep": 0.5, "min_keep": 3}
 OPTIONS = (
     *("--dtype", "float32", "--max-model-len", "2048", "--enforce-eager", "--block-size", "32", "--seed", "0"),
-    *(
-        "--skip-mm-profiling",
-        "--served-model-name",
-        "tiny",
-        "--return-tokens-as-token-ids",
-        "--trust-request-mm-kwargs",
-    ),
+    *("--skip-mm-profiling", "--served-model-name", "tiny", "--return-tokens-as-token-ids", *takes_request_options()),
     *("--limit-mm-per-prompt", '{"image": 2, "video": 0}', "--hf-overrides", json.dumps({"sparsevlm": ENGINE_OPTIONS})),
 )
 

@@ -15,7 +15,7 @@ def check_engine(vllm_config: Any) -> None:
     Parameters
     ----------
     vllm_config : VllmConfig
-        One without ``hf_overrides={"sparsevlm": {...}}`` passes.
+        One without ``hf_overrides={"sparsevlm": {...}}``, or that vLLM has completed after a check, passes.
 
     Raises
     ------
@@ -27,7 +27,10 @@ def check_engine(vllm_config: Any) -> None:
         For models, and ways to run one, that the plugin does not cover.
     """
     model_config = vllm_config.model_config
-    given = None if model_config is None else getattr(model_config.hf_config, KEY, None)
+    # vLLM builds the decoder from a copy of what has passed, with the options in it but under the decoder's own name.
+    if model_config is None or getattr(model_config, "config_updated", False):
+        return
+    given = getattr(model_config.hf_config, KEY, None)
     if given is None:
         return
     check_vllm()

