@@ -228,11 +228,8 @@ def load_rows(columns: Row, found: Load) -> list[Row]:
             f"prompts of {prompts} tokens, not of {columns['n_kept']} visual and {columns['n_text']} others"
         )
     n = str(len(found.total))
-    rates = {"requests_per_s": len(found.total), "new_tokens_per_s": sum(found.new_tokens)}
-    rows = [
-        {**columns, "phase": "load", "metric": name, "p50": cell(value / found.seconds), "n": n}
-        for name, value in rates.items()
-    ]
+    rates = {"requests_per_s": found.rate, "new_tokens_per_s": found.rate * sum(found.new_tokens) / len(found.total)}
+    rows = [{**columns, "phase": "load", "metric": name, "p50": cell(value), "n": n} for name, value in rates.items()]
     for phase, values in (("first_token", found.first_token), ("total", found.total)):
         rows.append({**columns, "phase": phase, "metric": "ms", **percentiles(values)})
     return [*rows, {**columns, "phase": "prompt", "metric": "tokens", **percentiles(found.prompt_tokens)}]

@@ -26,6 +26,7 @@ _COARSE = 14  # pixels of a picture for one that is drawn
 _QUALITY = 90
 _MOST_OF_THE_FIRST = 60.0  # seconds
 Content = tuple[str, dict[str, Any]]  # a question, and the picture or video that it is about
+_Answered = tuple[float, float, Any]  # since when a client was free to ask, when it had the answer, and that
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class Load:
     Attributes
     ----------
     seconds : float
+    rate : float
+        Requests a second: those that a client has had answered by the time that they took it, summed over the clients.
+        Counted by the clock they would come in waves, as clients that begin together go on together.
     first_token, total : list of float
         Milliseconds of the requests that were answered in it.
     prompt_tokens, new_tokens : list of int
@@ -74,6 +78,7 @@ class Load:
     """
 
     seconds: float
+    rate: float
     first_token: list[float]
     total: list[float]
     prompt_tokens: list[int]
@@ -112,14 +117,14 @@ async def _load(
 ) -> Load:  # fmt: skip
     import aiohttp
 
-    answers: list[tuple[float, Any]] = []
+    answers: list[list[_Answered]] = [[] for _ in range(clients)]
     connector = aiohttp.TCPConnector(limit=clients)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(None)) as session:
         ask = _asking(session, address, request, setting)
         if warmup:
             await _first_answer(ask, request.content(next(numbers)))
         begin = time.perf_counter() + warmup
-        tasks = [asyncio.create_task(_client(ask, request, numbers, answers)) for _ in range(clients)]
+        tasks = [asyncio.create_task(_client(ask, request, numbers, one)) for one in answers]
         failed, _ = await asyncio.wait(tasks, timeout=warmup + seconds, return_when=asyncio.FIRST_EXCEPTION)
         end = time.perf_counter()
         for task in tasks:
@@ -127,9 +132,11 @@ async def _load(
         await asyncio.gather(*tasks, return_exceptions=True)
     for task in failed:
         task.result()
-    counted = [answer for at, answer in answers if begin <= at <= end]
+    of_clients = [[one for one in answered if begin <= one[1] <= end] for answered in answers]
+    counted = [answer for of_client in of_clients for _, _, answer in of_client]
     return Load(
         end - begin,
+        sum(len(one) / sum(until - since for since, until, _ in one) for one in of_clients if one),
         [1e3 * one.ttft for one in counted],
         [1e3 * one.latency for one in counted],
         [one.prompt_len for one in counted],
@@ -175,15 +182,17 @@ async def _first_answer(ask: Callable[[Content], Awaitable[Any]], content: Conte
 
 async def _client(
     ask: Callable[[Content], Awaitable[Any]], request: Request, numbers: itertools.count[int],
-    answers: list[tuple[float, Any]],
+    answers: list[_Answered],
 ) -> None:  # fmt: skip
     """Asks without end; the next request is drawn while one is answered."""
     following = asyncio.create_task(asyncio.to_thread(request.content, next(numbers)))
+    until = time.perf_counter()
     while True:
         content = await following
         following = asyncio.create_task(asyncio.to_thread(request.content, next(numbers)))
         answer = await ask(content)
-        answers.append((time.perf_counter(), answer))
+        since, until = until, time.perf_counter()
+        answers.append((since, until, answer))
 
 
 def _jpeg(coarse: Any) -> str:

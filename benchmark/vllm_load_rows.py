@@ -36,8 +36,8 @@ def vllm_load_table(rows: list[StoredRow]) -> str:
         settings.setdefault(_setting(row), {})[row["phase"], row["metric"]] = row
     lines = [
         "| clients | visual tokens | | keep | prompt tokens | requests a second | new tokens a second | "
-        "first token, ms: p50 | p99 | choice a request, ms | its share of the time |",
-        "|---" * 11 + "|",
+        "first token, ms: p50 | p99 | whole answer, ms | choice a request, ms | its share of the time |",
+        "|---" * 12 + "|",
     ]
     # A case's settings stand beside each other, as they ran.
     for case in dict.fromkeys(case for case, *_ in settings):
@@ -57,7 +57,8 @@ def _line(setting: _Setting, found: _Figures) -> str:
     share = figure("choice", "share_of_time", 1, times=100.0)
     cells = [
         figure("prompt", "tokens", 0), figure("load", "requests_per_s", 2), figure("load", "new_tokens_per_s", 0),
-        figure("first_token", "ms", 0), figure("first_token", "ms", 0, "p99"), figure("choice_per_request", "ms", 2),
+        figure("first_token", "ms", 0), figure("first_token", "ms", 0, "p99"),
+        figure("total", "ms", 0), figure("choice_per_request", "ms", 2),
         share if share == _NONE else f"{share} %",
     ]  # fmt: skip
     if note := found.get(("load", "requests_per_s"), {}).get("note"):

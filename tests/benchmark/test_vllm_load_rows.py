@@ -95,7 +95,7 @@ def by_metric(rows):
 
 def test_rows_tell_throughput_and_percentiles():
     first = [float(i) for i in range(1, 101)]
-    found = vllm_clients.Load(4.0, first, [200.0] * 100, [92] * 100, [16] * 100)
+    found = vllm_clients.Load(4.0, 25.0, first, [200.0] * 100, [92] * 100, [16] * 100)
     rows = by_metric(bench.load_rows(columns(), found))
     assert rows["load", "requests_per_s"]["p50"] == "25"
     assert rows["load", "new_tokens_per_s"]["p50"] == "400"
@@ -106,7 +106,7 @@ def test_rows_tell_throughput_and_percentiles():
 
 
 def test_prompts_of_other_lengths_are_an_error():
-    found = vllm_clients.Load(4.0, [1.0], [2.0], [124], [16])
+    found = vllm_clients.Load(4.0, 1.0, [1.0], [2.0], [124], [16])
     with pytest.raises(RuntimeError, match=r"prompts of \{124\} tokens, not of 32 visual and 60 others"):
         bench.load_rows(columns(), found)
     own = bench.Engine((), (None,), 0.75)  # of which the server alone knows how many there are
@@ -114,7 +114,7 @@ def test_prompts_of_other_lengths_are_an_error():
 
 
 def test_without_answers_there_is_a_row_with_the_reason():
-    (row,) = bench.load_rows(columns(), vllm_clients.Load(4.0, [], [], [], []))
+    (row,) = bench.load_rows(columns(), vllm_clients.Load(4.0, 0.0, [], [], [], []))
     assert row["note"] == "no request was answered in 4 s"
     (row,) = bench.choice_rows(columns(), [], 3.0)
     assert (row["phase"], row["note"]) == ("choice_per_request", "no choice was made in 3 s")
@@ -165,7 +165,7 @@ def rows_of_a_run(monkeypatch, tmp_path, load, **server):
 def answered(address, request, setting, numbers, clients, warmup, seconds):
     next(numbers)
     n_prompt = (64 if setting is None or setting["keep"] == 1 else 32) + 61
-    return vllm_clients.Load(seconds, [5.0 * clients], [9.0], [n_prompt], [request.new_tokens])
+    return vllm_clients.Load(seconds, 1.0, [5.0 * clients], [9.0], [n_prompt], [request.new_tokens])
 
 
 def test_a_run_stores_its_rows(monkeypatch, tmp_path):
@@ -259,6 +259,16 @@ def test_clients_ask_one_request_after_the_other(asked):
     assert "mm_processor_kwargs" not in asked.requests[-1].extra_body
 
 
+def test_requests_a_second_do_not_depend_on_where_a_wave_ends(asked, monkeypatch):
+    """Three clients whose requests take 0.2 s and end together: between two ends there are 15 a second."""
+    waited = asyncio.sleep
+    monkeypatch.setattr(asyncio, "sleep", lambda seconds: waited(10 * seconds))
+    for seconds in (0.3, 0.45, 0.55):
+        found = vllm_clients.load("http://x", REQUEST, None, itertools.count(), 3, 0.1, seconds)
+        assert len(found.total) % 3 == 0
+        assert 5 < found.rate <= 15
+
+
 def test_the_first_request_may_take_longer_than_the_warm_up(asked, monkeypatch):
     asked.seconds = 1.0
     found = vllm_clients.load("http://x", REQUEST, None, itertools.count(), 1, 0.1, 0.7)
@@ -303,15 +313,15 @@ def stored(found, setting, clients, **origin):
 
 
 def test_the_table_is_of_the_last_runs():
-    dense = vllm_clients.Load(2.0, [30.0], [90.0], [124], [16])
-    pruned = vllm_clients.Load(2.0, [10.0, 20.0], [50.0, 50.0], [92, 92], [16, 16])
+    dense = vllm_clients.Load(2.0, 0.5, [30.0], [90.0], [124], [16])
+    pruned = vllm_clients.Load(2.0, 1.0, [10.0, 20.0], [50.0, 50.0], [92, 92], [16, 16])
     choices = bench.choice_rows(columns(), [(1.5, 1)], 0.1)
     rows = [*stored(dense, None, 8), *stored(pruned, SETTING, 8)]
     rows += [{**rows[0], **row} for row in choices]
     old = [{**row, "timestamp": "1", "p50": "77"} for row in rows]
     lines = vllm_load_rows.vllm_load_table([*old, *rows, {**old[0], "commit": "older", "timestamp": "0"}]).splitlines()
-    assert lines[2] == "| 8 | 64 | vllm-dense | 1.0 | 124 | 0.50 | 8 | 30 | 30 | – | – |"
-    assert lines[3] == "| 8 | 64 | mmtok | 0.5 | 92 | 1.00 | 16 | 15 | 20 | 1.50 | 1.5 % |"
+    assert lines[2] == "| 8 | 64 | vllm-dense | 1.0 | 124 | 0.50 | 8 | 30 | 30 | 90 | – | – |"
+    assert lines[3] == "| 8 | 64 | mmtok | 0.5 | 92 | 1.00 | 16 | 15 | 20 | 50 | 1.50 | 1.5 % |"
     assert "1 to 2 answered requests a line" in lines[-1]
     video = [{**row, "case": "other", "frames": "8"} for row in rows[:5]]
     assert "| 8 | 64 of 8 frames | vllm-dense |" in vllm_load_rows.vllm_load_table(video)
