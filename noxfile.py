@@ -26,7 +26,7 @@ def run_tests(session: nox.Session, transformers: str, *options: str) -> None:
     """Install everything into the session's environment and run pytest on all cores."""
     session.install(TORCH)  # first and alone, so that no other package chooses the build
     session.install(transformers, "-e", ".[test]")
-    session.run("pytest", "-n", "auto", *options, *session.posargs)
+    session.run("pytest", "-n", "auto", "--dist", "worksteal", *options, *session.posargs)
 
 
 @nox.session
