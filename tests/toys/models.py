@@ -27,7 +27,7 @@ def tiny_model(
 ):  # fmt: skip
     """A random model whose attention is far from uniform, so that pruning changes its logits.
 
-    Each call gets a copy of one that is made once, as that takes less time, and leaves generators as if it had made one.
+    Each call gets a copy of one that is made once, which is quicker, and leaves generators as if it had made one.
     """
     made, state = _made(family, attn, seed, n_layers, json.dumps(vision_options or {}), json.dumps(text_options or {}))
     torch.manual_seed(seed)  # of devices
