@@ -64,6 +64,15 @@ def with_image(url):
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "messages.0.tool_calls", "not"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0", "'text'"),
         ({"messages": [{"role": "user", "content": "a <|image_pad|> b"}]}, "messages", "stands for an image"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": one} for one in ("<|image_", "pad|>")]}
+                ]
+            },
+            "messages",
+            "'<|image_pad|>', which stands for an image",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
         ({"messages": [{"role": "user", "content": "x " * 300_000}]}, "messages", "600000 characters"),
         ({"messages": [{"role": "user", "content": "x y " * 9000}]}, "messages", "takes up to 8192 tokens"),
@@ -94,6 +103,12 @@ def test_a_parameter_that_cannot_be_obeyed(live, change, param, says):
     status, error = live.post({**asked("x"), **change})
     assert (status, error["param"], error["type"]) == (400, param, "invalid_request_error")
     assert says in error["message"]
+
+
+def test_a_long_name_of_a_parameter_does_not_come_back_whole(live):
+    status, error = live.post({**asked("x"), "k" * 100_000: 1})
+    assert (status, error["code"]) == (400, "unsupported_parameter")
+    assert error["param"] == "k" * 200
 
 
 def test_what_asks_for_nothing_is_taken(live):
@@ -183,6 +198,7 @@ BAD = {
     "eps": (bytes_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "invalid_image", "none that can be read"),
     "empty": ("data:image/png;base64,", "invalid_image", "none that can be read"),
     "no base64": ("data:image/png;base64,@@@@", "invalid_image", "not base64"),
+    "half of a surrogate pair": ("data:image/png,\ud800", "invalid_image", "none that can be read"),
     "not ascii": ("data:image/png;base64,ä", "invalid_image", "not ASCII"),
     "no comma": ("data:image/png;base64", None, "no comma"),
     "html": ("data:text/html;base64," + base64.b64encode(WHOLE).decode(), "invalid_image", "'text/html'"),
