@@ -128,10 +128,12 @@ def test_what_asks_for_nothing_is_taken(live):
         (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"messages": [' + b"[]," * 300_000 + b"[]]}", "more lists, objects and commas"),
+        (b'{"messages": [' + b"1," * 600_000 + b"1]}", "more lists, objects and commas"),
         (b"{}", "model: Field required"),
         (json.dumps({**asked(), "metadata": json.loads("[" * 300 + "]" * 300)}).encode(), "metadata is not supported"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_a_body_that_is_no_request(live, body, says):
     status, error = live.post(body)
