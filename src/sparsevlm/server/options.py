@@ -22,7 +22,7 @@ REQUEST_OPTIONS = (
 )
 _LONGEST = 1000  # list of layers
 _OF_GENERATION = ("temperature", "top_p", "top_k")
-_LEAST_TEMPERATURE = 1e-5  # below it, logits divided by it overflow in the end, and a GPU that draws from them is lost
+_LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow in the end, and cannot be drawn from
 
 
 @dataclasses.dataclass(frozen=True)
