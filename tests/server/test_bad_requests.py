@@ -64,6 +64,15 @@ def with_image(url):
         ({"messages": [{"role": "assistant", "content": "x", "tool_calls": [1]}]}, "messages.0.tool_calls", "not"),
         ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages.0.content.0", "'text'"),
         ({"messages": [{"role": "user", "content": "a <|image_pad|> b"}]}, "messages", "stands for an image"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": one} for one in ("<|image_", "pad|>")]}
+                ]
+            },
+            "messages",
+            "'<|image_pad|>', which stands for an image",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages", "surrogate"),
         ({"messages": [{"role": "user", "content": "x " * 300_000}]}, "messages", "600000 characters"),
         ({"messages": [{"role": "user", "content": "x y " * 9000}]}, "messages", "takes up to 8192 tokens"),
@@ -96,6 +105,12 @@ def test_a_parameter_that_cannot_be_obeyed(live, change, param, says):
     assert says in error["message"]
 
 
+def test_a_long_name_of_a_parameter_does_not_come_back_whole(live):
+    status, error = live.post({**asked("x"), "k" * 100_000: 1})
+    assert (status, error["code"]) == (400, "unsupported_parameter")
+    assert error["param"] == "k" * 200
+
+
 def test_what_asks_for_nothing_is_taken(live):
     neutral = {"n": 1, "frequency_penalty": 0.0, "logprobs": False, "tools": [], "user": "me", "store": None, "seed": 3}
     assert live.post({**asked(), **neutral})[0] == 200
@@ -113,10 +128,12 @@ def test_what_asks_for_nothing_is_taken(live):
         (b'{"seed": ' + b"9" * 5000 + b"}", "not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"messages": [' + b"[]," * 300_000 + b"[]]}", "more lists, objects and commas"),
+        (b'{"messages": [' + b"1," * 600_000 + b"1]}", "more lists, objects and commas"),
         (b"{}", "model: Field required"),
         (json.dumps({**asked(), "metadata": json.loads("[" * 300 + "]" * 300)}).encode(), "metadata is not supported"),
     ],
-    ids=range(11),
+    ids=range(13),
 )
 def test_a_body_that_is_no_request(live, body, says):
     status, error = live.post(body)
@@ -183,6 +200,7 @@ BAD = {
     "eps": (bytes_url(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "invalid_image", "none that can be read"),
     "empty": ("data:image/png;base64,", "invalid_image", "none that can be read"),
     "no base64": ("data:image/png;base64,@@@@", "invalid_image", "not base64"),
+    "half of a surrogate pair": ("data:image/png,\ud800", "invalid_image", "none that can be read"),
     "not ascii": ("data:image/png;base64,ä", "invalid_image", "not ASCII"),
     "no comma": ("data:image/png;base64", None, "no comma"),
     "html": ("data:text/html;base64," + base64.b64encode(WHOLE).decode(), "invalid_image", "'text/html'"),

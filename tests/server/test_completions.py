@@ -140,6 +140,12 @@ def test_a_seed_draws_the_same_again_and_greedy_draws_nothing(live):
     assert len(greedy) == 1
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-38, 5e-324])
+def test_a_temperature_near_zero_is_answered(live, temperature):
+    """Logits that are divided by less than float32 holds are no probabilities."""
+    assert live.ask(temperature=temperature).choices[0].message.content == "354"
+
+
 def test_requests_that_wait_together_are_one_batch(start):
     live = start(batch_wait=60.0)
     alone = [live.ask(about(scene, text="List all cards."), max_tokens=n).choices[0] for scene, n in CASES]

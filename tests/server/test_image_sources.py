@@ -199,6 +199,7 @@ def test_every_redirect_is_checked(web):
         assert len(asked_of_it) == 1
     for to in ("file:///etc/passwd", "data:image/png;base64,AAAA", "ftp://images.example/"):
         assert refusal(images, f"{base}/to/{to}").code == "image_source_refused"
+    assert refusal(images, f"{base}/to/http://[").code == "image_fetch_failed"
     assert "redirects" in str(refusal(images, f"{base}/to//to//to//to//scene"))
 
 

@@ -74,6 +74,20 @@ def test_an_error_of_the_model_is_that_of_its_batch_alone(start, monkeypatch):
     assert live.ask().choices[0].message.content == "354"
 
 
+def test_an_error_that_nobody_foresaw_is_answered_as_all_others_are(start, monkeypatch):
+    live = start()
+
+    def fail(*args):
+        raise RuntimeError("out of tune, with a secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.service, "_ticket", fail)
+        status, error = live.post(asked())
+    assert (status, error["code"]) == (500, "internal_error")
+    assert "secret" not in error["message"]
+    assert live.ask().choices[0].message.content == "354"
+
+
 def test_an_error_in_the_middle_of_a_stream(start, monkeypatch):
     live = start()
     from sparsevlm.server.worker import Row

@@ -60,6 +60,7 @@ def create_app(
     app.add_exception_handler(RequestError, _answer_error)
     app.add_exception_handler(HTTPException, _answer_http_error)
     app.add_exception_handler(ClientGoneError, _answer_nobody)
+    app.add_exception_handler(Exception, _answer_failure)
     _add_paths(app, service)
     return Gate(app, service)
 
@@ -159,6 +160,11 @@ def _answer_http_error(request: Request, error: Exception) -> Response:
     words = _MESSAGES.get(error.status_code, str(error.detail))
     said = RequestError(words.format(path=request.url.path, method=request.method), status=error.status_code)
     return JSONResponse(said.body, error.status_code, headers={**said.headers, **(error.headers or {})})
+
+
+def _answer_failure(request: Request, error: Exception) -> Response:
+    failed = RequestError("the server failed; its log says why.", status=500, code="internal_error")
+    return JSONResponse(failed.body, failed.status)
 
 
 def _answer_nobody(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ _TYPES = {
     503: "server_error",
 }
 _MOST_CHARACTERS = 600  # of a message: what it quotes may be as long as the request
+_MOST_OF_PARAM = 200  # which may be a key of the request
 RETRY_AFTER = 1  # seconds
 
 
@@ -33,7 +34,8 @@ class RequestError(Exception):
         if len(message) > _MOST_CHARACTERS:
             message = f"{message[: _MOST_CHARACTERS // 2]} ... {message[-_MOST_CHARACTERS // 2 :]}"
         super().__init__(message)
-        self.status, self.param, self.code = status, param, code
+        self.status, self.code = status, code
+        self.param = None if param is None else param[:_MOST_OF_PARAM]
 
     @property
     def body(self) -> dict[str, Any]:

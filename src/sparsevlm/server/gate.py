@@ -1,4 +1,4 @@
-"""What every request passes: its id, the key, the log, the count, and an answer where all else fails."""
+"""What every request passes: its id, the key, the log and the count."""
 
 from __future__ import annotations
 
@@ -63,10 +63,7 @@ class Gate:
         except RequestError as error:
             await JSONResponse(error.body, error.status, headers=error.headers)(scope, receive, send_on)
         except Exception:
-            logger.exception("a request failed", extra={FIELDS: {"request_id": request_id}})
-            if not status:
-                failed = RequestError("the server failed; its log says why.", status=500, code="internal_error")
-                await JSONResponse(failed.body, failed.status)(scope, receive, send_on)
+            logger.exception("a request failed", extra={FIELDS: {"request_id": request_id}})  # it was answered
         finally:
             self._note(scope, request_id, status, record)
 

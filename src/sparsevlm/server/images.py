@@ -99,7 +99,7 @@ class ImageReader:
                 f"the data: address is of type {kind[:40]!r}; wanted is an image/ type.", param=param, code=_CODE
             )
         if "base64" not in (one.strip() for one in parameters):
-            return unquote_to_bytes(content)
+            return unquote_to_bytes(content.encode("utf-8", "replace"))
         if len(content) * 3 // 4 > 2 * self._settings.max_image_bytes:  # decoded it would be too large in any case
             raise self._too_many_bytes(param)
         try:

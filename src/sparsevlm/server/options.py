@@ -22,6 +22,7 @@ REQUEST_OPTIONS = (
 )
 _LONGEST = 1000  # list of layers
 _OF_GENERATION = ("temperature", "top_p", "top_k")
+_LEAST_TEMPERATURE = 1e-5  # logits divided by less overflow in the end, and cannot be drawn from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def sampling_of(request: ChatRequest, generation_config: Any) -> Sampling:
     if temperature is None:
         samples = bool(getattr(generation_config, "do_sample", False))
         temperature = (1.0 if own["temperature"] is None else float(own["temperature"])) if samples else 0.0
-    if temperature == 0:
+    if temperature < _LEAST_TEMPERATURE:
         return Sampling(0.0)
     top_p = request.top_p if request.top_p is not None else own["top_p"]
     return Sampling(temperature, 1.0 if top_p is None else float(top_p), int(own["top_k"] or 0), request.seed)

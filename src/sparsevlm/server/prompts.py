@@ -122,12 +122,15 @@ class PromptMaker:
         n_characters = sum(map(len, texts))
         if n_characters > self._settings.max_prompt_tokens * _MOST_CHARACTERS_PER_TOKEN:
             raise self._too_long(n_characters, "characters")
-        for text in texts:
-            if found := [token for token in self._placeholders if token in text]:
+        for message in messages:
+            # As a template may write them: one after the other, without the spaces around them.
+            whole = "".join(part.text.strip() for part in message.parts if not isinstance(part, ImagePart))
+            if found := [token for token in self._placeholders if token in whole]:
                 raise RequestError(
                     f"a text holds {found[0]!r}, which stands for an image; send images as parts of their own.",
                     param="messages",
                 )
+        for text in texts:
             if not text.isascii():
                 try:
                     text.encode()

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from .errors import RequestError
 
 _MOST_MESSAGES, _MOST_PARTS = 1000, 100_000
+_MOST_VALUES = 1 << 19  # of a body: nothing else runs while they are read, some seconds for ten million
 _MOST_KEYS = 64  # of an object: each that is unknown would be an error of its own
 _MOST_STOPS = 4
 # Parameters that are taken with the value that asks for nothing, and refused with any other.
@@ -184,6 +185,8 @@ def _json(body: bytes) -> dict[str, Any]:
     def refuse(text: str) -> Any:
         raise ValueError(f"it holds {text}, which JSON does not have")
 
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_VALUES:  # each value follows one of them
+        raise RequestError("the body holds more lists, objects and commas than any request does.", code="invalid_json")
     try:
         data = json.loads(body, parse_constant=refuse)
     except RecursionError:

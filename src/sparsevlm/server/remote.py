@@ -90,11 +90,11 @@ class RemoteImages:
         for _ in range(_MOST_REDIRECTS + 1):
             try:
                 content, location = self._ask(url, param, give_up)
+                if location is None:
+                    return content
+                url = urljoin(url, location)
             except (OSError, http.client.HTTPException, ValueError):
                 raise RequestError("the image cannot be fetched from its address.", param=param, code=_CODE) from None
-            if location is None:
-                return content
-            url = urljoin(url, location)
         raise RequestError(
             f"the address of the image redirects more than {_MOST_REDIRECTS} times.", param=param, code=_CODE
         )
