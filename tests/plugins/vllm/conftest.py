@@ -64,7 +64,9 @@ def ask(tmp_path, environment, reference):
         job: Mapping[str, Any] = {
             "dummies": dummies,
             "engine": {**ENGINE, "model": str(folder), **engine},
-            "batches": [[(transformers_path.text(one), dataclasses.asdict(one)) for one in batch] for batch in batches],
+            "batches": [
+                [(transformers_path.text_for_vllm(one), dataclasses.asdict(one)) for one in batch] for batch in batches
+            ],
         }
         job_file, out, log = (tmp_path / name for name in ("job.json", "out.json", "log.txt"))
         job_file.write_text(json.dumps(job), encoding="utf-8")

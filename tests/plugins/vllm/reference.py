@@ -126,6 +126,13 @@ class Reference:
         """A prompt as the chat template writes it."""
         return self.processor.apply_chat_template(prompt.messages(), tokenize=False, add_generation_prompt=True)
 
+    def text_for_vllm(self, prompt: Prompt) -> str:
+        """The same for vLLM; up to 0.25 it wants markers around a video of Qwen3-VL, and replaces them as well."""
+        text = self.text(prompt)
+        if self.frames_apart and Version(vllm_version()) < Version("0.26"):
+            text = text.replace("<|video_pad|>", "<|vision_start|><|video_pad|><|vision_end|>")
+        return text
+
     def answer(self, prompt: Prompt, options: Options) -> tuple[int, list[int]]:
         """Tokens of the pruned prompt, and the new ones, under an engine's options."""
         options = options.of_request(prompt.options)
