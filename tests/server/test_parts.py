@@ -159,6 +159,11 @@ def test_what_a_request_leaves_out_is_the_checkpoints():
     assert sampling(Greedy, temperature=1.0) == Sampling(1.0, 1.0, 0)
 
 
+def test_a_developer_speaks_as_the_system():
+    body = {"model": "m", "messages": [{"role": role, "content": "x"} for role in ("developer", "user")]}
+    assert [one.role for one in ChatRequest.model_validate(body).messages] == ["system", "user"]
+
+
 def test_a_client_that_does_not_read_holds_its_place_no_longer_than_its_time(loop):
     """What is sent waits for the client without end."""
 

@@ -87,9 +87,12 @@ class Message(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_empty(cls, data: Any) -> Any:
+    def _as_older(cls, data: Any) -> Any:
+        """Without what answers hold empty, and with the role ``developer`` by its older name, which templates know."""
         if not isinstance(data, dict):
             return data
+        if data.get("role") == "developer":
+            data = {**data, "role": "system"}
         return {key: value for key, value in data.items() if key not in _OF_ANSWERS or value not in (None, [])}
 
     @model_validator(mode="after")

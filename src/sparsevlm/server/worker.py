@@ -175,7 +175,8 @@ class Worker:
     def _run(self) -> None:
         n_batches = 0
         while batch := self._queue.take():
-            self._batch, self.last_step = batch, time.monotonic()
+            self.last_step = time.monotonic()  # first: a batch is looked at by its last step
+            self._batch = batch
             self._serve(batch)
             self._batch = []
             n_batches += 1
