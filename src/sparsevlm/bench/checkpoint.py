@@ -27,7 +27,7 @@ _IMAGES = {
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor", "do_convert_rgb": True,
     "do_resize": True, "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
     "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "min_pixels": 56 * 56, "max_pixels": 3584 * 3584,
+    "min_pixels": 56 * 56, "max_pixels": 3584 * 3584, "video_processor_type": "Qwen2VLVideoProcessor",
 }  # fmt: skip
 
 

@@ -19,15 +19,27 @@ OPTIONS = (
 )
 
 
-def test_pruned_prompts_are_shorter(tmp_path, environment):
-    file = tmp_path / "rows.csv"
-    command = [sys.executable, "-m", "benchmark.bench_vllm_load", *OPTIONS, "--append-to", str(file)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=880)
-    assert run.returncode == 0, run.stderr[-4000:]
-    with file.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines))
-    assert not any(row["note"] for row in rows), run.stderr[-4000:]
-    found = {(row["provider"], row["keep"], row["clients"], row["phase"], row["metric"]): row for row in rows}
+@pytest.fixture
+def measured(tmp_path, environment):
+    """``measured(*options)``: rows by provider, kept fraction, clients, phase and metric."""
+
+    def run(*options: str) -> dict[tuple[str, ...], dict[str, str]]:
+        file = tmp_path / "rows.csv"
+        command = [sys.executable, "-m", "benchmark.bench_vllm_load", *options, "--append-to", str(file)]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=880
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        with file.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines))
+        assert not any(row["note"] for row in rows), done.stderr[-4000:]
+        return {(row["provider"], row["keep"], row["clients"], row["phase"], row["metric"]): row for row in rows}
+
+    return run
+
+
+def test_pruned_prompts_are_shorter(measured):
+    found = measured(*OPTIONS)
     for clients in ("1", "3"):
         dense = float(found["vllm-dense", "1.0", clients, "prompt", "tokens"]["p50"])
         assert float(found["vllm-sparsevlm", "1.0", clients, "prompt", "tokens"]["p50"]) == dense
@@ -43,3 +55,10 @@ def test_pruned_prompts_are_shorter(tmp_path, environment):
             first, total = (found[(*setting, clients, phase, "ms")] for phase in ("first_token", "total"))
             assert 0 < float(first["p50"]) <= float(first["p99"])
             assert float(first["p50"]) < float(total["p50"])
+
+
+def test_pruned_videos_are_shorter(measured):
+    few = ("--frames", "4", "--visual", "64", "--clients", "1", "--seconds", "3", "--choice-seconds", "0")
+    found = measured(*OPTIONS, *few)
+    dense, pruned = (found[(*of, "1", "prompt", "tokens")] for of in (("vllm-dense", "1.0"), ("vllm-sparsevlm", "0.5")))
+    assert float(pruned["p50"]) == float(dense["p50"]) - 64
