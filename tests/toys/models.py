@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-import json
 
 import torch
 
@@ -14,6 +12,7 @@ from .sized import SIZED_FAMILIES
 from .tiled import TILED_FAMILIES
 
 FAMILIES = {**QWEN_FAMILIES, **TILED_FAMILIES, **SIZED_FAMILIES}
+_MADE, _MOST_MADE = {}, 64  # models, each with the state of the generator behind it
 ON_ENGINE = tuple(name for name, family in FAMILIES.items() if family.on_engine)
 
 
@@ -29,15 +28,6 @@ def tiny_model(
 
     Each call gets a copy of one that is made once, which is quicker, and leaves generators as if it had made one.
     """
-    made, state = _made(family, attn, seed, n_layers, json.dumps(vision_options or {}), json.dumps(text_options or {}))
-    torch.manual_seed(seed)  # of devices
-    torch.set_rng_state(state)
-    return copy.deepcopy(made)
-
-
-@functools.lru_cache(maxsize=64)
-def _made(family, attn, seed, n_layers, vision_options, text_options):
-    """A model, and the state of the generator behind it; of options as JSON, which a cache can hold."""
     torch.manual_seed(seed)
     text = {
         "vocab_size": 96,
@@ -50,24 +40,35 @@ def _made(family, attn, seed, n_layers, vision_options, text_options):
         "bos_token_id": None,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
-        **json.loads(text_options),
+        **(text_options or {}),
     }
-    cls, config = FAMILIES[family].make(text, json.loads(vision_options))
+    cls, config = FAMILIES[family].make(text, vision_options or {})
     if not FAMILIES[family].runs(attn, "dynamic"):
         attn = FAMILIES[family].attentions[0]
+    key = (cls, attn, seed, config.to_json_string(use_diff=False))
+    if key not in _MADE:
+        if len(_MADE) == _MOST_MADE:
+            _MADE.clear()
+        _MADE[key] = (_made(FAMILIES[family], cls, config, attn), torch.get_rng_state())
+    made, state = _MADE[key]
+    torch.set_rng_state(state)
+    return copy.deepcopy(made)
+
+
+def _made(family: Family, cls, config, attn: str):
     model = cls._from_config(config, attn_implementation=attn).eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.ndim > 1 and not weight.any():  # what begins as zeros: all images would be alike
                 weight.normal_(std=0.2)
-        for name, weight in FAMILIES[family].decoder_of(model).named_parameters():
+        for name, weight in family.decoder_of(model).named_parameters():
             if "q_proj.weight" in name or "k_proj.weight" in name:
                 weight.mul_(6)
             if "q_norm.weight" in name or "k_norm.weight" in name:  # which take the length out again
-                weight.mul_(FAMILIES[family].sharpness)
+                weight.mul_(family.sharpness)
     model.generation_config.eos_token_id = None  # generate exactly as many tokens as asked for
     model.generation_config.pad_token_id = PAD
-    return model, torch.get_rng_state()
+    return model
 
 
 def use_attention(model, name: str) -> None:
