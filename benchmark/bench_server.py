@@ -19,11 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-ROWS = Path(__file__).parent / "results" / "server.csv"
+from benchmark.server_rows import SERVER
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=48, help="of each of the two measurements")
     parser.add_argument("--max-tokens", type=int, default=24)
-    parser.add_argument("--append-to", type=Path, default=ROWS)
+    parser.add_argument("--append-to", type=Path, default=SERVER)
     parser.add_argument("server", nargs="*", help="further options of sparsevlm serve, behind --")
     options = parser.parse_args(given)
     command = [sys.executable, "-m", "sparsevlm", "serve", "--model", options.model, "--port", "0", *options.server]
@@ -59,6 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "ratio": round(several["requests_per_second"] / one["requests_per_second"], 2),
         **_origin(),
         "command": shlex.join(["python", "-m", "benchmark.bench_server", *given]),
+        "timestamp": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     _append(options.append_to, row)
     print(json.dumps(row, indent=1))

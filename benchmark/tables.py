@@ -6,8 +6,8 @@ names columns of ``results/accuracy.csv`` and the values that its rows must have
 stands between filters of which one must hold. With ``e2e``, ``models``, ``selectors``, ``mixed`` or ``pictures`` in
 the place of ``accuracy`` the table is one of ``results/e2e.csv``, with ``memory`` one of the bytes in it, with
 ``ready`` one of ``results/ready.csv``, with ``turns`` one of ``results/turns.csv``, with ``vllm-load``
-one of ``results/vllm_load.csv``. Of ``results/e2e.csv`` rows of the 7b shape are shown, but where a filter names
-``model``.
+one of ``results/vllm_load.csv``, with ``server`` one of ``results/server.csv``. Of ``results/e2e.csv`` rows of
+the 7b shape are shown, but where a filter names ``model``.
 
 A table of these shows one commit: of the rows that its filter lets through those of the commit that was measured last,
 and of these every case's last run. Older rows stay in the file and are shown nowhere; a filter ``commit=...`` names
@@ -42,6 +42,7 @@ from benchmark.e2e_rows import (
 )
 from benchmark.goals import goals_table
 from benchmark.ready_rows import read_ready, ready_table
+from benchmark.server_rows import read_server, server_table
 from benchmark.turns_rows import read_turns, turns_figure, turns_table
 from benchmark.validity import validity_table
 from benchmark.vllm_load_rows import read_vllm_load, vllm_load_table
@@ -51,10 +52,10 @@ from sparsevlm.selection.selectors import SELECTORS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
-_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns", "validity", "material", "vllm")
+_PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns", "validity", "material", "vllm", "serving")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>accuracy|e2e|goals|memory|mixed|models|pictures|ready|selectors|turns|validity|vllm-load):"
+    r"(<!-- (?P<kind>accuracy|e2e|goals|memory|mixed|models|pictures|ready|selectors|server|turns|validity|vllm-load):"
     r"(?P<filter>.*?) -->\n)"
     r".*?(<!-- end of (?P=kind) -->\n)",
     re.DOTALL,
@@ -199,7 +200,7 @@ def with_tables(text: str) -> str:
     whole_calls, accuracy = read_e2e(), stored_rows()
     of_accuracy = {"accuracy": accuracy_table, "validity": validity_table}
     others = {"ready": (ready_table, read_ready()), "turns": (turns_table, read_turns())}
-    others |= {"vllm-load": (vllm_load_table, read_vllm_load())}
+    others |= {"vllm-load": (vllm_load_table, read_vllm_load()), "server": (server_table, read_server())}
     tables = {
         "e2e": e2e_table, "memory": memory_table, "mixed": mixed_table, "models": models_table,
         "pictures": pictures_table, "selectors": selectors_table,
