@@ -24,7 +24,7 @@ def server_table(rows: list[StoredRow]) -> str:
     lines.append(f"| **ratio** | **{row['ratio']}** | | |")
     caption = (
         f"{row['requests']} requests each, {row['max_tokens']} new tokens at most. {row['model']} model; "
-        f"{row['device']}, {row['threads']} threads, {row['versions']}, commit {row['commit']}; the row with its command: server.csv in "
-        "benchmark/results."
+        f"{row['device']}, {row['threads']} threads, {row['versions']}, commit {row['commit']}; the row with its "
+        "command: server.csv in benchmark/results."
     )
     return "\n".join([*lines, "", caption]) + "\n"
