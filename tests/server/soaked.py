@@ -15,7 +15,7 @@ from live_server import LiveServer, asked, data_url, image_part, in_threads, req
 from sparsevlm.scenes import draw_scene
 from sparsevlm.server.memory import bound_memory
 
-N_WINDOWS, N_LEAKY, N_ROUNDS, N_THREADS = 20, 4, 9, 4
+N_WINDOWS, N_LEAKY, N_ROUNDS, N_THREADS = 36, 4, 9, 4
 LEAK = 1 << 19  # bytes of each request in the last windows
 
 
