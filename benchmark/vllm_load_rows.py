@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import shorten
+
 from benchmark.e2e_rows import E2E, StoredRow, of_newest_commit, read_e2e
 
 VLLM_LOAD = E2E.with_name("vllm_load.csv")
@@ -62,7 +64,7 @@ def _line(setting: _Setting, found: _Figures) -> str:
         share if share == _NONE else f"{share} %",
     ]  # fmt: skip
     if note := found.get(("load", "requests_per_s"), {}).get("note"):
-        cells[0] = note
+        cells[0] = shorten(note, 60, placeholder=" …")
     visual = f"{shared['n_visual']}{frames}"
     return f"| {shared['clients']} | {visual} | {selector or provider} | {keep} | {' | '.join(cells)} |"
 
