@@ -7,10 +7,12 @@ lengths, so that a whole training step fits into a CUDA graph. The result is the
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision, rotate_half
 from transformers.vision_utils import get_vision_position_ids
@@ -25,7 +27,24 @@ PLACE_LAYER = 1
 Spans = tuple[tuple[int, int], ...]  # (sequences, length of each), one behind the other
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, causal: bool) -> torch.Tensor:
+class Starts(NamedTuple):
+    """Where sequences of any lengths begin that lie one behind the other.
+
+    Attributes
+    ----------
+    starts : torch.Tensor
+        int32 of shape (sequences + 1,), from 0 to all tokens.
+    longest : int
+        No sequence is longer.
+    """
+
+    starts: torch.Tensor
+    longest: int
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans | Starts, causal: bool
+) -> torch.Tensor:
     """Attention within each sequence of a packed batch.
 
     Parameters
@@ -38,6 +57,8 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: S
     torch.Tensor
         Shape (total_len, heads * head_dim).
     """
+    if isinstance(spans, Starts):
+        return _attend_any(query, key, value, spans, causal).flatten(1)
     mixed, start = [], 0
     for count, length in spans:
         stop = start + count * length
@@ -48,7 +69,26 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: S
     return torch.cat(mixed) if len(mixed) > 1 else mixed[0]
 
 
-def vision_block(block: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Spans):
+def _attend_any(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Starts, causal: bool
+) -> torch.Tensor:
+    # Written out, as versions of torch differ in whether fewer heads have to be asked for.
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if query.is_cuda:
+        starts, longest = spans
+        reach = (-1, 0) if causal else (-1, -1)
+        mixed: torch.Tensor = varlen_attn(query, key, value, starts, starts, longest, longest, window_size=reach)
+        return mixed
+    parts = [x.tensor_split(spans.starts[1:-1].long(), dim=0) for x in (query, key, value)]
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in one), is_causal=causal).transpose(0, 1)
+            for one in zip(*parts, strict=True)
+        ]
+    )
+
+
+def vision_block(block: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Spans | Starts):
     """One vision block; shapes (patches, hidden) and (patches, head_dim)."""
     attention = block.attn
     qkv = attention.qkv(block.norm1(hidden)).view(hidden.shape[0], 3, attention.num_heads, -1)
@@ -58,7 +98,7 @@ def vision_block(block: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin:
     return hidden + block.mlp(block.norm2(hidden))
 
 
-def text_layer(layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Spans):
+def text_layer(layer: nn.Module, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, spans: Spans | Starts):
     """One decoder layer, causal, without a cache; shapes (total_len, hidden) and (total_len, 1, head_dim)."""
     attention = layer.self_attn
     states = layer.input_layernorm(hidden)
@@ -269,18 +309,37 @@ class SceneForward:
 
     def _text_positions(self, group: Group) -> torch.Tensor:
         """M-RoPE positions of a sample, int64 of shape (3, length)."""
-        rows, cols = _grid(group.layouts[0])
-        row, col = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
-        picture = torch.stack([torch.zeros_like(row), row, col])
-        start, parts = self._head_ids.shape[0], [torch.arange(self._head_ids.shape[0]).expand(3, -1)]
-        for i in range(len(group.layouts)):
-            parts.append(picture + start)
+        head, between = self._head_ids.shape[0], self._between_ids.shape[0]
+        parts: list[int | tuple[int, int]] = [head, _grid(group.layouts[0])]
+        for layout in group.layouts[1:]:
+            parts += [between, _grid(layout)]
+        return mrope_positions([*parts, self._tail])
+
+
+def mrope_positions(parts: Sequence[int | tuple[int, int]]) -> torch.Tensor:
+    """M-RoPE positions of text and pictures that follow each other (Qwen2-VL, section 2.1).
+
+    Parameters
+    ----------
+    parts : sequence of int or tuple of int
+        Tokens of a piece of text, or a picture's rows and columns of tokens.
+
+    Returns
+    -------
+    torch.Tensor
+        int64 of shape (3, tokens).
+    """
+    found, start = [], 0
+    for part in parts:
+        if isinstance(part, int):
+            found.append((torch.arange(part) + start).expand(3, -1))
+            start += part
+        else:
+            rows, cols = part
+            row, col = torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)
+            found.append(torch.stack([torch.zeros_like(row), row, col]) + start)
             start += max(rows, cols)
-            last = i + 1 == len(group.layouts)
-            n_text = self._tail if last else self._between_ids.shape[0]
-            parts.append((torch.arange(n_text) + start).expand(3, -1))
-            start += n_text
-        return torch.cat(parts, dim=1)
+    return torch.cat(found, dim=1)
 
 
 def _grid(layout: Layout) -> tuple[int, int]:

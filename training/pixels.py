@@ -34,10 +34,17 @@ class Patchifier:
             Shape (batch, patches, 3 * 14 * 14) in ``dtype``.
         """
         batch, channels, height, width = images.shape
-        normalised = ((images.to(torch.float32) * (1 / 255) - self._mean) / self._std).to(dtype)
+        normalised = self._normalised(images, dtype)
         rows, cols = height // (PATCH * MERGE), width // (PATCH * MERGE)
         blocks = normalised.view(batch, channels, rows, MERGE, PATCH, cols, MERGE, PATCH)
         return blocks.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(batch, rows * cols * MERGE**2, channels * PATCH**2)
+
+    def normalised(self, patches: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Values of uint8 patches as the model takes them, both of shape (patches, 3 * 14 * 14)."""
+        return self._normalised(patches.view(-1, 3, PATCH, PATCH), dtype).flatten(1)
+
+    def _normalised(self, images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return ((images.to(torch.float32) * (1 / 255) - self._mean) / self._std).to(dtype)
 
 
 def full_patches(patches: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from sparsevlm.scenes import CARD, TASKS, TRAINING_SEEDS, training_seeds
 from training.architecture import cast_weights
+from training.drawn.tasks import DrawnTasks
 from training.forward import Decoded, SceneForward
 from training.groups import parse_mix, task_table
 from training.material import Material, draw_material
@@ -20,7 +21,7 @@ from training.settings import TASK_SHARES, StageSettings
 
 _SEEDS_PER_RUN = 2**32
 _EAGER_STEPS = 3
-_MEANS = ("loss", "token_loss", "place_loss", "replay_loss", "grad_norm")
+_MEANS = ("loss", "token_loss", "place_loss", "replay_loss", "drawn_loss", "grad_norm")
 _AUXILIARY = ("kind", "colour_seen", "glyph", "edge", "row", "column", "box_edge", "kind_known", "colour_known")
 
 
@@ -62,6 +63,8 @@ class TrainStep:
         What of the model is trained; the rest should ask for no gradient.
     replay : TextReplay, optional
         Text whose loss is added to that of the answers.
+    drawn : DrawnTasks, optional
+        Tasks of other kinds than scenes, whose loss is added as well; loads for ``draw_ahead`` steps.
     """
 
     def __init__(
@@ -71,9 +74,10 @@ class TrainStep:
         settings: StageSettings,
         trained: Trained,
         replay: TextReplay | None = None,
+        drawn: DrawnTasks | None = None,
     ):
         device, dtype = model.device, model.dtype
-        self.settings, self.dtype, self.steps_done, self.replay = settings, dtype, 0, replay
+        self.settings, self.dtype, self.steps_done, self.replay, self.drawn = settings, dtype, 0, replay, drawn
         self.metrics = Metrics(device)
         self.builder, self.patchify = SequenceBuilder(tokenizer, device), Patchifier(device)
         self.groups = parse_mix(settings.mix)
@@ -100,6 +104,8 @@ class TrainStep:
         self.optimiser.rate.fill_(factor * self.settings.rate)
         self.optimiser.matrix_rate.fill_(factor * self.settings.matrix_rate)
         self.auxiliary_weight.fill_(auxiliary_weight)
+        if self.drawn is not None:
+            self.drawn.load()
         if self.graph is not None:
             self.graph.replay()
         elif self.settings.graphed and self.steps_done >= _EAGER_STEPS:
@@ -109,6 +115,10 @@ class TrainStep:
         else:
             self._step()
         self.steps_done += self.settings.draw_ahead
+
+    def read(self) -> dict[str, float]:
+        """Means since the last call."""
+        return self.metrics.read() | (self.drawn.read() if self.drawn is not None else {})
 
     def _eager_on_side_stream(self) -> None:
         """Warm up lazily made buffers and compiled blocks on a side stream, as graph capture asks for."""
@@ -139,12 +149,13 @@ class TrainStep:
                 [
                     material.part(slice(index * group.count, (index + 1) * group.count))
                     for material, group in zip(materials, self.groups, strict=True)
-                ]
+                ],
+                index,
             )
         self.seeds += self.seeds.shape[0]
 
-    def _learn(self, parts: Sequence[Material]) -> None:
-        """Forward, backward and update."""
+    def _learn(self, parts: Sequence[Material], index: int) -> None:
+        """Forward, backward and update, with scenes and drawn batch ``index`` of those ahead."""
         settings = self.settings
         patches = [self.patchify(part.pixels.flatten(0, 1), self.dtype) for part in parts]
         features = self.forward.visual_features(patches)
@@ -160,12 +171,15 @@ class TrainStep:
             token_loss, place_loss, accuracy = self._auxiliary(parts, features, decoded)
             loss = answers + self.auxiliary_weight * (token_loss + settings.place_weight * place_loss)
             self.metrics.auxiliary += accuracy
-        replayed = torch.zeros_like(answers)
+        replayed = drawn = torch.zeros_like(answers)
+        if self.drawn is not None:
+            drawn = self.drawn.loss(index)
+            loss = loss + self.drawn.weight * drawn
         if self.replay is not None:
             replayed = self.replay.loss()
             loss = loss + self.replay.weight * replayed
         norm = self.optimiser.step(torch.autograd.grad(loss, self.weights))
-        losses = (answers, token_loss, place_loss, replayed)
+        losses = (answers, token_loss, place_loss, replayed, drawn)
         totals = (torch.ones_like(norm), *(one.detach() for one in losses), norm)
         self.metrics.totals += torch.stack(totals)
         self.metrics.hits += score.hits

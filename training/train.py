@@ -110,7 +110,7 @@ def _loop(step: TrainStep, settings: StageSettings, started: float, log: Callabl
         if done or now - last_log >= _LOG_EVERY:
             row = {"step": step.steps_done, "seconds": now - started, "rate": float(step.optimiser.rate)}
             row["steps_per_second"] = (step.steps_done - last_steps) / max(now - last_log, 1e-9)
-            log(row | {"auxiliary_weight": float(step.auxiliary_weight)} | step.metrics.read())
+            log(row | {"auxiliary_weight": float(step.auxiliary_weight)} | step.read())
             last_log, last_steps = now, step.steps_done
         if done:
             return

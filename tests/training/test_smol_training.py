@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -31,6 +32,7 @@ pytest.importorskip("gguf")
 
 CPU = torch.device("cpu")
 TINY = {"mix": "small:1", "questions": 1, "tail": 160, "tower_depth": 6, "steps": 1, "auxiliary_until": 0.0}
+DRAWN = {"drawn": "reading:1", "drawn_tokens": 704, "drawn_longest": 352, "drawn_questions": 2}
 TEXTS = [f"The text number {i}.\n\nIt is long enough: " + "in the " * 60 for i in range(12)]
 
 
@@ -175,7 +177,7 @@ def test_stages_train_what_they_say_and_go_on(decoder, tmp_path):
     assert not any(weight.requires_grad for weight in frozen.model.model.language_model.layers.parameters())
 
     second = SmolSettings(
-        init=str(tmp_path / "1"), lora_rank=2, replay_windows=1, replay_length=32, text_windows=2, **TINY
+        init=str(tmp_path / "1"), lora_rank=2, replay_windows=1, replay_length=32, text_windows=2, **TINY | DRAWN
     )
     result = train(second, tmp_path / "2", 0, CPU, decoder, TEXTS)
     assert result["perplexity_original"] > 1
@@ -185,6 +187,8 @@ def test_stages_train_what_they_say_and_go_on(decoder, tmp_path):
     assert all(b.any() for _, b in two.lora.values())
     rows = [line for line in (tmp_path / "2" / "log.jsonl").read_text().splitlines() if "replay_loss" in line]
     assert rows
+    assert 0 < json.loads(rows[-1])["drawn_loss"] < 20
+    assert "reading" in json.loads(rows[-1])
 
     third = SmolSettings(**vars(second) | {"init": str(tmp_path / "2")})
     again = SmolModel(third, CPU, torch.float32, decoder)

@@ -22,6 +22,16 @@ class SmolSettings(StageSettings):
         where the decoder changes.
     text_windows : int
         Held-out windows of text that perplexity is measured on.
+    drawn : str
+        Drawn tasks beside the scenes, families by their share, such as "documents:6,charts:3,reading:4"; "": none.
+    drawn_tokens, drawn_longest : int
+        Tokens of a step's drawn chats, and visual tokens of a picture at most.
+    drawn_questions, drawn_weight : int, float
+        Questions about a picture at most, and weight of their loss.
+    drawn_workers : int
+        Processes that draw; 0: this one.
+    photographs : bool
+        Draw the tasks that need them, too.
     """
 
     rate: float = 1e-3
@@ -37,6 +47,13 @@ class SmolSettings(StageSettings):
     replay_windows: int = 8
     replay_length: int = 512
     text_windows: int = 128
+    drawn: str = ""
+    drawn_tokens: int = 24000
+    drawn_longest: int = 2112
+    drawn_questions: int = 12
+    drawn_weight: float = 1.0
+    drawn_workers: int = 0
+    photographs: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 
 from sparsevlm.smol.decoder import Decoder
+from training.drawn.packing import Limits
+from training.drawn.reading import words_of
+from training.drawn.stream import DrawnBatches, parse_drawn, stream
+from training.drawn.tasks import DrawnTasks
 from training.evaluate import evaluate
+from training.groups import TOKEN
 from training.replay import TextReplay, perplexity
 from training.smol.model import SmolModel
 from training.smol.settings import SmolSettings
@@ -37,7 +42,7 @@ def train(
     decoder : Decoder, optional
         Instead of the one that ``settings.source`` names.
     texts : sequence of str
-        To replay, instead of :func:`~training.smol.text.documents`.
+        To replay, and to take words from, instead of :func:`~training.smol.text.documents`.
 
     Returns
     -------
@@ -51,14 +56,16 @@ def train(
     text = smol.model.model.language_model
     replay, held_out = None, None
     result: dict[str, Any] = {}
+    texts = texts or documents()
+    drawn = _drawn_tasks(smol, settings, texts) if settings.drawn else None
     if smol.original is not None:
-        replayed, held_out = text_windows(smol.tokenizer, settings.replay_length, texts or documents())
+        replayed, held_out = text_windows(smol.tokenizer, settings.replay_length, texts)
         held_out = held_out[: settings.text_windows]
         result["perplexity_original"] = perplexity(smol.original, held_out)
         replay = TextReplay(
             text, smol.original, replayed, settings.replay_windows, settings.replay_weight, settings.compiled
         )
-    step = TrainStep(smol.model, smol.tokenizer, settings, smol.trained, replay)
+    step = TrainStep(smol.model, smol.tokenizer, settings, smol.trained, replay, drawn)
 
     def finish() -> dict[str, Any]:
         smol.parts().save(out)
@@ -69,6 +76,16 @@ def train(
         return result
 
     return run_stage(step, settings, out, started, finish)
+
+
+def _drawn_tasks(smol: SmolModel, settings: SmolSettings, texts: Sequence[str]) -> DrawnTasks:
+    mix = parse_drawn(settings.drawn, settings.photographs)
+    limits = Limits(settings.drawn_tokens, smol.model.model.visual.window_size // TOKEN, settings.drawn_longest)
+    words = words_of(texts)
+    batches = DrawnBatches(mix, smol.tokenizer, limits, words, settings.drawn_questions, settings.seed)
+    ready = stream(batches, settings.drawn_workers)
+    ahead, weight = settings.draw_ahead, settings.drawn_weight
+    return DrawnTasks(smol.model, ready, limits, mix.families, ahead, weight, settings.compiled)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ class Sheet:
         Whose sizes and fonts are taken.
     narrow : bool
         Of the upright sizes only.
+    grid : tuple of int, optional
+        Columns and rows of visual tokens, instead of one of the split's.
 
     Attributes
     ----------
@@ -45,8 +47,10 @@ class Sheet:
         Of running text, in pixels.
     """
 
-    def __init__(self, rng: random.Random, split: str, *, narrow: bool = False) -> None:
-        columns, rows = rng.choice([grid for grid in GRIDS[split] if not narrow or grid[0] < grid[1]])
+    def __init__(
+        self, rng: random.Random, split: str, *, narrow: bool = False, grid: tuple[int, int] | None = None
+    ) -> None:
+        columns, rows = grid or rng.choice([one for one in GRIDS[split] if not narrow or one[0] < one[1]])
         self.rng, self.split = rng, split
         paper = rng.randint(228, 255)
         tint = rng.randint(0, 14)

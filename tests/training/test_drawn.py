@@ -1,0 +1,232 @@
+"""Drawn tasks in training: what a packed batch says equals what transformers says of each conversation by itself."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from sparsevlm.bundled import bundled_path
+from sparsevlm.material import Example, Turn, draw
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from training.drawn.conversations import encode, patches_of, windows_of
+from training.drawn.forward import PackedForward
+from training.drawn.packing import Limits, Packed, Packer, empty
+from training.drawn.reading import READING, draw_reading, words_of
+from training.drawn.stream import DrawnBatches, parse_drawn, stream
+from training.drawn.tasks import DrawnTasks
+from training.forward import Starts, attend
+from training.pixels import full_patches
+from training.sequences import IGNORE
+
+SIDE = 4
+LIMITS = Limits(800, SIDE, longest=160)
+WORDS = words_of(["some words to write on a page, of no meaning", "with others behind them"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(bundled_path())
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(bundled_path(), dtype="float32").eval()
+
+
+def example(*sizes: tuple[int, int], turns: int = 2) -> Example:
+    """Noise of sizes in tokens, with questions and answers."""
+    generator = torch.Generator().manual_seed(len(sizes) + turns)
+    images = [torch.randint(256, (28 * h, 28 * w, 3), generator=generator, dtype=torch.uint8) for w, h in sizes]
+    asked = tuple(Turn(f"What is number {i}?", (f"the word {i * 37}",)) for i in range(turns))
+    return Example("whole", "colour", tuple(Image.fromarray(image.numpy()) for image in images), asked)
+
+
+def to_tensors(batch: Packed) -> Packed:
+    return Packed(*(torch.from_numpy(array) for array in batch))
+
+
+@torch.no_grad()
+def test_a_packed_batch_equals_transformers(model, tokenizer):
+    """Pictures whose windows are cut off at the edges, two in one chat, a turn and several."""
+    examples = [example((5, 6)), example((4, 4), (7, 3), turns=1), example((9, 2), turns=3)]
+    packer, processor = Packer(LIMITS, ["whole"]), Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=10**6)
+    conversations = [encode(one, tokenizer, SIDE) for one in examples]
+    assert all(packer.add(one) for one in conversations)
+    batch = to_tensors(packer.pack())
+    ours, row = PackedForward(model, LIMITS)(batch), 0
+    for one, conversation in zip(examples, conversations, strict=True):
+        pictures = processor([*one.images], do_resize=False, return_tensors="pt")
+        ids = torch.from_numpy(conversation.ids)[None]
+        logits = model(input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int(), **pictures).logits[
+            0
+        ]
+        for first, stop in conversation.answers:
+            expected = logits[first - 1 : stop - 1]
+            torch.testing.assert_close(ours[row : row + stop - first], expected, rtol=1e-4, atol=1e-4)
+            assert batch.targets[row : row + stop - first].tolist() == ids[0, first:stop].tolist()
+            row += stop - first
+    assert row > 20
+    assert bool((batch.targets[row:] == IGNORE).all())
+
+
+def test_a_conversation_is_what_the_chat_template_tells(tokenizer):
+    one = example((4, 5), turns=3)
+    conversation = encode(one, tokenizer, SIDE)
+    messages = []
+    for index, turn in enumerate(one.turns):
+        picture = [{"type": "image"}] if index == 0 else []
+        messages.append({"role": "user", "content": [*picture, {"type": "text", "text": turn.question}]})
+        messages.append({"role": "assistant", "content": turn.answers[0]})
+    whole = tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
+    assert tokenizer.decode(conversation.ids) == whole.replace("<|image_pad|>", "<|image_pad|>" * 20)
+    told = [tokenizer.decode(conversation.ids[first:stop]) for first, stop in conversation.answers]
+    assert told == [turn.answers[0] + "<|im_end|>" for turn in one.turns]
+    assert int(conversation.is_visual.sum()) == 20
+
+
+def test_patches_are_those_of_the_image_processor_by_windows():
+    image = example((5, 6)).images[0]
+    windows = windows_of(6, 5, SIDE)
+    assert windows.sizes.tolist() == [16, 4, 8, 2]
+    processor = Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=10**6)
+    expected = processor([image], do_resize=False, do_rescale=False, do_normalize=False, return_tensors="pt")
+    ours = full_patches(torch.from_numpy(patches_of(image, SIDE))[None].float())
+    raster = expected["pixel_values"].view(30, 4, -1)[torch.from_numpy(windows.order)].flatten(0, 1)
+    assert torch.equal(ours, raster.float())
+    with pytest.raises(ValueError, match="multiples of 28 pixels, got 30x28"):
+        encode(Example("whole", "colour", (Image.new("RGB", (30, 28)),), ()), None, SIDE)
+
+
+def test_attention_of_any_lengths_equals_that_of_equal_ones():
+    torch.manual_seed(0)
+    query, key = torch.randn(24, 4, 8), torch.randn(24, 2, 8)
+    starts = Starts(torch.tensor([0, 8, 16, 24, 24], dtype=torch.int32), 8)
+    for causal in (False, True):
+        torch.testing.assert_close(attend(query, key, key, starts, causal), attend(query, key, key, ((3, 8),), causal))
+
+
+def test_what_does_not_fit_waits_and_every_place_is_in_one_sequence(tokenizer):
+    packer, added = Packer(LIMITS, ["whole"]), 0
+    one = encode(example((10, 12)), tokenizer, SIDE)
+    while packer.add(one):
+        added += 1
+    assert added == min(LIMITS.tokens // one.ids.size, LIMITS.visual // 120)
+    for batch in (packer.pack(), packer.pack()):
+        assert batch.window_starts[-1] == batch.picture_starts[-1] == LIMITS.visual * 4
+        assert batch.chat_starts[-1] == LIMITS.tokens
+        assert (batch.window_starts[1:] - batch.window_starts[:-1]).max() <= 64
+        shapes = [(array.shape, array.dtype) for array in batch]
+        assert shapes == [(array.shape, array.dtype) for array in empty(LIMITS, 1)]
+    with pytest.raises(ValueError, match="fits no batch"):
+        packer.add(encode(example((20, 12)), tokenizer, SIDE))
+    with pytest.raises(ValueError, match="at least 320 tokens"):
+        Limits(300, SIDE, longest=160)
+
+
+def test_pages_to_read_say_what_they_show():
+    pages = [draw_reading(WORDS, seed, 5) for seed in range(30)]
+    assert {page.task for page in pages} == {"lines", "entries"}
+    assert pages[3].turns == draw_reading(WORDS, 3, 5).turns
+    for page in pages:
+        assert page.family == READING
+        assert page.turns
+        assert all(side % 28 == 0 for side in page.images[0].size)
+        assert all(turn.answers[0].strip() for turn in page.turns)
+
+
+def test_processes_draw_different_seeds_and_the_loss_counts_by_family(model, tokenizer, monkeypatch):
+    mix = parse_drawn("grounds:1,reading:2", photographs=False)
+    limits = Limits(1400, SIDE, longest=352)
+    batches = DrawnBatches(mix, tokenizer, limits, WORDS, 3, seed=1)
+    alone = list(itertools.islice(batches, 2))
+    beside = list(itertools.islice(stream(batches, 1), 2))
+    assert all((here == there).all() for here, there in zip(alone[1], beside[1], strict=True))
+    seeds = []
+    workers = iter([SimpleNamespace(id=0, num_workers=2), SimpleNamespace(id=1, num_workers=2)])
+    monkeypatch.setattr("training.drawn.stream.get_worker_info", lambda: next(workers))
+    monkeypatch.setattr(batches, "_draw", lambda seed: seeds.append(seed) or draw_reading(WORDS, seed, 1))
+    for _ in range(2):
+        next(iter(batches))
+    assert len(set(seeds)) == len(seeds)
+    tasks = DrawnTasks(model, iter(alone), limits, mix.families, ahead=1, weight=1.0)
+    tasks.load()
+    loss = tasks.loss(0)
+    (gradient,) = torch.autograd.grad(loss, [model.model.visual.merger.mlp[2].weight])
+    assert float(gradient.abs().max()) > 0
+    assert set(tasks.read()) == {"grounds", "reading"}
+    assert tasks.read() == {"grounds": 0.0, "reading": 0.0}
+    tasks.load()
+    assert float(tasks.loss(0).detach()) != float(loss.detach())
+
+
+def test_a_right_answer_counts(model, tokenizer):
+    """The bundled model answers questions about its own scenes."""
+    limits = Limits(1600, SIDE, longest=256)
+    packer = Packer(limits, ["grounds"])
+    for seed in range(4):
+        packer.add(encode(draw("grounds", "gradient", 1_000_000 + seed, turns=4), tokenizer, SIDE))
+    tasks = DrawnTasks(model, iter([packer.pack()]), limits, ["grounds"], ahead=1, weight=1.0)
+    tasks.load()
+    with torch.no_grad():
+        loss = float(tasks.loss(0))
+    assert tasks.read()["grounds"] > 0.5
+    assert loss < 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("documents", "must look like"), ("documents:0", "must look like"), ("pictures:1", "no family pictures")],
+)
+def test_a_mix_is_checked(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_drawn(text)
+
+
+@pytest.mark.gpu
+def test_a_graph_takes_batches_whose_sequences_are_of_any_lengths(tokenizer):
+    """On the device loss and gradients of a replayed step equal those of single steps, and about those of float32."""
+    limits, device = Limits(1600, SIDE, longest=256), torch.device("cuda")
+    packer, batches = Packer(limits, ["whole", READING]), []
+    for seed in range(3):
+        packer.add(encode(example((5, 6 + seed), turns=1 + seed), tokenizer, SIDE))
+        packer.add(encode(example((4, 4), (7, 3)), tokenizer, SIDE))
+        batches.append(packer.pack())
+    models = [
+        Qwen2_5_VLForConditionalGeneration.from_pretrained(bundled_path(), dtype=dtype).eval().to(device)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    reference = DrawnTasks(models[0].cpu(), iter(batches), limits, ["whole", READING], ahead=1, weight=1.0)
+    tasks = DrawnTasks(models[1], itertools.cycle(batches), limits, ["whole", READING], ahead=1, weight=1.0)
+    weight = models[1].model.visual.blocks[0].attn.qkv.weight
+    tasks.load()
+    for _ in range(2):  # what is made at the first use
+        torch.autograd.grad(tasks.loss(0), [weight])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = tasks.loss(0)
+        (gradient,) = torch.autograd.grad(loss, [weight])
+    for index in (1, 2):
+        tasks.load()
+        graph.replay()
+        replayed, its_gradient = loss.clone(), gradient.clone()
+        again = tasks.loss(0)
+        (its_own,) = torch.autograd.grad(again, [weight])
+        torch.testing.assert_close(replayed, again, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(its_gradient, its_own, rtol=2e-2, atol=1e-4)
+        if index == 1:
+            reference.load()
+        reference.load()
+        torch.testing.assert_close(replayed.detach().cpu(), reference.loss(0).detach(), rtol=5e-2, atol=5e-2)
+    assert bool(its_gradient.isfinite().all())
+    assert float(its_gradient.abs().max()) > 0

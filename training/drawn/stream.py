@@ -1,0 +1,134 @@
+"""Packed batches without an end, drawn by processes beside the run."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from transformers import PreTrainedTokenizerFast
+
+from sparsevlm.material import FAMILIES, TRAINING, Example, check_packages, draw
+from sparsevlm.scenes import TRAINING_SEEDS
+from training.drawn.conversations import encode
+from training.drawn.packing import Limits, Packed, Packer
+from training.drawn.reading import READING, draw_reading
+
+_SEEDS_PER_RUN = 2**32
+_PASSED_OVER = 4  # conversations that do not fit before a batch is closed
+_BATCHES_AHEAD = 3  # by each process
+
+
+@dataclass(frozen=True)
+class Mix:
+    """How often each family is drawn.
+
+    Attributes
+    ----------
+    shares : dict of str to int
+        By family; of a family each task is as likely.
+    photographs : bool
+        Whether tasks are drawn that need them.
+    """
+
+    shares: dict[str, int]
+    photographs: bool = True
+
+    def __post_init__(self) -> None:
+        known = (*FAMILIES, READING)
+        if unknown := [name for name in self.shares if name not in known]:
+            raise ValueError(f"there is no family {', '.join(unknown)}; there are {', '.join(known)}")
+        for name in self.families:
+            if name != READING:
+                check_packages(name, self.tasks(name), TRAINING)
+
+    @property
+    def families(self) -> list[str]:
+        """In the order of their indices."""
+        return list(self.shares)
+
+    def tasks(self, family: str) -> tuple[str, ...]:
+        """Those that are drawn."""
+        known = FAMILIES[family]
+        return tuple(task for task in known.tasks if self.photographs or task not in known.photographic)
+
+
+def parse_drawn(text: str, photographs: bool = True) -> Mix:
+    """A mix of a text like ``"documents:3,charts:2"``.
+
+    Raises
+    ------
+    ValueError
+        If a share is missing or a family unknown.
+    """
+    shares = {}
+    for part in text.split(","):
+        name, _, share = part.partition(":")
+        if not share.isdigit() or int(share) == 0:
+            raise ValueError(f"drawn must look like 'documents:3,reading:4', got {part!r}")
+        shares[name] = int(share)
+    return Mix(shares, photographs)
+
+
+class DrawnBatches(IterableDataset):
+    """Batches of drawn conversations; of several processes each draws seeds of its own.
+
+    Parameters
+    ----------
+    mix : Mix
+    tokenizer : PreTrainedTokenizerFast
+    limits : Limits
+    words : sequence of str
+        What pages to read are made of.
+    questions : int
+        About a picture, at most.
+    seed : int
+        Of the run.
+    """
+
+    def __init__(
+        self,
+        mix: Mix,
+        tokenizer: PreTrainedTokenizerFast,
+        limits: Limits,
+        words: Sequence[str],
+        questions: int,
+        seed: int,
+    ):
+        self._mix, self._tokenizer, self._limits = mix, tokenizer, limits
+        self._words, self._questions = list(words), questions
+        self._first = TRAINING_SEEDS.start + seed * _SEEDS_PER_RUN
+
+    def __iter__(self) -> Iterator[Packed]:
+        worker = get_worker_info()
+        index, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        packer, waiting = Packer(self._limits, self._mix.families), []
+        while True:
+            one = encode(self._draw(self._first + index), self._tokenizer, self._limits.side)
+            index += step
+            if packer.add(one):
+                continue
+            waiting.append(one)
+            if len(waiting) == _PASSED_OVER:
+                yield packer.pack()
+                waiting = [one for one in waiting if not packer.add(one)]
+
+    def _draw(self, seed: int) -> Example:
+        rng = random.Random(seed)
+        family = rng.choices(self._mix.families, list(self._mix.shares.values()))[0]
+        if family == READING:
+            return draw_reading(self._words, seed, self._questions)
+        return draw(family, rng.choice(self._mix.tasks(family)), seed, TRAINING, self._questions)
+
+
+def _as_it_is(batch: Packed) -> Packed:
+    """Arrays travel through pipes: shared memory, through which tensors would, is small in many containers."""
+    return batch
+
+
+def stream(batches: DrawnBatches, workers: int) -> Iterator[Packed]:
+    """What ``workers`` processes draw, or this one if there are none."""
+    several = {"multiprocessing_context": "spawn", "prefetch_factor": _BATCHES_AHEAD} if workers else {}
+    loader = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **several)
+    return iter(loader)
