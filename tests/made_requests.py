@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from sparsevlm.config import SparseVLMConfig
-from sparsevlm.request.request import Request, Sample
+from sparsevlm.request.request import Request
+from sparsevlm.request.sample import Sample
 from sparsevlm.selection.budget import Plan
 from sparsevlm.selection.context import SelectorTraits
 

@@ -7,7 +7,7 @@ import torch
 
 from sparsevlm.hooks import masks
 from sparsevlm.hooks.masks import pruned_mask
-from sparsevlm.request.kv_cache import PAD_SLOT
+from sparsevlm.request.slots import PAD_SLOT
 
 X = PAD_SLOT
 LEAST = torch.finfo(torch.float32).min

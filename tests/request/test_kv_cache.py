@@ -9,7 +9,8 @@ from packaging.version import Version
 from transformers import DynamicCache, Qwen2Config, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer
 
-from sparsevlm.request.kv_cache import PAD_SLOT, PrunedLayer, SlotTable, adopt, check_cache
+from sparsevlm.request.kv_cache import PrunedLayer, adopt, check_cache
+from sparsevlm.request.slots import PAD_SLOT, SlotTable
 
 # Seven tokens, of which the first sample lost 1, 3 and 4, the second 2 and 4; the last two are text.
 POSITIONS = [[PAD_SLOT, 0, 2, 5, 6], [0, 1, 3, 5, 6]]

@@ -9,8 +9,9 @@ import torch
 from transformers import DynamicCache
 
 from made_requests import make_request, make_sample
-from sparsevlm.request.kv_cache import PAD_SLOT, stack_rows
-from sparsevlm.request.request import StageRecord
+from sparsevlm.request.kv_cache import stack_rows
+from sparsevlm.request.sample import StageRecord
+from sparsevlm.request.slots import PAD_SLOT
 
 
 def test_rows_of_unequal_numbers_are_filled_on_the_left():

@@ -17,7 +17,8 @@ from ..models import Grid, Layout, ModelAdapter
 from ..request.inputs import visual_grids
 from ..request.kept_features import KeptFeatures
 from ..request.opening import plan_samples
-from ..request.request import Request, StageRecord
+from ..request.request import Request
+from ..request.sample import StageRecord
 from ..request.step import VisionRows
 from ..request.timing import Mark
 from .cuda_graphs import LRUCache, to_device

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..request.kv_cache import PAD_SLOT
+from ..request.slots import PAD_SLOT
 
 # Decode steps gather columns at once; a prefill goes sample by sample, so that no index of the mask's size is made.
 _GATHER_AT_ONCE = 16

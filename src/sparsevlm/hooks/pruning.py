@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache
 
 from ..models import RECURRENT, SLIDING, Layout, ModelAdapter
 from ..request.kept_features import KeptFeatures
-from ..request.kv_cache import SlotTable, adopt, first_position, next_table, stack_rows
+from ..request.kv_cache import adopt, first_position, stack_rows
 from ..request.request import Request
+from ..request.slots import SlotTable, next_table
 from ..request.step import Readout, Survivors, prune_step, reads
 from ..request.timing import Mark
 from .attention_probe import AttentionProbe

@@ -16,7 +16,8 @@ from ..models import RECURRENT, Layout, ModelAdapter, Tiles, n_tokens, separator
 from ..selection.budget import Plan, clamped_floors, nothing_to_drop, plan_budget, plan_schedule
 from ..template import Template
 from .inputs import check_mask, visual_grids
-from .request import Request, Sample
+from .request import Request
+from .sample import Sample
 from .session import Session
 from .tensor_parallel import check_alike
 

@@ -6,7 +6,8 @@ from ..models import ModelAdapter
 from ..report import Report, SampleReport
 from ..report_total import Cost
 from .costs import prefill_flops
-from .request import Request, Sample
+from .request import Request
+from .sample import Sample
 
 _TEMPLATE = (
     "the choice has read the chat template's tokens as if they were the question: pass processor= to apply_sparsevlm"

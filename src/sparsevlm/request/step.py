@@ -15,7 +15,8 @@ from ..selection.context import Selection, SelectionContext
 from ..selection.decide import decide
 from ..selection.raters import attention_raters, embedding_raters
 from ..selection.recycle import merge_hidden_states
-from .request import Request, Sample, StageRecord
+from .request import Request
+from .sample import Sample, StageRecord
 from .tensor_parallel import choose_on_first_rank
 
 

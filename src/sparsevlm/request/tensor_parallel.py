@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..selection.context import Selection
-from .request import Request, Sample, StageRecord
+from .request import Request
+from .sample import Sample, StageRecord
 
 
 def all_heads(states: Tensor, group: dist.ProcessGroup) -> Tensor:

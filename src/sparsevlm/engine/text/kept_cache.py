@@ -12,8 +12,9 @@ from transformers.cache_utils import DynamicCache
 
 from ...kernels.attention import RaggedCache
 from ...models import ModelAdapter
-from ...request.kv_cache import PAD_SLOT, SlotTable, adopt, check_cache, next_table, stack_rows
+from ...request.kv_cache import adopt, check_cache, stack_rows
 from ...request.request import Request
+from ...request.slots import PAD_SLOT, SlotTable, next_table
 
 
 def unsupported_past(adapter: ModelAdapter, cache: DynamicCache, batch: int) -> str | None:
@@ -92,7 +93,7 @@ class Slots:
         return cls((rows.shape[0], rows.shape[1]), (rows.flatten() != PAD_SLOT).nonzero()[:, 0], rows)
 
     def table(self, before: SlotTable | None, appended: int, request: Request, past_len: int) -> SlotTable:
-        """Of layers that have dropped something, see :func:`~sparsevlm.request.kv_cache.next_table`."""
+        """Of layers that have dropped something, see :func:`~sparsevlm.request.slots.next_table`."""
         assert self.rows is not None
         tail, has_padding = min(sample.tail for sample in request.samples), self.index.shape[0] < self.rows.numel()
         return next_table(before, appended, self.rows, past_len, request.q_len, tail, has_padding)

@@ -13,8 +13,8 @@ from transformers.cache_utils import DynamicCache
 from ...kernels.attention import continued_attention
 from ...kernels.elementwise import rotate_into
 from ...models import ModelAdapter
-from ...request.kv_cache import SlotTable
 from ...request.request import Request
+from ...request.slots import SlotTable
 from ...request.step import choose_embedding_raters, reads
 from ..cuda_graphs import to_device
 from ..fused_weights import FusedWeights

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ...kernels import energy_rank
 from ...models import ModelAdapter
-from ...request.request import Request, Sample, StageRecord
+from ...request.request import Request
+from ...request.sample import Sample, StageRecord
 from ...request.step import reads_text
 from ...selection.budget import clamped_floors, nothing_by_rank, nothing_to_drop, rank_adaptive_count
 from .workspace import MOST_STAGES
