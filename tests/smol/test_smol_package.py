@@ -9,7 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from sparsevlm.inputs import load_model, load_processor
+from sparsevlm.scenes import draw_scene
 from sparsevlm.smol.decoder import read_decoder
+from sparsevlm.smol.folder import write_checkpoint
 from sparsevlm.smol.model import build_model, bundled_tower, make_tokenizer
 from sparsevlm.smol.source import open_source
 
@@ -83,3 +86,24 @@ def test_answers_a_chat(decoder, model):
     output = model.generate(**inputs, max_new_tokens=20, do_sample=False)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :])
     assert answer == "The capital of France is Paris.<|im_end|>"
+
+
+def test_the_parts_of_the_package_see_what_is_on_cards(path, tmp_path):
+    write_checkpoint(tmp_path, path)
+    model, processor = load_model(tmp_path, device="cpu", dtype="float32"), load_processor(tmp_path)
+    right = []
+    for seed in range(4):
+        scene = draw_scene(seed)
+        for question in (scene.question(task) for task in ("number", "word", "colour")):
+            content = [{"type": "image", "image": scene.image}, {"type": "text", "text": question.text}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+            answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+            right.append(answer == question.answer)
+    assert sum(right) >= 10

@@ -78,10 +78,10 @@ def test_checkpoint_holds_decoder_and_parts(pinned, tmp_path):
     assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
 
 
-def test_name_is_found_once_the_command_has_run(pinned, monkeypatch):
+def test_name_is_found_once_the_command_has_run(pinned, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"the weights of smol are not in .*sparsevlm smol-weights"):
         load_model("smol")
-    code, said = run("--source", pinned / "tiny.gguf")
+    code, said = run("--source", pinned / "tiny.gguf", "--parts", tmp_path, "--out", tmp_path / "made")
     assert (code, "no trained parts of smol in" in said) == (2, True), said
     monkeypatch.setattr(smol_folder, "own_parts", lambda: pinned / "parts")
     code, said = run("--source", pinned / "tiny.gguf")
