@@ -193,21 +193,23 @@ def test_a_mix_is_checked(text, message):
 
 
 @pytest.mark.gpu
-def test_a_graph_takes_batches_whose_sequences_are_of_any_lengths(tokenizer):
-    """On the device loss and gradients of a replayed step equal those of single steps, and about those of float32."""
-    limits, device = Limits(1600, SIDE, longest=256), torch.device("cuda")
-    packer, batches = Packer(limits, ["whole", READING]), []
-    for seed in range(3):
-        packer.add(encode(example((5, 6 + seed), turns=1 + seed), tokenizer, SIDE))
+def test_a_graph_takes_batches_whose_sequences_are_of_any_lengths(model, tokenizer):
+    """Loss and gradients of a replayed step equal those of single steps, and about those in float32 on the CPU."""
+    limits, families, batches = Limits(1600, SIDE, longest=256), ["whole"], []
+    packer = Packer(limits, families)
+    for more in range(3):
+        packer.add(encode(example((5, 6 + more), turns=1 + more), tokenizer, SIDE))
         packer.add(encode(example((4, 4), (7, 3)), tokenizer, SIDE))
         batches.append(packer.pack())
-    models = [
-        Qwen2_5_VLForConditionalGeneration.from_pretrained(bundled_path(), dtype=dtype).eval().to(device)
-        for dtype in (torch.float32, torch.bfloat16)
-    ]
-    reference = DrawnTasks(models[0].cpu(), iter(batches), limits, ["whole", READING], ahead=1, weight=1.0)
-    tasks = DrawnTasks(models[1], itertools.cycle(batches), limits, ["whole", READING], ahead=1, weight=1.0)
-    weight = models[1].model.visual.blocks[0].attn.qkv.weight
+    expected = []
+    for batch in batches:
+        alone = DrawnTasks(model, iter([batch]), limits, families, ahead=1, weight=1.0)
+        alone.load()
+        expected.append(float(alone.loss(0).detach()))
+
+    on_gpu = Qwen2_5_VLForConditionalGeneration.from_pretrained(bundled_path(), dtype=torch.bfloat16).eval().cuda()
+    tasks = DrawnTasks(on_gpu, itertools.cycle(batches), limits, families, ahead=1, weight=1.0)
+    weight = on_gpu.model.visual.blocks[0].attn.qkv.weight
     tasks.load()
     for _ in range(2):  # what is made at the first use
         torch.autograd.grad(tasks.loss(0), [weight])
@@ -216,17 +218,11 @@ def test_a_graph_takes_batches_whose_sequences_are_of_any_lengths(tokenizer):
     with torch.cuda.graph(graph):
         loss = tasks.loss(0)
         (gradient,) = torch.autograd.grad(loss, [weight])
-    for index in (1, 2):
+    for index in (1, 2, 0):
         tasks.load()
         graph.replay()
-        replayed, its_gradient = loss.clone(), gradient.clone()
-        again = tasks.loss(0)
-        (its_own,) = torch.autograd.grad(again, [weight])
-        torch.testing.assert_close(replayed, again, rtol=1e-3, atol=1e-4)
-        torch.testing.assert_close(its_gradient, its_own, rtol=2e-2, atol=1e-4)
-        if index == 1:
-            reference.load()
-        reference.load()
-        torch.testing.assert_close(replayed.detach().cpu(), reference.loss(0).detach(), rtol=5e-2, atol=5e-2)
-    assert bool(its_gradient.isfinite().all())
-    assert float(its_gradient.abs().max()) > 0
+        single = tasks.loss(0)
+        (its_gradient,) = torch.autograd.grad(single, [weight])
+        torch.testing.assert_close(loss, single, rtol=1e-3, atol=1e-4)
+        assert float((gradient - its_gradient).norm()) < 0.02 * float(its_gradient.norm())
+        assert float(loss) == pytest.approx(expected[index], rel=0.05)
