@@ -1,5 +1,6 @@
 """Which pictures a batch holds: groups of samples of one layout, packed one behind the other."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from sparsevlm.scenes import (
     PAIR,
     PAIR_LAYOUT,
     SINGLE_TASKS,
+    TRAINING_SEEDS,
     Layout,
     QuestionBatch,
     SceneSpec,
@@ -19,6 +21,7 @@ from sparsevlm.scenes import (
 from training.pixels import MERGE, PATCH
 
 TOKEN = PATCH * MERGE  # pixels
+_SEEDS_PER_RUN = 2**32
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,32 @@ def parse_mix(mix: str) -> tuple[Group, ...]:
     ValueError
         If a name is unknown or a number is missing.
     """
-    groups = []
-    for part in mix.split(","):
+    counts = parse_counts(mix, (*LAYOUTS, PAIR), "mix must look like 'square:32,pair:8'")
+    return tuple(
+        Group((PAIR_LAYOUT, PAIR_LAYOUT) if name == PAIR else (LAYOUTS[name],), count) for name, count in counts
+    )
+
+
+def parse_counts(text: str, known: Sequence[str], wanted: str) -> list[tuple[str, int]]:
+    """Names with numbers of a text like ``"square:32,pair:8"``.
+
+    Raises
+    ------
+    ValueError
+        If a name is not ``known`` or a number is missing; the message begins with ``wanted``.
+    """
+    counts = []
+    for part in text.split(","):
         name, _, count = part.partition(":")
-        if name not in (*LAYOUTS, PAIR) or not count.isdigit() or int(count) == 0:
-            raise ValueError(
-                f"mix must look like 'square:32,pair:8' with names out of {', '.join((*LAYOUTS, PAIR))}, got {part!r}"
-            )
-        layouts = (PAIR_LAYOUT, PAIR_LAYOUT) if name == PAIR else (LAYOUTS[name],)
-        groups.append(Group(layouts, int(count)))
-    return tuple(groups)
+        if name not in known or not count.isdigit() or int(count) == 0:
+            raise ValueError(f"{wanted} with names out of {', '.join(known)}, got {part!r}")
+        counts.append((name, int(count)))
+    return counts
+
+
+def first_seed(run: int) -> int:
+    """Seed of the first sample of a run; those of runs lie apart."""
+    return TRAINING_SEEDS.start + run * _SEEDS_PER_RUN
 
 
 def draw_group(group: Group, seeds: torch.Tensor, task_table: torch.Tensor, n_questions: int) -> GroupBatch:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGeneration
 
-from sparsevlm.scenes import CARD, TASKS, TRAINING_SEEDS, training_seeds
+from sparsevlm.scenes import CARD, TASKS, training_seeds
 from training.architecture import cast_weights
 from training.drawn.tasks import DrawnTasks
 from training.forward import Decoded, SceneForward
-from training.groups import parse_mix, task_table
+from training.groups import first_seed, parse_mix, task_table
 from training.material import Material, draw_material
 from training.objective import PLACE_SIZES, TOKEN_SIZES, Readout, score_answers
 from training.optimiser import Optimiser, Trained
@@ -19,7 +19,6 @@ from training.replay import TextReplay
 from training.sequences import SequenceBuilder
 from training.settings import TASK_SHARES, StageSettings
 
-_SEEDS_PER_RUN = 2**32
 _EAGER_STEPS = 3
 _MEANS = ("loss", "token_loss", "place_loss", "replay_loss", "drawn_loss", "grad_norm")
 _AUXILIARY = ("kind", "colour_seen", "glyph", "edge", "row", "column", "box_edge", "kind_known", "colour_known")
@@ -87,9 +86,8 @@ class TrainStep:
         hidden = model.config.text_config.hidden_size
         self.token_head = cast_weights(Readout(hidden, TOKEN_SIZES, rare=CARD + 1).to(device), dtype)
         self.place_head = cast_weights(Readout(hidden, PLACE_SIZES).to(device), dtype)
-        first = TRAINING_SEEDS.start + settings.seed * _SEEDS_PER_RUN
         n_samples = settings.draw_ahead * sum(group.count for group in self.groups)
-        self.seeds = training_seeds(first, n_samples).to(device)
+        self.seeds = training_seeds(first_seed(settings.seed), n_samples).to(device)
         self.task_table = task_table(TASK_SHARES, device)
         self.auxiliary_weight = torch.zeros((), device=device)
         if settings.auxiliary_until > 0:

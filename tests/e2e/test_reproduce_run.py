@@ -70,7 +70,7 @@ def resumed(desk):
     while len(stored(desk, "out")) < 2 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=180)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "the same command goes on from there" in errors
     before = stored(desk, "out")

@@ -48,6 +48,12 @@ def test_kept_rows_are_a_tensor_of_whole_numbers(kept):
         check(kept)
 
 
+@pytest.mark.parametrize("wrap", [lambda mask: mask, Selection])
+def test_a_mask_is_told_by_dtype_and_shape_with_the_remedy(wrap):
+    with pytest.raises(TypeError, match=r"got torch\.bool of shape \(3,\): return int64 row indices .*, not a mask"):
+        check(wrap(KEEP > 1))
+
+
 @pytest.mark.parametrize(
     ("kept", "message"),
     [

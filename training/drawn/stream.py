@@ -10,12 +10,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from sparsevlm.material import FAMILIES, TRAINING, Example, check_packages, draw
-from sparsevlm.scenes import TRAINING_SEEDS
 from training.drawn.conversations import encode
 from training.drawn.packing import Limits, Packed, Packer
 from training.drawn.reading import READING, draw_reading
+from training.groups import first_seed, parse_counts
 
-_SEEDS_PER_RUN = 2**32
 _PASSED_OVER = 4  # conversations that do not fit before a batch is closed
 _BATCHES_AHEAD = 3  # by each process
 
@@ -36,9 +35,6 @@ class Mix:
     photographs: bool = True
 
     def __post_init__(self) -> None:
-        known = (*FAMILIES, READING)
-        if unknown := [name for name in self.shares if name not in known]:
-            raise ValueError(f"there is no family {', '.join(unknown)}; there are {', '.join(known)}")
         for name in self.families:
             if name != READING:
                 check_packages(name, self.tasks(name), TRAINING)
@@ -62,13 +58,8 @@ def parse_drawn(text: str, photographs: bool = True) -> Mix:
     ValueError
         If a share is missing or a family unknown.
     """
-    shares = {}
-    for part in text.split(","):
-        name, _, share = part.partition(":")
-        if not share.isdigit() or int(share) == 0:
-            raise ValueError(f"drawn must look like 'documents:3,reading:4', got {part!r}")
-        shares[name] = int(share)
-    return Mix(shares, photographs)
+    counts = parse_counts(text, (*FAMILIES, READING), "drawn must look like 'documents:3,reading:4'")
+    return Mix(dict(counts), photographs)
 
 
 class DrawnBatches(IterableDataset):
@@ -98,7 +89,7 @@ class DrawnBatches(IterableDataset):
     ):
         self._mix, self._tokenizer, self._limits = mix, tokenizer, limits
         self._words, self._questions = list(words), questions
-        self._first = TRAINING_SEEDS.start + seed * _SEEDS_PER_RUN
+        self._first = first_seed(seed)
 
     def __iter__(self) -> Iterator[Packed]:
         worker = get_worker_info()

@@ -243,13 +243,10 @@ def checked_selection(result: Any, hidden_states: Tensor, n_keep: int, name: str
     selection = result if isinstance(result, Selection) else Selection(keep_idx=result)
     n_visual, device = hidden_states.shape[0], hidden_states.device
     if not _is_whole(selection.keep_idx):
-        got = (
-            f"a tensor of {result.dtype} and shape {tuple(result.shape)}"
-            if isinstance(result, Tensor)
-            else repr(result)
-        )
+        kept = selection.keep_idx
+        answer = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(result)
         raise TypeError(
-            f"selector {name!r} must return a Selection or a tensor of whole indices, got {got}: return int64 row "
+            f"selector {name!r} must return a Selection or a tensor of whole indices, got {answer}: return int64 row "
             "indices in ascending order, not a mask and not scores."
         )
     keep_idx = selection.keep_idx.to(device=device, dtype=torch.long)
