@@ -120,6 +120,6 @@ def _as_it_is(batch: Packed) -> Packed:
 
 def stream(batches: DrawnBatches, workers: int) -> Iterator[Packed]:
     """What ``workers`` processes draw, or this one if there are none."""
-    several = {"multiprocessing_context": "spawn", "prefetch_factor": _BATCHES_AHEAD} if workers else {}
+    several = {"multiprocessing_context": "fork", "prefetch_factor": _BATCHES_AHEAD} if workers else {}
     loader = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **several)
     return iter(loader)
