@@ -1,6 +1,7 @@
 """Chat of three turns on one KV cache; the last turn brings a second image."""
 
 import torch
+from transformers import DynamicCache
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.bundled import bundled_path
@@ -14,22 +15,20 @@ class Chat:
     def __init__(self, model, processor):
         self.model, self.processor = model, processor
         self.messages = []
-        self.past = None  # what generate returned last: all tokens so far, and the cache
+        self.tokens = None  # all so far
+        self.cache = DynamicCache(config=model.config)
 
     def ask(self, question, image=None, max_new_tokens=24):
         """Answer one more question, about one more image if there is one."""
         inputs = self.new_inputs(question, image)
-        if self.past is not None:
+        if self.tokens is not None:
             inputs["input_ids"] = torch.cat([self.said(), inputs["input_ids"]], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
             # It would have to cover earlier images, which are not given again. Without it the new image has positions
             # in a line, as transformers gives them to every image on a kept cache.
             inputs.pop("mm_token_type_ids", None)
-            inputs["past_key_values"] = self.past.past_key_values  # transformers 5.24 also takes it as cache=
-        self.past = self.model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True
-        )
-        new_tokens = self.past.sequences[:, inputs["input_ids"].shape[1] :]
+        self.tokens = self.model.generate(**inputs, cache=self.cache, max_new_tokens=max_new_tokens, do_sample=False)
+        new_tokens = self.tokens[:, inputs["input_ids"].shape[1] :]
         answer = self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0]
         self.messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
         return answer
@@ -48,8 +47,8 @@ class Chat:
 
     def said(self):
         """Tokens so far, without the end of the last answer: the new turn begins with it."""
-        ended = self.past.sequences[0, -1] == self.processor.tokenizer.eos_token_id
-        return self.past.sequences[:, :-1] if ended else self.past.sequences
+        ended = self.tokens[0, -1] == self.processor.tokenizer.eos_token_id
+        return self.tokens[:, :-1] if ended else self.tokens
 
 
 CHECKPOINT = bundled_path()  # or a folder or hub id, such as "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -61,5 +60,5 @@ print(chat.ask("Read the number on the blue card.", draw_scene(8).image))
 print(chat.ask("Read the number on the orange card."))
 print(chat.ask("List all cards.", draw_scene(9).image))  # the bundled model was trained on single questions
 print(state.report)  # of the last turn with an image
-lengths = [layer.keys.shape[-2] for layer in chat.past.past_key_values.layers]
-print(f"cached tokens per layer: {lengths}, of {chat.past.sequences.shape[1] - 1}")
+lengths = [layer.keys.shape[-2] for layer in chat.cache.layers]
+print(f"cached tokens per layer: {lengths}, of {chat.tokens.shape[1] - 1}")

@@ -211,13 +211,13 @@ MODES = {
     '`cache_implementation="paged"`': Mode(
         REFUSED, always(cache_implementation="paged"), "takes token ids alone", remark="[more](#continuous-batching)"
     ),
-    "`past_key_values`, a `DynamicCache`": Mode(
+    "`cache` (`past_key_values`), a `DynamicCache`": Mode(
         ENGINE, a_cache(lambda config: DynamicCache(config=config)), as_greedy=True
     ),
-    "`past_key_values`, a `StaticCache`": Mode(
+    "`cache` (`past_key_values`), a `StaticCache`": Mode(
         HOOKS, a_cache(lambda config: StaticCache(config=config, max_cache_len=80)), as_greedy=True
     ),
-    "`past_key_values`, an `EncoderDecoderCache`": Mode(
+    "`cache` (`past_key_values`), an `EncoderDecoderCache`": Mode(
         REFUSED, a_cache(lambda config: EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))),
         "is an EncoderDecoderCache",
     ),

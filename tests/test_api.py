@@ -546,6 +546,23 @@ def test_bare_dynamic_cache():
     assert state.report.kv_bytes.ratio < 1
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("turns", ["first", "refresh"])
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_cache_is_taken_by_its_old_and_its_new_name(name, turns, engine):
+    from transformers.cache_utils import DynamicCache
+
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    apply_sparsevlm(model, keep=0.6, min_keep=4, engine=engine, turns=turns)
+    cache = DynamicCache(config=model.config)
+    first = model.generate(**inputs, max_new_tokens=4, **{name: cache})
+    assert cache.get_seq_length() == first.shape[1] - 1
+    ids = torch.cat([first, torch.tensor([[5, 6, 7]])], dim=1)
+    second = model.generate(ids, max_new_tokens=4, **{name: cache})
+    assert cache.get_seq_length() == second.shape[1] - 1 == ids.shape[1] + 3
+
+
 def test_text_only_prompt_is_a_lawful_skip():
     model, inputs = tiny_model(), make_inputs([("text", 9)])
     dense = model.generate(**inputs, max_new_tokens=4)

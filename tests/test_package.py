@@ -98,6 +98,17 @@ def test_an_install_without_a_version_gets_a_torch_that_was_tested():
     assert f"torch from {oldest} to {newest}" in (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
 
 
+def test_an_install_of_vllm_gets_one_that_was_tested():
+    from sparsevlm.plugins.vllm.compat import TESTED
+
+    pages = {
+        name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/install.md", "docs/vllm.md")
+    }
+    for page in pages.values():
+        assert set(re.findall(r'"\.\[vllm\]"(.*?)(?:`| &&|\n)', page)) == {f' "vllm=={TESTED[-1]}"'}
+    assert f"Tested on vLLM {' and '.join(TESTED)}; others are refused" in pages["docs/vllm.md"]
+
+
 def test_warnings_begin_with_the_librarys_name():
     """So that a reader of a log knows who speaks, whatever its format."""
     found = {}

@@ -32,6 +32,9 @@ _SPECIAL = frozenset(
 )
 # Layers of quantized caches; before transformers 5.24 those of all kinds have a rest that is not packed.
 QuantizedLayerBase: Any = getattr(cache_utils, "BaseQuantizedLayer", cache_utils.QuantizedLayer)
+# Of generate, and of what it gives: the first before transformers 5.24, the second since.
+_CACHE_NAMES = ("past_key_values", "cache")
+_CACHE = next(field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput) if field.name in _CACHE_NAMES)
 OLDEST, NEWEST = "5.17.0", "5.24.0"  # both ends of the range that the tests run on
 logger = logging.getLogger(__name__)
 
@@ -73,6 +76,13 @@ def cache_of(arguments: Mapping[str, Any]) -> Any:
     """The key-value cache among a model's arguments or outputs: ``cache`` since 5.24, ``past_key_values`` before."""
     cache = arguments.get("cache")
     return arguments.get("past_key_values") if cache is None else cache
+
+
+def with_cache_named(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of ``generate`` with the cache under the name that this version has for it, whichever was given."""
+    if _CACHE in arguments:
+        return arguments
+    return {_CACHE if name in _CACHE_NAMES else name: value for name, value in arguments.items()}
 
 
 def check_layer_arguments(arguments: Mapping[str, Any]) -> None:
@@ -235,9 +245,7 @@ def generation_output(
         By new token.
     cache : Cache
     """
-    names = {field.name for field in dataclasses.fields(GenerateDecoderOnlyOutput)}
-    values: dict[str, Any] = {"sequences": sequences, "scores": scores, "logits": logits}
-    values["cache" if "cache" in names else "past_key_values"] = cache
+    values: dict[str, Any] = {"sequences": sequences, "scores": scores, "logits": logits, _CACHE: cache}
     return GenerateDecoderOnlyOutput(**values)
 
 

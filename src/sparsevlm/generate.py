@@ -16,6 +16,7 @@ from .config import REFRESH
 from .engine.generate import Engine, UnsupportedByEngineError
 from .request.drafting import arguments_of_round, images_at_hand
 from .request.inputs import brings_images, check_inputs
+from .request.later_inputs import check_later_inputs
 from .request.modes import check_modes
 from .request.session import Session
 from .request.turns import converse
@@ -72,7 +73,7 @@ class Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._is_attached:
             return self.plain(*args, **kwargs)
-        session, arguments = self._session, _named(self.plain, args, kwargs)
+        session, arguments = self._session, compat.with_cache_named(_named(self.plain, args, kwargs))
         if not session.in_generate:  # a direct call of this thread was ended by Ctrl-C, which torch tells no hook
             session.lock.release()
         with (
@@ -83,6 +84,7 @@ class Generate:
             if not self._is_attached:  # removed, or replaced, while this call waited for its turn
                 return session.adapter.model.generate(**arguments)
             check_inputs(session.adapter, arguments, of_generate=True)
+            check_later_inputs(arguments)
             run = functools.partial(self._run, is_nested=depth > 1)
             if compat.is_draft(arguments):  # rounds of one answer, no turns
                 return run(arguments_of_round(session.adapter, arguments))

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import logging
 import re
 import shlex
 import sys
+import warnings
 
 import pytest
+import transformers
 from documents import DOCUMENTS, EXAMPLES, ROOT, blocks, name_of, prose, read
 
 import sparsevlm
@@ -35,18 +38,34 @@ def python_blocks(document):
     return [block for block in blocks(document) if block.language == "python"]
 
 
+@pytest.fixture
+def logged():
+    """What transformers logs, its warnings of once a process among them."""
+    records, root = [], logging.getLogger("transformers")
+    handler = logging.Handler()
+    handler.emit = records.append
+    transformers.utils.logging.warning_once.cache_clear()
+    root.addHandler(handler)
+    yield records
+    root.removeHandler(handler)
+
+
 @pytest.mark.parametrize("document", CODE, ids=name_of)
-def test_code_runs_from_top_to_bottom(document, tmp_path, monkeypatch):
+def test_code_runs_from_top_to_bottom(document, tmp_path, monkeypatch, logged):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for block in blocks(document):
         if (block.why and not (block.why == "needs Ray" and ray_is_there())) or block.role:
             continue
-        if block.language == "python":
-            exec(compile(block.code, name_of(document), "exec"), namespace)
-        elif block.language == "bash":
-            for line in block.code.splitlines():
-                run_command(shlex.split(line, comments=True))
+        with warnings.catch_warnings():
+            if not block.why:  # Ray warns of itself
+                warnings.simplefilter("error")
+            if block.language == "python":
+                exec(compile(block.code, name_of(document), "exec"), namespace)
+            elif block.language == "bash":
+                for line in block.code.splitlines():
+                    run_command(shlex.split(line, comments=True))
+    assert [text for record in logged if "deprecated" in (text := record.getMessage())] == []
 
 
 def ray_is_there():

@@ -80,7 +80,9 @@ def test_calls_that_cannot_prefill_again(model, state):
     positions = torch.arange(6).expand(3, 1, 6)
     refused(model, cache, ValueError, "position_ids of 6 tokens", **inputs, position_ids=positions)
     alone = {"input_ids": inputs["input_ids"][:, -4:], "attention_mask": inputs["attention_mask"]}
-    refused(model, cache, ValueError, "4 tokens and an attention_mask for 44 were given on a cache of 37", **alone)
+    refused(
+        model, cache, ValueError, "4 tokens and an attention_mask for 44 were given, and the cache holds 37", **alone
+    )
     refused(model, cache, ValueError, "attention_mask for 3 were given", input_ids=inputs["input_ids"][:, -3:])
 
 
@@ -148,6 +150,15 @@ def test_a_direct_call_goes_on_with_what_is_left(model, state):
     pixels = split_visual(make_inputs(IMAGE, seed=9), [IMAGE])[0]
     model.generate(**{**behind(sequences, IMAGE), **pixels}, **GREEDY, past_key_values=cache)
     assert state.report.n_refreshed == sequences.shape[1]
+
+
+def test_new_tokens_alone_behind_those_of_a_direct_call(model, state):
+    cache, sequences = answered(model)
+    inputs = behind(sequences, TEXT)
+    with torch.no_grad():
+        model(input_ids=inputs["input_ids"][:, 37:40], past_key_values=cache)
+    alone = {**inputs, "input_ids": inputs["input_ids"][:, 40:]}
+    refused(model, cache, ValueError, "4 new tokens were given on a cache of 40, of which 38 are known", **alone)
 
 
 def test_sound_before_a_turn_of_text_is_not_forgotten():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -91,7 +93,7 @@ CASES = {
         TypeError,
         "is a tuple; wanted is a transformers C",
     ),
-    "a name for a cache": ("image", "past_key_values", lambda x: "static", TypeError, "past_key_values is a str"),
+    "a name for a cache": ("image", "past_key_values", lambda x: "static", TypeError, "the cache is a str"),
     "embeddings as a list": ("image", "inputs_embeds", lambda x: [[0.0]], TypeError, "inputs_embeds is a list"),
 }
 
@@ -200,3 +202,76 @@ def test_without_images_a_mask_may_hide_a_whole_sample(engine):
     dense = model.generate(**inputs, max_new_tokens=2)
     apply_sparsevlm(model, **OPTIONS, engine=engine)
     assert torch.equal(model.generate(**inputs, max_new_tokens=2), dense)
+
+
+def later_turn(model, n_new=6):
+    """A cache that has served a first call, all tokens of the conversation, and how many of them it holds."""
+    cache = DynamicCache(config=model.config)
+    sequences = model.generate(**make_inputs(PROMPTS["image"]), max_new_tokens=4, past_key_values=cache)
+    ids = torch.cat([sequences, make_inputs([("text", n_new)])["input_ids"]], dim=1)
+    return cache, ids, int(cache.get_seq_length())
+
+
+# Of a later call, given all tokens and how many of them are cached: what its tokens and mask are, and what is said.
+CUT = {
+    "new ones, no mask": (lambda ids, past: (ids[:, past:], None), "7 tokens and an attention_mask for 7 were given"),
+    "new ones and their mask": (lambda ids, past: (ids[:, past:], 7), "for all 46"),
+    "new ones and a short mask": (
+        lambda ids, past: (ids[:, past:], past),
+        "7 tokens and an attention_mask for 39 were",
+    ),
+    "as many as are cached": (lambda ids, past: (ids[:, :past], None), "for 39 were given, and the cache holds 39"),
+    "all and a short mask": (lambda ids, past: (ids, past), "46 tokens and an attention_mask for 39 were"),
+}
+
+
+@pytest.mark.parametrize("turns", ["first", "refresh"])
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("case", CUT)
+def test_tokens_that_would_be_cut_as_if_cached(case, engine, turns):
+    model, (given, message) = tiny_model(), CUT[case]
+    apply_sparsevlm(model, **OPTIONS, engine=engine, turns=turns)
+    cache, ids, past_len = later_turn(model)
+    ids, length = given(ids, past_len)
+    mask = {} if length is None else {"attention_mask": torch.ones(1, length, dtype=torch.long)}
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, **mask, max_new_tokens=4, past_key_values=cache)
+    assert cache.get_seq_length() == past_len
+
+
+def test_embeddings_that_would_be_cut_as_if_cached():
+    model = tiny_model()
+    apply_sparsevlm(model, **OPTIONS)
+    cache, ids, past_len = later_turn(model)
+    embeds = model.get_input_embeddings()(ids)
+    mask = torch.ones_like(ids)
+    with pytest.raises(ValueError, match="inputs_embeds hold 7 tokens, and the cache 39"):
+        model.generate(inputs_embeds=embeds[:, past_len:], attention_mask=mask, max_new_tokens=4, past_key_values=cache)
+    wanted = model.generate(ids, max_new_tokens=4, past_key_values=copy.deepcopy(cache))
+    found = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=4, past_key_values=cache)
+    assert torch.equal(found, wanted[:, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("engine", [False, True])
+def test_later_calls_that_go_on_rightly(engine):
+    model = tiny_model()
+    apply_sparsevlm(model, **OPTIONS, engine=engine)
+    cache, ids, past_len = later_turn(model)
+    mask, answers = torch.ones_like(ids), []
+    one = ids[:, : past_len + 1]  # nothing new but the last answer's last token
+    drafting = {"prompt_lookup_num_tokens": 2, "suppress_tokens": [90]}
+    for given, more in (
+        ({"input_ids": ids, "attention_mask": mask}, {}),
+        ({"inputs": ids}, {}),
+        ({"input_ids": ids[:, past_len:], "attention_mask": mask}, {}),
+        ({"input_ids": ids, "attention_mask": mask}, drafting),
+        ({"input_ids": ids, "attention_mask": mask}, {"num_beams": 2}),
+        ({"input_ids": one}, {}),
+    ):
+        own = copy.deepcopy(cache)
+        if "num_beams" in more:
+            own.batch_repeat_interleave(2)
+        n = next(iter(given.values())).shape[1]
+        answers.append(model.generate(**given, **more, max_new_tokens=4, past_key_values=own)[:, n:])
+    assert torch.equal(answers[0], answers[1])
+    assert torch.equal(answers[0], answers[2])

@@ -179,8 +179,8 @@ def check_inputs(adapter: ModelAdapter, inputs: Mapping[str, Any], *, of_generat
     cache = cache_of(inputs)
     if cache is not None and not callable(getattr(cache, "get_seq_length", None)):
         raise TypeError(
-            f"past_key_values is a {type(cache).__name__}; wanted is a transformers Cache, such as DynamicCache(), or "
-            "None for a new one."
+            f"the cache is a {type(cache).__name__}; wanted is a transformers Cache, such as DynamicCache(), or None "
+            "for a new one."
         )
     brings_pixels = False
     for modality in adapter.modalities.values():

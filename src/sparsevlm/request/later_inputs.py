@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import cache_of
 from ..models import ModelAdapter
 from .conversation import OF_TOKENS, Conversation
 from .inputs import image_arguments, parameters_of
@@ -23,6 +24,36 @@ def input_ids_of(arguments: Mapping[str, Any]) -> Tensor | None:
     return arguments.get("inputs") if ids is None else ids
 
 
+def check_later_inputs(arguments: Mapping[str, Any]) -> None:
+    """Refuse tokens of a call of ``generate`` that transformers would cut at a wrong place, as of those in the cache.
+
+    It takes all tokens of a conversation, or the new ones with an ``attention_mask`` for all; of ``inputs_embeds`` all.
+
+    Raises
+    ------
+    ValueError
+    """
+    cache, ids, embeds = cache_of(arguments), input_ids_of(arguments), arguments.get("inputs_embeds")
+    past_len = 0 if cache is None else int(cache.get_seq_length())
+    if not past_len:
+        return
+    if embeds is not None:
+        if embeds.shape[1] <= past_len:
+            raise ValueError(
+                f"inputs_embeds hold {embeds.shape[1]} tokens, and the cache {past_len}. Pass those of the whole "
+                "conversation: of the tokens in the cache, and of the new ones."
+            )
+    elif ids is not None:
+        n, mask = ids.shape[1], arguments.get("attention_mask")
+        length = n if mask is None else mask.shape[1]
+        if length != past_len + n and (length != n or n <= past_len):
+            raise ValueError(
+                f"{n} tokens and an attention_mask for {length} were given, and the cache holds {past_len}. Pass the "
+                "input_ids of the whole conversation, those in the cache and the new ones; or the new ones alone with "
+                f"an attention_mask for all {past_len + n}."
+            )
+
+
 def whole_ids(before: Conversation, arguments: Mapping[str, Any], ids: Tensor, past_len: int) -> Tensor:
     """All tokens of a conversation, where a call may leave out those in the cache.
 
@@ -32,14 +63,13 @@ def whole_ids(before: Conversation, arguments: Mapping[str, Any], ids: Tensor, p
         If they are not known.
     """
     mask = arguments.get("attention_mask")
-    length = ids.shape[1] if mask is None else mask.shape[1]
-    if length == ids.shape[1] and length > past_len:
+    if mask is None or mask.shape[1] == ids.shape[1]:
         return ids
     known = 0 if before.ids is None else before.ids.shape[1]
-    if length != past_len + ids.shape[1] or known < past_len:
+    if known < past_len:
         raise ValueError(
-            f"{ids.shape[1]} tokens and an attention_mask for {length} were given on a cache of {past_len}, of which "
-            f"{known} are known. For turns='refresh' pass all tokens of the conversation and a mask for all of them."
+            f"{ids.shape[1]} new tokens were given on a cache of {past_len}, of which {known} are known. For "
+            "turns='refresh' pass all tokens of the conversation and a mask for all of them."
         )
     assert before.ids is not None  # since some are known
     return torch.cat([before.ids[:, :past_len].to(ids), ids], dim=1)

@@ -65,7 +65,7 @@ def _check_cache(session: Session, arguments: Mapping[str, Any], settings: compa
     cache, named = compat.cache_of(arguments), settings["cache_implementation"] or ""
     if isinstance(cache, EncoderDecoderCache):
         raise TypeError(
-            f"past_key_values is an EncoderDecoderCache, and a {session.adapter.name} has a decoder alone. Pass a "
+            f"the cache is an EncoderDecoderCache, and a {session.adapter.name} has a decoder alone. Pass a "
             "DynamicCache, or leave it out."
         )
     device = session.adapter.model.device
