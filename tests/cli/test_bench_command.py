@@ -16,6 +16,7 @@ from sparsevlm.bench.vllm_dense import VLLM_DENSE
 from sparsevlm.bundled import bundled_path
 from sparsevlm.cli import app
 from sparsevlm.cli import bench as bench_command
+from sparsevlm.cli.bench_output import about_columns
 from sparsevlm.cli.bench_tables import print_case
 from tiny_checkpoint import save_tiny_checkpoint
 from toys import tiny_model
@@ -158,7 +159,7 @@ def test_only_columns_that_are_shown_are_explained():
     for word in ("floor", "GB", "worst", "/token", "mixed shapes", "hf-static"):
         assert word not in result.stdout
     assert "x: how many times faster" in result.stdout
-    about = bench_command._about(["/token", "floor", "GB"], [MixedCase(24)], "random", on_gpu=True)
+    about = about_columns(["/token", "floor", "GB"], [MixedCase(24)], "random", on_gpu=True)
     assert all(word in about for word in ("/token:", "floor:", "GB:", "mixed shapes", "hf-static"))
 
 
