@@ -1,48 +1,54 @@
-"""Cores of this machine that a process may use, and those that others leave free."""
+"""Cores of this machine that torch's threads may use, and those that other processes keep busy."""
 
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
+_STAT = Path("/proc/stat")
 _CGROUP = Path("/sys/fs/cgroup")
-_MARGIN = 0.5  # cores that threads may lack: a load average is of the last minute, and holds short bursts
+_N_TIMES, _IDLE = 8, (3, 4)  # columns of /proc/stat: guests' times are in others; idle, and waiting for a disk
+_SHORTEST = 0.5  # seconds over which the use of cores tells something
+_MARGIN = 0.5  # cores that threads may lack: other processes have short bursts
 
 
-def thread_advice(threads: int, load: float | None) -> str:
+class OtherProcesses:
+    """Measures how many cores other processes keep busy, from its making on; on Linux, else by the load average."""
+
+    def __init__(self) -> None:
+        self._begin, self._busy, self._own = time.monotonic(), _busy_seconds(), _own_seconds()
+        self._load = _load_average()
+
+    def cores(self) -> float | None:
+        """Cores on average; ``None`` where nothing tells."""
+        busy, elapsed = _busy_seconds(), time.monotonic() - self._begin
+        if self._busy is None or busy is None or elapsed < _SHORTEST:
+            return self._load
+        return max(0.0, (busy - self._busy - (_own_seconds() - self._own)) / elapsed)
+
+
+def thread_advice(threads: int, others: float | None) -> str:
     """Says that threads have to share cores, and what to set; empty where each has one.
 
     Parameters
     ----------
     threads : int
         That torch computes with.
-    load : float or None
-        Processes that others have running, as :func:`load_average` tells before the work begins.
+    others : float or None
+        Cores that other processes keep busy.
     """
     allowed = allowed_cores()
-    # The load is of the whole machine, of which a container may have a part.
-    free = allowed if load is None else min(allowed, max(0.0, (os.cpu_count() or 1) - load))
+    # Others are those of the whole machine, of which a container may have a part.
+    free = allowed if others is None else min(allowed, max(0.0, (os.cpu_count() or 1) - others))
     if threads == 1 or threads <= free + _MARGIN:
         return ""
     fitting = max(1, round(free))
-    others = "" if load is None else f", at a load average of {load:.1f}"
     return (
-        f"torch computes with {threads} threads, and about {free:.1f} of {allowed:.3g} cores are free{others}: threads "
-        f"that wait for each other can make calls many times slower. {remedy(fitting)}"
+        f"torch computes with {threads} threads, and about {free:.1f} of {allowed:.3g} cores are free: threads that "
+        f"wait for each other can make calls many times slower. Set OMP_NUM_THREADS={fitting} before the command; in "
+        f"Python, torch.set_num_threads({fitting})."
     )
-
-
-def remedy(threads: int) -> str:
-    """Says how the number of threads is set."""
-    return f"Set OMP_NUM_THREADS={threads} before the command; in Python, torch.set_num_threads({threads})."
-
-
-def load_average() -> float | None:
-    """Processes that were running, or waited for a core, over the last minute; ``None`` where nothing tells."""
-    try:
-        return os.getloadavg()[0]
-    except (AttributeError, OSError):
-        return None
 
 
 def allowed_cores() -> float:
@@ -59,4 +65,26 @@ def _container_limit() -> float | None:
         quota, period = (_CGROUP / "cpu.max").read_text(encoding="ascii").split()
         return None if quota == "max" else int(quota) / int(period)
     except (OSError, ValueError):
+        return None
+
+
+def _busy_seconds() -> float | None:
+    """Seconds of computing on all cores since the machine began."""
+    try:
+        first = _STAT.read_text(encoding="ascii").splitlines()[0]
+    except (OSError, ValueError, IndexError):
+        return None
+    times = [int(value) for value in first.split()[1 : 1 + _N_TIMES]]
+    return (sum(times) - sum(times[i] for i in _IDLE)) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    """The same of this process and of those that it has begun and ended."""
+    return sum(os.times()[:4])
+
+
+def _load_average() -> float | None:
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
         return None

@@ -47,7 +47,7 @@ class Probe:
 
 
 def measure_probe(provider: Provider, request: Case, inputs: Inputs, bounds: Mapping[str, float]) -> Probe:
-    """Time up to three calls, and no further one after two seconds.
+    """Time up to three calls behind one that does not count, and no further one after two seconds.
 
     Parameters
     ----------
@@ -59,6 +59,7 @@ def measure_probe(provider: Provider, request: Case, inputs: Inputs, bounds: Map
     bounds : mapping of str to float
         Its roofline bounds, in milliseconds per phase.
     """
+    time_call(provider, inputs, request.new_tokens)
     calls: list[dict[str, float]] = []
     begin = time.monotonic()
     while not calls or (len(calls) < _MOST_CALLS and time.monotonic() - begin < _SECONDS):

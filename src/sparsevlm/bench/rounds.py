@@ -216,11 +216,14 @@ def measure(
 
 
 def _seconds_left(measurements: Mapping[Provider, Measurement], settings: Settings) -> float | None:
-    """Seconds that a case still takes; of providers without a call yet, by those of the others."""
-    known = [seconds for one in measurements.values() if (seconds := one.recent()) is not None]
-    if not known:
-        return None
-    return sum(one.seconds_left(settings, statistics.median(known)) for one in measurements.values())
+    """Seconds that a case still takes; ``None`` as long as a provider has not been called: first calls are slow."""
+    left = 0.0
+    for one in measurements.values():
+        if not one.note:
+            if (seconds := one.recent()) is None:
+                return None
+            left += one.seconds_left(settings, seconds)
+    return left
 
 
 def disagreement(providers: list[Provider], drawn: Draw, new_tokens: int) -> str:

@@ -24,7 +24,7 @@ class Step:
     begins : bool
         Whether it is the provider's first step in the case.
     seconds_left : float or None
-        That the case still takes, once calls were timed.
+        That the case still takes, once every provider had a call whose time counts.
     """
 
     stage: str

@@ -117,8 +117,10 @@ def bench(
     ours-vision with --vision-keep too, ours-fp8 with float8 weights, ours-NAME
     with one of --selectors in the place of span.
     """
+    from ..bench.cores import OtherProcesses
+
+    others = OtherProcesses()  # before what takes long to import
     from ..bench.cases import named_cases
-    from ..bench.cores import load_average
     from ..bench.estimate import in_words
     from ..bench.providers import chosen_selectors
     from ..bench.rounds import NOT_TIMED, Settings
@@ -128,7 +130,6 @@ def bench(
     from ..evaluation.execution.provenance import commit
     from .bench_output import Output, about_columns
 
-    load = load_average()
     place = _Place.of(model, dtype, device, attn)
     few = None if place.on_gpu or full else _ON_CPU
     chosen, keeps = named_cases(few if cases is None else _names(cases), full=full), _budgets(keep)
@@ -149,7 +150,7 @@ def bench(
     def confirm(seconds: float) -> None:
         confirm_long(seconds, in_words(seconds), "fewer --cases or --selectors, or a smaller --model", yes=yes)
 
-    output = Output(place.device, load, target)
+    output = Output(place.device, others, target)
     with output:
         rows = run(
             loaded, chosen, settings, origin, output.show_case, checkpoint=place.checkpoint, vllm=of_vllm,

@@ -9,7 +9,7 @@ import torch
 import typer
 
 from ..bench.cases import AnyCase, MixedCase
-from ..bench.cores import remedy, thread_advice
+from ..bench.cores import OtherProcesses, thread_advice
 from ..bench.rows import append_rows
 from ..bench.scatter import LIMIT, scattered
 from ..bench.steps import Step
@@ -34,8 +34,8 @@ class Output(StepLine):
     Parameters
     ----------
     device : str
-    load : float or None
-        Load average before the run.
+    others : OtherProcesses
+        Measured from the command's begin on.
     target : Path, optional
         CSV file to add the rows to.
 
@@ -45,14 +45,12 @@ class Output(StepLine):
         Of the columns that the tables have.
     """
 
-    def __init__(self, device: str, load: float | None, target: Path | None) -> None:
+    def __init__(self, device: str, others: OtherProcesses, target: Path | None) -> None:
         super().__init__()
         self.heads: set[str] = set()
-        self._on_cpu, self._target = device == "cpu", target
-        self._has_floor = device.startswith("cuda")
+        self._device, self._others, self._target = torch.device(device).type, others, target
         self._is_advised = False
-        if self._on_cpu:
-            self._advise(thread_advice(torch.get_num_threads(), load))
+        self._advise()
 
     def show_step(self, case: AnyCase, step: Step, left: str) -> None:
         """Shows the next step of a case."""
@@ -63,7 +61,7 @@ class Output(StepLine):
     def show_case(self, case: AnyCase, rows: list[dict[str, str]]) -> None:
         """Prints the table of a case and what is to be said of it, and stores its rows."""
         self.clear()
-        if not self._has_floor:  # a CPU's caches hold small weights, and reading those is faster than any ceiling
+        if self._device != "cuda":  # a CPU's caches hold small weights, and reading those is faster than any ceiling
             rows = [{**row, "floor": ""} for row in rows]
         self.heads.update(print_case(case, rows))
         if self._target is not None:
@@ -71,14 +69,13 @@ class Output(StepLine):
         if isinstance(case, MixedCase) or not (note := scatter_note(rows)):
             return
         typer.echo(note)
-        if self._on_cpu and (threads := torch.get_num_threads()) > 1:
-            self._advise(
-                f"torch computes with {threads} threads; where other processes use the cores too, fewer give steadier "
-                f"times. {remedy(1)}"
-            )
+        self._advise()
 
-    def _advise(self, advice: str) -> None:
-        if advice and not self._is_advised:
+    def _advise(self) -> None:
+        """Says once that threads have to share cores, where they do."""
+        if self._is_advised or self._device != "cpu":
+            return
+        if advice := thread_advice(torch.get_num_threads(), self._others.cores()):
             typer.echo(advice, err=True)
             self._is_advised = True
 
