@@ -110,15 +110,47 @@ def test_the_smallest_request_is_timed(names, monkeypatch):
     monkeypatch.setattr(run_module, "measure_probe", lambda *given: timed.append(given[1]) or measure_probe(*given))
     bench = Run(random_model("tiny", "cpu", torch.float32, "sdpa", layers=6), Settings(), {})
     cases = named_cases(names, full=False)
-    assert all(seconds > 0.0 for seconds in bench.estimate(cases))
+    estimates, with_one = bench.estimate(cases)
+    assert len(estimates) == len(cases)
+    assert all(seconds > 0.0 for seconds in estimates)
+    assert with_one == [], "torch has one thread"
     (request,) = timed
     sizes = [one for case in cases for one in (case.requests(0) if isinstance(case, MixedCase) else [case])]
     assert request.n_visual in sorted(one.n_visual for one in sizes)[:2], "or the next, of a shorter text"
     assert request.n_visual < max(one.n_visual for one in sizes) or len(sizes) == 1
     assert request.new_tokens == (1 if names == ("picture448-b1-n1",) else 3)
     monkeypatch.setattr(run_module, "LONGEST", 0.0)
-    assert all(seconds > 0.0 for seconds in bench.estimate(cases))
+    assert all(seconds > 0.0 for seconds in bench.estimate(cases)[0])
     assert len(timed) == 1, "a call that takes long is not made for the estimate"
+
+
+def test_one_thread_is_told_where_it_is_faster(monkeypatch):
+    from sparsevlm.bench import run as run_module
+
+    threads, said, slow = [], [], [1000.0]
+
+    def measure(provider, request, inputs, bounds):
+        threads.append(torch.get_num_threads())
+        return Probe(100.0 if threads[-1] == 1 else slow[0], 0.0, bounds)
+
+    def stop(seconds):
+        raise InterruptedError
+
+    monkeypatch.setattr(run_module, "measure_probe", measure)
+    model = random_model("tiny", "cpu", torch.float32, "sdpa", layers=6)
+    torch.set_num_threads(2)
+    try:
+        for seconds in (1000.0, 60.0):
+            slow[0] = seconds
+            with pytest.raises(InterruptedError):
+                run_module.run(model, [Case(36, 1, 1)], Settings(), {}, say=said.append, confirm=stop)
+            assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert threads == [2, 1, 2, 1]
+    told = [line for line in said if "providers: about" in line]
+    assert told[0].endswith(" s with one thread (OMP_NUM_THREADS=1)")
+    assert "thread" not in told[1]
 
 
 @pytest.mark.parametrize(

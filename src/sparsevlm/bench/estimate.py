@@ -17,6 +17,7 @@ from .rounds import Measurement, Settings
 _TRANSFORMERS, _OURS = (5.0, 0.05), (2.0, 0.02)
 _CAPTURES, _COMPILATION = 4.0, 40.0  # seconds of a first call
 _LADDER = 20.0  # seconds of this library's warm-up
+ONE_IS_FASTER = 0.7  # of the estimate, below which that with one thread is told
 _CHECKED = 8  # calls by which answers are compared
 
 

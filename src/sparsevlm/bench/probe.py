@@ -7,10 +7,13 @@ long, at the same peaks.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import torch
 
 from .cases import Case
 from .providers import Inputs, Provider
@@ -44,6 +47,17 @@ class Probe:
         if new_tokens > 1:
             further = self.per_token * max(1.0, bounds["decode_per_token"] / self.bounds["decode_per_token"])
         return (first + (new_tokens - 1) * further) / 1e3
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute with one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def measure_probe(provider: Provider, request: Case, inputs: Inputs, bounds: Mapping[str, float]) -> Probe:

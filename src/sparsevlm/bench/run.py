@@ -15,11 +15,11 @@ import torch
 from ..models import adapter_for
 from .cases import AnyCase, Case, MixedCase, PictureCase
 from .checkpoint import write_checkpoint_files
-from .estimate import Pace, estimated_seconds, in_words
+from .estimate import ONE_IS_FASTER, Pace, estimated_seconds, in_words
 from .fitting import fitted_cases
 from .mixed import MixedMeasurement, measure_mixed, mixed_rows
 from .pictures import Pictures, first_request, measure_picture
-from .probe import LONGEST, TOKENS, Probe, measure_probe
+from .probe import LONGEST, TOKENS, Probe, measure_probe, one_thread
 from .providers import Setting, make_providers
 from .roofline import dense_bounds, measure_roofline
 from .rounds import Draw, Measurement, Settings, measure
@@ -68,17 +68,24 @@ class Run:
         self.adapter, self.roofline = adapter_for(model), measure_roofline(model.device, model.dtype)
         self._generator = torch.Generator(device=model.device).manual_seed(settings.seed)
 
-    def estimate(self, cases: Sequence[AnyCase]) -> list[float]:
-        """Seconds that each case takes, roughly; on a CPU a few calls are timed for that."""
-        probe = None if self._model.device.type == "cuda" else self._probe(cases)
-        return [
-            estimated_seconds(case, self.providers, self._settings, self.adapter, self.roofline, probe)
-            for case in cases
-        ]
+    def estimate(self, cases: Sequence[AnyCase]) -> tuple[list[float], list[float]]:
+        """Seconds that each case takes, roughly, and with one thread; on a CPU a few calls are timed for that.
+
+        Those with one thread are left out where they are not known.
+        """
+        probes = [] if self._model.device.type == "cuda" else self._probes(cases)
+        as_it_is, with_one = (
+            [
+                estimated_seconds(case, self.providers, self._settings, self.adapter, self.roofline, probe)
+                for case in cases
+            ]
+            for probe in (*probes, None, None)[:2]
+        )
+        return as_it_is, with_one if len(probes) > 1 else []
 
     @torch.no_grad()
-    def _probe(self, cases: Sequence[AnyCase]) -> Probe | None:
-        """Times the smallest request of all cases; ``None`` where the bounds tell that a call takes long."""
+    def _probes(self, cases: Sequence[AnyCase]) -> list[Probe]:
+        """Times the smallest request of all cases, as it is and with one thread, where neither takes long."""
         seed = self._settings.seed
         requests: list[tuple[Case, PictureCase | None]] = []
         for case in cases:
@@ -89,7 +96,7 @@ class Run:
         bounds = [dense_bounds(self.adapter, request, self.roofline)["first_token"] for request, _ in requests]
         least = min(range(len(requests)), key=bounds.__getitem__)
         if bounds[least] / 1e3 > LONGEST:
-            return None
+            return []
         request, picture = requests[least]
         new_tokens = min(TOKENS, max(case.new_tokens for case in cases))
         if picture is not None and not images_of(self.adapter, request):
@@ -100,7 +107,12 @@ class Run:
             request = fitted(self.adapter, request)
             inputs = fresh_inputs(self._model, request, self._generator)
         request = dataclasses.replace(request, new_tokens=new_tokens)
-        return measure_probe(self.providers[0], request, inputs, dense_bounds(self.adapter, request, self.roofline))
+        bound = dense_bounds(self.adapter, request, self.roofline)
+        probes, threads = [measure_probe(self.providers[0], request, inputs, bound)], torch.get_num_threads()
+        if self._model.device.type == "cpu" and 1 < threads < LONGEST / (bounds[least] / 1e3):
+            with one_thread():
+                probes.append(measure_probe(self.providers[0], request, inputs, bound))
+        return probes
 
     @torch.no_grad()
     def rows_of(self, case: AnyCase, on_step: OnStep = lambda step: None) -> list[Row]:
@@ -187,8 +199,11 @@ def run(
         say(f"ours-vision: left out; the vision tower of a {bench.adapter.name} runs by its own modules")
     if model.device.type != "cuda":
         say("timing a few calls for the estimate")
-    estimates = bench.estimate(cases)
-    say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}")
+    estimates, with_one = bench.estimate(cases)
+    fewer = ""
+    if with_one and sum(with_one) < ONE_IS_FASTER * sum(estimates):
+        fewer = f"; {in_words(sum(with_one))} with one thread (OMP_NUM_THREADS=1)"
+    say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}{fewer}")
     confirm(sum(estimates))
     pace, rows = Pace(estimates), []
     for i, case in enumerate(cases):
