@@ -74,14 +74,14 @@ class Run:
         Those with one thread are left out where they are not known.
         """
         probes = [] if self._model.device.type == "cuda" else self._probes(cases)
-        as_it_is, with_one = (
+        as_it_is, *with_one = [
             [
                 estimated_seconds(case, self.providers, self._settings, self.adapter, self.roofline, probe)
                 for case in cases
             ]
-            for probe in (*probes, None, None)[:2]
-        )
-        return as_it_is, with_one if len(probes) > 1 else []
+            for probe in probes or [None]
+        ]
+        return as_it_is, with_one[0] if with_one else []
 
     @torch.no_grad()
     def _probes(self, cases: Sequence[AnyCase]) -> list[Probe]:
@@ -105,7 +105,9 @@ class Run:
                 request, inputs = first_request(picture, pictures, self.providers[0])
         else:
             request = fitted(self.adapter, request)
-            inputs = fresh_inputs(self._model, request, self._generator)
+            # Of its own: the seed draws the same inputs for all that is measured, whether this is or not.
+            generator = torch.Generator(device=self._model.device).manual_seed(seed)
+            inputs = fresh_inputs(self._model, request, generator)
         request = dataclasses.replace(request, new_tokens=new_tokens)
         bound = dense_bounds(self.adapter, request, self.roofline)
         probes, threads = [measure_probe(self.providers[0], request, inputs, bound)], torch.get_num_threads()
