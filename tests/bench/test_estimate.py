@@ -124,6 +124,18 @@ def test_the_smallest_request_is_timed(names, monkeypatch):
     assert len(timed) == 1, "a call that takes long is not made for the estimate"
 
 
+def test_a_picture_is_timed_where_no_images_are_made_in_code(monkeypatch):
+    from sparsevlm.bench import run as run_module
+
+    drawn = []
+    first_request = run_module.first_request
+    monkeypatch.setattr(run_module, "first_request", lambda *given: drawn.append(given[0]) or first_request(*given))
+    monkeypatch.setattr(run_module, "images_of", lambda adapter, request: ())
+    bench = Run(random_model("tiny", "cpu", torch.float32, "sdpa", layers=6), Settings(), {})
+    assert bench.estimate([PictureCase(448)])[0][0] > 0.0
+    assert drawn == [PictureCase(448)]
+
+
 def test_one_thread_is_told_where_it_is_faster(monkeypatch):
     from sparsevlm.bench import run as run_module
 

@@ -73,7 +73,7 @@ class Run:
 
         Those with one thread are left out where they are not known.
         """
-        probes = [] if self._model.device.type == "cuda" else self._probes(cases)
+        probes: Sequence[Probe | None] = [] if self._model.device.type == "cuda" else self._probes(cases)
         as_it_is, *with_one = [
             [
                 estimated_seconds(case, self.providers, self._settings, self.adapter, self.roofline, probe)
