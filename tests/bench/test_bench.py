@@ -73,6 +73,25 @@ def test_rows():
     assert not any("forward" in vars(module) for module in (model.model.language_model, model.model.visual))
 
 
+def test_every_step_is_told_before_it_is_done():
+    told = []
+    settings = Settings((0.5,), iterations=2, warmup=1, selectors=())
+    rows = run(
+        tiny_model(n_layers=12), [SMALL], settings, ORIGIN, on_step=lambda case, step, left: told.append((step, left))
+    )
+    steps = [step for step, _ in told]
+    assert steps[0].stage == "comparing answers"
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    assert [step.provider for step in steps if step.begins] == names
+    assert all((step.number, step.of) == (names.index(step.provider) + 1, len(names)) for step in steps[1:])
+    for n in (1, 2):
+        assert [step.provider for step in steps if step.stage == f"timed call {n}"] == names
+    left = [step.seconds_left for step in steps if step.stage.startswith("timed call")]
+    assert all(seconds > 0.0 for seconds in left)
+    assert left[-1] < left[0], "less is left in the end"
+    assert all(left.startswith("about ") for step, left in told if step.seconds_left is not None)
+
+
 def test_a_path_that_is_not_the_engines_is_void():
     model = tiny_model(n_layers=12)
     model.model.language_model.layers[3].mlp.register_forward_hook(lambda *_: None)

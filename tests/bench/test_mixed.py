@@ -97,8 +97,17 @@ def test_this_library_runs_its_ladder(monkeypatch):
     monkeypatch.setattr(SparseVLMState, "warmup", warmup)
     model = tiny_model(n_layers=6)
     providers = make_providers(model, (0.5,), static=False, selectors=("sparsevlm",))
+    steps = []
     with torch.no_grad():
-        measurements = measure_mixed(SMALL, providers, SETTINGS, torch.Generator().manual_seed(0))
+        measurements = measure_mixed(SMALL, providers, SETTINGS, torch.Generator().manual_seed(0), steps.append)
+    assert steps[0].stage == "comparing answers"
+    begun = [(step.provider, step.number, step.of) for step in steps if step.begins]
+    assert begun == [
+        *(("ours-default", 1, 5), ("ours", 2, 5), ("ours-sparsevlm", 3, 5), ("ours-dense", 4, 5), ("hf-dense", 5, 5))
+    ]
+    assert [step.stage for step in steps if step.provider == "hf-dense"] == [
+        *("warm-up", *(f"request {n} of 6" for n in range(1, 7)))
+    ]
     assert seen == [
         ((), {"max_new_tokens": 2}, None, None, None),
         ((), {"max_new_tokens": 2}, 0.5, None, True),

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
+import time
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sparsevlm.bench.cases import CORE, FULL, Case, MixedCase
+from sparsevlm.bench.cores import OtherProcesses
 from sparsevlm.bench.providers import make_providers
 from sparsevlm.bench.rounds import Settings
 from sparsevlm.bench.rows import COLUMNS
+from sparsevlm.bench.steps import Step
 from sparsevlm.bench.vllm_dense import VLLM_DENSE
 from sparsevlm.bundled import bundled_path
 from sparsevlm.cli import app
 from sparsevlm.cli import bench as bench_command
+from sparsevlm.cli.bench_output import Output, about_columns
 from sparsevlm.cli.bench_tables import print_case
 from tiny_checkpoint import save_tiny_checkpoint
 from toys import tiny_model
@@ -44,6 +50,9 @@ def test_table_and_rows(checkpoint, tmp_path):
     progress = " ".join(result.stderr.split())
     assert "1 cases, 7 providers: about" in progress
     assert "v256-b1-n1 (1 of 1), about" in progress
+    begun = re.findall(r"^v256-b1-n1: (\S+) \((\d) of 7\)", result.stderr, re.MULTILINE)
+    assert [int(number) for _, number in begun] == list(range(1, 8)), "a line each where stderr is no terminal"
+    assert {"hf-dense", "ours-default", "ours-random"} < {name for name, _ in begun}
     with rows.open(encoding="utf-8") as file:
         found = list(csv.DictReader(file))
     assert tuple(found[0]) == COLUMNS
@@ -151,6 +160,51 @@ def test_what_takes_long_is_asked_about(monkeypatch):
     assert call(*arguments, "--yes").exit_code == 0
 
 
+def test_a_terminal_sees_every_step_and_keeps_none(monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100)
+    monkeypatch.setattr("sparsevlm.cli.terminal.Console", lambda stderr: terminal)
+    output = Output("cuda", OtherProcesses(), None)
+    case = Case(256, 1, 1)
+    with output:
+        output.show_step(case, Step("comparing answers"), "")
+        output.show_step(case, Step("first call", "ours", 2, 7, begins=True), "")
+        output.show_step(case, Step("timed call 3", "ours", 2, 7), "about 2 min")
+        shown = screen.getvalue()
+        for text in ("comparing answers", "ours (2 of 7)", "ours (2 of 7), timed call 3, about 2 min left"):
+            assert f"v256-b1-n1: {text}" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
+        assert "0:00:00" in shown
+        time.sleep(0.3)
+        assert screen.getvalue() == shown, "nothing is drawn while a call is timed"
+    assert screen.getvalue().endswith("\x1b[1A\x1b[2K"), "the line is taken away"
+
+
+def test_a_busy_machine_is_told_once(monkeypatch, capsys):
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    monkeypatch.setattr("sparsevlm.bench.cores.allowed_cores", lambda: 4.0)
+    monkeypatch.setattr("sparsevlm.bench.cores.os.cpu_count", lambda: 4)
+    busy = [0.0]
+    monkeypatch.setattr(OtherProcesses, "cores", lambda others: busy[0])
+    output = Output("cpu", OtherProcesses(), None)
+    shared = {"provider": "ours", "keep": "0.25", "phase": "total", "metric": "ms", "note": "", "floor": ""}
+    steady, unsteady = ({**shared, "p50": "10", "p20": "10", "p80": p80} for p80 in ("11", "19"))
+    busy[0] = 3.0
+    output.show_case(Case(256, 1, 1), [steady])
+    output.show_case(MixedCase(24), [{**unsteady, "metric": "mean_ms"}, unsteady])
+    said = capsys.readouterr()
+    assert "Calls disagree" not in said.out, "requests of mixed shapes do"
+    assert said.err == ""
+    for _ in range(2):
+        output.show_case(Case(256, 1, 1), [unsteady])
+    said = capsys.readouterr()
+    assert said.out.count("Do not trust these figures, nor their x: ours 0.25 (total; up to 90%).") == 2
+    assert said.err.count("OMP_NUM_THREADS=1") == 1
+    Output("cpu", OtherProcesses(), None)
+    assert "torch computes with 4 threads, and about 1.0 of 4 cores are free" in capsys.readouterr().err
+    Output("cuda", OtherProcesses(), None)
+    assert capsys.readouterr().err == ""
+
+
 def test_only_columns_that_are_shown_are_explained():
     """And a CPU has no floor: its caches hold small weights."""
     result = call("--model", "tiny", "--cases", "v256-b1-n1", "--selectors", "none", *FAST)
@@ -158,7 +212,7 @@ def test_only_columns_that_are_shown_are_explained():
     for word in ("floor", "GB", "worst", "/token", "mixed shapes", "hf-static"):
         assert word not in result.stdout
     assert "x: how many times faster" in result.stdout
-    about = bench_command._about(["/token", "floor", "GB"], [MixedCase(24)], "random", on_gpu=True)
+    about = about_columns(["/token", "floor", "GB"], [MixedCase(24)], "random", on_gpu=True)
     assert all(word in about for word in ("/token:", "floor:", "GB:", "mixed shapes", "hf-static"))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import random
 import statistics
 import time
@@ -16,6 +18,7 @@ from .providers import Inputs, Provider, Setting
 from .roofline import Roofline
 from .rounds import Measurement, Settings, begin_peak, disagreement, end_peak, time_provider
 from .rows import COLUMNS, Row, bounds_of, cell, setting_columns, spread
+from .steps import COMPARING, OnStep, Step
 from .workload import fresh_inputs
 
 # Transformers is given as many requests as it answers in this time, in an order that the seed draws.
@@ -46,8 +49,9 @@ class MixedMeasurement(Measurement):
 
 
 def measure_mixed(
-    case: MixedCase, providers: list[Provider], settings: Settings, generator: torch.Generator
-) -> dict[Provider, MixedMeasurement]:
+    case: MixedCase, providers: list[Provider], settings: Settings, generator: torch.Generator,
+    on_step: OnStep = lambda step: None,
+) -> dict[Provider, MixedMeasurement]:  # fmt: skip
     """Measures a case.
 
     Before them this library runs its ladder, which has none of these requests; transformers, and vLLM where it is
@@ -62,6 +66,8 @@ def measure_mixed(
     settings : Settings
     generator : torch.Generator
         Of pixels and words, on the model's device.
+    on_step : callable
+        Called before answers are compared, before the warm-up of every provider and before each of its requests.
     """
     taking_part = [provider for provider in providers if provider.supports(case)]
     measurements = {provider: MixedMeasurement() for provider in taking_part}
@@ -72,18 +78,27 @@ def measure_mixed(
 
     warmup = sorted(case.warmup_requests(settings.seed), key=lambda request: request.n_visual)
     smallest = draw(warmup[0])
+    on_step(Step(COMPARING))
     if note := disagreement(taking_part, lambda _: smallest, case.new_tokens):
         for measurement in measurements.values():
             measurement.note = note
         return measurements
-    for provider in sorted(taking_part, key=lambda one: (one.state is None, one.name == "ours-dense")):
+    ordered = sorted(taking_part, key=lambda one: (one.state is None, one.name == "ours-dense"))
+    for i, provider in enumerate(ordered):
+        step = Step("warm-up", provider.name, i + 1, len(ordered), begins=True)
+        on_step(step)
         begin_peak(providers)
         measured = measurements[provider]
         few = [] if provider.state is not None else warmup[:: max(1, len(warmup) // _DENSE_WARMUP)]
         _warmup(provider, measured, [draw(request) for request in few], case.new_tokens)
-        _run(case.requests(settings.seed), provider, measured, settings.seed, draw)
+        on_request = functools.partial(_tell_request, on_step, step, case.n_requests)
+        _run(case.requests(settings.seed), provider, measured, settings.seed, draw, on_request)
         measured.peak_bytes = end_peak(provider)
     return measurements
+
+
+def _tell_request(on_step: OnStep, step: Step, n_requests: int, number: int) -> None:
+    on_step(dataclasses.replace(step, stage=f"request {number} of {n_requests}", begins=False))
 
 
 def _warmup(provider: Provider, measured: MixedMeasurement, requests: Sequence[Inputs], new_tokens: int) -> None:
@@ -100,8 +115,9 @@ def _warmup(provider: Provider, measured: MixedMeasurement, requests: Sequence[I
 
 
 def _run(
-    requests: Sequence[Case], provider: Provider, measured: MixedMeasurement, seed: int, draw: Callable[[Case], Inputs]
-) -> None:
+    requests: Sequence[Case], provider: Provider, measured: MixedMeasurement, seed: int,
+    draw: Callable[[Case], Inputs], on_request: Callable[[int], None],
+) -> None:  # fmt: skip
     order = list(range(len(requests)))
     if provider.state is None:
         random.Random(seed).shuffle(order)
@@ -110,6 +126,7 @@ def _run(
         is_over = provider.state is None and time.perf_counter() - begin > DENSE_SECONDS
         if measured.note or (is_over and len(measured.by_request) >= _LEAST_REQUESTS):
             break
+        on_request(len(measured.by_request) + 1)
         called = time_provider(provider, draw(requests[i]), requests[i].new_tokens, measured)
         if called is not None:
             measured.by_request[i], measured.layers_by_request[i] = called[0], measured.layer_tokens

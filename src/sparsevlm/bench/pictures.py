@@ -18,6 +18,7 @@ from ..request.counting import visual_counts
 from .cases import Case, PictureCase
 from .providers import Inputs, Provider
 from .rounds import Measurement, Settings, measure
+from .steps import OnStep
 
 _LETTERS = 21  # of a question; as many tokens in a tokenizer of bytes
 
@@ -69,9 +70,18 @@ class Pictures:
         return made_by
 
 
+def first_request(case: PictureCase, pictures: Pictures, provider: Provider) -> tuple[Case, Inputs]:
+    """Draws a picture and a question, and returns what the processor makes of them."""
+    inputs = pictures.draw()(provider)()
+    n_visual = visual_counts(adapter_for(provider.model), inputs)[0]
+    n_text = inputs["input_ids"].shape[1] - n_visual
+    return dataclasses.replace(case.request, n_visual=n_visual, n_text=n_text), inputs
+
+
 def measure_picture(
-    case: PictureCase, providers: list[Provider], settings: Settings, folder: Path
-) -> tuple[Case, dict[Provider, Measurement]]:
+    case: PictureCase, providers: list[Provider], settings: Settings, folder: Path,
+    on_step: OnStep = lambda step: None,
+) -> tuple[Case, dict[Provider, Measurement]]:  # fmt: skip
     """Measures a case; gives the request that the processor makes of it as well.
 
     Parameters
@@ -81,13 +91,12 @@ def measure_picture(
     settings : Settings
     folder : Path
         Of the checkpoint whose processor is used.
+    on_step : callable
+        As in :func:`~.rounds.measure`.
     """
-    model = providers[0].model
-    pictures = Pictures(folder, model.device, case, settings.seed)
-    first = pictures.draw()(providers[0])()
-    n_visual = visual_counts(adapter_for(model), first)[0]
-    request = dataclasses.replace(case.request, n_visual=n_visual, n_text=first["input_ids"].shape[1] - n_visual)
-    measurements = measure(case, providers, settings, pictures.draw)
+    pictures = Pictures(folder, providers[0].model.device, case, settings.seed)
+    request, _ = first_request(case, pictures, providers[0])
+    measurements = measure(case, providers, settings, pictures.draw, on_step)
     for provider, measured in measurements.items():
         processor = pictures.processor_of(provider)
         names = f"{type(processor).__name__} with {type(processor.image_processor).__name__}"

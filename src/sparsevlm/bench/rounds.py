@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -13,11 +15,13 @@ import torch
 from . import agreement
 from .cases import Case, PictureCase
 from .providers import PAPER, Inputs, Provider, reset
+from .steps import COMPARING, OnStep, Step
 from .timing import time_call
 
 NOT_TIMED = "not timed"
 # What one call of a provider is given: inputs, or what makes them.
 Draw: TypeAlias = Callable[[Provider], Inputs | Callable[[], Inputs]]
+_RECENT = 3  # calls by which the time of the next is estimated
 MIN_TIMED = 3  # timed calls, however long they take
 _WARMUP_SHARE = 0.25  # of the seconds, at most, once there was one call
 _ENGINE_WARMUP = 3  # calls of the engine: one captures, one replays, one is to spare
@@ -91,6 +95,11 @@ class Measurement:
     _warmup_seconds: list[float] = field(default_factory=list)
     _timed_seconds: list[float] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, provider: Provider) -> Measurement:
+        """Returns that of a provider before its first call."""
+        return cls(min_warmup=1 if provider.state is None else _ENGINE_WARMUP)
+
     def is_warm(self, settings: Settings) -> bool:
         """True once no more warmup calls are needed."""
         if self.note:
@@ -104,6 +113,32 @@ class Measurement:
         """True once no more calls are needed."""
         enough = len(self._timed_seconds) >= MIN_TIMED and sum(self._timed_seconds) >= settings.seconds
         return bool(self.note) or len(self._timed_seconds) >= settings.iterations or enough
+
+    def recent(self) -> float | None:
+        """Seconds of a call, by the last three: the median, of two the shorter, as the engine's first call records."""
+        calls = [*self._warmup_seconds, *self._timed_seconds][-_RECENT:]
+        return statistics.median_low(calls) if calls else None
+
+    def seconds_left(self, settings: Settings, call: float) -> float:
+        """Seconds that warmup calls and timed calls still take, roughly.
+
+        Parameters
+        ----------
+        settings : Settings
+        call : float
+            Seconds of a call, where there was none yet.
+        """
+        call, n_left = self.recent() or call, 0
+        if not self.is_warm(settings):
+            spent = sum(self._warmup_seconds)
+            enough = math.ceil((_WARMUP_SHARE * settings.seconds - spent) / call)
+            n_done = len(self._warmup_seconds)
+            n_left += max(1, self.min_warmup - n_done, min(settings.warmup - n_done, enough))
+        if not self.is_done(settings):
+            spent, n_done = sum(self._timed_seconds), len(self._timed_seconds)
+            enough = math.ceil((settings.seconds - spent) / call)
+            n_left += min(settings.iterations - n_done, max(MIN_TIMED - n_done, enough))
+        return n_left * call
 
     def see(self, provider: Provider) -> None:
         """Notes what the report of the last call says."""
@@ -128,8 +163,9 @@ class Measurement:
 
 
 def measure(
-    case: Case | PictureCase, providers: list[Provider], settings: Settings, draw: Callable[[], Draw]
-) -> dict[Provider, Measurement]:
+    case: Case | PictureCase, providers: list[Provider], settings: Settings, draw: Callable[[], Draw],
+    on_step: OnStep = lambda step: None,
+) -> dict[Provider, Measurement]:  # fmt: skip
     """Measures a case.
 
     Parameters
@@ -139,38 +175,55 @@ def measure(
     settings : Settings
     draw : callable
         Draws what the next call of every provider is about.
+    on_step : callable
+        Called before answers are compared and before every call, out of all that is timed.
 
     Returns
     -------
     dict
         By provider; only a note where the engine's answers are not the model's, or could not be compared.
     """
-    measurements = {
-        provider: Measurement(min_warmup=1 if provider.state is None else _ENGINE_WARMUP)
-        for provider in providers
-        if provider.supports(case)
-    }
+    measurements = {provider: Measurement.of(provider) for provider in providers if provider.supports(case)}
     drawn = draw()
+    on_step(Step(COMPARING))
     if note := disagreement(list(measurements), drawn, case.new_tokens):
         for measurement in measurements.values():
             measurement.note = note
         return measurements
-    _measure_peaks(case, providers, measurements, drawn)
+    _measure_peaks(case, providers, measurements, drawn, on_step)
     # The engine moves weights when it begins, and what was compiled before has to be recorded anew.
     by_state = sorted(measurements, key=lambda provider: provider.state is None)
+    places = {provider: i + 1 for i, provider in enumerate(measurements)}
+    n_rounds = 0
+
+    def time_next(provider: Provider, stage: str, drawn: Draw) -> tuple[dict[str, float], float] | None:
+        left = _seconds_left(measurements, settings)
+        on_step(Step(f"{stage} {n_rounds}", provider.name, places[provider], len(places), seconds_left=left))
+        return time_provider(provider, drawn(provider), case.new_tokens, measurements[provider])
+
     while waiting := [provider for provider in by_state if not measurements[provider].is_warm(settings)]:
-        drawn = draw()
+        drawn, n_rounds = draw(), n_rounds + 1
         for provider in waiting:
-            called = time_provider(provider, drawn(provider), case.new_tokens, measurements[provider])
-            if called is not None:
+            if (called := time_next(provider, "warm-up call", drawn)) is not None:
                 measurements[provider].warmup(called[1])
+    n_rounds = 0
     while waiting := [provider for provider in measurements if not measurements[provider].is_done(settings)]:
-        drawn = draw()
+        drawn, n_rounds = draw(), n_rounds + 1
         for provider in waiting:
-            called = time_provider(provider, drawn(provider), case.new_tokens, measurements[provider])
-            if called is not None:
+            if (called := time_next(provider, "timed call", drawn)) is not None:
                 measurements[provider].add(*called)
     return measurements
+
+
+def _seconds_left(measurements: Mapping[Provider, Measurement], settings: Settings) -> float | None:
+    """Seconds that a case still takes; ``None`` as long as a provider has not been called: first calls are slow."""
+    left = 0.0
+    for one in measurements.values():
+        if not one.note:
+            if (seconds := one.recent()) is None:
+                return None
+            left += one.seconds_left(settings, seconds)
+    return left
 
 
 def disagreement(providers: list[Provider], drawn: Draw, new_tokens: int) -> str:
@@ -186,9 +239,12 @@ def disagreement(providers: list[Provider], drawn: Draw, new_tokens: int) -> str
 
 
 def _measure_peaks(
-    case: Case | PictureCase, providers: list[Provider], measurements: dict[Provider, Measurement], drawn: Draw
-) -> None:
-    for provider in sorted(measurements, key=lambda provider: provider.compiles):  # what was compiled shall stay
+    case: Case | PictureCase, providers: list[Provider], measurements: dict[Provider, Measurement], drawn: Draw,
+    on_step: OnStep,
+) -> None:  # fmt: skip
+    ordered = sorted(measurements, key=lambda provider: provider.compiles)  # what was compiled shall stay
+    for i, provider in enumerate(ordered):
+        on_step(Step("first call", provider.name, i + 1, len(ordered), begins=True))
         begin_peak(providers)
         called = time_provider(provider, drawn(provider), case.new_tokens, measurements[provider])
         measurements[provider].peak_bytes = end_peak(provider)

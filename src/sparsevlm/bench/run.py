@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +15,18 @@ import torch
 from ..models import adapter_for
 from .cases import AnyCase, Case, MixedCase, PictureCase
 from .checkpoint import write_checkpoint_files
-from .estimate import Pace, estimated_seconds, in_words
+from .estimate import ONE_IS_FASTER, Pace, estimated_seconds, in_words
 from .fitting import fitted_cases
 from .mixed import MixedMeasurement, measure_mixed, mixed_rows
-from .pictures import measure_picture
-from .providers import Provider, Setting, make_providers
-from .roofline import measure_roofline
+from .pictures import Pictures, first_request, measure_picture
+from .probe import LONGEST, TOKENS, Probe, measure_probe, one_thread
+from .providers import Setting, make_providers
+from .roofline import dense_bounds, measure_roofline
 from .rounds import Draw, Measurement, Settings, measure
 from .rows import Row, environment, rows_of
+from .steps import OnStep, Step
 from .vllm_dense import VLLM_DENSE
-from .workload import fresh_inputs
+from .workload import fitted, fresh_inputs, images_of
 
 
 class Run:
@@ -63,25 +68,70 @@ class Run:
         self.adapter, self.roofline = adapter_for(model), measure_roofline(model.device, model.dtype)
         self._generator = torch.Generator(device=model.device).manual_seed(settings.seed)
 
-    def estimate(self, case: AnyCase) -> float:
-        """Seconds that a case takes, roughly."""
-        return estimated_seconds(case, self.providers, self._settings, self.adapter, self.roofline)
+    def estimate(self, cases: Sequence[AnyCase]) -> tuple[list[float], list[float]]:
+        """Seconds that each case takes, roughly, and with one thread; on a CPU a few calls are timed for that.
+
+        Those with one thread are left out where they are not known.
+        """
+        probes: Sequence[Probe | None] = [] if self._model.device.type == "cuda" else self._probes(cases)
+        as_it_is, *with_one = [
+            [
+                estimated_seconds(case, self.providers, self._settings, self.adapter, self.roofline, probe)
+                for case in cases
+            ]
+            for probe in probes or [None]
+        ]
+        return as_it_is, with_one[0] if with_one else []
 
     @torch.no_grad()
-    def rows_of(self, case: AnyCase) -> list[Row]:
-        """Measures a case."""
+    def _probes(self, cases: Sequence[AnyCase]) -> list[Probe]:
+        """Times the smallest request of all cases, as it is and with one thread, where neither takes long."""
+        seed = self._settings.seed
+        requests: list[tuple[Case, PictureCase | None]] = []
+        for case in cases:
+            if isinstance(case, PictureCase):
+                requests.append((case.request, case))
+            else:
+                requests += [(one, None) for one in (case.requests(seed) if isinstance(case, MixedCase) else [case])]
+        bounds = [dense_bounds(self.adapter, request, self.roofline)["first_token"] for request, _ in requests]
+        least = min(range(len(requests)), key=bounds.__getitem__)
+        if bounds[least] / 1e3 > LONGEST:
+            return []
+        request, picture = requests[least]
+        new_tokens = min(TOKENS, max(case.new_tokens for case in cases))
+        if picture is not None and not images_of(self.adapter, request):
+            with self._folder() as folder:
+                pictures = Pictures(folder, self._model.device, picture, seed)
+                request, inputs = first_request(picture, pictures, self.providers[0])
+        else:
+            request = fitted(self.adapter, request)
+            # Of its own: the seed draws the same inputs for all that is measured, whether this is or not.
+            generator = torch.Generator(device=self._model.device).manual_seed(seed)
+            inputs = fresh_inputs(self._model, request, generator)
+        request = dataclasses.replace(request, new_tokens=new_tokens)
+        bound = dense_bounds(self.adapter, request, self.roofline)
+        probes, threads = [measure_probe(self.providers[0], request, inputs, bound)], torch.get_num_threads()
+        if self._model.device.type == "cpu" and 1 < threads < LONGEST / (bounds[least] / 1e3):
+            with one_thread():
+                probes.append(measure_probe(self.providers[0], request, inputs, bound))
+        return probes
+
+    @torch.no_grad()
+    def rows_of(self, case: AnyCase, on_step: OnStep = lambda step: None) -> list[Row]:
+        """Measures a case; ``on_step`` is called before each of its steps."""
         vllm = self._vllm.get(case.name)
         if isinstance(case, MixedCase):
             mixed: dict[Setting, MixedMeasurement] = dict(
-                measure_mixed(case, self.providers, self._settings, self._generator).items()
+                measure_mixed(case, self.providers, self._settings, self._generator, on_step).items()
             )
             if isinstance(vllm, MixedMeasurement):
                 mixed[VLLM_DENSE] = vllm
             return mixed_rows(case, mixed, self._settings, self.adapter, self.roofline, self._shared())
         if isinstance(case, PictureCase):
-            request, found = self._measure_picture(case)
+            with self._folder() as folder:
+                request, found = measure_picture(case, self.providers, self._settings, folder, on_step)
         else:
-            request, found = case, measure(case, self.providers, self._settings, lambda: self._draw(case))
+            request, found = case, measure(case, self.providers, self._settings, lambda: self._draw(case), on_step)
         measurements: dict[Setting, Measurement] = dict(found.items())
         if vllm is not None:
             measurements[VLLM_DENSE] = vllm
@@ -96,12 +146,15 @@ class Run:
         inputs = fresh_inputs(self._model, case, self._generator)
         return lambda _: inputs
 
-    def _measure_picture(self, case: PictureCase) -> tuple[Case, dict[Provider, Measurement]]:
+    @contextlib.contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """Folder with the model's processor."""
         if self._checkpoint is not None:
-            return measure_picture(case, self.providers, self._settings, self._checkpoint)
+            yield self._checkpoint
+            return
         with tempfile.TemporaryDirectory() as folder:
             write_checkpoint_files(self._model.config, Path(folder))
-            return measure_picture(case, self.providers, self._settings, Path(folder))
+            yield Path(folder)
 
     def _shared(self) -> Row:
         return {**environment(self._model), **self._origin}
@@ -112,6 +165,7 @@ def run(
     on_case: Callable[[AnyCase, list[Row]], None] = lambda case, rows: None, *, checkpoint: Path | None = None,
     vllm: Mapping[str, Measurement] | None = None, say: Callable[[str], None] = lambda line: None,
     confirm: Callable[[float], None] = lambda seconds: None,
+    on_step: Callable[[AnyCase, Step, str], None] = lambda case, step, left: None,
 ) -> list[Row]:  # fmt: skip
     """Measures cases.
 
@@ -133,6 +187,8 @@ def run(
         Called with a line on the time that all cases take, with one before each, and with those on what is left out.
     confirm : callable
         Called with the estimated seconds before the first case; raises where that is too long.
+    on_step : callable
+        Called before every step of a case, with the time that is left in words, empty where it is not known.
 
     Raises
     ------
@@ -143,13 +199,22 @@ def run(
     cases = fitted_cases(bench.adapter, cases, settings.seed, say, has_processor=checkpoint is not None)
     if settings.vision_keep < 1.0 and bench.adapter.vision.program is None:
         say(f"ours-vision: left out; the vision tower of a {bench.adapter.name} runs by its own modules")
-    estimates = [bench.estimate(case) for case in cases]
-    say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}")
+    if model.device.type != "cuda":
+        say("timing a few calls for the estimate")
+    estimates, with_one = bench.estimate(cases)
+    fewer = ""
+    if with_one and sum(with_one) < ONE_IS_FASTER * sum(estimates):
+        fewer = f"; {in_words(sum(with_one))} with one thread (OMP_NUM_THREADS=1)"
+    say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}{fewer}")
     confirm(sum(estimates))
     pace, rows = Pace(estimates), []
     for i, case in enumerate(cases):
         say(f"{case.name} ({i + 1} of {len(cases)}), {pace.next()} left")
-        new = bench.rows_of(case)
+        new = bench.rows_of(case, functools.partial(_tell, on_step, case, pace))
         rows += new
         on_case(case, new)
     return rows
+
+
+def _tell(on_step: Callable[[AnyCase, Step, str], None], case: AnyCase, pace: Pace, step: Step) -> None:
+    on_step(case, step, pace.within(step.seconds_left))

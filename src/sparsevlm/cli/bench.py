@@ -6,7 +6,7 @@ import functools
 import shlex
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,15 +23,6 @@ if TYPE_CHECKING:
     from ..bench.rounds import Measurement, Settings
 
 _DTYPES = ("float32", "float16", "bfloat16")
-# What a column shows, by its head.
-_OF_COLUMNS = {
-    "first token": "first token: until it is there, of pictures from the processor on.",
-    "/token": "/token: of every further one.",
-    "x": "x: how many times faster than hf-dense in the same run.",
-    "floor": "floor: times the least that this device can take for what has to be computed and read.",
-    "GB": "GB: taken from the device, recording included.",
-    "worst": "worst: the slowest call by the median of those of like size.",
-}
 _ON_CPU = ("v256-b1-n1", "v256-b1-n16")  # without --cases
 _SMALL, _GPU = "bundled or tiny", "cuda"
 
@@ -126,15 +117,18 @@ def bench(
     ours-vision with --vision-keep too, ours-fp8 with float8 weights, ours-NAME
     with one of --selectors in the place of span.
     """
+    from ..bench.cores import OtherProcesses
+
+    others = OtherProcesses()  # before what takes long to import
     from ..bench.cases import named_cases
     from ..bench.estimate import in_words
     from ..bench.providers import chosen_selectors
     from ..bench.rounds import NOT_TIMED, Settings
-    from ..bench.rows import COLUMNS, append_rows, check_columns
+    from ..bench.rows import COLUMNS, check_columns
     from ..bench.run import run
     from ..bench.shapes import shape_label
     from ..evaluation.execution.provenance import commit
-    from .bench_tables import print_case
+    from .bench_output import Output, about_columns
 
     place = _Place.of(model, dtype, device, attn)
     few = None if place.on_gpu or full else _ON_CPU
@@ -153,40 +147,19 @@ def bench(
     with progress("loading the model"):
         loaded = place.load()
 
-    heads: set[str] = set()
-
-    def show(case: AnyCase, rows: list[dict[str, str]]) -> None:
-        if not place.on_gpu:  # a CPU's caches hold small weights, and reading those is faster than any ceiling
-            rows = [{**row, "floor": ""} for row in rows]
-        heads.update(print_case(case, rows))
-        if target is not None:
-            append_rows(target, rows)
-
     def confirm(seconds: float) -> None:
         confirm_long(seconds, in_words(seconds), "fewer --cases or --selectors, or a smaller --model", yes=yes)
 
-    say = functools.partial(typer.echo, err=True)
-    rows = run(
-        loaded, chosen, settings, origin, show, checkpoint=place.checkpoint, vllm=of_vllm, say=say, confirm=confirm
-    )
+    output = Output(place.device, others, target)
+    with output:
+        rows = run(
+            loaded, chosen, settings, origin, output.show_case, checkpoint=place.checkpoint, vllm=of_vllm,
+            say=functools.partial(typer.echo, err=True), confirm=confirm, on_step=output.show_step,
+        )  # fmt: skip
     if notes := dict.fromkeys(row["note"] for row in rows if row["note"].startswith(NOT_TIMED)):
         raise ValueError("; ".join(notes))
     weights = "random" if place.checkpoint is None else f"those of {place.model}"
-    typer.echo(_about(heads, chosen, weights, on_gpu=place.on_gpu))
-
-
-def _about(heads: Collection[str], cases: Sequence[AnyCase], weights: str, *, on_gpu: bool) -> str:
-    """What the tables show, of the columns that they have."""
-    from ..bench.cases import MixedCase
-
-    is_mixed = any(isinstance(case, MixedCase) for case in cases)
-    mean = "; of mixed shapes the mean, behind the library's own warm-up" if is_mixed else ""
-    of_columns = " ".join(text for head, text in _OF_COLUMNS.items() if head in heads)
-    static = "hf-static is measured where one sample decodes. " if on_gpu else ""
-    return (
-        f"Milliseconds, median{mean}. {of_columns} {static}"
-        f"The weights are {weights}: time depends on the shape, not on them."
-    )
+    typer.echo(about_columns(output.heads, chosen, weights, on_gpu=place.on_gpu))
 
 
 def _names(text: str) -> tuple[str, ...]:

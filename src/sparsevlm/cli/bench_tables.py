@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from ..bench.cases import AnyCase
 
 _BASE = ("hf-dense", "1.0")
+# Heads of times, by their phases.
+HEADS = {
+    **{phase: phase for phase in ("preprocess", "vision", "prefill")},
+    **{"first_token": "first token", "decode_per_token": "/token", "total": "total"},
+}
 _HEADS = ("preprocess", "vision", "prefill", "first token", "x", "floor", "/token", "total", "x", "GB", "worst")
 Row = Mapping[str, str]
 

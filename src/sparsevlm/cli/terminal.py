@@ -66,6 +66,50 @@ def progress(label: str, total: int | None = None) -> Iterator[Callable[[], None
         yield lambda: bars.advance(task)
 
 
+class StepLine:
+    """Line on stderr that says what is under way and for how long, until it is cleared or replaced.
+
+    It is drawn when it is told to and at no other time: a thread that keeps it moving would run beside what is timed.
+    A file gets the steps that are marked, a plain line each.
+    """
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._line: Progress | None = None
+
+    def __enter__(self) -> StepLine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def show(self, text: str, *, in_files: bool) -> None:
+        """Show a step.
+
+        Parameters
+        ----------
+        text : str
+        in_files : bool
+            Whether stderr gets it where it is no terminal.
+        """
+        if not self._console.is_terminal:
+            if in_files:
+                self._console.print(Text(text), soft_wrap=True)
+            return
+        if self._line is None:
+            columns = [TimeElapsedColumn(), TextColumn("{task.description}", markup=False)]
+            self._line = Progress(*columns, console=self._console, transient=True, auto_refresh=False)
+            self._line.add_task(text, total=None)
+            self._line.start()
+        self._line.update(self._line.task_ids[0], description=text, refresh=True)
+
+    def clear(self) -> None:
+        """Take the line away; the next begins at no time."""
+        if self._line is not None:
+            self._line.stop()
+            self._line = None
+
+
 def confirm_long(seconds: float, words: str, shorter: str, *, yes: bool) -> None:
     """Ask before what takes more than ten minutes; where nobody can answer it is refused.
 

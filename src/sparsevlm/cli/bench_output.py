@@ -1,0 +1,110 @@
+"""What ``sparsevlm bench`` shows while it runs: steps, a table a case, and what is to be said of its figures."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from pathlib import Path
+
+import torch
+import typer
+
+from ..bench.cases import AnyCase, MixedCase
+from ..bench.cores import OtherProcesses, thread_advice
+from ..bench.rows import append_rows
+from ..bench.scatter import LIMIT, scattered
+from ..bench.steps import Step
+from .bench_tables import HEADS, print_case
+from .terminal import StepLine
+
+# What a column shows, by its head.
+_OF_COLUMNS = {
+    "first token": "first token: until it is there, of pictures from the processor on.",
+    "/token": "/token: of every further one.",
+    "x": "x: how many times faster than hf-dense in the same run.",
+    "floor": "floor: times the least that this device can take for what has to be computed and read.",
+    "GB": "GB: taken from the device, recording included.",
+    "worst": "worst: the slowest call by the median of those of like size.",
+}
+_BASE = "hf-dense"
+
+
+class Output(StepLine):
+    """Shows and stores a run.
+
+    Parameters
+    ----------
+    device : str
+    others : OtherProcesses
+        Measured from the command's begin on.
+    target : Path, optional
+        CSV file to add the rows to.
+
+    Attributes
+    ----------
+    heads : set of str
+        Of the columns that the tables have.
+    """
+
+    def __init__(self, device: str, others: OtherProcesses, target: Path | None) -> None:
+        super().__init__()
+        self.heads: set[str] = set()
+        self._device, self._others, self._target = torch.device(device).type, others, target
+        self._is_advised = False
+        self._advise()
+
+    def show_step(self, case: AnyCase, step: Step, left: str) -> None:
+        """Shows the next step of a case."""
+        provider = f"{step.provider} ({step.number} of {step.of})" if step.provider else ""
+        parts = (provider, "" if step.begins else step.stage, left and f"{left} left")
+        self.show(f"{case.name}: {', '.join(filter(None, parts))}", in_files=step.begins)
+
+    def show_case(self, case: AnyCase, rows: list[dict[str, str]]) -> None:
+        """Prints the table of a case and what is to be said of it, and stores its rows."""
+        self.clear()
+        if self._device != "cuda":  # a CPU's caches hold small weights, and reading those is faster than any ceiling
+            rows = [{**row, "floor": ""} for row in rows]
+        self.heads.update(print_case(case, rows))
+        if self._target is not None:
+            append_rows(self._target, rows)
+        if isinstance(case, MixedCase) or not (note := scatter_note(rows)):
+            return
+        typer.echo(note)
+        self._advise()
+
+    def _advise(self) -> None:
+        """Says once that threads have to share cores, where they do."""
+        if self._is_advised or self._device != "cpu":
+            return
+        if advice := thread_advice(torch.get_num_threads(), self._others.cores()):
+            typer.echo(advice, err=True)
+            self._is_advised = True
+
+
+def scatter_note(rows: Sequence[dict[str, str]]) -> str:
+    """Names the figures of a case that are not to be trusted; empty where calls agree."""
+    named, spoils_factors = [], False
+    for (provider, keep), phases in scattered(rows).items():
+        if not (heads := [head for phase, head in HEADS.items() if phase in phases]):
+            continue
+        spoils_factors |= provider == _BASE and not {"first_token", "total"}.isdisjoint(phases)
+        widest = max(share for phase, share in phases.items() if phase in HEADS)
+        named.append(f"{provider} {keep} ({', '.join(heads)}; up to {widest:.0%})")
+    if not named:
+        return ""
+    factors = f"every x, as {_BASE} is among them" if spoils_factors else "their x"
+    return (
+        f"Calls disagree: the middle three fifths lie more than {LIMIT:.0%} of the median apart, so that the machine "
+        f"looks busy. Do not trust these figures, nor {factors}: {'; '.join(named)}."
+    )
+
+
+def about_columns(heads: Collection[str], cases: Sequence[AnyCase], weights: str, *, on_gpu: bool) -> str:
+    """What the tables show, of the columns that they have."""
+    is_mixed = any(isinstance(case, MixedCase) for case in cases)
+    mean = "; of mixed shapes the mean, behind the library's own warm-up" if is_mixed else ""
+    of_columns = " ".join(text for head, text in _OF_COLUMNS.items() if head in heads)
+    static = "hf-static is measured where one sample decodes. " if on_gpu else ""
+    return (
+        f"Milliseconds, median{mean}. {of_columns} {static}"
+        f"The weights are {weights}: time depends on the shape, not on them."
+    )
