@@ -81,14 +81,19 @@ class Readout(nn.Module):
             Mean cross entropy over things, scalar; share of labels read correctly, (things,).
         """
         parts = self.linear(tokens).float().split(self.sizes, dim=-1)
-        losses = [
-            F.cross_entropy(part, labels[:, i], weight=self.weight if i == 0 else None, ignore_index=IGNORE)
-            for i, part in enumerate(parts)
-        ]
+        losses = [_mean_loss(part, labels[:, i], self.weight if i == 0 else None) for i, part in enumerate(parts)]
         read = torch.stack([part.argmax(dim=-1) for part in parts], dim=1)
         known = labels != IGNORE
         accuracy = ((read == labels) & known).sum(dim=0) / known.sum(dim=0).clamp(min=1)
         return torch.stack(losses).mean(), accuracy
+
+
+def _mean_loss(logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    """Mean cross entropy where there are labels, weighted by class; 0 where there are none."""
+    used = (labels != IGNORE).float()
+    weights = used if weight is None else used * weight[labels.clamp(min=0)]
+    total = F.cross_entropy(logits, labels, weight=weight, ignore_index=IGNORE, reduction="sum")
+    return total / weights.sum().clamp(min=1e-6)
 
 
 @dataclass(frozen=True)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import random
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from sparsevlm.bundled import bundled_path
-from sparsevlm.material import Example, Turn, draw
+from sparsevlm.material import TRAINING, Example, Turn, draw
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -23,7 +25,8 @@ from training.drawn.forward import PackedForward
 from training.drawn.packing import Limits, Packed, Packer, empty
 from training.drawn.reading import READING, draw_reading, words_of
 from training.drawn.stream import DrawnBatches, parse_drawn, stream
-from training.drawn.tasks import DrawnTasks
+from training.drawn.tasks import DrawnTasks, shown_loss
+from training.drawn.written import pieces_shown, recorded
 from training.forward import Starts, attend
 from training.pixels import full_patches
 from training.sequences import IGNORE
@@ -63,7 +66,8 @@ def test_a_packed_batch_equals_transformers(model, tokenizer):
     conversations = [encode(one, tokenizer, SIDE) for one in examples]
     assert all(packer.add(one) for one in conversations)
     batch = to_tensors(packer.pack())
-    ours, row = PackedForward(model, LIMITS)(batch), 0
+    forward = PackedForward(model, LIMITS)
+    ours, row = forward.decode(batch, forward.visual_tokens(batch)), 0
     for one, conversation in zip(examples, conversations, strict=True):
         pictures = processor([*one.images], do_resize=False, return_tensors="pt")
         ids = torch.from_numpy(conversation.ids)[None]
@@ -143,6 +147,54 @@ def test_pages_to_read_say_what_they_show():
         assert all(turn.answers[0].strip() for turn in page.turns)
 
 
+def test_pieces_of_text_lie_on_the_tokens_that_show_them(tokenizer):
+    """Where a piece is said to be there is ink, and the pieces are those of the lines written."""
+    write = ImageDraw.ImageDraw.text
+    with recorded() as lines:
+        page = draw("screens", "menu", 1_000_005, TRAINING, 3)
+    assert ImageDraw.ImageDraw.text is write
+    image, chosen = page.images[0], random.Random(0)
+    pieces = pieces_shown(lines, image.size, tokenizer, 1000, chosen)
+    texts = [tokenizer(line.text, add_special_tokens=False).input_ids for line in lines]
+    assert sorted(pieces[:, 1].tolist()) == sorted(itertools.chain(*texts))
+    columns = image.width // 28
+    for at in pieces[:, 0].tolist():
+        left, top = at % columns * 28, at // columns * 28
+        assert len(image.crop((left, top, left + 28, top + 28)).getcolors(1000)) > 4
+    some = pieces_shown(lines, image.size, tokenizer, 5, chosen)
+    assert len(some) == 5
+    assert {*map(tuple, some.tolist())} <= {*map(tuple, pieces.tolist())}
+    assert not len(pieces_shown(lines, (image.width, image.height + 28), tokenizer, 5, chosen))
+
+
+def test_a_packed_piece_points_to_the_token_that_shows_it(model, tokenizer):
+    packer = Packer(LIMITS, ["whole"])
+    packer.add(encode(example((4, 4)), tokenizer, SIDE))
+    packer.add(encode(example((5, 6)), tokenizer, SIDE, np.array([[4, 300], [29, 301]])))
+    batch = to_tensors(packer.pack())
+    forward = PackedForward(model, LIMITS)
+    with torch.no_grad():
+        found = forward.visual_tokens(batch)[batch.shown_at[:2]]
+        places = batch.take[batch.take >= LIMITS.tokens] - LIMITS.tokens
+        expected = forward.visual_tokens(batch)[places[[16 + 4, 16 + 29]]]
+    assert torch.equal(found, expected)
+    assert batch.shown[:2].tolist() == [300, 301]
+    assert bool((batch.shown[2:] == IGNORE).all())
+
+
+def test_a_token_that_points_to_its_piece_costs_little():
+    torch.manual_seed(0)
+    embedding = torch.randn(100, 64) * torch.rand(100, 1)
+    ids = torch.tensor([5, 9, IGNORE])
+    loss, right = shown_loss(3 * embedding[[5, 9, 7]], embedding, ids)
+    assert float(loss) < 1e-3
+    assert float(right) == 1
+    off, wrong = shown_loss(embedding[[6, 9, 7]], embedding, ids)
+    assert float(off) > 5
+    assert float(wrong) == 0.5
+    assert [float(one) for one in shown_loss(embedding[:3], embedding, torch.full((3,), IGNORE))] == [0, 0]
+
+
 def test_processes_draw_different_seeds_and_the_loss_counts_by_family(model, tokenizer, monkeypatch):
     mix = parse_drawn("grounds:1,reading:2", photographs=False)
     limits = Limits(1400, SIDE, longest=352)
@@ -159,13 +211,13 @@ def test_processes_draw_different_seeds_and_the_loss_counts_by_family(model, tok
     assert len(set(seeds)) == len(seeds)
     tasks = DrawnTasks(model, iter(alone), limits, mix.families, ahead=1, weight=1.0)
     tasks.load()
-    loss = tasks.loss(0)
+    loss = tasks.loss(0).answers
     (gradient,) = torch.autograd.grad(loss, [model.model.visual.merger.mlp[2].weight])
     assert float(gradient.abs().max()) > 0
-    assert set(tasks.read()) == {"grounds", "reading"}
-    assert tasks.read() == {"grounds": 0.0, "reading": 0.0}
+    assert set(tasks.read()) == {"grounds", "reading", "pieces"}
+    assert tasks.read() == {"grounds": 0.0, "reading": 0.0, "pieces": 0.0}
     tasks.load()
-    assert float(tasks.loss(0).detach()) != float(loss.detach())
+    assert float(tasks.loss(0).answers.detach()) != float(loss.detach())
 
 
 def test_a_right_answer_counts(model, tokenizer):
@@ -177,7 +229,7 @@ def test_a_right_answer_counts(model, tokenizer):
     tasks = DrawnTasks(model, iter([packer.pack()]), limits, ["grounds"], ahead=1, weight=1.0)
     tasks.load()
     with torch.no_grad():
-        loss = float(tasks.loss(0))
+        loss = float(tasks.loss(0).answers)
     assert tasks.read()["grounds"] > 0.5
     assert loss < 0.5
 
@@ -198,34 +250,40 @@ def test_a_mix_is_checked(text, message):
 @pytest.mark.gpu
 def test_a_graph_takes_batches_whose_sequences_are_of_any_lengths(model, tokenizer):
     """Loss and gradients of a replayed step equal those of single steps, and about those in float32 on the CPU."""
+
+    def total(tasks):
+        loss = tasks.loss(0)
+        return loss.answers + loss.shown
+
     limits, families, batches = Limits(1600, SIDE, longest=256), ["whole"], []
+    shown = np.array([[7, 300], [11, 301], [11, 302]])
     packer = Packer(limits, families)
     for more in range(3):
-        packer.add(encode(example((5, 6 + more), turns=1 + more), tokenizer, SIDE))
+        packer.add(encode(example((5, 6 + more), turns=1 + more), tokenizer, SIDE, shown[: 1 + more]))
         packer.add(encode(example((4, 4), (7, 3)), tokenizer, SIDE))
         batches.append(packer.pack())
     expected = []
     for batch in batches:
         alone = DrawnTasks(model, iter([batch]), limits, families, ahead=1, weight=1.0)
         alone.load()
-        expected.append(float(alone.loss(0).detach()))
+        expected.append(float(total(alone).detach()))
 
     on_gpu = Qwen2_5_VLForConditionalGeneration.from_pretrained(bundled_path(), dtype=torch.bfloat16).eval().cuda()
     tasks = DrawnTasks(on_gpu, itertools.cycle(batches), limits, families, ahead=1, weight=1.0)
     weight = on_gpu.model.visual.blocks[0].attn.qkv.weight
     tasks.load()
     for _ in range(2):  # what is made at the first use
-        torch.autograd.grad(tasks.loss(0), [weight])
+        torch.autograd.grad(total(tasks), [weight])
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        loss = tasks.loss(0)
+        loss = total(tasks)
         (gradient,) = torch.autograd.grad(loss, [weight])
     for index in (1, 2, 0):
         tasks.load()
         graph.replay()
-        single = tasks.loss(0)
+        single = total(tasks)
         (its_gradient,) = torch.autograd.grad(single, [weight])
         torch.testing.assert_close(loss, single, rtol=1e-3, atol=1e-4)
         assert float((gradient - its_gradient).norm()) < 0.02 * float(its_gradient.norm())
-        assert float(loss) == pytest.approx(expected[index], rel=0.05)
+        assert float(loss.detach()) == pytest.approx(expected[index], rel=0.05)

@@ -42,6 +42,9 @@ class Conversation:
         int64 of shape (3, length), M-RoPE.
     answers : tuple of tuple of int
         First token of each answer and the one behind its last, which is <|im_end|>.
+    shown : numpy.ndarray
+        int64 of shape (pieces, 2): raster index of a visual token of the first picture, and id of a piece of text that
+        it shows.
     """
 
     family: str
@@ -51,9 +54,12 @@ class Conversation:
     is_visual: Numbers
     positions: Numbers
     answers: tuple[tuple[int, int], ...]
+    shown: Numbers
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerFast, side: int) -> Conversation:
+def encode(
+    example: Example, tokenizer: PreTrainedTokenizerFast, side: int, shown: Numbers | None = None
+) -> Conversation:
     """Turn an example into numbers.
 
     Parameters
@@ -64,6 +70,8 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast, side: int) -> C
         With the tokens of Qwen's images and a chat template.
     side : int
         Visual tokens along a window of the tower.
+    shown : numpy.ndarray, optional
+        As in :class:`Conversation`; none if left out.
 
     Raises
     ------
@@ -90,6 +98,7 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerFast, side: int) -> C
         np.array(ids) == image_id,
         mrope_positions(parts).numpy(),
         tuple((first + moved, stop + moved) for first, stop in answers),
+        np.zeros((0, 2), np.int64) if shown is None else shown,
     )
 
 

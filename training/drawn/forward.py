@@ -30,11 +30,11 @@ class PackedForward:
         self._vision_block: Callable = torch.compile(vision_block, dynamic=False) if compiled else vision_block
         self._text_layer: Callable = torch.compile(text_layer, dynamic=False) if compiled else text_layer
 
-    def __call__(self, batch: Packed) -> torch.Tensor:
+    def decode(self, batch: Packed, visual_tokens: torch.Tensor) -> torch.Tensor:
         """Logits at ``batch.rows``, float32 of shape (answered, vocabulary)."""
         text = self.model.model.language_model
         # The tower's output lies behind the text's embeddings, to be taken from both.
-        hidden = torch.cat([text.embed_tokens(batch.ids), self._visual_tokens(batch)])[batch.take]
+        hidden = torch.cat([text.embed_tokens(batch.ids), visual_tokens])[batch.take]
         cos, sin = (table[0][:, None] for table in text.rotary_emb(hidden, batch.positions[:, None]))
         chats = Starts(batch.chat_starts, 2 * self._limits.longest)
         for layer in text.layers:
@@ -42,7 +42,7 @@ class PackedForward:
         logits: torch.Tensor = self.model.lm_head(text.norm(hidden[batch.rows]))
         return logits.float()
 
-    def _visual_tokens(self, batch: Packed) -> torch.Tensor:
+    def visual_tokens(self, batch: Packed) -> torch.Tensor:
         """Merged visual tokens in the order of windows, (visual, text hidden)."""
         visual = self.model.model.visual
         # Both temporal slices of an image are the same, so their weights add up.

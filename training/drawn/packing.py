@@ -62,6 +62,11 @@ class Limits:
         """Tokens of answers."""
         return self.tokens // 6
 
+    @property
+    def shown(self) -> int:
+        """Pieces of text on pictures."""
+        return self.tokens // 6
+
 
 class Packed(NamedTuple):
     """A batch, of numpy arrays or of tensors.
@@ -82,6 +87,8 @@ class Packed(NamedTuple):
         Places that predict a token of an answer, that token or ``IGNORE``, and which answer it is of.
     families : int64 of shape (answers,)
         Index of each answer's family, or the number of families where there is no answer.
+    shown_at, shown : int64 of shape (shown,)
+        Visual token in the order of windows, and a piece of text that it shows, or ``IGNORE``.
     """
 
     patches: Numbers
@@ -96,6 +103,8 @@ class Packed(NamedTuple):
     targets: Numbers
     owners: Numbers
     families: Numbers
+    shown_at: Numbers
+    shown: Numbers
 
 
 def empty(limits: Limits, n_families: int) -> Packed:
@@ -114,6 +123,8 @@ def empty(limits: Limits, n_families: int) -> Packed:
         np.full(limits.answered, IGNORE, np.int64),
         np.zeros(limits.answered, np.int64),
         np.full(limits.answers, n_families, np.int64),
+        np.zeros(limits.shown, np.int64),
+        np.full(limits.shown, IGNORE, np.int64),
     )
 
 
@@ -152,13 +163,17 @@ class Packer:
         """The batch of what was taken; the next one begins without any."""
         held, limits, self._held = self._held, self._limits, []
         batch = empty(limits, len(self._families))
-        windows, pictures, seen, length, answered, n_answers = [], [], 0, 0, 0, 0
+        windows, pictures, seen, length, answered, n_answers, n_shown = [], [], 0, 0, 0, 0, 0
         for one in held:
             batch.patches[seen * PER_TOKEN :][: len(one.patches)] = one.patches
             n_ids = one.ids.size
             batch.ids[length:][:n_ids] = one.ids
             batch.positions[:, length : length + n_ids] = one.positions
             slots = length + np.flatnonzero(one.is_visual)
+            part = slice(n_shown, n_shown + len(one.shown))
+            by_window = np.argsort(windows_of(*one.grids[0], limits.side).order)
+            batch.shown_at[part], batch.shown[part] = seen + by_window[one.shown[:, 0]], one.shown[:, 1]
+            n_shown = part.stop
             for rows, cols in one.grids:
                 tower, n_tokens = windows_of(rows, cols, limits.side), rows * cols
                 batch.places[seen * PER_TOKEN :][: len(tower.places)] = tower.places
@@ -197,6 +212,7 @@ def _fits(held: Sequence[Conversation], limits: Limits) -> bool:
         and max(rows * cols for rows, cols in grids) <= limits.longest
         and sum(spans) <= limits.answered
         and len(spans) <= limits.answers
+        and sum(len(one.shown) for one in held) <= limits.shown
     )
 
 

@@ -10,13 +10,15 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from sparsevlm.material import FAMILIES, TRAINING, Example, check_packages, draw
-from training.drawn.conversations import encode
+from training.drawn.conversations import Conversation, encode
 from training.drawn.packing import Limits, Packed, Packer
 from training.drawn.reading import READING, draw_reading
+from training.drawn.written import pieces_shown, recorded
 from training.groups import first_seed, parse_counts
 
 _PASSED_OVER = 4  # conversations that do not fit before a batch is closed
 _BATCHES_AHEAD = 3  # by each process
+_PIECES = 48  # of text on a picture that its visual tokens are asked for
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ class DrawnBatches(IterableDataset):
         index, step = (worker.id, worker.num_workers) if worker else (0, 1)
         packer, waiting = Packer(self._limits, self._mix.families), []
         while True:
-            one = encode(self._draw(self._first + index), self._tokenizer, self._limits.side)
+            one = self._conversation(self._first + index)
             index += step
             if packer.add(one):
                 continue
@@ -104,6 +106,15 @@ class DrawnBatches(IterableDataset):
             if len(waiting) == _PASSED_OVER:
                 yield packer.pack()
                 waiting = [one for one in waiting if not packer.add(one)]
+
+    def _conversation(self, seed: int) -> Conversation:
+        with recorded() as lines:
+            example = self._draw(seed)
+        shown = None
+        if len(example.images) == 1:  # of several, which of them a line is on is not known
+            size = example.images[0].size
+            shown = pieces_shown(lines, size, self._tokenizer, _PIECES, random.Random(seed))
+        return encode(example, self._tokenizer, self._limits.side, shown)
 
     def _draw(self, seed: int) -> Example:
         rng = random.Random(seed)

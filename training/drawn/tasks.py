@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,53 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from training.drawn.forward import PackedForward
 from training.drawn.packing import Limits, Packed, empty
 from training.sequences import IGNORE
+
+_COSINE_SCALE = 30.0
+
+
+class DrawnLoss(NamedTuple):
+    """Scalars of one batch.
+
+    Attributes
+    ----------
+    answers : torch.Tensor
+        Mean over the tokens of answers; a token of an answer of n tokens weighs n**-0.5, as in
+        :func:`~training.objective.score_answers`.
+    shown : torch.Tensor
+        Mean over pieces of text on the pictures, see :func:`shown_loss`.
+    """
+
+    answers: torch.Tensor
+    shown: torch.Tensor
+
+
+def shown_loss(
+    visual_tokens: torch.Tensor, embedding: torch.Tensor, ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far visual tokens point away from the embedding of a piece of text that each shows.
+
+    Cross entropy of cosines, as in contrastive training of towers with text (Radford et al. 2021, CLIP, section 2.3),
+    here with the decoder's own embedding in place of a text encoder.
+
+    Parameters
+    ----------
+    visual_tokens : torch.Tensor
+        Shape (pieces, hidden).
+    embedding : torch.Tensor
+        Shape (vocabulary, hidden).
+    ids : torch.Tensor
+        int64 of shape (pieces,), ``IGNORE`` where there is none.
+
+    Returns
+    -------
+    tuple of torch.Tensor
+        Mean loss, and share of pieces that the token points to more than to any other; scalars, 0 without pieces.
+    """
+    cosines = F.normalize(visual_tokens, dim=-1) @ F.normalize(embedding.detach(), dim=-1).T
+    logits = _COSINE_SCALE * cosines.float()
+    count = (ids != IGNORE).sum().clamp(min=1)
+    loss = F.cross_entropy(logits, ids, ignore_index=IGNORE, reduction="sum") / count
+    return loss, (logits.detach().argmax(dim=-1) == ids).sum() / count
 
 
 class DrawnTasks:
@@ -55,6 +103,8 @@ class DrawnTasks:
         self._batch = Packed(*(tensor.to(device) for tensor in self._host[0]))
         self._turn = 0
         self._hits, self._asked = (torch.zeros(len(families) + 1, device=device) for _ in "ab")
+        self._pointed, self._steps = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._embedding = model.get_input_embeddings().weight
 
     def load(self) -> None:
         """Bring the next batches to the device."""
@@ -71,13 +121,18 @@ class DrawnTasks:
             self._copied[self._turn].record()
         self._turn = 1 - self._turn
 
-    def loss(self, index: int) -> torch.Tensor:
-        """Mean loss over the tokens of answers in loaded batch ``index``, a scalar.
-
-        A token of an answer of n tokens weighs n**-0.5, as in :func:`~training.objective.score_answers`.
-        """
+    def loss(self, index: int) -> DrawnLoss:
+        """Losses in loaded batch ``index``."""
         batch = Packed(*(tensor[index] for tensor in self._batch))
-        logits, targets, owners = self._forward(batch), batch.targets, batch.owners
+        visual_tokens = self._forward.visual_tokens(batch)
+        answers = self._answers_loss(batch, self._forward.decode(batch, visual_tokens))
+        shown, pointed = shown_loss(visual_tokens[batch.shown_at], self._embedding, batch.shown)
+        self._pointed += pointed
+        self._steps += 1
+        return DrawnLoss(answers, shown)
+
+    def _answers_loss(self, batch: Packed, logits: torch.Tensor) -> torch.Tensor:
+        targets, owners = batch.targets, batch.owners
         used = (targets != IGNORE).float()
         lengths = torch.zeros(batch.families.shape, device=used.device).index_add_(0, owners, used)
         weights = used * lengths[owners].clamp(min=1).rsqrt()
@@ -90,8 +145,10 @@ class DrawnTasks:
         return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
     def read(self) -> dict[str, float]:
-        """Share of answers right since the last call, teacher-forced, by family."""
+        """Share of answers right since the last call, teacher-forced, by family; and of pieces of text pointed to."""
         hits, asked = self._hits.tolist(), self._asked.tolist()
-        self._hits.zero_()
-        self._asked.zero_()
-        return {name: h / max(a, 1.0) for name, h, a in zip(self._families, hits, asked, strict=False)}
+        pieces = float(self._pointed) / max(float(self._steps), 1.0)
+        for tensor in (self._hits, self._asked, self._pointed, self._steps):
+            tensor.zero_()
+        right = {name: h / max(a, 1.0) for name, h, a in zip(self._families, hits, asked, strict=False)}
+        return right | {"pieces": pieces}

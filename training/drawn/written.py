@@ -1,0 +1,93 @@
+"""Which pieces of text the visual tokens of a drawn picture show."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ImageDraw, ImageFont
+from transformers import PreTrainedTokenizerFast
+
+from training.groups import TOKEN
+
+
+@dataclass(frozen=True)
+class Line:
+    """A text as it was written.
+
+    Attributes
+    ----------
+    size : tuple of int
+        Width and height of the picture, in pixels.
+    place : tuple of float
+        Where its anchor lies, in pixels.
+    text : str
+    font : PIL.ImageFont.FreeTypeFont
+    anchor : str
+    """
+
+    size: tuple[int, int]
+    place: tuple[float, float]
+    text: str
+    font: ImageFont.FreeTypeFont
+    anchor: str
+
+
+@contextmanager
+def recorded() -> Iterator[list[Line]]:
+    """Lines that Pillow writes meanwhile, in their order."""
+    lines: list[Line] = []
+    write = ImageDraw.ImageDraw.text
+
+    def recording(self: ImageDraw.ImageDraw, xy: Any, text: str, *args: Any, **kwargs: Any) -> None:
+        lines.append(Line(self.im.size, tuple(xy), text, kwargs["font"], kwargs.get("anchor") or "la"))
+        write(self, xy, text, *args, **kwargs)
+
+    ImageDraw.ImageDraw.text = recording  # type: ignore[method-assign]
+    try:
+        yield lines
+    finally:
+        ImageDraw.ImageDraw.text = write  # type: ignore[method-assign]
+
+
+def pieces_shown(
+    lines: Sequence[Line], size: tuple[int, int], tokenizer: PreTrainedTokenizerFast, most: int, rng: random.Random
+) -> NDArray[np.int64]:
+    """Some of the pieces of text on a picture, each with the visual token that its middle lies on.
+
+    Parameters
+    ----------
+    lines : sequence of Line
+        Those of a picture of another size are passed over.
+    size : tuple of int
+        Width and height of the picture, in pixels.
+    tokenizer : PreTrainedTokenizerFast
+    most : int
+        Pieces at most; of more, any.
+    rng : random.Random
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (pieces, 2): raster index of the visual token, id of the piece.
+    """
+    columns, rows = (side // TOKEN for side in size)
+    found = []
+    for line in lines:
+        if line.size != size:
+            continue
+        left, top, _, bottom = line.font.getbbox(line.text, anchor=line.anchor)
+        row = int((line.place[1] + (top + bottom) / 2) // TOKEN)
+        encoded = tokenizer(line.text, add_special_tokens=False, return_offsets_mapping=True)
+        for piece, (first, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            middle = (line.font.getlength(line.text[:first]) + line.font.getlength(line.text[:stop])) / 2
+            column = int((line.place[0] + left + middle) // TOKEN)
+            if 0 <= row < rows and 0 <= column < columns:
+                found.append((row * columns + column, piece))
+    chosen = rng.sample(found, most) if len(found) > most else found
+    return np.array(chosen, np.int64).reshape(-1, 2)
