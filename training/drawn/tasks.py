@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -101,7 +102,7 @@ class DrawnTasks:
             self._host = [Packed(*(tensor.pin_memory() for tensor in one)) for one in self._host]
             self._copied = [torch.cuda.Event() for _ in self._host]
         self._batch = Packed(*(tensor.to(device) for tensor in self._host[0]))
-        self._turn = 0
+        self._turn, self._waited = 0, 0.0
         self._hits, self._asked = (torch.zeros(len(families) + 1, device=device) for _ in "ab")
         self._pointed, self._steps = torch.zeros((), device=device), torch.zeros((), device=device)
         self._embedding = model.get_input_embeddings().weight
@@ -112,9 +113,11 @@ class DrawnTasks:
         on_gpu = self._batch.ids.is_cuda
         if on_gpu:
             self._copied[self._turn].synchronize()
+        started = time.monotonic()
         for index in range(self._ahead):
             for tensor, array in zip(host, next(self._batches), strict=True):
                 tensor[index].copy_(torch.from_numpy(array))
+        self._waited += time.monotonic() - started
         for there, here in zip(self._batch, host, strict=True):
             there.copy_(here, non_blocking=True)
         if on_gpu:
@@ -145,10 +148,14 @@ class DrawnTasks:
         return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
     def read(self) -> dict[str, float]:
-        """Share of answers right since the last call, teacher-forced, by family; and of pieces of text pointed to."""
+        """Share of answers right since the last call, teacher-forced, by family; and of pieces of text pointed to.
+
+        ``drawn_wait`` is the host's time for taking batches, in seconds.
+        """
         hits, asked = self._hits.tolist(), self._asked.tolist()
         pieces = float(self._pointed) / max(float(self._steps), 1.0)
         for tensor in (self._hits, self._asked, self._pointed, self._steps):
             tensor.zero_()
         right = {name: h / max(a, 1.0) for name, h, a in zip(self._families, hits, asked, strict=False)}
-        return right | {"pieces": pieces}
+        waited, self._waited = self._waited, 0.0
+        return right | {"pieces": pieces, "drawn_wait": waited}
