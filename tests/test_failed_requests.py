@@ -199,6 +199,19 @@ def test_sums_count_failures_apart():
     assert ReportTotal.of(iter([total, good])) == total + good
 
 
+def test_visual_tokens_have_the_same_name_and_meaning_in_a_report_and_in_a_total():
+    model = tiny_model()
+    state = apply_sparsevlm(model, **OPTIONS)
+    model.generate(**make_inputs(*PROMPTS["one image"]), **GREEDY)
+    report = state.report
+    total = ReportTotal.of([report, report, report])
+    for name in ("n_visual", "average_in", "average_out"):
+        assert getattr(total, name) == pytest.approx(getattr(report, name))
+        assert total.to_dict()[name] == pytest.approx(report.to_dict()[name])
+    assert total.n_visual_sum == 3 * report.n_visual
+    assert ReportTotal.of([]).n_visual == 0.0
+
+
 def test_a_report_of_an_older_release_did_not_fail():
     model = tiny_model()
     state = apply_sparsevlm(model, **OPTIONS)
