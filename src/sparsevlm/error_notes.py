@@ -6,7 +6,7 @@ import sys
 
 
 def add_note(error: BaseException, note: str) -> None:
-    """Add a note that a traceback shows behind the error's message; its type and message stay.
+    """Add a note, once, that a traceback shows behind the error's message; its type and message stay.
 
     Before Python 3.11, whose tracebacks show no notes, it is shown as the cause of the error, where that has none.
 
@@ -15,6 +15,8 @@ def add_note(error: BaseException, note: str) -> None:
     error : BaseException
     note : str
     """
+    if note in getattr(error, "__notes__", ()):  # one object, raised again
+        return
     if sys.version_info >= (3, 11):
         error.add_note(note)
         return

@@ -153,7 +153,7 @@ def test_what_a_helper_has_read_is_named_and_what_is_listed_is_not():
         def select(self, context, n_keep):
             return (context.last_attention * self.scores(context)).topk(n_keep).indices.sort().values
 
-    with pytest.raises(TypeError, match="reads prior_attention at target layer 2, which is None"):
+    with pytest.raises(TypeError, match="reads prior_attention at target layer 2, not listed in its needs"):
         ask(Helped())
 
 
@@ -305,6 +305,7 @@ def test_notes_of_an_error(version, monkeypatch):
     assert with_notes(error) == "wrong"
     add_note(error, "here")
     add_note(error, "and there")
+    add_note(error, "here")
     assert with_notes(error) == "wrong (here; and there)"
     assert error.__notes__ == ["here", "and there"]
     shown = "".join(traceback.format_exception(error))

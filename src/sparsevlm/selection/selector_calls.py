@@ -58,9 +58,9 @@ def call_selector(selector: Any, layer: int, call: Callable[[Sequence[C]], T], c
             legal, fields = legal_needs(traits.placement), ", ".join(unlisted)
             remedy = "add the name to needs" if len(unlisted) == 1 else "add the names to needs"
             if not set(unlisted) <= set(legal):
-                remedy = "it does not exist there, read something else"
+                remedy = "that does not exist there, read something else"
             raise TypeError(
-                f"selector {traits.name!r} reads {fields} {where}, which is None as needs does not list it: {remedy}. "
+                f"selector {traits.name!r} reads {fields} {where}, not listed in its needs and so None: {remedy}. "
                 f"needs may list {', '.join(legal)}."
             ) from error
         nothing = f", which reads {', '.join(absent)}: None there" if absent else ""
