@@ -1,6 +1,6 @@
 """Report of every call as JSON, and their sum."""
 
-from sparsevlm import Report, apply_sparsevlm
+from sparsevlm import Report, ReportTotal, apply_sparsevlm
 from sparsevlm.bundled import bundled_path
 from sparsevlm.inputs import load_model, load_processor
 from sparsevlm.scenes import draw_scene
@@ -23,8 +23,9 @@ for seed in (8, 9):
     reports.append(state.report)
     state.report.to_json(f"report-{seed}.json")
 
-total = sum(reports)
-print(f"{total.n_requests} requests, {total.average_in:.1f} visual tokens per sample, averaged over the layers")
+total = ReportTotal.of(reports)
+print(f"{total.n_requests} requests, {total.n_visual:.0f} visual tokens per sample")
+print(f"{total.average_in:.1f} of them computed, averaged over the layers")
 print(f"KV cache after the prompts: {total.kv_bytes.sparse / 1e6:.2f} of {total.kv_bytes.dense / 1e6:.2f} MB")
 print(f"decoder's prefill: {total.flops.ratio:.0%} of the dense FLOPs (estimate)")
 again = Report.from_json("report-8.json")

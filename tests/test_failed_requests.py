@@ -90,6 +90,9 @@ def test_in_a_logits_processor(engine, path, error, said, steps):
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_in_a_selector(engine, path, error, said, at):
     """For either sample, at either target layer: what the prompt would have cost is not known."""
+    error = type(error)(*error.args)  # which gets notes
+    if isinstance(error, Exception):
+        said += f" (in selector 'FusedSelector' at target layer {OPTIONS['target_layers'][(at - 1) // 2]})"
     model, selector = tiny_model(), FusedSelector(error, at)
     inputs = make_inputs(*PROMPTS["one image"], [("text", 2), ("image", 3, 5), ("text", 4)])
     state = apply_sparsevlm(model, **OPTIONS, engine=engine, selector=selector)
@@ -136,7 +139,10 @@ def test_in_a_direct_call():
     state = apply_sparsevlm(model, **OPTIONS, selector=selector)
     with pytest.raises(RuntimeError, match="no choice"):
         model(**inputs)
-    check(state.report, "RuntimeError: no choice")
+    check(
+        state.report,
+        f"RuntimeError: no choice (in selector 'FusedSelector' at target layer {OPTIONS['target_layers'][1]})",
+    )
     model(**inputs)
     assert state.report.failed is None
 
@@ -197,6 +203,19 @@ def test_sums_count_failures_apart():
     assert ReportTotal.of([good, state.report, good]) == total
     assert ReportTotal.of([]).n_requests == 0
     assert ReportTotal.of(iter([total, good])) == total + good
+
+
+def test_visual_tokens_have_the_same_name_and_meaning_in_a_report_and_in_a_total():
+    model = tiny_model()
+    state = apply_sparsevlm(model, **OPTIONS)
+    model.generate(**make_inputs(*PROMPTS["one image"]), **GREEDY)
+    report = state.report
+    total = ReportTotal.of([report, report, report])
+    for name in ("n_visual", "average_in", "average_out"):
+        assert getattr(total, name) == pytest.approx(getattr(report, name))
+        assert total.to_dict()[name] == pytest.approx(report.to_dict()[name])
+    assert total.n_visual_sum == 3 * report.n_visual
+    assert ReportTotal.of([]).n_visual == 0.0
 
 
 def test_a_report_of_an_older_release_did_not_fail():

@@ -22,6 +22,7 @@ LEVELS = {
     "config": 0,
     "report_total": 0,
     "collision": 0,
+    "error_notes": 0,
     "compat": 0,
     "template": 0,
     "scenes": 0,

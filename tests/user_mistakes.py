@@ -6,7 +6,7 @@ One that goes unnoticed makes its comment an unused one, which `nox -s lint` rep
 from torch import nn
 
 import sparsevlm
-from sparsevlm import Report, SelectionContext, SparseVLMState, apply_sparsevlm, reset_n_vis
+from sparsevlm import Report, ReportTotal, SelectionContext, SparseVLMState, apply_sparsevlm, reset_n_vis
 
 
 class Chooser:
@@ -33,6 +33,8 @@ def mistakes(model: nn.Module, state: SparseVLMState, reports: list[Report]) -> 
     reset_n_vis(model)  # type: ignore[arg-type]
     print(reports[0].avarage_in)  # type: ignore[attr-defined]
     print(sum(reports).avarage_in)  # type: ignore[union-attr]
+    print(ReportTotal.of(reports).avarage_in)  # type: ignore[attr-defined]
+    print(ReportTotal.of(reports).samples)  # type: ignore[attr-defined]
     state.remove()  # type: ignore[attr-defined]
     sparsevlm.aply_sparsevlm(model)  # type: ignore[attr-defined]
 

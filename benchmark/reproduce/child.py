@@ -163,7 +163,7 @@ def read_metrics(output: dict[str, Any], task: str) -> dict[str, float]:
 def _tokens(total: Any) -> dict[str, float]:
     if total is None:
         return {}
-    return {"visual": total.visual_tokens / total.n_samples, "inputs": total.average_in, "outputs": total.average_out}
+    return {"visual": total.n_visual, "inputs": total.average_in, "outputs": total.average_out}
 
 
 def _sample(sample: dict[str, Any], metrics: dict[str, float]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ class SampleReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The last request of a model under SparseVLM.
+    """The last request of a model under SparseVLM; :meth:`ReportTotal.of` sums several.
 
     Attributes
     ----------
@@ -286,7 +286,7 @@ class Report:
         return ReportTotal(
             n_requests=1,
             n_samples=len(self.samples),
-            visual_tokens=sum(sample.n_visual for sample in self.samples),
+            n_visual_sum=sum(sample.n_visual for sample in self.samples),
             average_in_sum=sum(sample.average_in for sample in self.samples),
             average_out_sum=sum(sample.average_out for sample in self.samples),
             flops=self.flops,

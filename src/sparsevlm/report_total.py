@@ -35,14 +35,30 @@ class Cost:
 
 @dataclass(frozen=True)
 class ReportTotal:
-    """Sums over many requests; made by adding reports (``sum(reports)``).
+    """Sums over many requests, made by :meth:`of`.
 
     Requests that failed count in ``n_requests`` and ``n_failed`` alone: their tokens, costs and times are left out.
+
+    Attributes
+    ----------
+    n_requests, n_samples : int
+        Requests, and samples of those that did not fail.
+    n_visual_sum : int
+        Visual tokens in the inputs of all samples.
+    average_in_sum, average_out_sum : float
+        Visual tokens averaged over layer inputs, and over layer outputs, summed over samples.
+    flops, kv_bytes : Cost
+        As in :class:`~sparsevlm.Report`, summed over requests.
+    wall_ms : dict
+        Milliseconds inside the model by phase, as in :class:`~sparsevlm.Report`.
+    decode_steps : int
+    n_skipped, n_clamped, n_failed : int
+        Requests that were left dense as a whole, whose budget could not hold for some sample, and that failed.
     """
 
     n_requests: int
     n_samples: int
-    visual_tokens: int
+    n_visual_sum: int
     average_in_sum: float
     average_out_sum: float
     flops: Cost
@@ -55,12 +71,29 @@ class ReportTotal:
 
     @classmethod
     def of(cls, reports: Iterable[Summable]) -> ReportTotal:
-        """Sum of reports, of none as well; for type checkers, to which ``sum(reports)`` may be a report or 0."""
+        """Sum of reports, of none as well.
+
+        ``sum(reports)`` gives the same of one report and more. To type checkers it is a report or 0, and for none it
+        is 0.
+
+        Parameters
+        ----------
+        reports : iterable of Report or ReportTotal
+
+        Returns
+        -------
+        ReportTotal
+        """
         nothing = Cost(0.0, 0.0)
         total = cls(0, 0, 0, 0.0, 0.0, nothing, nothing, {}, 0, 0, 0)
         for report in reports:
             total = total + report
         return total
+
+    @property
+    def n_visual(self) -> float:
+        """Visual tokens per sample in the input."""
+        return self.n_visual_sum / max(self.n_samples, 1)
 
     @property
     def average_in(self) -> float:
@@ -78,7 +111,8 @@ class ReportTotal:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values."""
-        return {**dataclasses.asdict(self), "average_in": self.average_in, "average_out": self.average_out}
+        averages = {"n_visual": self.n_visual, "average_in": self.average_in, "average_out": self.average_out}
+        return {**dataclasses.asdict(self), **averages}
 
     def __add__(self, other: Summable) -> ReportTotal:
         if not isinstance(other, Summable):

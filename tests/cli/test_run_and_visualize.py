@@ -282,7 +282,11 @@ def test_preset(desk, tmp_path):
         (["--image", "a.heic"], "a.heic is not an image that Pillow can read: it is a HEIC image; save it as JPEG"),
         (["--image", "nothing.jpg"], "nothing.jpg is not an image that Pillow can read: it is empty"),
         (["--image", "text.jpg"], "text.jpg is not an image that Pillow can read: it is a text file"),
-        (["--image", "link.jpg"], "link.jpg is a symbolic link to gone.jpg, which does not exist"),
+        (
+            ["--image", "gone.jpg"],
+            "gone.jpg does not exist; check the path, which starts at the working directory, or give an image file",
+        ),
+        (["--image", "link.jpg"], "link.jpg is a symbolic link to gone.jpg, which does not exist; mend the link"),
         (["--image", "pipe.jpg"], "pipe.jpg is a named pipe, not a picture"),
         (["--video", "photo.jpg"], "photo.jpg is a file with one image; give a folder with one image per frame, or an"),
         (["--image", "pages.tif", "--frame", "5"], "pages.tif has 5 frames, numbered from 0; there is no frame 5"),

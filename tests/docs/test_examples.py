@@ -19,7 +19,7 @@ PRINTS = {
     "several_images.py": ["523 (right: 523)", "image 1:", "image 2:"],
     "video.py": ["6 frames are 3 steps", "step 2:"],
     "own_selector.py": ["largest-change: ", "Border: ", "random: ", "(128 of 256 tokens)"],
-    "report_json.py": ["2 requests, 63.5 visual tokens", "256 256 256 36"],
+    "report_json.py": ["2 requests, 256 visual tokens", "63.5 of them computed", "256 256 256 36"],
     "overlay.py": ["wrote overlay.png"],
     "evaluate_own_data.py": ["dense 1.0: score", "span 0.25: score", "random 0.25: score"],
     "peft_adapter.py": ["after 5 steps ", "(64 of 256 visual tokens)", "merged: "],

@@ -1,5 +1,7 @@
 """Devices and attention implementations that are not there."""
 
+import re
+
 import pytest
 import torch
 from transformers import AttentionInterface
@@ -33,7 +35,8 @@ def test_devices_that_are_none(device, message):
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
 def test_cuda_without_a_gpu(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=f"device {device} was asked for, but torch finds no GPU; use --device cpu or"):
+    remedy = re.escape("use the CPU (device='cpu', --device cpu), or install a CUDA build")
+    with pytest.raises(ValueError, match=f"device {device} was asked for, but torch finds no GPU; {remedy}"):
         pick_device(device)
 
 

@@ -431,8 +431,12 @@ def test_an_address_in_a_path_is_still_one():
     with pytest.raises(ValueError, match="is on the network"):
         load_image(Path("https://example.org/a.png"))
     long = "folder/" * 20 + "frames"
-    with pytest.raises(FileNotFoundError, match=f"{long} does not exist"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{long} does not exist; check the path, which starts at .*, or give a"
+    ):
         load_frames(long)
+    with pytest.raises(FileNotFoundError, match=r"/no/photo\.jpg does not exist; check the path, or give an image"):
+        load_image("/no/photo.jpg")
 
 
 def test_sides_that_no_model_takes():

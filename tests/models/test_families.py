@@ -179,7 +179,11 @@ def test_other_models_are_refused_with_what_is_supported():
     )
     with pytest.raises(NotImplementedError, match=r"LlamaForCausalLM is not supported.*no vision tower"):
         adapter_for(text)
-    with pytest.raises(NotImplementedError, match=r"LlavaForConditionalGeneration.*Qwen2_5_VLForConditionalGeneration"):
+    with pytest.raises(
+        NotImplementedError,
+        match=r"Linear is .*LlavaForConditionalGeneration.*Qwen2_5_VL.*\. It is no model of transformers: pass one",
+    ) as raised:
         adapter_for(nn.Linear(1, 1))
+    assert "text-only" not in str(raised.value)
     with pytest.raises(TypeError, match="expected a transformers model, got str"):
         adapter_for("a/path")

@@ -92,7 +92,7 @@ def test_pruning_changes_what_is_kept_and_dense_nothing(make):
     ask(pruned, *CONVERSATIONS[:2])
     ask(dense, *CONVERSATIONS[:2])
     assert not dense.model._forward_pre_hooks
-    assert pruned.totals.tasks["task"].visual_tokens == dense.totals.tasks["task"].visual_tokens
+    assert pruned.totals.tasks["task"].n_visual_sum == dense.totals.tasks["task"].n_visual_sum
     assert pruned.totals.tasks["task"].average_in <= 0.6 * dense.totals.tasks["task"].average_in
 
 
@@ -122,7 +122,7 @@ def test_generation_options_reach_generate(make, monkeypatch):
 def test_a_fixed_number_of_visual_tokens(make):
     model = make("keep=dense,n_visual=48")
     ask(model, [user(picture(400, 300), "What?")], [user(picture(90, 50), "What?")], [user(picture(56, 56), "What?")])
-    assert model.totals.tasks["task"].visual_tokens == 8 * 6 + 10 * 5 + 7 * 7
+    assert model.totals.tasks["task"].n_visual_sum == 8 * 6 + 10 * 5 + 7 * 7
     with pytest.raises(ValueError, match="n_visual is for images"):
         ask(model, CONVERSATIONS[3])
 
@@ -133,13 +133,13 @@ def test_smaller_images_instead_of_pruning(make):
     model = make("selector=downsample,keep=24,n_visual=48")
     assert not model.model._forward_pre_hooks
     ask(model, [user(wide, "What?")], [user(square, "What?")])
-    assert model.totals.tasks["task"].visual_tokens == 4 * 6 + 4 * 5
+    assert model.totals.tasks["task"].n_visual_sum == 4 * 6 + 4 * 5
     assert [image.size for image in model._sizes([wide])] == [(6 * 28, 4 * 28)]
     assert sum(image.width * image.height for image in model._sizes([wide, wide])) <= 24 * 28**2
     assert [image.size for image in make("selector=downsample,keep=60,n_visual=48")._sizes([wide])] == [(224, 168)]
     half = make("selector=downsample,keep=0.5")
     ask(half, CONVERSATIONS[0])
-    assert half.totals.tasks["task"].visual_tokens == 5 * 3
+    assert half.totals.tasks["task"].n_visual_sum == 5 * 3
     with pytest.raises(ValueError, match="selector=downsample is for images"):
         ask(half, CONVERSATIONS[3])
 
@@ -160,7 +160,7 @@ def test_bounds_on_pixels(make):
     model = make(f"keep=dense,max_pixels={10 * 28 * 28}")
     ask(model, CONVERSATIONS[0], CONVERSATIONS[3])
     per_frame = 3 * 2  # both sides are rounded down
-    assert model.totals.tasks["task"].visual_tokens == per_frame + 2 * per_frame
+    assert model.totals.tasks["task"].n_visual_sum == per_frame + 2 * per_frame
 
 
 def test_a_video_file(make, tmp_path):
@@ -177,7 +177,7 @@ def test_a_video_file(make, tmp_path):
     message["content"].append({"type": "text", "text": "What happens?"})
     model = make(f"keep=dense,max_num_frames=4,max_pixels={16 * 28 * 28},min_pixels=784")
     assert ask(model, [message])
-    assert model.totals.tasks["task"].visual_tokens == 2 * 16
+    assert model.totals.tasks["task"].n_visual_sum == 2 * 16
     (tmp_path / "text.mp4").write_text("no video")
     message["content"][0]["url"] = str(tmp_path / "text.mp4")
     with pytest.raises(ValueError, match=r"task task, document 0 of test: .*text\.mp4 is not a video"):

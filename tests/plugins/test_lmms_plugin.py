@@ -261,9 +261,9 @@ def test_totals_count_a_request_once():
     total = pruned_total(
         report(*[sample(8, 8, 4)] * 2, *[sample(0, 0, 0)] * 2, *[sample(6, 6, 6)] * 2), [True, True, False]
     )
-    assert (total.n_samples, total.visual_tokens, total.average_in) == (1, 8, 6)
+    assert (total.n_samples, total.n_visual_sum, total.average_in) == (1, 8, 6)
     total = dense_total([8, 0, 6], [True, True, False])
-    assert (total.n_samples, total.visual_tokens, total.average_in, total.average_out) == (1, 8, 8, 8)
+    assert (total.n_samples, total.n_visual_sum, total.average_in, total.average_out) == (1, 8, 8, 8)
     assert total.flops.ratio == 1
     assert RunTotals().figures() == {}
     text_only = RunTotals()

@@ -77,7 +77,7 @@ def joined(given, fill):
 @pytest.mark.parametrize("name", BEFORE)
 def test_samples_are_chosen_from_as_alone(name, kind, fill):
     given, selector = contexts(kind), SELECTORS[name]()
-    found = select_padded(selector, joined(given, fill), None, None, 0)
+    found = select_padded(selector, joined(given, fill), None, None, 0, 2)
     for b, (one, (_, _, n_keep)) in enumerate(zip(given, SAMPLES, strict=True)):
         if one is None or n_keep == one.n_visual:  # nothing is asked of the selector
             assert found.is_kept[b].sum() == n_keep
@@ -122,7 +122,7 @@ def test_a_search_is_told_which_picks_are_looked_at(n_images):
     """None of samples that keep all; all, where every image has a floor."""
     context, selector = joined(contexts(), 0.5), Ordered()
     none = torch.zeros_like(context.valid, dtype=torch.int64)
-    select_padded(selector, context, none, torch.zeros_like(context.n_keep), n_images)
+    select_padded(selector, context, none, torch.zeros_like(context.n_keep), n_images, 2)
     wanted = [n_keep if name is not None and n_keep < MOST_OF[name] else 0 for name, _, n_keep in SAMPLES]
     assert (selector.counts is None) if n_images else (selector.counts.tolist() == wanted)
 

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..error_notes import with_notes
+
 # What users cause: files, options, unsupported models, missing packages. Anything else is a fault of ours and ends with
 # code 1.
 _LONG = 600.0  # seconds from which on a command asks
@@ -153,7 +155,8 @@ def _nothing() -> None:
 
 
 def _one_line(error: object) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    said = with_notes(error) if isinstance(error, BaseException) else str(error)
+    return " ".join(said.split()) or type(error).__name__
 
 
 def _print_line(prefix: str, colour: str, text: str) -> None:

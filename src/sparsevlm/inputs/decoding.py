@@ -104,8 +104,12 @@ def check_is_file(path: Path, name: str, *, noun: str = "a picture", wanted: str
     except PermissionError as error:
         raise PermissionError(f"{name} cannot be read: permission denied; check the rights of its folder.") from error
     except (OSError, ValueError) as error:
-        target = f" is a symbolic link to {os.readlink(path)}, which" if os.path.islink(path) else ""
-        raise FileNotFoundError(f"{name}{target} does not exist.") from error
+        target, remedy = "", "check the path"
+        if os.path.islink(path):
+            target, remedy = f" is a symbolic link to {os.readlink(path)}, which", "mend the link"
+        elif not path.is_absolute():
+            remedy += ", which starts at the working directory"
+        raise FileNotFoundError(f"{name}{target} does not exist; {remedy}, or give {wanted}.") from error
     kinds = (
         (stat.S_ISFIFO, "a named pipe"),
         (stat.S_ISSOCK, "a socket"),

@@ -74,7 +74,8 @@ def check_attention(attn_implementation: str, device: str) -> None:
 def _check_cuda(torch: Any, device: str, index: int | None) -> None:
     if not torch.cuda.is_available():
         raise ValueError(
-            f"device {device} was asked for, but torch finds no GPU; use --device cpu or a CUDA build of torch."
+            f"device {device} was asked for, but torch finds no GPU; use the CPU (device='cpu', --device cpu), or "
+            "install a CUDA build of torch."
         )
     if (index or 0) >= (count := torch.cuda.device_count()):
         found = "cuda:0 alone" if count == 1 else f"cuda:0 to cuda:{count - 1}"

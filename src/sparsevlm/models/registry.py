@@ -234,6 +234,8 @@ def adapter_for(model: Any, family: str | None = None) -> ModelAdapter:
         for part in (model, getattr(model, "model", None))
     ):
         hint = " It has no vision tower that this library knows; a text-only model has no visual tokens to prune."
+        if "PreTrainedModel" not in names:
+            hint = " It is no model of transformers: pass one that takes images or videos, such as load_model returns."
     elif not hint:
         hint = " family='generic' tries any other that is built alike; register_adapter takes a description of it."
     raise NotImplementedError(f"{names[0]} is not supported. Supported are {', '.join(sorted(families))}.{hint}")

@@ -81,7 +81,7 @@ def dense_total(n_visual: Sequence[int], counted: Sequence[bool]) -> ReportTotal
     return ReportTotal(
         n_requests=1,
         n_samples=len(counts),
-        visual_tokens=sum(counts),
+        n_visual_sum=sum(counts),
         average_in_sum=float(sum(counts)),
         average_out_sum=float(sum(counts)),
         flops=_NOTHING,
@@ -95,7 +95,7 @@ def dense_total(n_visual: Sequence[int], counted: Sequence[bool]) -> ReportTotal
 
 def _averages(total: ReportTotal) -> list[tuple[str, float]]:
     return [
-        ("visual_tokens", total.visual_tokens / total.n_samples),
+        ("visual_tokens", total.n_visual),
         ("kept_tokens_layer_input", total.average_in),
         ("kept_tokens_layer_output", total.average_out),
         ("prefill_flops_ratio", total.flops.ratio),

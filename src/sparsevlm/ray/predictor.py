@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..error_notes import with_notes
 from .columns import Asked, RowReader, with_columns
 from .generation import checked_generation
 
@@ -197,7 +198,7 @@ class SparseVLMPredictor:
         return [{"role": "system", "content": [{"type": "text", "text": self._system_prompt}]}, turn]
 
     def _failed(self, error: Exception) -> dict[str, Any]:
-        reason = f"{type(error).__name__}: {error}"
+        reason = f"{type(error).__name__}: {with_notes(error)}"
         if self._on_error == RAISE:
             raise RuntimeError(f"a row cannot be answered: {reason}") from error
         return {"error": reason}

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from ..config import SparseVLMConfig
+from ..error_notes import with_notes
 from ..models import ModelAdapter
 from ..selection.context import Selection, Selector, SelectorTraits
 from .sample import Sample
@@ -255,7 +256,7 @@ class Request:
 
     def fail(self, error: BaseException) -> None:
         """Note that the call ended in an error."""
-        self.failed = ": ".join(filter(None, (type(error).__name__, str(error))))
+        self.failed = ": ".join(filter(None, (type(error).__name__, with_notes(error))))
         self.forget_embeddings()
 
     def fills(self, cache: Cache | None) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..error_notes import with_notes
 from ..selection.context import Selection
 from .request import Request
 from .sample import Sample, StageRecord
@@ -90,7 +91,7 @@ def choose_on_first_rank(request: Request, select: Callable[[], list[Selection |
     try:
         selections = select()
     except Exception as error:
-        _broadcast({"error": f"{type(error).__name__}: {error}"}, group, device)
+        _broadcast({"error": f"{type(error).__name__}: {with_notes(error)}"}, group, device)
         raise
     samples = [_told(sample, own) for sample, own in zip(request.samples, selections, strict=True)]
     _broadcast({"samples": samples}, group, device)

@@ -30,6 +30,11 @@ _OF_RECYCLING = frozenset({"recycle", "merge", "tau", "theta"})
 NEEDS = ("features", "text_features", *sorted(VISION_NEEDS), *sorted(_LATE_NEEDS))
 
 
+def legal_needs(placement: str) -> tuple[str, ...]:
+    """Names that ``needs`` of a selector may list."""
+    return tuple(name for name in NEEDS if placement != BEFORE_DECODER or name not in _LATE_NEEDS)
+
+
 @dataclass(frozen=True)
 class SelectionContext:
     """One sample at one target layer. Only what the selector ``needs`` is filled in, the rest is ``None``.
@@ -222,7 +227,7 @@ class SelectorTraits:
                 f"selector {name!r} needs {', '.join(sorted(unknown))}, which is not provided; "
                 f"provided are {', '.join(NEEDS)}."
             )
-        if placement == BEFORE_DECODER and (late := needs & _LATE_NEEDS):
+        if late := needs - set(legal_needs(placement)):
             missing = ", ".join(sorted(late))
             raise ValueError(f"selector {name!r} runs before the decoder, where {missing} do not exist.")
         schedule = getattr(selector, "default_schedule", "geometric")

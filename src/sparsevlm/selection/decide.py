@@ -14,6 +14,7 @@ from .budget import clamped_floors, nothing_by_rank, nothing_to_drop, rank_adapt
 from .context import OrderedSelector, Selection, SelectionContext, Selector, SelectorTraits
 from .image_floor import choose_by_order, count_per_image, floors_within, keep_of_every_image
 from .rank import sketch_ranks
+from .selector_calls import call_selector
 
 # Elements of the states that a selector is given at once: 32 Mi float32 = 128 MiB.
 _MAX_BATCH_ELEMENTS = 1 << 25
@@ -75,7 +76,10 @@ def decide(
     Raises
     ------
     ValueError, TypeError
-        If the selector's answer is ill-formed, or the attention or the states hold NaN.
+        If the selector's answer is ill-formed, it reads what its ``needs`` do not list, or the attention or the states
+        hold NaN.
+    Exception
+        Any that the selector raises, with a note of its name and the layer.
     """
     given = list(zip(contexts, n_keeps, strict=True))
     ranks = _ranks(given)
@@ -154,13 +158,16 @@ def _copied(context: SelectionContext) -> SelectionContext:
 
 def _ask(selector: Any, traits: SelectorTraits, contexts: list[SelectionContext], n_keep: int) -> list[Selection]:
     """Checked answers of a selector."""
-    if traits.batched:
-        results = selector.select_batch(contexts, n_keep)
-    else:
-        results = [selector.select(context, n_keep) for context in contexts]
-    if not isinstance(results, Iterable):
+
+    def call(given: Sequence[SelectionContext]) -> Any:
+        if not traits.batched:
+            return [selector.select(context, n_keep) for context in given]
+        results = selector.select_batch(given, n_keep)
+        return list(results) if isinstance(results, Iterable) else results
+
+    results = call_selector(selector, contexts[0].layer, call, contexts)
+    if not isinstance(results, list):
         raise TypeError(f"selector {traits.name!r}: select_batch must return one result per sample, got {results!r}.")
-    results = list(results)
     if len(results) != len(contexts):
         raise ValueError(
             f"selector {traits.name!r}: select_batch returned {len(results)} results for {len(contexts)} samples."
@@ -203,7 +210,8 @@ def _by_order(selector: OrderedSelector, traits: SelectorTraits, tasks: list[_Ta
         torch.stack([task.context.hidden_states for task in tasks]),
         torch.ones_like(images, dtype=torch.bool),
     )
-    picks = selector.order(states.detach(), valid, n_keep)
+    layer = tasks[0].context.layer
+    picks = call_selector(selector, layer, lambda _: selector.order(states.detach(), valid, n_keep), ())
     if not _is_whole(picks) or picks.shape != (len(tasks), n_keep):
         got = tuple(picks.shape) if isinstance(picks, Tensor) else picks
         raise ValueError(

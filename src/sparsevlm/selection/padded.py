@@ -17,6 +17,7 @@ from ..kernels.places import first_picks
 from ..kernels.rank_counts import RankRule, rank_counts
 from .context import Selection, SelectionContext, Selector
 from .image_floor import choose_by_order
+from .selector_calls import call_selector, recorded_alike
 from .similarity import finite
 
 
@@ -122,7 +123,7 @@ def padded_sample(context: SelectionContext, n_keep: int) -> PaddedContext:
         return None if values is None else finite(values)[None]
 
     states, text = context.hidden_states, context.text_features
-    return PaddedContext(
+    padded = PaddedContext(
         config=context.config,
         hidden_states=states.detach()[None],
         valid=torch.ones((1, context.n_visual), dtype=torch.bool, device=states.device),
@@ -140,6 +141,7 @@ def padded_sample(context: SelectionContext, n_keep: int) -> PaddedContext:
         coordinates=context.coordinates[None] if context.layer < 0 else None,
         n_clusters=None if context.n_clusters is None else torch.tensor([context.n_clusters], device=states.device),
     )
+    return recorded_alike(context, padded)
 
 
 def unpadded(selection: PaddedSelection) -> Selection:
@@ -181,7 +183,12 @@ def rank_adaptive_counts(
 
 
 def select_padded(
-    selector: Any, context: PaddedContext, image_idx: Tensor | None, min_keep: Tensor | None, n_images: int
+    selector: Any,
+    context: PaddedContext,
+    image_idx: Tensor | None,
+    min_keep: Tensor | None,
+    n_images: int,
+    layer: int,
 ) -> PaddedSelection:
     """Selection of a selector that waits for nothing; samples that lose no token are left as they are.
 
@@ -194,11 +201,16 @@ def select_padded(
         Floor of every image of a sample.
     n_images : int
         0: no sample has floors.
+    layer : int
+        Target layer, which errors name; -1: before the decoder.
     """
     valid, n_keep = context.valid, context.n_keep
     if not is_padded(selector):
         looked_at = {"counts": context.n_picks} if not n_images and _takes_counts(type(selector)) else {}
-        picks = selector.order(context.hidden_states, valid, context.most_kept, **looked_at)
+        most = context.most_kept
+        picks = call_selector(
+            selector, layer, lambda _: selector.order(context.hidden_states, valid, most, **looked_at), ()
+        )
         if not n_images:
             return PaddedSelection(first_picks(picks, n_keep, valid))
         assert image_idx is not None
@@ -206,7 +218,7 @@ def select_padded(
         is_kept = choose_by_order(picks, image_idx, valid, n_keep, min_keep, n_images)
         return PaddedSelection(torch.where((n_keep >= context.n_visual)[:, None], valid, is_kept))
     keeps_all = (n_keep >= context.n_visual)[:, None]
-    found: PaddedSelection = selector.select_padded(context)
+    found: PaddedSelection = call_selector(selector, layer, lambda given: selector.select_padded(given[0]), (context,))
     is_kept = torch.where(keeps_all, valid, found.is_kept)
     if found.merge_target is None:
         return PaddedSelection(is_kept)

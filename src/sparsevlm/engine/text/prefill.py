@@ -207,7 +207,7 @@ class Prefill:
                 prune = PruneShape.of(room, shape.batch, n_visual, max(most_left), n_text, request, counts.by_rank)
                 scaling = self._weights.blocks[stop - 1].scaling if stop else 0.0
                 step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank, len(self.space.late))
-                packed.append((self.prune_programs.run(request.selector, step).clone(), prune.n_keep))
+                packed.append((self.prune_programs.run(request.selector, step, stop - 1).clone(), prune.n_keep))
                 first, n_visual = stop, prune.n_keep
         bytes_per_row = self.space.bytes_per_row
 

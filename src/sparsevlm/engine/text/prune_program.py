@@ -119,8 +119,8 @@ class PruneStep:
         return cls(shape, target < 0, scaling, needs, by_rank, traits.recycles, first_late, request.config.shared)
 
 
-def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
-    """Choose, and let go on what is chosen; waits for nothing.
+def run_prune_step(space: Workspace, selector: Any, step: PruneStep, target: int) -> Tensor:
+    """Choose, and let go on what is chosen; waits for nothing. ``target`` is the layer that errors name.
 
     Returns
     -------
@@ -136,7 +136,7 @@ def run_prune_step(space: Workspace, selector: Any, step: PruneStep) -> Tensor:
             space.is_faulty |= ~readout.is_finite(valid)
         context, ranks = _context(space, step, states, valid, n_visual, readout)
         floors = space.min_keep_per_image[:batch]
-        selection = select_padded(selector, context, packed.image_idx, floors, shape.n_images)
+        selection = select_padded(selector, context, packed.image_idx, floors, shape.n_images, target)
     late = [(plane, plane[packed.visual_rows]) for plane in space.late[step.first_late :]]
     chosen = close_up(packed, selection.is_kept, context.n_keep, shape.n_keep)
     for plane, features in late:
@@ -246,12 +246,14 @@ class PrunePrograms(LRUCache[tuple[Hashable, PruneStep], Callable[[], Tensor]]):
     def __init__(self, pool: GraphPool, space: Workspace) -> None:
         super().__init__(_MOST_GRAPHS)
         self._pool, self._space = pool, space
+        self._target = 0
 
-    def run(self, selector: Any, step: PruneStep) -> Tensor:
+    def run(self, selector: Any, step: PruneStep, target: int) -> Tensor:
         """See :func:`run_prune_step`; the next run overwrites what it gives."""
+        self._target = target  # of this run: a program serves several layers
 
         def run() -> Tensor:
-            return run_prune_step(self._space, selector, step)
+            return run_prune_step(self._space, selector, step, self._target)
 
         key = (_identity(selector), step)
         return self.get(key, lambda: self._pool.record(run, self._space.snapshot(step.shape.rows)))()

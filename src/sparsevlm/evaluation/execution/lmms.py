@@ -133,7 +133,7 @@ def _counted(total: ReportTotal | None) -> dict[str, float]:
     """Means per sample; an unpruned run counts no FLOPs."""
     if total is None or not total.n_samples:
         return {}
-    counted = {"n_visual": total.visual_tokens / total.n_samples, "avg_tokens": total.average_in}
+    counted = {"n_visual": total.n_visual, "avg_tokens": total.average_in}
     if total.flops.dense:
         counted["tflops"] = total.flops.sparse / total.n_samples / 1e12
         counted["dense_tflops"] = total.flops.dense / total.n_samples / 1e12

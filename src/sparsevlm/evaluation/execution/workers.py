@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...error_notes import with_notes
 from ..settings import EvalConfig, Setting
 from ..suites.registry import open_suite
 from .sharding import Shard, run_shard
@@ -120,4 +121,4 @@ def _work(config: EvalConfig, folder: Path, shard: Shard, settings: Sequence[Set
 def _sendable(error: Exception) -> Exception:
     """The error itself, or its message as a RuntimeError if it cannot be pickled safely."""
     is_plain = type(error).__module__ == "builtins" and all(isinstance(argument, (str, int)) for argument in error.args)
-    return error if is_plain else RuntimeError(f"{type(error).__name__}: {error}")
+    return error if is_plain else RuntimeError(f"{type(error).__name__}: {with_notes(error)}")

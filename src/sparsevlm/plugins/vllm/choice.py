@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...error_notes import with_notes
 from ...request.step import no_autocast
 from ...selection.context import SelectionContext
 from ...selection.decide import decide
@@ -68,7 +69,7 @@ def choose(runs: Sequence[Run], options: Options, hidden_size: int) -> list[tupl
             if len(asked) > 1:  # find out whose fault it is
                 found = [choose([runs[i]], options, hidden_size)[0] for i in asked]
             else:
-                logger.error("sparsevlm: even steps in the place of %s: %s", options.selector, error)
+                logger.error("sparsevlm: even steps in the place of %s: %s", options.selector, with_notes(error))
                 found = [_in_even_steps(runs[asked[0]])]
         chosen |= dict(zip(asked, found, strict=True))
     return [chosen[i] for i in range(len(runs))]
