@@ -40,9 +40,10 @@ def call(*arguments):
 
 def test_table_and_rows(checkpoint, tmp_path):
     rows = tmp_path / "rows.csv"
-    for _ in range(2):
-        result = call("--model", checkpoint, "--cases", "v256-b1-n1", "--append-to", str(rows), *FAST)
-        assert result.exit_code == 0, result.stderr
+    arguments = ["--model", checkpoint, "--cases", "v256-b1-n1", "--append-to", str(rows), *FAST]
+    assert call(*arguments, "--selectors", "none").exit_code == 0
+    result = call(*arguments)
+    assert result.exit_code == 0, result.stderr
     words = " ".join(result.stdout.split())
     assert "v256-b1-n1" in words
     assert all(name in words for name in ("hf-dense", "ours-default", "ours-dense", "ours-sparsevlm", "ours-random"))
@@ -147,6 +148,8 @@ def _no_memory(*_):
 
 def test_what_takes_long_is_asked_about(monkeypatch):
     monkeypatch.setattr("sparsevlm.bench.run.estimated_seconds", lambda *_: 601.0)
+    measured = []
+    monkeypatch.setattr("sparsevlm.bench.run.Run.rows_of", lambda _, case, *__: measured.append(case.name) or [])
     arguments = ["--model", "tiny", "--cases", "v256-b1-n1", "--selectors", "none", *FAST]
     result = call(*arguments)
     assert result.exit_code == 2
@@ -157,7 +160,9 @@ def test_what_takes_long_is_asked_about(monkeypatch):
     result = CliRunner().invoke(app, ["bench", *arguments], input="y\n")
     assert result.exit_code == 0, result.stderr
     assert "This takes about 10 min. Start?" in result.stderr
+    assert measured == ["v256-b1-n1"]
     assert call(*arguments, "--yes").exit_code == 0
+    assert measured == ["v256-b1-n1"] * 2
 
 
 def test_a_terminal_sees_every_step_and_keeps_none(monkeypatch):

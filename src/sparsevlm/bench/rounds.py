@@ -255,8 +255,8 @@ def _measure_peaks(
 def begin_peak(providers: list[Provider]) -> None:
     """Frees what earlier calls of all providers have left, and forgets how much memory they took."""
     reset(providers)
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
