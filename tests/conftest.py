@@ -1,5 +1,6 @@
 """Tiny models and inputs that every test shares."""
 
+import gc
 import os
 
 # Before numpy and torch are imported: matrices are small, and threads of tests that run side by side would wait for
@@ -63,6 +64,13 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """Tiny models are slower on several, and the tests run in parallel anyway."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_are_no_garbage():
+    """Collections that Python begins by itself pass over the million objects that imports have left."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
