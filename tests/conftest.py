@@ -71,6 +71,8 @@ def imports_are_no_garbage():
     """Collections that Python begins by itself pass over the million objects that imports have left."""
     gc.collect()
     gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
