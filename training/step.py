@@ -113,6 +113,8 @@ class TrainStep:
         else:
             self._step()
         self.steps_done += self.settings.draw_ahead
+        if self.drawn is not None:
+            self.drawn.fill()
 
     def read(self) -> dict[str, float]:
         """Means since the last call."""

@@ -102,27 +102,32 @@ class DrawnTasks:
             self._host = [Packed(*(tensor.pin_memory() for tensor in one)) for one in self._host]
             self._copied = [torch.cuda.Event() for _ in self._host]
         self._batch = Packed(*(tensor.to(device) for tensor in self._host[0]))
-        self._turn, self._waited = 0, 0.0
+        self._turn, self._is_filled, self._waited = 0, False, 0.0
         self._hits, self._asked = (torch.zeros(len(families) + 1, device=device) for _ in "ab")
         self._pointed, self._steps = torch.zeros((), device=device), torch.zeros((), device=device)
         self._embedding = model.get_input_embeddings().weight
 
     def load(self) -> None:
         """Bring the next batches to the device."""
-        host = self._host[self._turn]
-        on_gpu = self._batch.ids.is_cuda
-        if on_gpu:
+        self.fill()
+        for there, here in zip(self._batch, self._host[self._turn], strict=True):
+            there.copy_(here, non_blocking=True)
+        if self._batch.ids.is_cuda:
+            self._copied[self._turn].record()
+        self._turn, self._is_filled = 1 - self._turn, False
+
+    def fill(self) -> None:
+        """Take the batches that :meth:`load` loads next, which may be done while the device is busy."""
+        if self._is_filled:
+            return
+        if self._batch.ids.is_cuda:
             self._copied[self._turn].synchronize()
         started = time.monotonic()
         for index in range(self._ahead):
-            for tensor, array in zip(host, next(self._batches), strict=True):
+            for tensor, array in zip(self._host[self._turn], next(self._batches), strict=True):
                 tensor[index].copy_(torch.from_numpy(array))
         self._waited += time.monotonic() - started
-        for there, here in zip(self._batch, host, strict=True):
-            there.copy_(here, non_blocking=True)
-        if on_gpu:
-            self._copied[self._turn].record()
-        self._turn = 1 - self._turn
+        self._is_filled = True
 
     def loss(self, index: int) -> DrawnLoss:
         """Losses in loaded batch ``index``."""
