@@ -347,7 +347,9 @@ def test_selector_with_unknown_needs():
 def test_needs_are_a_collection_of_names(needs):
     selector = Answering(lambda c, n: torch.arange(n))
     selector.needs = needs
-    with pytest.raises(TypeError, match=r"'Answering': needs must be a collection of names, got"):
+    with pytest.raises(
+        TypeError, match=r"'Answering': needs must be a collection of names, such as \{'features'\}, got"
+    ):
         apply_sparsevlm(tiny_model(), selector=selector)
 
 

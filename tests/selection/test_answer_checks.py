@@ -48,6 +48,14 @@ def test_kept_rows_are_a_tensor_of_whole_numbers(kept):
         check(kept)
 
 
+@pytest.mark.parametrize(("kept", "got"), [(KEEP.tolist(), "a list"), (KEEP.numpy(), "a ndarray"), (None, "None")])
+def test_other_kinds_are_named_with_the_remedy(kept, got):
+    with pytest.raises(
+        TypeError, match=rf"got {got}: return int64 row indices in ascending order, as a torch\.Tensor\."
+    ):
+        check(kept)
+
+
 @pytest.mark.parametrize("wrap", [lambda mask: mask, Selection])
 def test_a_mask_is_told_by_dtype_and_shape_with_the_remedy(wrap):
     with pytest.raises(TypeError, match=r"got torch\.bool of shape \(3,\): return int64 row indices .*, not a mask"):

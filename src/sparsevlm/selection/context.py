@@ -220,7 +220,9 @@ class SelectorTraits:
         declared = getattr(selector, "needs", ())
         is_collection = isinstance(declared, Collection) and not isinstance(declared, str)
         if not is_collection or not all(isinstance(need, str) for need in declared):
-            raise TypeError(f"selector {name!r}: needs must be a collection of names, got {declared!r}.")
+            raise TypeError(
+                f"selector {name!r}: needs must be a collection of names, such as {{'features'}}, got {declared!r}."
+            )
         needs = frozenset(declared)
         if unknown := needs - set(NEEDS):
             raise ValueError(

@@ -252,10 +252,14 @@ def checked_selection(result: Any, hidden_states: Tensor, n_keep: int, name: str
     n_visual, device = hidden_states.shape[0], hidden_states.device
     if not _is_whole(selection.keep_idx):
         kept = selection.keep_idx
-        answer = f"{kept.dtype} of shape {tuple(kept.shape)}" if isinstance(kept, Tensor) else repr(result)
+        if isinstance(kept, Tensor):
+            answer, remedy = f"{kept.dtype} of shape {tuple(kept.shape)}", "not a mask and not scores"
+        else:
+            answer = "None" if kept is None else f"a {type(kept).__name__}"
+            remedy = "as a torch.Tensor"
         raise TypeError(
             f"selector {name!r} must return a Selection or a tensor of whole indices, got {answer}: return int64 row "
-            "indices in ascending order, not a mask and not scores."
+            f"indices in ascending order, {remedy}."
         )
     keep_idx = selection.keep_idx.to(device=device, dtype=torch.long)
     if keep_idx.shape != (n_keep,):
