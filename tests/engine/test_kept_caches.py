@@ -201,6 +201,17 @@ def test_a_turn_that_fails_leaves_the_cache_as_it_was(turn):
 
 
 @pytest.mark.parametrize("engine", [False, True])
+def test_images_that_the_cache_holds_are_not_given_again(engine):
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    apply_sparsevlm(model, **OPTIONS, engine=engine)
+    first = model.generate(**inputs, **GREEDY)
+    more = behind(first.sequences, inputs["attention_mask"], TURNS["text"])
+    images = {name: inputs[name] for name in ("pixel_values", "image_grid_thw")}
+    with pytest.raises(ValueError, match="not encoded again: leave out pixel_values and image_grid_thw"):
+        model.generate(**more, **images, **GREEDY, past_key_values=cache_of(first))
+
+
+@pytest.mark.parametrize("engine", [False, True])
 def test_a_turn_of_text_keeps_the_report_of_its_conversation(engine):
     """Whether other passes go on beside it, a call is made within it, or an error ends it."""
     model, inputs = tiny_model("llava"), make_inputs(*PROMPTS["one image"], family="llava")

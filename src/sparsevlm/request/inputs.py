@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..compat import cache_of
-from ..models import Layout, ModelAdapter, n_tokens
+from ..models import Layout, Modality, ModelAdapter, n_tokens
 
 _ENCODED = "mm_encoder_outputs"  # images and videos as what the vision tower made of them
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -58,11 +58,20 @@ def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, 
             found = (embeds == placeholder.to(embeds.device)).all(dim=-1)
         if not bool(found.any()):
             raise ValueError(
-                f"the inputs bring {kind} features but no {kind} token (id {token_id}) to put them in. Build the "
-                "prompt with the processor, e.g. processor.apply_chat_template, so that it holds the placeholders."
+                f"the inputs bring {kind} features but no {kind} token (id {token_id}) to put them in. "
+                + _where_tokens_are(cache_of(inputs), adapter.modalities[kind])
             )
         masks[kind] = found
     return masks
+
+
+def _where_tokens_are(cache: Any, modality: Modality) -> str:
+    if cache is None or not int(cache.get_seq_length()):
+        return (
+            "Build the prompt by the processor, e.g. processor.apply_chat_template, so that it holds the placeholders."
+        )
+    given = " and ".join((modality.pixels, *modality.size_inputs))
+    return f"The new tokens hold none, and what the cache holds is not encoded again: leave out {given}."
 
 
 def brings_images(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> bool:
