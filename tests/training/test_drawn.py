@@ -184,15 +184,15 @@ def test_a_packed_piece_points_to_the_token_that_shows_it(model, tokenizer):
 
 def test_a_token_that_points_to_its_piece_costs_little():
     torch.manual_seed(0)
-    embedding = torch.randn(100, 64) * torch.rand(100, 1)
+    directions = torch.nn.functional.normalize(torch.randn(100, 64), dim=-1)
     ids = torch.tensor([5, 9, IGNORE])
-    loss, right = shown_loss(3 * embedding[[5, 9, 7]], embedding, ids)
+    loss, right = shown_loss(3 * directions[[5, 9, 7]], directions, ids)
     assert float(loss) < 1e-3
     assert float(right) == 1
-    off, wrong = shown_loss(embedding[[6, 9, 7]], embedding, ids)
+    off, wrong = shown_loss(directions[[6, 9, 7]], directions, ids)
     assert float(off) > 5
     assert float(wrong) == 0.5
-    assert [float(one) for one in shown_loss(embedding[:3], embedding, torch.full((3,), IGNORE))] == [0, 0]
+    assert [float(one) for one in shown_loss(directions[:3], directions, torch.full((3,), IGNORE))] == [0, 0]
 
 
 def test_processes_draw_different_seeds_and_the_loss_counts_by_family(model, tokenizer, monkeypatch):

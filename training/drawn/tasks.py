@@ -34,7 +34,7 @@ class DrawnLoss(NamedTuple):
 
 
 def shown_loss(
-    visual_tokens: torch.Tensor, embedding: torch.Tensor, ids: torch.Tensor
+    visual_tokens: torch.Tensor, directions: torch.Tensor, ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How far visual tokens point away from the embedding of a piece of text that each shows.
 
@@ -45,8 +45,8 @@ def shown_loss(
     ----------
     visual_tokens : torch.Tensor
         Shape (pieces, hidden).
-    embedding : torch.Tensor
-        Shape (vocabulary, hidden).
+    directions : torch.Tensor
+        Rows of the embedding, each of length 1, (vocabulary, hidden).
     ids : torch.Tensor
         int64 of shape (pieces,), ``IGNORE`` where there is none.
 
@@ -55,8 +55,7 @@ def shown_loss(
     tuple of torch.Tensor
         Mean loss, and share of pieces that the token points to more than to any other; scalars, 0 without pieces.
     """
-    cosines = F.normalize(visual_tokens, dim=-1) @ F.normalize(embedding.detach(), dim=-1).T
-    logits = _COSINE_SCALE * cosines.float()
+    logits = _COSINE_SCALE * (F.normalize(visual_tokens, dim=-1) @ directions.T).float()
     count = (ids != IGNORE).sum().clamp(min=1)
     loss = F.cross_entropy(logits, ids, ignore_index=IGNORE, reduction="sum") / count
     return loss, (logits.detach().argmax(dim=-1) == ids).sum() / count
@@ -105,7 +104,8 @@ class DrawnTasks:
         self._turn, self._is_filled, self._waited = 0, False, 0.0
         self._hits, self._asked = (torch.zeros(len(families) + 1, device=device) for _ in "ab")
         self._pointed, self._steps = torch.zeros((), device=device), torch.zeros((), device=device)
-        self._embedding = model.get_input_embeddings().weight
+        # As they begin: of the rows only those of the tokens of images are trained, which no picture shows.
+        self._directions = F.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
 
     def load(self) -> None:
         """Bring the next batches to the device."""
@@ -134,7 +134,7 @@ class DrawnTasks:
         batch = Packed(*(tensor[index] for tensor in self._batch))
         visual_tokens = self._forward.visual_tokens(batch)
         answers = self._answers_loss(batch, self._forward.decode(batch, visual_tokens))
-        shown, pointed = shown_loss(visual_tokens[batch.shown_at], self._embedding, batch.shown)
+        shown, pointed = shown_loss(visual_tokens[batch.shown_at], self._directions, batch.shown)
         self._pointed += pointed
         self._steps += 1
         return DrawnLoss(answers, shown)

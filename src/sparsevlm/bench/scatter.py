@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 # From the 20 to the 80 percentile, by the median. It takes several slow calls of ten to get there, or one of three;
-# on GPUs of their own 19 of 20 figures of the stored rows (e2e.csv) stay below.
+# on GPUs of their own 19 of 20 figures that tables show of the stored rows (e2e.csv) stay below.
 LIMIT = 0.25
 
 
