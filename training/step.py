@@ -20,7 +20,7 @@ from training.sequences import SequenceBuilder
 from training.settings import TASK_SHARES, StageSettings
 
 _EAGER_STEPS = 3
-_MEANS = ("loss", "token_loss", "place_loss", "replay_loss", "drawn_loss", "shown_loss", "grad_norm")
+_MEANS = ("loss", "token_loss", "place_loss", "replay_loss", "drawn_loss", "shown_loss", "letter_loss", "grad_norm")
 _AUXILIARY = ("kind", "colour_seen", "glyph", "edge", "row", "column", "box_edge", "kind_known", "colour_known")
 
 
@@ -92,6 +92,7 @@ class TrainStep:
         self.auxiliary_weight = torch.zeros((), device=device)
         if settings.auxiliary_until > 0:
             heads = [*self.token_head.parameters(), *self.place_head.parameters()]
+            heads += drawn.readout.parameters() if drawn is not None else []
             trained = dataclasses.replace(trained, others=trained.others + heads)
         self.optimiser = Optimiser(trained, settings.decay, settings.clip)
         self.weights = self.optimiser.weights
@@ -171,15 +172,17 @@ class TrainStep:
             token_loss, place_loss, accuracy = self._auxiliary(parts, features, decoded)
             loss = answers + self.auxiliary_weight * (token_loss + settings.place_weight * place_loss)
             self.metrics.auxiliary += accuracy
-        replayed = drawn = shown = torch.zeros_like(answers)
+        replayed = drawn = shown = letters = torch.zeros_like(answers)
         if self.drawn is not None:
-            drawn, shown = self.drawn.loss(index)
-            loss = loss + self.drawn.weight * drawn + self.auxiliary_weight * shown
+            drawn, shown, letters = self.drawn.loss(index)
+            loss = loss + self.drawn.weight * drawn
+            if settings.auxiliary_until > 0:
+                loss = loss + self.auxiliary_weight * (shown + letters)
         if self.replay is not None:
             replayed = self.replay.loss()
             loss = loss + self.replay.weight * replayed
         norm = self.optimiser.step(torch.autograd.grad(loss, self.weights))
-        losses = (answers, token_loss, place_loss, replayed, drawn, shown)
+        losses = (answers, token_loss, place_loss, replayed, drawn, shown, letters)
         totals = (torch.ones_like(norm), *(one.detach() for one in losses), norm)
         self.metrics.totals += torch.stack(totals)
         self.metrics.hits += score.hits

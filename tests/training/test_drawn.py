@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import random
 import sys
@@ -25,8 +26,17 @@ from training.drawn.forward import PackedForward
 from training.drawn.packing import Limits, Packed, Packer, empty
 from training.drawn.reading import READING, draw_reading, words_of
 from training.drawn.stream import DrawnBatches, parse_drawn, stream
-from training.drawn.tasks import DrawnTasks, shown_loss
-from training.drawn.written import pieces_shown, recorded
+from training.drawn.tasks import DrawnTasks, LetterReadout, shown_loss
+from training.drawn.written import (
+    CELL_COLUMNS,
+    CELL_ROWS,
+    CELLS,
+    LETTERS,
+    UNKNOWN,
+    letters_shown,
+    pieces_shown,
+    recorded,
+)
 from training.forward import Starts, attend
 from training.pixels import full_patches
 from training.sequences import IGNORE
@@ -167,6 +177,62 @@ def test_pieces_of_text_lie_on_the_tokens_that_show_them(tokenizer):
     assert not len(pieces_shown(lines, (image.width, image.height + 28), tokenizer, 5, chosen))
 
 
+def test_letters_of_a_page_stand_in_the_cells_where_they_are_written():
+    """Read cell by cell, a page is its lines but for letters that share a cell; a cell with a letter has ink."""
+    for seed in range(2, 6):
+        with recorded() as lines:
+            page = draw_reading(WORDS, seed, 3).images[0]
+        columns, rows = page.width // 28, page.height // 28
+        letters = letters_shown(lines, page.size)
+        assert letters.shape == (columns * rows, CELLS)
+        cells = letters.reshape(rows, columns, CELL_ROWS, CELL_COLUMNS).transpose(0, 2, 1, 3)
+        cells = cells.reshape(rows * CELL_ROWS, columns * CELL_COLUMNS)
+        written = sorted("".join(line.text for line in lines).replace(" ", ""))
+        read = [chr(ord("!") + number - 1) for number in cells[(cells > 0) & (cells < UNKNOWN)].tolist()]
+        assert not collections.Counter(read) - collections.Counter(written)
+        assert len(read) > 0.8 * len(written)
+        height, width = 28 // CELL_ROWS, 28 / CELL_COLUMNS
+        for row, column in np.argwhere((cells > 0) & (cells < UNKNOWN)).tolist():
+            left = int(column * width)
+            box = (left - 3, (row - 1) * height, left + 7, (row + 2) * height)
+            assert len(page.crop(box).getcolors(1000)) > 1
+    with recorded() as lines:
+        page = draw("screens", "menu", 1_000_005, TRAINING, 3).images[0]
+    assert bool((letters_shown(lines, (page.width, page.height + 28)) == UNKNOWN).all())
+
+
+def test_packed_letters_are_those_of_the_token(model, tokenizer):
+    letters = np.arange(30 * CELLS, dtype=np.int64).reshape(30, CELLS) % LETTERS
+    packer = Packer(LIMITS, ["whole"])
+    packer.add(encode(example((4, 4)), tokenizer, SIDE))
+    packer.add(encode(example((5, 6)), tokenizer, SIDE, letters=letters.astype(np.uint8)))
+    batch = packer.pack()
+    places = batch.take[batch.take >= LIMITS.tokens] - LIMITS.tokens
+    assert bool((batch.letters[places[:16]] == UNKNOWN).all())
+    assert bool((batch.letters[places[16:46]] == letters).all())
+    assert bool((batch.letters[46:] == UNKNOWN).all())
+
+
+def test_letters_are_learnt_from_tokens_that_have_them():
+    torch.manual_seed(0)
+    letters = torch.randint(0, 4, (64, CELLS), dtype=torch.uint8)
+    letters[::8] = UNKNOWN
+    tokens = torch.nn.functional.one_hot(letters.long().clamp(max=3), 4).flatten(1).float()
+    readout = LetterReadout(tokens.shape[1])
+    optimiser = torch.optim.Adam(readout.parameters(), lr=0.1)
+    first, unread = readout(tokens, letters)
+    for _ in range(30):
+        optimiser.zero_grad()
+        readout(tokens, letters)[0].backward()
+        optimiser.step()
+    last, read = readout(tokens, letters)
+    assert float(unread) < 0.1
+    assert float(read) == 1
+    assert float(last.detach()) < 0.05 * float(first.detach())
+    nothing = readout(tokens, torch.full_like(letters, UNKNOWN))
+    assert [float(one.detach()) for one in nothing] == [0, 0]
+
+
 def test_a_packed_piece_points_to_the_token_that_shows_it(model, tokenizer):
     packer = Packer(LIMITS, ["whole"])
     packer.add(encode(example((4, 4)), tokenizer, SIDE))
@@ -215,7 +281,7 @@ def test_processes_draw_different_seeds_and_the_loss_counts_by_family(model, tok
     (gradient,) = torch.autograd.grad(loss, [model.model.visual.merger.mlp[2].weight])
     assert float(gradient.abs().max()) > 0
     assert tasks.read()["drawn_wait"] > 0
-    assert tasks.read() == {"grounds": 0.0, "reading": 0.0, "pieces": 0.0, "drawn_wait": 0.0}
+    assert tasks.read() == {"grounds": 0.0, "reading": 0.0, "pieces": 0.0, "letters": 0.0, "drawn_wait": 0.0}
     tasks.load()
     assert float(tasks.loss(0).answers.detach()) != float(loss.detach())
 

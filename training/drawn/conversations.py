@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from sparsevlm.material import Example
+from training.drawn.written import CELLS, UNKNOWN
 from training.forward import mrope_positions
 from training.groups import TOKEN
 from training.pixels import MERGE, PATCH
@@ -45,6 +46,9 @@ class Conversation:
     shown : numpy.ndarray
         int64 of shape (pieces, 2): raster index of a visual token of the first picture, and id of a piece of text that
         it shows.
+    letters : numpy.ndarray
+        uint8 of shape (visual tokens, cells) in raster order, picture by picture: letters that each shows, see
+        :func:`~training.drawn.written.letters_shown`.
     """
 
     family: str
@@ -55,10 +59,15 @@ class Conversation:
     positions: Numbers
     answers: tuple[tuple[int, int], ...]
     shown: Numbers
+    letters: Numbers
 
 
 def encode(
-    example: Example, tokenizer: PreTrainedTokenizerFast, side: int, shown: Numbers | None = None
+    example: Example,
+    tokenizer: PreTrainedTokenizerFast,
+    side: int,
+    shown: Numbers | None = None,
+    letters: Numbers | None = None,
 ) -> Conversation:
     """Turn an example into numbers.
 
@@ -70,8 +79,8 @@ def encode(
         With the tokens of Qwen's images and a chat template.
     side : int
         Visual tokens along a window of the tower.
-    shown : numpy.ndarray, optional
-        As in :class:`Conversation`; none if left out.
+    shown, letters : numpy.ndarray, optional
+        As in :class:`Conversation`; none, and unknown, if left out.
 
     Raises
     ------
@@ -99,6 +108,7 @@ def encode(
         mrope_positions(parts).numpy(),
         tuple((first + moved, stop + moved) for first, stop in answers),
         np.zeros((0, 2), np.int64) if shown is None else shown,
+        np.full((moved + len(grids), CELLS), UNKNOWN, np.uint8) if letters is None else letters,
     )
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from training.drawn.conversations import Conversation, Numbers, windows_of
+from training.drawn.written import CELLS, UNKNOWN
 from training.pixels import MERGE, PATCH
 from training.sequences import IGNORE
 
@@ -89,6 +90,8 @@ class Packed(NamedTuple):
         Index of each answer's family, or the number of families where there is no answer.
     shown_at, shown : int64 of shape (shown,)
         Visual token in the order of windows, and a piece of text that it shows, or ``IGNORE``.
+    letters : uint8 of shape (visual, cells)
+        Letters that each visual token shows, in the order of windows.
     """
 
     patches: Numbers
@@ -105,6 +108,7 @@ class Packed(NamedTuple):
     families: Numbers
     shown_at: Numbers
     shown: Numbers
+    letters: Numbers
 
 
 def empty(limits: Limits, n_families: int) -> Packed:
@@ -125,6 +129,7 @@ def empty(limits: Limits, n_families: int) -> Packed:
         np.full(limits.answers, n_families, np.int64),
         np.zeros(limits.shown, np.int64),
         np.full(limits.shown, IGNORE, np.int64),
+        np.full((visual, CELLS), UNKNOWN, np.uint8),
     )
 
 
@@ -173,9 +178,10 @@ class Packer:
             part = slice(n_shown, n_shown + len(one.shown))
             by_window = np.argsort(windows_of(*one.grids[0], limits.side).order)
             batch.shown_at[part], batch.shown[part] = seen + by_window[one.shown[:, 0]], one.shown[:, 1]
-            n_shown = part.stop
+            n_shown, first_token = part.stop, seen
             for rows, cols in one.grids:
                 tower, n_tokens = windows_of(rows, cols, limits.side), rows * cols
+                batch.letters[seen : seen + n_tokens] = one.letters[seen - first_token :][:n_tokens][tower.order]
                 batch.places[seen * PER_TOKEN :][: len(tower.places)] = tower.places
                 batch.take[slots[:n_tokens][tower.order]] = limits.tokens + seen + np.arange(n_tokens)
                 windows += (tower.sizes * PER_TOKEN).tolist()

@@ -13,12 +13,12 @@ from sparsevlm.material import FAMILIES, TRAINING, Example, check_packages, draw
 from training.drawn.conversations import Conversation, encode
 from training.drawn.packing import Limits, Packed, Packer
 from training.drawn.reading import READING, draw_reading
-from training.drawn.written import pieces_shown, recorded
+from training.drawn.written import letters_shown, pieces_shown, recorded
 from training.groups import first_seed, parse_counts
 
 _PASSED_OVER = 4  # conversations that do not fit before a batch is closed
 _BATCHES_AHEAD = 3  # by each process
-_PIECES = 48  # of text on a picture that its visual tokens are asked for
+_PIECES = 150  # of text on a picture that its visual tokens are asked for
 
 
 @dataclass(frozen=True)
@@ -110,11 +110,12 @@ class DrawnBatches(IterableDataset):
     def _conversation(self, seed: int) -> Conversation:
         with recorded() as lines:
             example = self._draw(seed)
-        shown = None
+        shown, letters = None, None
         if len(example.images) == 1:  # of several, which of them a line is on is not known
             size = example.images[0].size
             shown = pieces_shown(lines, size, self._tokenizer, _PIECES, random.Random(seed))
-        return encode(example, self._tokenizer, self._limits.side, shown)
+            letters = letters_shown(lines, size)
+        return encode(example, self._tokenizer, self._limits.side, shown, letters)
 
     def _draw(self, seed: int) -> Example:
         rng = random.Random(seed)

@@ -8,13 +8,17 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from training.architecture import cast_weights
 from training.drawn.forward import PackedForward
 from training.drawn.packing import Limits, Packed, empty
+from training.drawn.written import CELLS, LETTERS, NO_LETTER, UNKNOWN
 from training.sequences import IGNORE
 
 _COSINE_SCALE = 30.0
+_NO_LETTER_WEIGHT = 0.05  # nine cells of ten show none
 
 
 class DrawnLoss(NamedTuple):
@@ -27,10 +31,13 @@ class DrawnLoss(NamedTuple):
         :func:`~training.objective.score_answers`.
     shown : torch.Tensor
         Mean over pieces of text on the pictures, see :func:`shown_loss`.
+    letters : torch.Tensor
+        Mean over cells of the pictures, see :class:`LetterReadout`.
     """
 
     answers: torch.Tensor
     shown: torch.Tensor
+    letters: torch.Tensor
 
 
 def shown_loss(
@@ -61,6 +68,45 @@ def shown_loss(
     return loss, (logits.detach().argmax(dim=-1) == ids).sum() / count
 
 
+class LetterReadout(nn.Module):
+    """Auxiliary linear readout of the letters in a visual token's cells; thrown away after training.
+
+    Parameters
+    ----------
+    hidden : int
+        Width of a visual token.
+    """
+
+    weight: torch.Tensor
+
+    def __init__(self, hidden: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden, CELLS * LETTERS)
+        weight = torch.ones(LETTERS)
+        weight[NO_LETTER] = _NO_LETTER_WEIGHT
+        self.register_buffer("weight", weight)
+
+    def forward(self, tokens: torch.Tensor, letters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean cross entropy over cells, and share of letters read correctly; scalars, 0 where no cell is known.
+
+        Parameters
+        ----------
+        tokens : torch.Tensor
+            Shape (n, hidden).
+        letters : torch.Tensor
+            uint8 of shape (n, cells).
+        """
+        logits = self.linear(tokens).view(-1, LETTERS).float()
+        known = letters.flatten().long()
+        known = known.where(known != UNKNOWN, IGNORE)
+        weight = self.weight.float()
+        total = F.cross_entropy(logits, known, weight, ignore_index=IGNORE, reduction="sum")
+        weights = weight[known.clamp(min=0)] * (known != IGNORE)
+        is_letter = known > NO_LETTER
+        right = (is_letter & (logits.detach().argmax(dim=-1) == known)).sum()
+        return total / weights.sum().clamp(min=1), right / is_letter.sum().clamp(min=1)
+
+
 class DrawnTasks:
     """Batches on fixed buffers, so that a CUDA graph may hold the steps.
 
@@ -77,6 +123,11 @@ class DrawnTasks:
     weight : float
         Of the loss beside that of the scenes.
     compiled : bool
+
+    Attributes
+    ----------
+    readout : LetterReadout
+        To be trained beside the model while its loss counts.
     """
 
     def __init__(
@@ -103,7 +154,9 @@ class DrawnTasks:
         self._batch = Packed(*(tensor.to(device) for tensor in self._host[0]))
         self._turn, self._is_filled, self._waited = 0, False, 0.0
         self._hits, self._asked = (torch.zeros(len(families) + 1, device=device) for _ in "ab")
-        self._pointed, self._steps = torch.zeros((), device=device), torch.zeros((), device=device)
+        self._pointed, self._read, self._steps = (torch.zeros((), device=device) for _ in range(3))
+        hidden = model.config.text_config.hidden_size
+        self.readout = cast_weights(LetterReadout(hidden).to(device), model.dtype)
         # As they begin: of the rows only those of the tokens of images are trained, which no picture shows.
         self._directions = F.normalize(model.get_input_embeddings().weight.detach(), dim=-1)
 
@@ -135,9 +188,11 @@ class DrawnTasks:
         visual_tokens = self._forward.visual_tokens(batch)
         answers = self._answers_loss(batch, self._forward.decode(batch, visual_tokens))
         shown, pointed = shown_loss(visual_tokens[batch.shown_at], self._directions, batch.shown)
+        letters, read = self.readout(visual_tokens, batch.letters)
         self._pointed += pointed
+        self._read += read
         self._steps += 1
-        return DrawnLoss(answers, shown)
+        return DrawnLoss(answers, shown, letters)
 
     def _answers_loss(self, batch: Packed, logits: torch.Tensor) -> torch.Tensor:
         targets, owners = batch.targets, batch.owners
@@ -153,14 +208,15 @@ class DrawnTasks:
         return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
     def read(self) -> dict[str, float]:
-        """Share of answers right since the last call, teacher-forced, by family; and of pieces of text pointed to.
+        """Shares since the last call: answers right, teacher-forced, by family; pieces and letters of shown text right.
 
         ``drawn_wait`` is the host's time for taking batches, in seconds.
         """
         hits, asked = self._hits.tolist(), self._asked.tolist()
-        pieces = float(self._pointed) / max(float(self._steps), 1.0)
-        for tensor in (self._hits, self._asked, self._pointed, self._steps):
+        steps = max(float(self._steps), 1.0)
+        seen = {"pieces": float(self._pointed) / steps, "letters": float(self._read) / steps}
+        for tensor in (self._hits, self._asked, self._pointed, self._read, self._steps):
             tensor.zero_()
         right = {name: h / max(a, 1.0) for name, h, a in zip(self._families, hits, asked, strict=False)}
         waited, self._waited = self._waited, 0.0
-        return right | {"pieces": pieces, "drawn_wait": waited}
+        return right | seen | {"drawn_wait": waited}

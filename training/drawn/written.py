@@ -1,4 +1,4 @@
-"""Which pieces of text the visual tokens of a drawn picture show."""
+"""Which pieces of text and which letters the visual tokens of a drawn picture show."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ from PIL import ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
 
 from training.groups import TOKEN
+
+# A visual token is asked for the letters in its cells: columns narrower than most letters, rows about a line high.
+CELL_ROWS, CELL_COLUMNS = 2, 7
+CELLS = CELL_ROWS * CELL_COLUMNS
+NO_LETTER, UNKNOWN = 0, 255
+_FIRST, _LAST = "!", "~"
+_OTHER = ord(_LAST) - ord(_FIRST) + 2
+LETTERS = _OTHER + 1
 
 
 @dataclass(frozen=True)
@@ -91,3 +99,42 @@ def pieces_shown(
                 found.append((row * columns + column, piece))
     chosen = rng.sample(found, most) if len(found) > most else found
     return np.array(chosen, np.int64).reshape(-1, 2)
+
+
+def letters_shown(lines: Sequence[Line], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Letter whose middle lies in each cell of a picture's visual tokens.
+
+    Parameters
+    ----------
+    lines : sequence of Line
+        Those of a picture of another size are passed over.
+    size : tuple of int
+        Width and height of the picture, in pixels.
+
+    Returns
+    -------
+    numpy.ndarray
+        Shape (visual tokens, ``CELLS``), in raster order: ``NO_LETTER``, the number of a letter below ``LETTERS``, or
+        ``UNKNOWN``: where two letters share a cell, and everywhere on a picture without a line.
+    """
+    width, height = (side // TOKEN for side in size)
+    cells = np.zeros((height * CELL_ROWS, width * CELL_COLUMNS), np.uint8)
+    own = [line for line in lines if line.size == size]
+    for line in own:
+        left, top, right, bottom = line.font.getbbox(line.text, anchor=line.anchor)
+        row = int((line.place[1] + (top + bottom) / 2) * CELL_ROWS // TOKEN)
+        advances = np.array([line.font.getlength(letter) for letter in line.text])
+        ends = advances.cumsum()
+        middles = line.place[0] + left + (ends - advances / 2) * (right - left) / max(advances.sum(), 1.0)
+        columns = (middles * CELL_COLUMNS // TOKEN).astype(int)
+        if not 0 <= row < cells.shape[0]:
+            continue
+        for letter, column in zip(line.text, columns, strict=True):
+            if letter.isspace() or not 0 <= column < cells.shape[1]:
+                continue
+            number = ord(letter) - ord(_FIRST) + 1 if _FIRST <= letter <= _LAST else _OTHER
+            cells[row, column] = UNKNOWN if cells[row, column] else number
+    if not own:
+        cells[:] = UNKNOWN
+    by_token = cells.reshape(height, CELL_ROWS, width, CELL_COLUMNS).transpose(0, 2, 1, 3)
+    return np.ascontiguousarray(by_token.reshape(-1, CELLS))
