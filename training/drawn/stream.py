@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import mmap
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from sparsevlm.material import FAMILIES, TRAINING, Example, check_packages, draw
 from training.drawn.conversations import Conversation, encode
-from training.drawn.packing import Limits, Packed, Packer
+from training.drawn.packing import Limits, Packed, Packer, empty
 from training.drawn.reading import READING, draw_reading
 from training.drawn.written import letters_shown, pieces_shown, recorded
 from training.groups import first_seed, parse_counts
@@ -93,6 +95,11 @@ class DrawnBatches(IterableDataset):
         self._words, self._questions = list(words), questions
         self._first = first_seed(seed)
 
+    @property
+    def empty(self) -> Packed:
+        """A batch without any conversation."""
+        return empty(self._limits, len(self._mix.families))
+
     def __iter__(self) -> Iterator[Packed]:
         worker = get_worker_info()
         index, step = (worker.id, worker.num_workers) if worker else (0, 1)
@@ -125,13 +132,43 @@ class DrawnBatches(IterableDataset):
         return draw(family, rng.choice(self._mix.tasks(family)), seed, TRAINING, self._questions)
 
 
-def _as_it_is(batch: Packed) -> Packed:
-    """Arrays travel through pipes: shared memory, through which tensors would, is small in many containers."""
-    return batch
+class _Shared(IterableDataset):
+    """Batches in memory that a process shares with those it forks; what is iterated over are their places there.
+
+    Pipes are several times slower, and the shared memory through which tensors would travel is small in many containers.
+    """
+
+    def __init__(self, batches: DrawnBatches, workers: int):
+        self._batches = batches
+        # One is being read while all others are drawn ahead.
+        self._places = [[_shared(batches.empty) for _ in range(_BATCHES_AHEAD + 1)] for _ in range(workers)]
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        worker = get_worker_info().id
+        for number, batch in enumerate(self._batches):
+            index = number % len(self._places[worker])
+            for there, here in zip(self._places[worker][index], batch, strict=True):
+                there[...] = here
+            yield worker, index
+
+    def at(self, worker: int, index: int) -> Packed:
+        """The batch at a place."""
+        return self._places[worker][index]
+
+
+def _shared(like: Packed) -> Packed:
+    """Arrays of the same shapes in memory that is shared with forked processes."""
+    return Packed(
+        *(np.frombuffer(mmap.mmap(-1, array.nbytes), array.dtype).reshape(array.shape) for array in like),
+    )
 
 
 def stream(batches: DrawnBatches, workers: int) -> Iterator[Packed]:
-    """What ``workers`` processes draw, or this one if there are none."""
-    several = {"multiprocessing_context": "fork", "prefetch_factor": _BATCHES_AHEAD} if workers else {}
-    loader = DataLoader(batches, batch_size=None, num_workers=workers, collate_fn=_as_it_is, **several)
-    return iter(loader)
+    """What ``workers`` processes draw, or this one if there are none; a batch is valid until the next is taken."""
+    if not workers:
+        return iter(batches)
+    shared = _Shared(batches, workers)
+    loader = DataLoader(
+        shared, batch_size=None, num_workers=workers, multiprocessing_context="fork", prefetch_factor=_BATCHES_AHEAD
+    )
+    return (shared.at(worker, index) for worker, index in iter(loader))
