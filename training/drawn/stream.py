@@ -135,7 +135,7 @@ class DrawnBatches(IterableDataset):
 class _Shared(IterableDataset):
     """Batches in memory that a process shares with those it forks; what is iterated over are their places there.
 
-    Pipes are several times slower, and the shared memory through which tensors would travel is small in many containers.
+    Pipes are several times slower; shared memory that tensors would travel through is small in many containers.
     """
 
     def __init__(self, batches: DrawnBatches, workers: int):
