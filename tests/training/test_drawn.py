@@ -201,6 +201,34 @@ def test_letters_of_a_page_stand_in_the_cells_where_they_are_written():
     assert bool((letters_shown(lines, (page.width, page.height + 28)) == UNKNOWN).all())
 
 
+def test_words_of_a_chart_stand_where_matplotlib_writes_them():
+    """Nothing is drawn but text: all ink lies near the letters, and each letter has ink."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
+    from matplotlib.figure import Figure
+
+    plot = RendererAgg.draw_text
+    figure = Figure(figsize=(4.48, 2.8), dpi=100)
+    canvas = FigureCanvasAgg(figure)
+    texts = [(0.1, 0.8, "Sales of 2024"), (0.3, 0.5, "apples"), (0.6, 0.2, "pears: 48.5")]
+    for x, y, text in texts:
+        figure.text(x, y, text, fontsize=15)
+    with recorded() as lines:
+        canvas.draw()
+    assert RendererAgg.draw_text is plot
+    assert [line.text for line in lines] == [text for *_, text in texts]
+    ink = np.asarray(canvas.buffer_rgba())[..., 0] < 128
+    assert ink.shape[::-1] == lines[0].size == (448, 280)
+    cells = letters_shown(lines, (448, 280)).reshape(10, 16, CELL_ROWS, CELL_COLUMNS).transpose(0, 2, 1, 3)
+    cells = cells.reshape(20, 112)
+    near = np.zeros_like(ink)
+    for row, column in np.argwhere(cells > 0).tolist():
+        part = np.s_[max(0, (row - 1) * 14) : (row + 2) * 14, max(0, column * 4 - 8) : column * 4 + 12]
+        near[part] = True
+        assert ink[part].any()
+    assert not (ink & ~near).any()
+    assert (cells > 0).sum() > 0.85 * sum(len(text.replace(" ", "")) for *_, text in texts)
+
+
 def test_packed_letters_are_those_of_the_token(model, tokenizer):
     letters = np.arange(30 * CELLS, dtype=np.int64).reshape(30, CELLS) % LETTERS
     packer = Packer(LIMITS, ["whole"])

@@ -6,9 +6,12 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.font_manager import findfont
 from numpy.typing import NDArray
 from PIL import ImageDraw, ImageFont
 from transformers import PreTrainedTokenizerFast
@@ -22,6 +25,7 @@ NO_LETTER, UNKNOWN = 0, 255
 _FIRST, _LAST = "!", "~"
 _OTHER = ord(_LAST) - ord(_FIRST) + 2
 LETTERS = _OTHER + 1
+_POINTS = 72  # in an inch
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,31 @@ class Line:
 
 @contextmanager
 def recorded() -> Iterator[list[Line]]:
-    """Lines that Pillow writes meanwhile, in their order."""
+    """Lines that Pillow and matplotlib write meanwhile, in their order; of matplotlib's those that are level."""
     lines: list[Line] = []
-    write = ImageDraw.ImageDraw.text
+    write, plot = ImageDraw.ImageDraw.text, RendererAgg.draw_text
 
-    def recording(self: ImageDraw.ImageDraw, xy: Any, text: str, *args: Any, **kwargs: Any) -> None:
+    def written(self: ImageDraw.ImageDraw, xy: Any, text: str, *args: Any, **kwargs: Any) -> None:
         lines.append(Line(self.im.size, tuple(xy), text, kwargs["font"], kwargs.get("anchor") or "la"))
         write(self, xy, text, *args, **kwargs)
 
-    ImageDraw.ImageDraw.text = recording  # type: ignore[method-assign]
+    def plotted(self: Any, gc: Any, x: float, y: float, text: str, prop: Any, angle: float, **kwargs: Any) -> None:
+        if angle == 0:
+            size = (round(self.width), round(self.height))
+            font = _font(findfont(prop), prop.get_size_in_points() * self.dpi / _POINTS)
+            lines.append(Line(size, (x, y), text, font, "ls"))
+        plot(self, gc, x, y, text, prop, angle, **kwargs)
+
+    ImageDraw.ImageDraw.text, RendererAgg.draw_text = written, plotted  # type: ignore[method-assign]
     try:
         yield lines
     finally:
-        ImageDraw.ImageDraw.text = write  # type: ignore[method-assign]
+        ImageDraw.ImageDraw.text, RendererAgg.draw_text = write, plot  # type: ignore[method-assign]
+
+
+@lru_cache(maxsize=64)
+def _font(path: str, size: float) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(path, size)
 
 
 def pieces_shown(
