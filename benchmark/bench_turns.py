@@ -52,7 +52,7 @@ class Asked:
     second: float
     tokens_again: float
     features_bytes: float
-    visual_tokens: float
+    visual_tokens: float  # what the image has, as the second call finds it, averaged over the layers' inputs
 
 
 def conversations(n: int) -> Iterator[tuple[Any, Question, Question]]:
@@ -121,18 +121,20 @@ def run(model: Any, processor: Any, n: int, state: Any, turns: str) -> list[Aske
     found, asked = [], list(conversations(n))
     for start in range(0, n, _BATCH):
         images, first, second = zip(*asked[start : start + _BATCH], strict=True)
-        chats, before = Chats(model, processor), [float("nan")] * len(images)
+        chats, before, of_first = Chats(model, processor), [float("nan")] * len(images), None
         if turns == ALONE:
             answers = chats.ask([one.text for one in second], images)
         else:
             answers = chats.ask([one.text for one in first], images)
+            of_first = None if state is None else state.report
             before = [scored(answer, one) for answer, one in zip(answers, first, strict=True)]
             answers = chats.ask([one.text for one in second])
         after = [scored(answer, one) for answer, one in zip(answers, second, strict=True)]
         costs = (0.0, 0.0, float("nan"))
         if state is not None:
             report = state.report
-            costs = (report.n_refreshed / len(images), report.features_bytes / len(images), report.average_in)
+            with_image = report if report.samples or of_first is None else of_first
+            costs = (report.n_refreshed / len(images), report.features_bytes / len(images), with_image.average_in)
         found += [Asked(one.task, *scores, *costs) for one, *scores in zip(second, before, after, strict=True)]
     return found
 

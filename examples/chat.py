@@ -59,6 +59,6 @@ chat = Chat(model, processor)
 print(chat.ask("Read the number on the blue card.", draw_scene(8).image))
 print(chat.ask("Read the number on the orange card."))
 print(chat.ask("List all cards.", draw_scene(9).image))  # the bundled model was trained on single questions
-print(state.report)  # of the last turn with an image
+print(state.report)  # of the last turn
 lengths = [layer.keys.shape[-2] for layer in chat.cache.layers]
 print(f"cached tokens per layer: {lengths}, of {chat.tokens.shape[1] - 1}")

@@ -63,6 +63,8 @@ def check(report, said):
     """What every failed report says wherever it is read."""
     assert report.failed == said
     assert str(report).startswith(f"failed: {said}\nas far as it came:\n")
+    assert ("the prompt was not finished" in str(report)) != report.prompt_finished
+    assert ("at the end" in str(report)) == report.prompt_finished
     assert json.loads(report.to_json())["failed"] == said
     assert Report.from_dict(report.to_dict()) == report
 
@@ -101,6 +103,9 @@ def test_in_a_selector(engine, path, error, said, at):
     assert state.report.path == path
     assert [len(sample.stages) for sample in state.report.samples] == [at // 2, (at - 1) // 2]
     assert (state.report.flops.dense, state.report.flops.sparse, state.report.kv_bytes.sparse) == (0, 0, 0)
+    assert (state.report.prompt_finished, state.report.final_tokens) == (False, 0)
+    target = OPTIONS["target_layers"][(at - 1) // 2]
+    assert [row["layer"] for row in state.report.layer_rows()] == [*range(target)]
     model.generate(**inputs, **GREEDY)
     assert state.report.failed is None
     assert state.report.flops.sparse > 0
@@ -211,10 +216,10 @@ def test_visual_tokens_have_the_same_name_and_meaning_in_a_report_and_in_a_total
     model.generate(**make_inputs(*PROMPTS["one image"]), **GREEDY)
     report = state.report
     total = ReportTotal.of([report, report, report])
-    for name in ("n_visual", "average_in", "average_out"):
+    for name in ("n_visual", "average_in", "average_out", "final_tokens"):
         assert getattr(total, name) == pytest.approx(getattr(report, name))
         assert total.to_dict()[name] == pytest.approx(report.to_dict()[name])
-    assert total.n_visual_sum == 3 * report.n_visual
+    assert (total.n_visual_sum, total.final_tokens_sum) == (3 * report.n_visual, 3 * report.final_tokens)
     assert ReportTotal.of([]).n_visual == 0.0
 
 
@@ -223,5 +228,6 @@ def test_a_report_of_an_older_release_did_not_fail():
     state = apply_sparsevlm(model, **OPTIONS)
     model.generate(**make_inputs(*PROMPTS["one image"]), **GREEDY)
     data = state.report.to_dict()
-    del data["failed"]
+    for name in ("failed", "prompt_finished", "past_kv_bytes"):
+        del data[name]
     assert Report.from_dict(data) == state.report

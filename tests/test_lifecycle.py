@@ -315,7 +315,6 @@ def test_decode_time_is_the_models_not_the_users():
     time.sleep(1.0)
     turn = torch.cat([first.sequences, torch.tensor([[5, 6, 7]])], dim=1)
     model.generate(input_ids=turn, past_key_values=first.past_key_values, max_new_tokens=3)
-    assert state.report.n_visual == 24  # the same conversation
     assert state.report.wall_ms["decode"] < 900
 
 

@@ -94,7 +94,7 @@ class Generate:
 
     def _run(self, arguments: dict[str, Any], *, is_nested: bool) -> Any:
         session, given = self._session, arguments
-        session.expect_images(arguments)
+        session.begin_attempt(arguments)
         wants_engine = session.wants_engine
         settings = compat.GenerationSettings(session.adapter.model, arguments)
         session.copies = settings.copies
@@ -110,7 +110,7 @@ class Generate:
             if call is not None:
                 with contextlib.suppress(UnsupportedByEngineError):
                     return self._prepare(call.arguments, modes, self._engine.run, call)
-                session.expect_images(given)
+                session.begin_attempt(given)
                 if modes.get("streamer") is not None:
                     modes["streamer"] = _WithoutPrompt(modes["streamer"])
             session.plain_reason = self._engine.reason

@@ -12,6 +12,7 @@ from typing import Any
 from .report_total import Cost, ReportTotal, Summable
 
 REPORT_VERSION = 1
+_NOTHING = Cost(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class SampleReport:
     layer_tokens : tuple of int
         Visual tokens at each decoder layer's input.
     final_tokens : int
-        Visual tokens that left the last layer.
+        Visual tokens that left the last layer; 0 where the prompt was not finished.
     visual_positions : tuple of int
         Prompt positions of the visual tokens, padding included.
     grids : tuple of (t, h, w)
@@ -108,6 +109,8 @@ class SampleReport:
 class Report:
     """The last request of a model under SparseVLM; :meth:`ReportTotal.of` sums several.
 
+    A call of ``generate`` is a request, with images or without, on a kept cache as well.
+
     Attributes
     ----------
     model, selector : str
@@ -118,9 +121,11 @@ class Report:
         Why the request as a whole was left dense.
     samples : tuple of SampleReport
     flops : Cost
-        Estimated FLOPs of the decoder's prefill (projections, MLP, attention), head and vision tower excluded.
+        Estimated FLOPs of the decoder's prefill (projections, MLP, attention), head and vision tower excluded. On a
+        kept cache it is of the new tokens, whose attention to what was dropped before counts as well.
     kv_bytes : Cost
-        Bytes of the cached keys and values after prefill, padding included.
+        Bytes of the cached keys and values after prefill, padding included. A cache is counted as a whole: of a turn on
+        a kept one with all that earlier turns have left, which is ``past_kv_bytes``.
     kv_note : str or None
         Where the cache keeps dropped tokens' memory (static buffers), it is said here.
     wall_ms : dict
@@ -138,7 +143,11 @@ class Report:
     text_note : str or None
         Where the choice has read text, and nothing tells the user's from the chat template's, it is said here.
     failed : str or None
-        The error that ended the request. The rest tells how far it came; the costs of an unfinished prompt are 0.
+        The error that ended the request. The rest tells how far it came.
+    prompt_finished : bool
+        Whether all layers have run over the prompt; where not, its costs are 0, and so are its ``final_tokens``.
+    past_kv_bytes : Cost
+        Bytes of the cache as the request found it, likewise; 0 of an empty one.
     """
 
     model: str
@@ -158,6 +167,8 @@ class Report:
     n_refreshed: int = 0
     features_bytes: int = 0
     text_note: str | None = None
+    prompt_finished: bool = True
+    past_kv_bytes: Cost = _NOTHING
 
     @property
     def average_in(self) -> float:
@@ -200,13 +211,17 @@ class Report:
         return dataclasses.replace(self, samples=tuple(samples))
 
     def layer_rows(self) -> list[dict[str, Any]]:
-        """One row per decoder layer: visual tokens in, kept, recycled (means over samples) and skip reasons."""
+        """One row per decoder layer: visual tokens in, kept, recycled (means over samples) and skip reasons.
+
+        Of an unfinished prompt, the layers before the last one that it has entered.
+        """
         if not self.samples:
             return []
         rows = []
         by_layer = [{stage.layer: stage for stage in sample.stages} for sample in self.samples]
         first = -1 if any(-1 in stages for stages in by_layer) else 0
-        for layer in range(first, min(len(sample.layer_tokens) for sample in self.samples)):
+        n_entered = min(len(sample.layer_tokens) for sample in self.samples)
+        for layer in range(first, n_entered if self.prompt_finished else n_entered - 1):
             stages = [found[layer] for found in by_layer if layer in found]
             row: dict[str, Any] = {"layer": layer, "target": bool(stages)}
             if layer >= 0:
@@ -257,12 +272,14 @@ class Report:
         try:
             samples = tuple(_sample_from_dict(sample) for sample in data["samples"])
             # reports of older releases do not say it
-            data = {**{f.name: f.default for f in dataclasses.fields(cls) if f.default is not MISSING}, **data}
+            older = {f.name: f.default for f in dataclasses.fields(cls) if f.default is not MISSING}
+            data = {**older, "past_kv_bytes": dataclasses.asdict(_NOTHING), **data}
             values = {f.name: data[f.name] for f in dataclasses.fields(cls)}
             values.update(
                 samples=samples,
                 flops=Cost(**data["flops"]),
                 kv_bytes=Cost(**data["kv_bytes"]),
+                past_kv_bytes=Cost(**data["past_kv_bytes"]),
                 logit_positions=tuple(tuple(row) for row in data["logit_positions"]),
             )
         except (KeyError, TypeError) as error:
@@ -281,8 +298,7 @@ class Report:
     def total(self) -> ReportTotal:
         """The summable part of this report; of one that failed, that it did."""
         if self.failed is not None:
-            nothing = Cost(0.0, 0.0)
-            return ReportTotal(1, 0, 0, 0.0, 0.0, nothing, nothing, {}, 0, 0, 0, n_failed=1)
+            return ReportTotal(1, 0, 0, 0.0, 0.0, _NOTHING, _NOTHING, {}, 0, 0, 0, n_failed=1)
         return ReportTotal(
             n_requests=1,
             n_samples=len(self.samples),
@@ -290,11 +306,12 @@ class Report:
             average_in_sum=sum(sample.average_in for sample in self.samples),
             average_out_sum=sum(sample.average_out for sample in self.samples),
             flops=self.flops,
-            kv_bytes=self.kv_bytes,
+            kv_bytes=self.kv_bytes - self.past_kv_bytes,
             wall_ms=dict(self.wall_ms),
             decode_steps=self.decode_steps,
             n_skipped=int(self.skipped_because is not None),
             n_clamped=int(self.budget_clamped),
+            final_tokens_sum=sum(sample.final_tokens for sample in self.samples),
         )
 
     def __add__(self, other: Summable) -> ReportTotal:
@@ -351,19 +368,7 @@ def _summary_lines(report: Report) -> list[str]:
     lines = [f"{report.model}: selector {report.selector}, path {report.path} ({report.path_reason})"]
     if report.skipped_because:
         lines.append(f"nothing pruned: {report.skipped_because}")
-    if report.samples:
-        lines.append(
-            f"visual tokens per sample: {report.n_visual:.1f} in, average {report.average_in:.1f} (layer inputs), "
-            f"{report.average_out:.1f} (layer outputs), {report.final_tokens:.1f} at the end"
-        )
-    for sample in report.samples:
-        if len(sample.images) > 1 and sample.stages:
-            counts = zip(sample.stages[-1].per_image, sample.images, strict=True)
-            lines.append("visual tokens per image at the end: " + ", ".join(f"{n} of {size}" for n, size in counts))
-    lines.append(
-        f"decoder prefill: {report.flops.sparse / 1e9:.2f} of {report.flops.dense / 1e9:.2f} GFLOP (estimate); "
-        f"KV cache: {report.kv_bytes.sparse / 1e6:.2f} of {report.kv_bytes.dense / 1e6:.2f} MB"
-    )
+    lines.extend(_prompt_lines(report) if report.prompt_finished else _unfinished_lines(report))
     if report.images_cached:
         lines.append(f"images that were kept from earlier calls: {report.images_cached}")
     if report.n_refreshed:
@@ -376,3 +381,27 @@ def _summary_lines(report: Report) -> list[str]:
         lines.append(f"wall: {phases} ({report.decode_steps} decode steps)")
     lines.extend(sample.budget_clamped for sample in report.samples if sample.budget_clamped)
     return lines
+
+
+def _prompt_lines(report: Report) -> list[str]:
+    lines = []
+    if report.samples:
+        lines.append(
+            f"visual tokens per sample: {report.n_visual:.1f} in, average {report.average_in:.1f} (layer inputs), "
+            f"{report.average_out:.1f} (layer outputs), {report.final_tokens:.1f} at the end"
+        )
+    for sample in report.samples:
+        if len(sample.images) > 1 and sample.stages:
+            counts = zip(sample.stages[-1].per_image, sample.images, strict=True)
+            lines.append("visual tokens per image at the end: " + ", ".join(f"{n} of {size}" for n, size in counts))
+    of_before = f", {report.past_kv_bytes.sparse / 1e6:.2f} MB of it from before" if report.past_kv_bytes.sparse else ""
+    lines.append(
+        f"decoder prefill: {report.flops.sparse / 1e9:.2f} of {report.flops.dense / 1e9:.2f} GFLOP (estimate); "
+        f"KV cache: {report.kv_bytes.sparse / 1e6:.2f} of {report.kv_bytes.dense / 1e6:.2f} MB{of_before}"
+    )
+    return lines
+
+
+def _unfinished_lines(report: Report) -> list[str]:
+    n_visual = f"visual tokens per sample: {report.n_visual:.1f} in; " if report.samples else ""
+    return [f"{n_visual}the prompt was not finished"]

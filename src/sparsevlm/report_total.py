@@ -32,6 +32,9 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.dense + other.dense, self.sparse + other.sparse)
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.dense - other.dense, self.sparse - other.sparse)
+
 
 @dataclass(frozen=True)
 class ReportTotal:
@@ -47,13 +50,18 @@ class ReportTotal:
         Visual tokens in the inputs of all samples.
     average_in_sum, average_out_sum : float
         Visual tokens averaged over layer inputs, and over layer outputs, summed over samples.
-    flops, kv_bytes : Cost
+    flops : Cost
         As in :class:`~sparsevlm.Report`, summed over requests.
+    kv_bytes : Cost
+        Bytes of keys and values that the prompts have added to their caches: of a turn on a kept cache, ``kv_bytes``
+        less ``past_kv_bytes``, so that nothing of a chat counts twice.
     wall_ms : dict
         Milliseconds inside the model by phase, as in :class:`~sparsevlm.Report`.
     decode_steps : int
     n_skipped, n_clamped, n_failed : int
         Requests that were left dense as a whole, whose budget could not hold for some sample, and that failed.
+    final_tokens_sum : int
+        Visual tokens that left the last layer, of all samples.
     """
 
     n_requests: int
@@ -68,6 +76,7 @@ class ReportTotal:
     n_skipped: int
     n_clamped: int
     n_failed: int = 0
+    final_tokens_sum: int = 0
 
     @classmethod
     def of(cls, reports: Iterable[Summable]) -> ReportTotal:
@@ -105,14 +114,19 @@ class ReportTotal:
         """Visual tokens per sample averaged over layer outputs."""
         return self.average_out_sum / max(self.n_samples, 1)
 
+    @property
+    def final_tokens(self) -> float:
+        """Visual tokens per sample that left the last layer."""
+        return self.final_tokens_sum / max(self.n_samples, 1)
+
     def total(self) -> ReportTotal:
         """Itself."""
         return self
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain Python values."""
-        averages = {"n_visual": self.n_visual, "average_in": self.average_in, "average_out": self.average_out}
-        return {**dataclasses.asdict(self), **averages}
+        names = ("n_visual", "average_in", "average_out", "final_tokens")
+        return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in names}}
 
     def __add__(self, other: Summable) -> ReportTotal:
         if not isinstance(other, Summable):

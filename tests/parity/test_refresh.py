@@ -81,10 +81,11 @@ def test_it_chooses_for_the_new_question(engine):
     kept = {}
     for turns in ("first", "refresh"):
         chat, cache = begun(engine=engine, selector="sparsevlm", turns=turns)
-        kept["before"] = chat.state.report.samples[0].stages[-1].kept
+        (before,) = chat.state.report.samples
         chat.add([TURNS["text"]], 9)
-        kept[turns] = chat.ask({}, cache), chat.state.report.samples[0].stages[-1].kept
-    assert kept["first"][1] == kept["before"] != kept["refresh"][1]
+        kept[turns] = chat.ask({}, cache), chat.state.report.samples
+    assert kept["first"][1] == ()  # of the text alone
+    assert kept["refresh"][1][0].stages[-1].kept != before.stages[-1].kept
     assert not torch.equal(kept["first"][0].logits[0], kept["refresh"][0].logits[0])
 
 

@@ -276,7 +276,7 @@ class Engine:
         begin = Mark.now(input_ids.device)
         logits = turn.run(self._adapter, self._runner, request, prompt, seen)
         end = Mark.now(input_ids.device)
-        request.add_time("decode" if request.decode_steps else "prefill", begin, end)
+        request.add_time("prefill", begin, end)
         return logits, self._decode(request, prompt, capacity, end, turn)
 
     def _decode(

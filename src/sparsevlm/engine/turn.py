@@ -90,14 +90,7 @@ class Turn:
         return Prompt.of(adapter, self.ids, self.positions, ())
 
     def open_text(self, session: Session) -> Request:
-        """The request that has filled the cache, which goes on, or a new one."""
-        request = session.request
-        if request is not None and request.fills(self.cache):
-            session.take_up(request)
-            reason_of_text(session, self.ids, self.mask)
-            request.begin_decode_step()
-            request.goes_on("engine")
-            return request
+        """Begin the request of a turn of text."""
         request = session.new_request(self.cache, *self.ids.shape)
         request.skip(reason_of_text(session, self.ids, self.mask), [own.shape[0] for own in self.text])
         request.run_on("engine", "packed samples")
@@ -148,9 +141,9 @@ class Turn:
         logits = turn.run(pruned, packed, rows, torch.cat(of_rows, dim=1), late_rows)
         request.forget_embeddings()
         self.rows = turn.rows
-        if not request.finished:
-            per_row = 2 * space.keys[0][0].numel() * space.keys[0].element_size()
-            request.finish(self.cache, (per_row * len(space.keys) * self.mask.numel(), per_row * turn.n_keys))
+        per_row, n_layers = 2 * space.keys[0][0].numel() * space.keys[0].element_size(), len(space.keys)
+        request.count_past((per_row * n_layers * seen.numel(), per_row * turn.n_past))
+        request.finish(self.cache, (per_row * n_layers * self.mask.numel(), per_row * turn.n_keys))
         return logits
 
     def keep(self, request: Request, caches: Sequence[RaggedCache], n_new: int) -> None:

@@ -31,7 +31,7 @@ from .features import exchange_features, kept_readings
 from .late_rows import LateRows
 from .proof import Proof
 from .pruning import ForwardPass, before_layer, gathered_arguments
-from .text_prompt import begin_text, look_at_turn
+from .text_prompt import begin_text
 from .vision_hooks import VisionHooks, bound_arguments
 
 
@@ -188,20 +188,13 @@ class ModelHooks:
     def _begin_dense(self, cache: Any, ids: Tensor, inputs: Mapping[str, Any]) -> None:
         """A pass without pixels: a decode step, a turn of text, or a prompt of text."""
         self._forward = ForwardPass(cache, is_flash=self._is_flash)
-        request = self._session.request
-        if request is not None and request.fills(cache) and (ids.shape[1] == 1 or int(cache.get_seq_length()) > 0):
-            self._session.take_up(request)
-            if ids.shape[1] > 1:
-                look_at_turn(self._session, int(cache.get_seq_length()), ids, inputs)
+        if (request := self._session.going_on(cache, ids)) is not None:
             request.begin_decode_step()
             request.goes_on("plain")
-            return
-        running = self._session.running
-        has_own = running is not None and (running.samples or running.cache is not None)
-        if self._session.in_generate and has_own:
+        elif (running := self._session.running) is not None and running.finished:
             self._forward.is_beside = True  # such as the pass without the prompt under guidance_scale
-            return
-        begin_text(self._session, cache, ids, inputs)
+        else:
+            begin_text(self._session, cache, ids, inputs)
 
     def _before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._proof is not None:

@@ -14,7 +14,7 @@ _ENCODED = "image_hidden_states"  # features by another name, which some models 
 
 
 def begin_text(session: Session, cache: Any, ids: Tensor, inputs: Mapping[str, Any]) -> None:
-    """Begin the request of a prompt of text, or of a later turn on a cache that no request has filled.
+    """Begin the request of a prompt of text, or of a turn of text on a kept cache.
 
     Parameters
     ----------
@@ -34,6 +34,8 @@ def begin_text(session: Session, cache: Any, ids: Tensor, inputs: Mapping[str, A
         request.skip("image_hidden_states without pixels, which are not followed", n_valid)
         return
     if ids.ndim == 2:
+        if session.in_generate and cache is None:
+            request.comes_again(ids)
         request.skip(reason_of_text(session, *_given(session, request.past_len, ids, attention_mask)), n_valid)
         return
     request.skip("inputs_embeds without pixels, which do not tell of visual tokens", n_valid)
@@ -44,17 +46,10 @@ def begin_text(session: Session, cache: Any, ids: Tensor, inputs: Mapping[str, A
     )
 
 
-def look_at_turn(session: Session, past_len: int, ids: Tensor, inputs: Mapping[str, Any]) -> None:
-    """Warn of placeholders without pixels among the tokens of a later turn, (batch, q_len), of ``generate``."""
-    if session.in_generate and session.is_first_pass and ids.ndim == 2 and inputs.get(_ENCODED) is None:
-        reason_of_text(session, *_given(session, past_len, ids, inputs.get("attention_mask")))
-
-
 def _given(session: Session, past_len: int, ids: Tensor, mask: Any) -> tuple[Tensor, Any]:
-    """What a call was given of the tokens of its pass, without what it has generated or guessed, and their mask."""
+    """What a call was given of the tokens of its first pass, without what it has guessed, and their mask."""
     n_new = session.n_given - past_len
-    may_hold_more = session.in_generate and (session.is_drafting or not past_len)
-    if not may_hold_more or not 0 < n_new < ids.shape[1]:
+    if not session.is_drafting or not 0 < n_new < ids.shape[1]:
         return ids, mask
     if isinstance(mask, Tensor) and mask.ndim == 2:
         mask = mask[:, : mask.shape[1] - (ids.shape[1] - n_new)]

@@ -90,6 +90,7 @@ def dense_total(n_visual: Sequence[int], counted: Sequence[bool]) -> ReportTotal
         decode_steps=0,
         n_skipped=0,
         n_clamped=0,
+        final_tokens_sum=sum(counts),
     )
 
 

@@ -27,8 +27,7 @@ def make_report(adapter: ModelAdapter, request: Request, *, knows_template: bool
     request.settle()
     samples = tuple(_sample_report(request, sample) for sample in request.samples)
     dense = sparse = 0.0
-    is_broken_off = request.failed is not None and not request.finished
-    for b, n_valid in enumerate(() if is_broken_off else request.n_valid):
+    for b, n_valid in enumerate(request.n_valid if request.finished else ()):
         per_sample = prefill_flops(adapter, [n_valid] * adapter.n_layers, request.past_len, request.n_last)
         dense += per_sample
         if request.samples and len(request.samples[b].layer_tokens) == adapter.n_layers:
@@ -47,11 +46,13 @@ def make_report(adapter: ModelAdapter, request: Request, *, knows_template: bool
         samples=samples,
         flops=Cost(dense, sparse),
         kv_bytes=Cost(*map(float, request.kv_bytes)),
+        past_kv_bytes=Cost(*map(float, request.past_bytes)),
         kv_note=request.kv_note,
         wall_ms=request.clock.milliseconds(),
         decode_steps=request.decode_steps,
         logit_positions=rows,
         failed=request.failed,
+        prompt_finished=request.finished,
         images_cached=request.images_cached,
         n_refreshed=request.n_refreshed,
         features_bytes=request.kept_bytes,
@@ -73,7 +74,7 @@ def _sample_report(request: Request, sample: Sample) -> SampleReport:
         n_visual=sample.visual.shape[0],
         n_text=sample.other.shape[0],
         layer_tokens=tokens,
-        final_tokens=sample.alive.shape[0],
+        final_tokens=sample.alive.shape[0] if request.finished else 0,
         visual_positions=tuple(sample.visual.tolist()),
         grids=sample.grids,
         views=sample.views,

@@ -54,6 +54,8 @@ class Request:
         Of such a step, the request that it goes on with: what that one has chosen holds.
     selections : dict
         What was chosen by target layer, for such steps.
+    kv_bytes, past_bytes : tuple of int
+        Bytes of keys and values, dense and as they are: of the cache after the prompt, and as the request found it.
     path, path_reason : str
         Which implementation runs, and why.
     failed : str, optional
@@ -96,6 +98,7 @@ class Request:
     first: Request | None = None
     selections: dict[int, list[Selection | None]] = field(default_factory=dict)
     kv_bytes: tuple[int, int] = (0, 0)
+    past_bytes: tuple[int, int] = (0, 0)
     kv_note: str | None = None
     path: str = "plain"
     path_reason: str = "hooks on the model's own modules"
@@ -181,6 +184,10 @@ class Request:
         """Note the bytes of the prompt's keys and values, as they would be dense and as they are."""
         self.kv_bytes = kv_bytes
 
+    def count_past(self, past_bytes: tuple[int, int]) -> None:
+        """Note the bytes of the keys and values that it found in the cache, likewise."""
+        self.past_bytes = past_bytes
+
     def settle_later(self, bring_up_to_date: Callable[[], None]) -> None:
         """Leave samples and records as they are until somebody asks: what they have to say is on the device."""
         self.unsettled = bring_up_to_date
@@ -230,9 +237,9 @@ class Request:
         self.kept_bytes = n_bytes
 
     def goes_on(self, path: str) -> None:
-        """Note the path that a later turn runs on, if it is another."""
+        """Note the path that later steps run on, if it is another."""
         if path != self.path:
-            self.remark(f"; a later turn on the path {path}")
+            self.remark(f"; later steps on the path {path}")
 
     def clamp(self, sample: Sample, reason: str) -> None:
         """Note that a floor of a sample, or what a floor was put in the place of, could not hold.

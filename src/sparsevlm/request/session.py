@@ -11,7 +11,9 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-from ..compat import tensor_parallel_group
+from torch import Tensor
+
+from ..compat import cache_of, is_draft, tensor_parallel_group
 from ..config import SparseVLMConfig
 from ..models import ModelAdapter
 from ..selection.budget import below_min_keep
@@ -21,6 +23,7 @@ from ..selection.selectors import make_selector
 from ..template import Template
 from .feature_exchange import FeatureExchange
 from .inputs import check_mask
+from .kv_cache import cache_bytes
 from .lock import GenerationLock
 from .options import Options
 from .request import Request
@@ -79,7 +82,7 @@ class Session:
         self.given: Mapping[str, Any] = {}
         self.exchange: FeatureExchange | None = None
         self.in_generate = self.is_drafting = self._is_open = self._expects_images = False
-        self._n_overrides, self._n_passes, self._warned = 0, 0, set[str]()
+        self._n_overrides, self._warned = 0, set[str]()
         self._current: Request | None = None
         self._base = Options.of(adapter, config)
         self.warn_unused(config, [] if config.preset else [f.name for f in dataclasses.fields(config)])
@@ -179,13 +182,25 @@ class Session:
         )  # fmt: skip
         if self.plain_reason:
             request.remark(f" ({self.plain_reason})")
+        if past_len:
+            request.count_past(cache_bytes(cache.layers[: self.adapter.n_layers], past_len))
         self._current, self._is_open = request, True
         return request
 
-    def take_up(self, request: Request) -> None:
-        """Let the running call go on with the request of an earlier one, whose cache it was given."""
+    def going_on(self, cache: Any, ids: Tensor) -> Request | None:
+        """The request that tokens without images, (batch, q_len), are a step of; ``None``: of none.
+
+        In ``generate`` that is the one that the same call has begun. Outside, one token is a step of the last request,
+        and several are a turn of their own.
+        """
+        request = self.running if self.in_generate or ids.shape[1] > 1 else self._current
+        if request is None or not request.finished:
+            return None
+        if not request.fills(cache) and not (cache is None and request.continues_in(ids)):
+            return None
         if not self._is_open:
-            self._current, self._is_open, request.failed = request, True, None
+            self._is_open, request.failed = True, None
+        return request
 
     def _make_request(self, q_len: int, past_len: int, batch: int, **more: Any) -> Request:
         """Request under the options in force, from now on the last one of the calling context."""
@@ -249,9 +264,19 @@ class Session:
     def begin_call(self, plain_reason: str = "") -> None:
         """Begin a call of ``generate``, or a direct one; ``plain_reason`` tells why the engine does not run it."""
         self.plain_reason, self.copies = plain_reason, 1
-        self.n_given = self._n_passes = 0
+        self.n_given = 0
         self.is_drafting = self._is_open = self._expects_images = False
         self.given, self.exchange = {}, None
+
+    def begin_attempt(self, arguments: Mapping[str, Any]) -> None:
+        """Begin to run a call of ``generate``, on the engine or on hooks: its first pass begins a request.
+
+        What the engine has begun before it left the call to the hooks is given up. Rounds of drafts are one answer, and
+        so one request.
+        """
+        self.expect_images(arguments)
+        last = self._current
+        self._is_open = last is not None and is_draft(arguments) and last.fills(cache_of(arguments))
 
     def expect_images(self, arguments: Mapping[str, Any]) -> None:
         """Note the arguments of the running call, and whether images or videos are among them, under whatever name
@@ -284,7 +309,7 @@ class Session:
             Whether another call goes on around it: what belongs to that one comes back at the end.
         """
         names = (
-            *("_current", "_is_open", "_expects_images", "is_drafting", "n_given", "_n_passes"),
+            *("_current", "_is_open", "_expects_images", "is_drafting", "n_given"),
             *("plain_reason", "copies", "in_generate", "given", "exchange"),
         )
         before = {name: getattr(self, name) for name in names}
@@ -303,11 +328,6 @@ class Session:
                 if self._current is not None and self._is_open:
                     self._make_last(self._current, self._innermost)
 
-    @property
-    def is_first_pass(self) -> bool:
-        """Tells whether the running call's first pass of the model runs."""
-        return self._n_passes == 1
-
     def check_images_found(self, inputs: Mapping[str, Any], found: bool) -> None:
         """Refuse to go on dense where the call was given images and its first pass shows none.
 
@@ -315,7 +335,6 @@ class Session:
         ------
         RuntimeError
         """
-        self._n_passes += 1
         expects, self._expects_images = self._expects_images, False
         if expects and not found:
             raise RuntimeError(

@@ -100,8 +100,8 @@ class SecondTurn:
     ----------
     rows : list of Tensor of shape (n_new,), int64
         By layer, the turn's own among its packed keys.
-    n_keys : int
-        Keys of all layers.
+    n_keys, n_past : int
+        Keys of all layers, and those of the past among them.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class SecondTurn:
         self._tables = [getattr(layer, "table", None) for layer in self._layers]
         self._past = {table: PastRows.of(table, seen) for table in set(self._tables)}
         self.rows: list[Tensor] = []
-        self.n_keys = 0
+        self.n_keys = self.n_past = 0
 
     def run(
         self, request: Request | None, packed: PackedRows, embeds: Tensor, positions: Tensor, late: Sequence[Tensor]
@@ -174,6 +174,7 @@ class SecondTurn:
         space, keys = self._space, self._keys(layer_idx, stage)
         self.rows.append(keys.new)
         self.n_keys += keys.packed.n_rows
+        self.n_past += keys.past.shape[0]
         space.layer_cu_seqlens[layer_idx] = keys.cu_seqlens[-1]
         space.layer_cu_seqlens[layer_idx, : keys.cu_seqlens.shape[0]] = keys.cu_seqlens
         if is_read:
