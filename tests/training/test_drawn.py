@@ -24,9 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from training.drawn.conversations import encode, patches_of, windows_of
 from training.drawn.forward import PackedForward
 from training.drawn.packing import Limits, Packed, Packer, empty
-from training.drawn.reading import READING, draw_reading, words_of
+from training.drawn.reading import READING, draw_reading
 from training.drawn.stream import DrawnBatches, parse_drawn, stream
 from training.drawn.tasks import DrawnTasks, LetterReadout, shown_loss
+from training.drawn.vocabulary import vocabulary
 from training.drawn.written import (
     CELL_COLUMNS,
     CELL_ROWS,
@@ -43,7 +44,7 @@ from training.sequences import IGNORE
 
 SIDE = 4
 LIMITS = Limits(800, SIDE, longest=160)
-WORDS = words_of(["some words to write on a page, of no meaning", "with others behind them"])
+WORDS = vocabulary(["some words to write on a page, of no meaning", "with others behind them"])
 
 
 @pytest.fixture(scope="module")

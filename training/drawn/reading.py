@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from PIL import Image
 
@@ -16,14 +15,8 @@ from sparsevlm.material.words import date
 
 READING = "reading"
 _COLUMNS, _ROWS = (8, 22), (5, 16)  # of visual tokens
-_WORD = re.compile(r"\b[a-z]{2,12}\b")
 _MOST_ENTRIES = 14
 _WHOLE_LINES = 8  # a text of so many lines is read as a whole
-
-
-def words_of(texts: Iterable[str]) -> list[str]:
-    """Different words of texts, in alphabetical order."""
-    return sorted({word for text in texts for word in _WORD.findall(text)})
 
 
 def draw_reading(words: Sequence[str], seed: int, turns: int) -> Example:

@@ -15,11 +15,13 @@ from sparsevlm.material import FAMILIES, TRAINING, Example, check_packages, draw
 from training.drawn.conversations import Conversation, encode
 from training.drawn.packing import Limits, Packed, Packer, empty
 from training.drawn.reading import READING, draw_reading
+from training.drawn.vocabulary import any_words
 from training.drawn.written import letters_shown, pieces_shown, recorded
 from training.groups import first_seed, parse_counts
 
 _PASSED_OVER = 4  # conversations that do not fit before a batch is closed
 _BATCHES_AHEAD = 3  # by each process
+_KNOWN = 0.2  # of the tasks show the words that their lists have
 _PIECES = 150  # of text on a picture that its visual tokens are asked for
 
 
@@ -75,7 +77,7 @@ class DrawnBatches(IterableDataset):
     tokenizer : PreTrainedTokenizerFast
     limits : Limits
     words : sequence of str
-        What pages to read are made of.
+        What pages to read are made of, and most other tasks show.
     questions : int
         About a picture, at most.
     seed : int
@@ -129,7 +131,11 @@ class DrawnBatches(IterableDataset):
         family = rng.choices(self._mix.families, list(self._mix.shares.values()))[0]
         if family == READING:
             return draw_reading(self._words, seed, self._questions)
-        return draw(family, rng.choice(self._mix.tasks(family)), seed, TRAINING, self._questions)
+        arguments = (family, rng.choice(self._mix.tasks(family)), seed, TRAINING, self._questions)
+        if rng.random() < _KNOWN:
+            return draw(*arguments)
+        with any_words(rng, self._words):
+            return draw(*arguments)
 
 
 class _Shared(IterableDataset):

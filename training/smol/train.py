@@ -9,9 +9,9 @@ import torch
 
 from sparsevlm.smol.decoder import Decoder
 from training.drawn.packing import Limits
-from training.drawn.reading import words_of
 from training.drawn.stream import DrawnBatches, parse_drawn, stream
 from training.drawn.tasks import DrawnTasks
+from training.drawn.vocabulary import vocabulary
 from training.evaluate import evaluate
 from training.groups import TOKEN
 from training.replay import TextReplay, perplexity
@@ -81,8 +81,8 @@ def train(
 def _drawn_tasks(smol: SmolModel, settings: SmolSettings, texts: Sequence[str]) -> DrawnTasks:
     mix = parse_drawn(settings.drawn, settings.photographs)
     limits = Limits(settings.drawn_tokens, smol.model.model.visual.window_size // TOKEN, settings.drawn_longest)
-    words = words_of(texts)
-    batches = DrawnBatches(mix, smol.tokenizer, limits, words, settings.drawn_questions, settings.seed)
+    words, seed = vocabulary(texts), settings.seed
+    batches = DrawnBatches(mix, smol.tokenizer, limits, words, settings.drawn_questions, seed)
     ready = stream(batches, settings.drawn_workers)
     ahead, weight = settings.draw_ahead, settings.drawn_weight
     return DrawnTasks(smol.model, ready, limits, mix.families, ahead, weight, settings.compiled)

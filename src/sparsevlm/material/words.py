@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from .splits import part
+from .splits import EVALUATION, part
 
 _LISTS = {
     "given": (
@@ -107,6 +107,11 @@ def words(kind: str, split: str) -> tuple[str, ...]:
     split : str
     """
     return part(_LISTS[kind], split)
+
+
+def held_out() -> tuple[str, ...]:
+    """All words that evaluation alone has."""
+    return tuple(word for kind in _LISTS for word in words(kind, EVALUATION))
 
 
 def word(rng: random.Random, kind: str, split: str) -> str:
