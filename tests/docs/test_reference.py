@@ -19,8 +19,7 @@ def lists():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_list_is_what_the_docstrings_say(page, lists):
-    """Written anew by ``python -m benchmark.reference_lists``."""
-    assert lists.with_list(read(page)) == read(page)
+    assert lists.with_list(read(page)) == read(page), "run python -m benchmark.reference_lists"
     table, directives = read(page).split("<!-- end of names -->")
     named = set(re.findall(r"^\| \[`([\w.]+)`\]", table, re.MULTILINE))
     assert named == set(re.findall(r"^::: (.*)$", directives, re.MULTILINE))
