@@ -30,6 +30,15 @@ REASONS = {
     "needs Ray",
     "takes minutes",
 }
+# What pages say that their code prints, in this order.
+PRINTS = {
+    "docs/turns.md": [
+        "354\n",
+        "the inputs bring image features",
+        "leave out pixel_values and image_grid_thw",
+        "780\n742\n",
+    ]
+}
 CODE = [document for document in DOCUMENTS if any(block.language in ("python", "bash") for block in blocks(document))]
 PYTHON = [document for document in DOCUMENTS if any(block.language == "python" for block in blocks(document))]
 
@@ -51,7 +60,7 @@ def logged():
 
 
 @pytest.mark.parametrize("document", CODE, ids=name_of)
-def test_code_runs_from_top_to_bottom(document, tmp_path, monkeypatch, logged):
+def test_code_runs_from_top_to_bottom(document, tmp_path, monkeypatch, logged, capsys):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__main__"}
     for block in blocks(document):
@@ -66,6 +75,10 @@ def test_code_runs_from_top_to_bottom(document, tmp_path, monkeypatch, logged):
                 for line in block.code.splitlines():
                     run_command(shlex.split(line, comments=True))
     assert [text for record in logged if "deprecated" in (text := record.getMessage())] == []
+    printed = capsys.readouterr().out
+    for text in PRINTS.get(name_of(document), ()):
+        _, found, printed = printed.partition(text)
+        assert found, f"not printed, or not in this order: {text}"
 
 
 def ray_is_there():

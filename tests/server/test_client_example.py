@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +35,27 @@ def test_the_code_of_the_page(live, capsys):
     for block in blocks[:2]:
         exec(block.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{live.port}"), namespace)
     assert capsys.readouterr().out.startswith("354 ")
+
+
+def test_the_shell_commands_of_the_page(live, tmp_path):
+    """The answer whole and as a stream, each with what was kept."""
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^<!-- not run: needs a server -->\n```bash\n(.*?)^```", page, re.DOTALL | re.M)
+    (tmp_path / "page.sh").write_text(block.replace("http://127.0.0.1:8000", f"http://127.0.0.1:{live.port}"))
+    folders = os.pathsep.join((os.path.dirname(sys.executable), os.environ["PATH"]))  # its `python` is this one
+    shell = {**os.environ, "PATH": folders, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        ["bash", "-e", "page.sh"], cwd=tmp_path, env=shell, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    whole, _, stream = done.stdout.partition("data: ")
+    answer = json.loads(whole)
+    assert answer["choices"][0]["message"]["content"] == "354"
+    *chunks, end = [line.removeprefix("data: ") for line in stream.splitlines() if line]
+    chunks = [json.loads(chunk) for chunk in chunks]
+    assert end == "[DONE]"
+    assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "354"
+    assert answer["sparsevlm"]["visual_tokens_kept"] == chunks[-1]["sparsevlm"]["visual_tokens_kept"] == 63.5
 
 
 def test_the_defaults_of_the_page_are_those_of_the_command():
