@@ -277,6 +277,7 @@ def test_vllm_is_measured_of_models_whose_processors_are_at_hand(model, is_measu
             ["--model", "8b"],
             "8b (did you mean '7b'?) is neither a shape, a folder nor a hub id (owner/name); shapes",
         ),
+        (["--model", "smol"], "the weights of smol are not in"),
         (["--model", "zebra"], "shapes are 7b, 3b, qwen3-vl-8b, llava-1.5-7b, internvl3-8b, tiny"),
         (["--cases", "v9"], "there is no case v9; there are v256-b1-n1"),
         (["--keep", "1.5"], "must be fractions between 0 and 1"),
@@ -286,7 +287,8 @@ def test_vllm_is_measured_of_models_whose_processors_are_at_hand(model, is_measu
         (["--append-to", "rows.txt"], "must end in .csv"),
     ],
 )
-def test_mistakes(arguments, message):
+def test_mistakes(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = call(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr
