@@ -23,6 +23,7 @@ LEVELS = {
     "report_total": 0,
     "collision": 0,
     "error_notes": 0,
+    "cores": 0,
     "compat": 0,
     "template": 0,
     "scenes": 0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,18 +52,21 @@ def test_rows():
     )
     assert seen == [(SMALL, len(rows))]
     assert all(tuple(row) == COLUMNS for row in rows)
-    on_engine = ("ours-dense", "ours", "ours-vision", "ours-sparsevlm", "ours-random")
-    assert {row["provider"] for row in rows} == {"hf-dense", "ours-default", *on_engine}
+    on_engine, on_hooks = ("ours-engine", "ours-vision"), ("ours-dense", "ours", "ours-sparsevlm", "ours-random")
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    assert names[:2] == ["hf-dense", "ours-default"], "the user's own call, next to transformers"
+    assert set(names[2:]) == {*on_engine, *on_hooks}
     by = {(row["provider"], row["phase"], row["metric"]): row for row in rows}
-    for provider in ("hf-dense", *on_engine):
+    for provider in names:
         total, first = by[provider, "total", "ms"], by[provider, "first_token", "ms"]
         assert float(total["p20"]) <= float(total["p50"]) <= float(total["p80"])
         assert 0 < float(first["p50"]) < float(total["p50"])
         parts = sum(float(by[provider, phase, "ms"]["p50"]) for phase in ("vision", "prefill"))
         assert parts < float(total["p50"])
-        assert total["path"] == ("dense" if provider == "hf-dense" else "engine")
-        assert total["note"] == ""
+        assert total["path"] == ("dense" if provider == "hf-dense" else "engine" if provider in on_engine else "plain")
+        assert total["note"] == "", "hooks are what such a call runs on"
         assert float(total["floor"]) > 0
+    assert by["ours-engine", "total", "ms"]["selector"] == "span"
     for provider in ("ours", "ours-random", "ours-sparsevlm"):
         assert float(by[provider, "prefill", "ms"]["floor"]) < float(by["ours-dense", "prefill", "ms"]["floor"])
         assert by[provider, "total", "ms"]["selector"] == provider.removeprefix("ours-").replace("ours", "span")
@@ -89,16 +93,31 @@ def test_every_step_is_told_before_it_is_done():
     left = [step.seconds_left for step in steps if step.stage.startswith("timed call")]
     assert all(seconds > 0.0 for seconds in left)
     assert left[-1] < left[0], "less is left in the end"
-    assert all(left.startswith("about ") for step, left in told if step.seconds_left is not None)
+    assert all(step.seconds_left > 0.0 and left.startswith("about ") for step, left in told), "up to the last call"
 
 
 def test_a_path_that_is_not_the_engines_is_void():
     model = tiny_model(n_layers=12)
     model.model.language_model.layers[3].mlp.register_forward_hook(lambda *_: None)
     rows = run(model, [SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)
-    void = [row for row in rows if row["provider"] not in ("hf-dense", "ours-default")]
-    assert void
+    void = [row for row in rows if row["provider"] in ("ours-engine", "ours-vision")]
+    assert len(void) == 2
+    assert all(row["p50"] and not row["note"] for row in rows if row not in void and row["metric"] == "ms")
     assert all(row["note"].startswith("void: ") and row["p50"] == "" for row in void)
+
+
+def test_what_runs_on_the_engine_is_what_a_call_would_run_on_it():
+    """And where nothing does, nothing is compared with it."""
+    providers = make_providers(tiny_model(n_layers=12), (0.5,), static=False, vision_keep=0.5, selectors=["random"])
+    assert [one.name for one in providers if one.wants_engine] == ["ours-engine", "ours-vision"]
+    assert all(one.config is None or one.config.engine is None for one in providers if not one.wants_engine)
+    on_gpu = [dataclasses.replace(one, model=SimpleNamespace(device=torch.device("cuda"))) for one in providers]
+    assert [one.name for one in on_gpu if not one.wants_engine] == ["hf-dense"]
+    model = tiny_model(n_layers=12)
+    inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
+    on_hooks = [one for one in make_providers(model, (0.5,), static=False) if not one.wants_engine]
+    model.lm_head = torch.nn.Linear(64, 96, bias=False)
+    agreement.check(on_hooks, inputs, SMALL.new_tokens)
 
 
 def test_float8_weights_are_measured_where_they_are_read():
@@ -133,7 +152,7 @@ def test_a_case_that_is_not_right_is_a_row(monkeypatch):
     monkeypatch.setattr(agreement, "check", fail_once)
     rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)
     wrong = [row for row in rows if row["note"] == "not timed: they differ."]
-    assert len(wrong) == 7
+    assert len(wrong) == 8
     assert all(row["p50"] == "" for row in wrong)
     assert all(row["p50"] for row in rows if row not in wrong and row["metric"] == "ms")
 
@@ -168,7 +187,7 @@ def test_want_of_memory_is_a_row(monkeypatch):
 
     monkeypatch.setattr(agreement, "check", fail)
     rows = run(tiny_model(n_layers=12), [SMALL, SMALL], Settings((0.5,), iterations=1, warmup=1), ORIGIN)
-    assert len(rows) == 14
+    assert len(rows) == 16
     assert all(row["note"].startswith("out of memory") and row["p50"] == "" for row in rows)
 
 
@@ -184,14 +203,20 @@ def test_phases_add_up():
     inputs = fresh_inputs(model, Case(100, 1, 3), torch.Generator().manual_seed(0))
     for provider in make_providers(model, (0.5,), static=False):
         found = time_call(provider, inputs, 3)
-        if provider.name == "ours-default":  # on hooks, on a CPU
-            assert set(found) == {"first_token", "total", "decode_per_token"}
-            continue
         assert found["first_token"] == pytest.approx(found["vision"] + found["prefill"] + found["overhead"])
         assert found["total"] >= found["first_token"] + 2 * found["decode_per_token"]
         assert all(found[phase] > 0 for phase in found)
         assert "decode_per_token" not in time_call(provider, inputs, 1)
-    assert not any(module._forward_hooks for module in (model, model.model.visual, model.model.language_model))
+        parts = (provider.model, provider.model.model.visual, provider.model.model.language_model)
+        assert not any(module._forward_hooks for module in parts if provider.state is None)
+
+
+def test_a_call_that_was_for_the_engine_has_no_phases_on_hooks():
+    model = tiny_model(n_layers=12)
+    model.model.language_model.layers[3].mlp.register_forward_hook(lambda *_: None)
+    inputs = fresh_inputs(model, Case(100, 1, 3), torch.Generator().manual_seed(0))
+    (ours,) = [one for one in make_providers(model, (0.5,), static=False) if one.wants_engine]
+    assert set(time_call(ours, inputs, 3)) == {"first_token", "total", "decode_per_token"}
 
 
 def test_nothing_is_hooked_once_the_first_token_is_there():
@@ -246,7 +271,7 @@ def test_a_provider_that_has_had_its_time_is_done():
 
 def test_a_reset_engine_begins_anew():
     model = tiny_model(n_layers=12)
-    ours = next(provider for provider in make_providers(model, (0.5,), static=False) if provider.name == "ours")
+    ours = next(provider for provider in make_providers(model, (0.5,), static=False) if provider.name == "ours-engine")
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
     before = ours.generate(inputs, 4)
     reset([ours])

@@ -14,6 +14,7 @@ from sparsevlm.bench.providers import make_providers
 from sparsevlm.bench.roofline import Roofline
 from sparsevlm.bench.rounds import Settings
 from sparsevlm.bench.rows import COLUMNS
+from sparsevlm.bench.steps import Expected
 from sparsevlm.models import adapter_for
 from sparsevlm.state import SparseVLMState
 from sparsevlm.warmup import WarmupReport
@@ -47,7 +48,7 @@ def by_metric(rows, provider):
 def test_rows(measured):
     measurements, rows, _ = measured
     assert [provider.name for provider in measurements] == [
-        *("hf-dense", "ours-default", "ours-dense", "ours", "ours-sparsevlm")
+        *("hf-dense", "ours-default", "ours-dense", "ours", "ours-engine", "ours-sparsevlm")
     ]
     assert all(tuple(row) == COLUMNS and row["case"] == "mixed6" and row["batch"] == "1" for row in rows)
     for provider, one in measurements.items():
@@ -61,8 +62,8 @@ def test_rows(measured):
         assert float(found["total", "worst_by_median"]["p50"]) >= 1
         assert "like sizes: eighths of an octave" in found["total", "worst_by_median"]["note"]
         assert float(found["warmup", "seconds"]["p50"]) > 0
-        assert found["total", "ms"]["path"] == {"hf-dense": "dense", "ours-default": "plain"}.get(
-            provider.name, "engine"
+        assert found["total", "ms"]["path"] == {"hf-dense": "dense", "ours-engine": "engine"}.get(
+            provider.name, "plain"
         )
     dense, ours = (
         measurements[provider].by_request for provider in measurements if provider.name in ("hf-dense", "ours")
@@ -77,7 +78,7 @@ def test_no_provider_is_warmed_up_by_what_is_measured(measured):
     requests, warmup = SMALL.requests(0), SMALL.warmup_requests(0)
     assert not set(requests) & set(warmup)
     seen = seen[1:]  # by which answers were compared
-    for _ in range(4):  # this library's, whose warm-up draws none
+    for _ in range(5):  # this library's, whose warm-up draws none
         own, seen = seen[:6], seen[6:]
         assert own == list(requests)
     assert set(seen[-6:]) == set(requests)
@@ -103,16 +104,18 @@ def test_this_library_runs_its_ladder(monkeypatch):
     assert steps[0].stage == "comparing answers"
     begun = [(step.provider, step.number, step.of) for step in steps if step.begins]
     assert begun == [
-        *(("ours-default", 1, 5), ("ours", 2, 5), ("ours-sparsevlm", 3, 5), ("ours-dense", 4, 5), ("hf-dense", 5, 5))
+        *(("ours-default", 1, 6), ("ours", 2, 6), ("ours-engine", 3, 6), ("ours-sparsevlm", 4, 6)),
+        *(("ours-dense", 5, 6), ("hf-dense", 6, 6)),
     ]
     assert [step.stage for step in steps if step.provider == "hf-dense"] == [
         *("warm-up", *(f"request {n} of 6" for n in range(1, 7)))
     ]
     assert seen == [
         ((), {"max_new_tokens": 2}, None, None, None),
+        ((), {"max_new_tokens": 2}, 0.5, None, None),
         ((), {"max_new_tokens": 2}, 0.5, None, True),
-        ((), {"max_new_tokens": 2}, 0.5, "sparsevlm", True),
-        ((), {"max_new_tokens": 2}, 1.0, None, True),
+        ((), {"max_new_tokens": 2}, 0.5, "sparsevlm", None),
+        ((), {"max_new_tokens": 2}, 1.0, None, None),
     ]
     rows = mixed_rows(SMALL, measurements, SETTINGS, adapter_for(model), PEAKS, {})
     notes = {row["provider"]: row["note"] for row in rows if row["phase"] == "warmup"}
@@ -153,13 +156,36 @@ def test_a_case_that_is_not_right_is_a_row(monkeypatch):
 def test_a_request_off_the_engine_makes_the_run_void():
     model = tiny_model(n_layers=6)
     model.model.language_model.layers[3].mlp.register_forward_hook(lambda *_: None)
-    providers = [one for one in make_providers(model, (0.5,), static=False) if one.name != "ours-default"]
+    providers = make_providers(model, (0.5,), static=False)
     with torch.no_grad():
         measurements = measure_mixed(SMALL, providers, SETTINGS, torch.Generator().manual_seed(0))
     rows = mixed_rows(SMALL, measurements, SETTINGS, adapter_for(model), PEAKS, {})
-    void = [row for row in rows if row["provider"] != "hf-dense"]
-    assert len(void) == 2
-    assert all(row["note"].startswith("void: ") and not row["p50"] for row in void)
+    (void,) = [row for row in rows if row["provider"] == "ours-engine"]
+    assert void["note"].startswith("void: ")
+    assert not void["p50"]
+    assert all(row["p50"] for row in rows if row is not void)
+
+
+def test_time_that_is_left_is_known_up_to_the_last_request(monkeypatch):
+    """By what is expected of providers to come, and by the requests of one that has begun."""
+    model, steps, clock = tiny_model(n_layers=6), [], [0.0]
+    providers = [one for one in make_providers(model, (), static=False) if one.name in ("hf-dense", "ours-dense")]
+    expected = {one: Expected(ahead=4.0, call=10.0) for one in providers}
+
+    def answer(provider, inputs, new_tokens, measured):
+        clock[0] += 3.0
+        return {"total": 1.0}, 1.0
+
+    monkeypatch.setattr(mixed, "time_provider", answer)
+    monkeypatch.setattr(mixed.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(mixed, "DENSE_SECONDS", 30.0)
+    measure_mixed(SMALL, providers, SETTINGS, torch.Generator().manual_seed(0), steps.append, expected)
+    ours, theirs = (
+        [step.seconds_left for step in steps if step.provider == name] for name in ("ours-dense", "hf-dense")
+    )
+    assert steps[0].seconds_left == (4 + 60) + (4 + 30), "transformers is given no more than its time"
+    assert ours == [64 + 34, 60 + 34, 15 + 34, 12 + 34, 9 + 34, 6 + 34, 3 + 34]
+    assert theirs == [34, 30, 15, 12, 9, 6, 3]
 
 
 def test_the_worst_call_by_the_median_of_its_class():

@@ -133,22 +133,23 @@ SMALL = {
 def test_a_run_of_each_family(shape):
     model = small(shape)
     (case, n_visual), said = SMALL[shape], []
-    settings = Settings((0.5,), iterations=1, warmup=1, selectors=())
+    settings = Settings((0.5,), vision_keep=0.5, iterations=1, warmup=1, selectors=())
     cases = [case, PictureCase(448)] + [MixedCase(24)] * (shape != "qwen3-vl-tiny")
     rows = run(model, cases, settings, ORIGIN, say=said.append)
     assert {row["case"] for row in rows} == {f"v{n_visual}-b{case.batch}-n2"}
     assert {row["n_visual"] for row in rows} == {str(n_visual)}
     has_program = shape == "qwen3-vl-tiny"
-    providers = {"hf-dense", "ours-default", "ours-dense", "ours", *["ours-vision"] * has_program}
+    providers = {"hf-dense", "ours-default", "ours-dense", "ours", "ours-engine", *["ours-vision"] * has_program}
     assert {row["provider"] for row in rows} == providers
     assert all(row["p50"] for row in rows)
     by = {(row["provider"], row["phase"]): row for row in rows if row["metric"] == "ms"}
-    for provider in ("hf-dense", "ours-dense", "ours"):
+    paths = {"hf-dense": "dense", "ours-engine": "engine"}
+    for provider in ("hf-dense", "ours-default", "ours-dense", "ours", "ours-engine"):
         times = {phase: float(by[provider, phase]["p50"]) for phase in ("vision", "prefill", "first_token", "total")}
         assert min(times.values()) > 0.01, "of the tower as well"
         assert times["first_token"] < times["total"]
         assert all(float(by[provider, phase]["floor"]) > 0 for phase in times)
-        assert by[provider, "total"]["path"] == ("dense" if provider == "hf-dense" else "engine")
+        assert by[provider, "total"]["path"] == paths.get(provider, "plain")
     assert any(
         line.startswith("picture448-b1-n1: left out; pictures take a processor, which comes with") for line in said
     )

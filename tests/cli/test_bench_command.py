@@ -6,13 +6,13 @@ import csv
 import io
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
 from sparsevlm.bench.cases import CORE, FULL, Case, MixedCase
-from sparsevlm.bench.cores import OtherProcesses
 from sparsevlm.bench.providers import make_providers
 from sparsevlm.bench.rounds import Settings
 from sparsevlm.bench.rows import COLUMNS
@@ -23,6 +23,9 @@ from sparsevlm.cli import app
 from sparsevlm.cli import bench as bench_command
 from sparsevlm.cli.bench_output import Output, about_columns
 from sparsevlm.cli.bench_tables import print_case
+from sparsevlm.cli.busy import BusyWatch
+from sparsevlm.cores import OtherProcesses
+from sparsevlm.inputs import load_model
 from tiny_checkpoint import save_tiny_checkpoint
 from toys import tiny_model
 
@@ -46,8 +49,15 @@ def test_table_and_rows(checkpoint, tmp_path):
     assert result.exit_code == 0, result.stderr
     words = " ".join(result.stdout.split())
     assert "v256-b1-n1" in words
-    assert all(name in words for name in ("hf-dense", "ours-default", "ours-dense", "ours-sparsevlm", "ours-random"))
-    assert "ours-default: hooks on the model's own modules" in words
+    names = ["hf-dense", "ours-default", "ours-dense", "ours", "ours-engine", "ours-sparsevlm", "ours-random"]
+    (heads,), lines = (
+        re.findall(r"provider .*", result.stdout),
+        re.findall(r"^ ?((?:hf|ours)\b.*)", result.stdout, re.M),
+    )
+    assert [line.split()[0] for line in lines] == names, "transformers, then the user's own first call"
+    n_cells = {len(line.split()) for line in lines}
+    assert n_cells == {len(heads.replace("first token", "first-token").split())}, "no cell is empty"
+    assert not re.search(r"^(hf|ours)\S*: ", result.stdout, re.MULTILINE), "nor is there a note"
     progress = " ".join(result.stderr.split())
     assert "1 cases, 7 providers: about" in progress
     assert "v256-b1-n1 (1 of 1), about" in progress
@@ -60,6 +70,9 @@ def test_table_and_rows(checkpoint, tmp_path):
     assert len({row["timestamp"] for row in found}) <= 2
     assert {row["model"] for row in found} == {"tiny"}
     assert {row["floor"] for row in found} == {""}  # of a CPU there is none
+    paths = {row["provider"]: row["path"] for row in found}
+    assert {name for name in names if paths[name] == "plain"} == set(names) - {"hf-dense", "ours-engine"}
+    assert paths["ours-engine"] == "engine"
     assert all(row["command"].startswith("sparsevlm") for row in found)
     rows.write_text("a,b\n1,2\n")
     result = call("--model", checkpoint, "--cases", "v256-b1-n1", "--append-to", str(rows), *FAST)
@@ -67,7 +80,7 @@ def test_table_and_rows(checkpoint, tmp_path):
 
 
 def test_pictures_and_selectors(checkpoint, tmp_path):
-    """A selector that reads the tower runs on the engine like all others."""
+    """A selector that reads the tower is timed phase by phase like all others."""
     rows = tmp_path / "rows.csv"
     arguments = ["--cases", "v256-b1-n1,picture448-b1-n1", "--selectors", "visionzip", "--append-to", str(rows)]
     result = call("--model", checkpoint, *arguments, *FAST)
@@ -76,7 +89,7 @@ def test_pictures_and_selectors(checkpoint, tmp_path):
         found = list(csv.DictReader(file))
     zipped = [row for row in found if row["provider"] == "ours-visionzip"]
     assert {row["phase"] for row in zipped} == {"first_token", "vision", "prefill", "overhead", "total"}
-    assert {row["path"] for row in zipped} == {"engine"}
+    assert {row["path"] for row in zipped} == {"plain"}
     assert all(row["p50"] and not row["note"] for row in zipped)
     pictures = [row for row in found if row["case"] == "picture448-b1-n1"]
     # The checkpoint takes no more than 96 visual tokens of an image.
@@ -106,17 +119,19 @@ def test_tables(capsys):
 def test_defaults_of_a_cpu_are_small(monkeypatch):
     """And those of a GPU are the shape and the cases of the stored rows."""
     place = bench_command._Place.of(None, None, "cpu", "sdpa")
-    assert (place.model, place.dtype, place.checkpoint) == ("bundled", "float32", bundled_path())
-    assert bench_command._Place.of("bundled", "bfloat16", "cpu", "sdpa").dtype == "bfloat16"
+    assert (place.model, place.dtype, place.checkpoint) == ("bundled", "auto", bundled_path())
+    assert place.load().dtype == load_model(bundled_path()).dtype, "as of a user's own call"
+    assert bench_command._Place.of("bundled", "float32", "cpu", "sdpa").dtype == "float32"
+    assert bench_command._Place.of("tiny", None, "cpu", "sdpa").dtype == "bfloat16"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     place = bench_command._Place.of(None, None, "auto", "sdpa")
     assert (place.model, place.dtype, place.device) == ("7b", "bfloat16", "cuda")
     asked = []
     monkeypatch.setattr(bench_command._Place, "check_memory", lambda place: None)
-    monkeypatch.setattr(bench_command._Place, "load", lambda place: None)
+    monkeypatch.setattr(bench_command._Place, "load", lambda place: SimpleNamespace(dtype="torch.float32"))
 
     def run(model, cases, settings, *rest, **options):
-        asked.append(([case.name for case in cases], settings.seconds))
+        asked.append(([case.name for case in cases], settings.seconds, settings.vision_keep))
         return []
 
     monkeypatch.setattr("sparsevlm.bench.run.run", run)
@@ -124,7 +139,8 @@ def test_defaults_of_a_cpu_are_small(monkeypatch):
     assert call("--device", "cpu", "--full", "--seconds", "3").exit_code == 0
     monkeypatch.setattr("sparsevlm.inputs.pick_device", lambda device: "cuda")
     assert call("--no-vllm").exit_code == 0
-    assert [(len(names), seconds) for names, seconds in asked] == [(2, 2.0), (len(FULL), 3.0), (len(CORE), 8.0)]
+    found = [(len(names), *options) for names, *options in asked]
+    assert found == [(2, 2.0, 1.0), (len(FULL), 3.0, 1.0), (len(CORE), 8.0, 0.5)]
 
 
 def test_a_model_without_room_is_refused_before_it_is_made(monkeypatch, checkpoint):
@@ -169,7 +185,7 @@ def test_a_terminal_sees_every_step_and_keeps_none(monkeypatch):
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=100)
     monkeypatch.setattr("sparsevlm.cli.terminal.Console", lambda stderr: terminal)
-    output = Output("cuda", OtherProcesses(), None)
+    output = Output("cuda", BusyWatch(), None)
     case = Case(256, 1, 1)
     with output:
         output.show_step(case, Step("comparing answers"), "")
@@ -186,11 +202,11 @@ def test_a_terminal_sees_every_step_and_keeps_none(monkeypatch):
 
 def test_a_busy_machine_is_told_once(monkeypatch, capsys):
     monkeypatch.setattr("torch.get_num_threads", lambda: 4)
-    monkeypatch.setattr("sparsevlm.bench.cores.allowed_cores", lambda: 4.0)
-    monkeypatch.setattr("sparsevlm.bench.cores.os.cpu_count", lambda: 4)
+    monkeypatch.setattr("sparsevlm.cores.allowed_cores", lambda: 4.0)
+    monkeypatch.setattr("sparsevlm.cores.os.cpu_count", lambda: 4)
     busy = [0.0]
     monkeypatch.setattr(OtherProcesses, "cores", lambda others: busy[0])
-    output = Output("cpu", OtherProcesses(), None)
+    output = Output("cpu", BusyWatch(), None)
     shared = {"provider": "ours", "keep": "0.25", "phase": "total", "metric": "ms", "note": "", "floor": ""}
     steady, unsteady = ({**shared, "p50": "10", "p20": "10", "p80": p80} for p80 in ("11", "19"))
     busy[0] = 3.0
@@ -204,9 +220,9 @@ def test_a_busy_machine_is_told_once(monkeypatch, capsys):
     said = capsys.readouterr()
     assert said.out.count("Do not trust these figures, nor their x: ours 0.25 (total; up to 90%).") == 2
     assert said.err.count("OMP_NUM_THREADS=1") == 1
-    Output("cpu", OtherProcesses(), None)
+    Output("cpu", BusyWatch(), None)
     assert "torch computes with 4 threads, and about 1.0 of 4 cores are free" in capsys.readouterr().err
-    Output("cuda", OtherProcesses(), None)
+    Output("cuda", BusyWatch(), None)
     assert capsys.readouterr().err == ""
 
 
@@ -217,7 +233,11 @@ def test_only_columns_that_are_shown_are_explained():
     for word in ("floor", "GB", "worst", "/token", "mixed shapes", "hf-static"):
         assert word not in result.stdout
     assert "x: how many times faster" in result.stdout
+    words = " ".join(result.stdout.split())
+    assert "run on hooks around the model's own modules" in words
+    assert "The weights are random, in float32" in words
     about = about_columns(["/token", "floor", "GB"], [MixedCase(24)], "random", on_gpu=True)
+    assert "hooks" not in about
     assert all(word in about for word in ("/token:", "floor:", "GB:", "mixed shapes", "hf-static"))
 
 
@@ -257,16 +277,18 @@ def test_vllm_is_measured_of_models_whose_processors_are_at_hand(model, is_measu
             ["--model", "8b"],
             "8b (did you mean '7b'?) is neither a shape, a folder nor a hub id (owner/name); shapes",
         ),
+        (["--model", "smol"], "the weights of smol are not in"),
         (["--model", "zebra"], "shapes are 7b, 3b, qwen3-vl-8b, llava-1.5-7b, internvl3-8b, tiny"),
         (["--cases", "v9"], "there is no case v9; there are v256-b1-n1"),
         (["--keep", "1.5"], "must be fractions between 0 and 1"),
         (["--keep", "half"], "must be fractions with commas"),
-        (["--dtype", "int8"], "--dtype must be one of float32"),
+        (["--dtype", "int8"], "--dtype must be one of auto, float32"),
         (["--selectors", "sparsevlm,spam"], "there is no selector 'spam'; there are all, cdpruner"),
         (["--append-to", "rows.txt"], "must end in .csv"),
     ],
 )
-def test_mistakes(arguments, message):
+def test_mistakes(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     result = call(*arguments)
     assert result.exit_code == 2
     assert message in result.stderr

@@ -60,13 +60,16 @@ def test_table_and_files(stand_in):
     assert drawn.exit_code == 0, drawn.stderr
 
 
-def test_json(stand_in):
+def test_json(stand_in, monkeypatch):
+    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, others: f"{threads} thread waits")
     result = call("demo", "--json", "--questions", 1, "--keep", 0.7, "--selector", "random", "--out", "folder")
     assert result.exit_code == 0, result.stderr
+    assert "warning: 1 thread waits" in result.stderr
     data = json.loads(result.stdout)
     (asked,) = data["questions"]
-    assert (data["selector"], asked["task"], asked["right"]) == (
+    assert (data["selector"], data["dtype"], asked["task"], asked["right"]) == (
         "random",
+        "float32",
         "number",
         draw_scene(data["seed"]).question("number").answer,
     )
@@ -171,4 +174,5 @@ def test_the_bundled_model_on_a_photograph_is_labelled(tmp_path):
     )
     assert result.exit_code == 0, result.stderr
     assert NOT_MEANINGFUL in result.output
+    assert "model bundled, device cpu, dtype float32" in result.stdout, "as in the demo"
     assert Report.from_json(tmp_path / "r.json").average_in < Report.from_json(tmp_path / "r.json").n_visual

@@ -144,10 +144,13 @@ def test_a_finished_run_is_not_repeated(done, desk):
     assert len(list(csv.DictReader((desk / "accuracy.csv").open()))) == 6
 
 
-def test_a_budget_and_a_seed_in_two_spellings_run_once(desk, tmp_path):
+def test_a_budget_and_a_seed_in_two_spellings_run_once(desk, tmp_path, monkeypatch):
+    """And a busy machine is told of before, and beneath the table."""
+    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, others: f"{threads} thread waits")
     settings = ["--selectors", "random", "--keep", "0.6,0.60", "--seeds", "0,00", "--max-new-tokens", "2"]
     result = call(desk, "--out", tmp_path, settings=settings)
     assert result.exit_code == 0, result.stderr
+    assert result.stderr.count("warning: 1 thread waits") == 2
     (folder,) = tmp_path.iterdir()
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [(row["selector"], row["keep"], row["seed"]) for row in rows] == [

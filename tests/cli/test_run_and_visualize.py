@@ -1,7 +1,9 @@
 """The command line on a randomly initialised Qwen2.5-VL of its own shape, with its own tokenizer, and a photograph."""
 
+import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFilter
 from typer.testing import CliRunner
 
+import sparsevlm.inputs
 from sparsevlm import Report, apply_sparsevlm
 from sparsevlm.cli import app
 from sparsevlm.cli.asking import build_inputs
@@ -170,6 +173,24 @@ def test_visualize_refuses_another_picture(saved, desk, tmp_path):
     assert not (tmp_path / "v.png").exists()
 
 
+def test_visualize_warns_where_a_report_does_not_know_its_pictures(saved, desk, tmp_path):
+    """As of one that Python has written; the warning's own words record it."""
+    _, report, _ = saved
+    unknown = Report(**{**vars(report), "samples": (dataclasses.replace(report.samples[0], pictures=()),)})
+    unknown.to_json(tmp_path / "r.json")
+    place = ["--image", desk / "photo.jpg", "--out", tmp_path / "v.png"]
+    told = call("visualize", tmp_path / "r.json", *place)
+    assert told.exit_code == 0
+    (line,) = [line for line in told.stderr.splitlines() if line.startswith("warning: ")]
+    assert line.startswith(f"warning: {tmp_path / 'r.json'} does not say of which pictures it is")
+    (code,) = re.findall(r"report\.of_pictures.*\(path\)", line)
+    names = {"report": unknown, "sparsevlm": sparsevlm, "image": load_image(desk / "photo.jpg")}
+    exec(code, {**names, "path": tmp_path / "r.json"})
+    assert "warning" not in call("visualize", tmp_path / "r.json", *place).stderr
+    refused = call("visualize", tmp_path / "r.json", "--image", desk / "strip.png", *place[2:])
+    assert refused.exit_code == 2
+
+
 def test_several_images(desk, tmp_path):
     images = ["--image", desk / "photo.jpg", "--image", desk / "portrait.jpg"]
     result = run_on(desk, *images, *BUDGET, "--report", tmp_path / "r.json", "--picture", tmp_path / "r.png")
@@ -224,9 +245,14 @@ def test_black_ink_on_a_transparent_ground(tmp_path):
         assert np.unique(np.asarray(image)).tolist() == [0, 255]
 
 
-def test_adaptive(desk):
-    result = run_on(desk, "--image", desk / "photo.jpg", "--max-new-tokens", "2", "--attn", "eager")
+def test_adaptive(desk, monkeypatch):
+    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, others: f"{threads} thread waits")
+    result = run_on(
+        desk, "--image", desk / "photo.jpg", "--max-new-tokens", "2", "--attn", "eager", "--dtype", "bfloat16"
+    )
     assert result.exit_code == 0, result.stderr
+    assert f"model {desk / 'model'}, device cpu, dtype bfloat16" in result.stdout
+    assert "warning: 1 thread waits" in result.stderr
 
 
 def test_preset(desk, tmp_path):

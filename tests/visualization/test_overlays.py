@@ -13,7 +13,7 @@ from PIL import Image
 from sparsevlm.inputs import identified
 from sparsevlm.report import Report, SampleReport, StageReport
 from sparsevlm.report_total import Cost
-from sparsevlm.visualization import Row, draw_report, draw_rows, save_picture
+from sparsevlm.visualization import Row, draw_report, draw_rows, heading, save_picture
 from sparsevlm.visualization.overlay import DROPPED, KEPT, RECYCLED, shade, token_states
 
 
@@ -190,6 +190,28 @@ def test_rows_with_many_target_layers_wrap():
     assert len(figure.axes) == 26
     assert max(axes.get_position().x1 for axes in figure.axes) <= 1
     assert min(axes.get_position().y0 for axes in figure.axes) >= 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "keep"),
+    [
+        ({"budget": 6.0}, ", keep 0.25"),
+        ({"stages": (dataclasses.replace(halved(24), rank=5),)}, ", keep adaptive"),
+        ({}, ", keep by schedule"),
+        ({"stages": (stage(2, 24, skipped="few"),)}, ""),
+    ],
+)
+def test_every_picture_says_what_ran(changes, keep):
+    """Beneath its title, or in its place."""
+    sample = dataclasses.replace(sample_of(((1, 4, 6),), (halved(24),)), layer_tokens=(24, 24, 6, 6), **changes)
+    report = report_of(sample)
+    said = f"Model, selector sparsevlm{keep}: 15 of 24 visual tokens, averaged over the 4 decoder layers"
+    assert heading([report]) == said
+    other = dataclasses.replace(sample, layer_tokens=(24, 8, 6, 6))
+    assert ": 13 of 24 visual tokens" in heading([report, report_of(other)]), "the mean of several"
+    for title in ("", "What is it?"):
+        written = " ".join(texts(draw_report(report, [plain(84, 56)], title=title)))
+        assert written.startswith(f"{title} {said}".strip())
 
 
 def test_no_global_state():

@@ -18,7 +18,7 @@ from .providers import Inputs, Provider, Setting
 from .roofline import Roofline
 from .rounds import Measurement, Settings, begin_peak, disagreement, end_peak, time_provider
 from .rows import COLUMNS, Row, bounds_of, cell, setting_columns, spread
-from .steps import COMPARING, OnStep, Step
+from .steps import COMPARING, NOTHING_EXPECTED, Expected, OnStep, Step
 from .workload import fresh_inputs
 
 # Transformers is given as many requests as it answers in this time, in an order that the seed draws.
@@ -50,7 +50,7 @@ class MixedMeasurement(Measurement):
 
 def measure_mixed(
     case: MixedCase, providers: list[Provider], settings: Settings, generator: torch.Generator,
-    on_step: OnStep = lambda step: None,
+    on_step: OnStep = lambda step: None, expected: Mapping[Provider, Expected] = NOTHING_EXPECTED,
 ) -> dict[Provider, MixedMeasurement]:  # fmt: skip
     """Measures a case.
 
@@ -68,6 +68,8 @@ def measure_mixed(
         Of pixels and words, on the model's device.
     on_step : callable
         Called before answers are compared, before the warm-up of every provider and before each of its requests.
+    expected : mapping of Provider to Expected
+        For the time that is left: without it a provider counts from its first request on.
     """
     taking_part = [provider for provider in providers if provider.supports(case)]
     measurements = {provider: MixedMeasurement() for provider in taking_part}
@@ -78,27 +80,50 @@ def measure_mixed(
 
     warmup = sorted(case.warmup_requests(settings.seed), key=lambda request: request.n_visual)
     smallest = draw(warmup[0])
-    on_step(Step(COMPARING))
+    ordered = sorted(taking_part, key=lambda one: (one.state is None, one.name == "ours-dense"))
+    total = {one: _expected_seconds(one, expected, case.n_requests) for one in ordered}
+    on_step(Step(COMPARING, seconds_left=sum(total.values())))
     if note := disagreement(taking_part, lambda _: smallest, case.new_tokens):
         for measurement in measurements.values():
             measurement.note = note
         return measurements
-    ordered = sorted(taking_part, key=lambda one: (one.state is None, one.name == "ours-dense"))
     for i, provider in enumerate(ordered):
-        step = Step("warm-up", provider.name, i + 1, len(ordered), begins=True)
+        later = sum(total[one] for one in ordered[i + 1 :])
+        step = Step("warm-up", provider.name, i + 1, len(ordered), begins=True, seconds_left=total[provider] + later)
         on_step(step)
         begin_peak(providers)
         measured = measurements[provider]
         few = [] if provider.state is not None else warmup[:: max(1, len(warmup) // _DENSE_WARMUP)]
         _warmup(provider, measured, [draw(request) for request in few], case.new_tokens)
-        on_request = functools.partial(_tell_request, on_step, step, case.n_requests)
+        call = expected[provider].call if provider in expected else 0.0
+        on_request = functools.partial(_tell_request, on_step, step, case.n_requests, call, later)
         _run(case.requests(settings.seed), provider, measured, settings.seed, draw, on_request)
         measured.peak_bytes = end_peak(provider)
     return measurements
 
 
-def _tell_request(on_step: OnStep, step: Step, n_requests: int, number: int) -> None:
-    on_step(dataclasses.replace(step, stage=f"request {number} of {n_requests}", begins=False))
+def seconds_of_requests(provider: Provider, seconds: float) -> float:
+    """Seconds for requests that take so many together: transformers answers as many as there is time for."""
+    return seconds if provider.state is not None else min(seconds, DENSE_SECONDS)
+
+
+def _expected_seconds(provider: Provider, expected: Mapping[Provider, Expected], n_requests: int) -> float:
+    if (one := expected.get(provider)) is None:
+        return 0.0
+    return one.ahead + seconds_of_requests(provider, n_requests * one.call)
+
+
+def _tell_request(
+    on_step: OnStep, step: Step, n_requests: int, call: float, later: float, provider: Provider, n_done: int,
+    spent: float,
+) -> None:  # fmt: skip
+    """Tells of the next request, and of the time that is left by those before it."""
+    call = spent / n_done if n_done else call
+    left = seconds_of_requests(provider, n_requests * call) - spent
+    step = dataclasses.replace(
+        step, stage=f"request {n_done + 1} of {n_requests}", begins=False, seconds_left=max(call, left) + later
+    )
+    on_step(step)
 
 
 def _warmup(provider: Provider, measured: MixedMeasurement, requests: Sequence[Inputs], new_tokens: int) -> None:
@@ -116,7 +141,7 @@ def _warmup(provider: Provider, measured: MixedMeasurement, requests: Sequence[I
 
 def _run(
     requests: Sequence[Case], provider: Provider, measured: MixedMeasurement, seed: int,
-    draw: Callable[[Case], Inputs], on_request: Callable[[int], None],
+    draw: Callable[[Case], Inputs], on_request: Callable[[Provider, int, float], None],
 ) -> None:  # fmt: skip
     order = list(range(len(requests)))
     if provider.state is None:
@@ -126,7 +151,7 @@ def _run(
         is_over = provider.state is None and time.perf_counter() - begin > DENSE_SECONDS
         if measured.note or (is_over and len(measured.by_request) >= _LEAST_REQUESTS):
             break
-        on_request(len(measured.by_request) + 1)
+        on_request(provider, len(measured.by_request), time.perf_counter() - begin)
         called = time_provider(provider, draw(requests[i]), requests[i].new_tokens, measured)
         if called is not None:
             measured.by_request[i], measured.layers_by_request[i] = called[0], measured.layer_tokens

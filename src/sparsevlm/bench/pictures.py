@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..request.counting import visual_counts
 from .cases import Case, PictureCase
 from .providers import Inputs, Provider
 from .rounds import Measurement, Settings, measure
-from .steps import OnStep
+from .steps import NOTHING_EXPECTED, Expected, OnStep
 
 _LETTERS = 21  # of a question; as many tokens in a tokenizer of bytes
 
@@ -80,7 +80,7 @@ def first_request(case: PictureCase, pictures: Pictures, provider: Provider) -> 
 
 def measure_picture(
     case: PictureCase, providers: list[Provider], settings: Settings, folder: Path,
-    on_step: OnStep = lambda step: None,
+    on_step: OnStep = lambda step: None, expected: Mapping[Provider, Expected] = NOTHING_EXPECTED,
 ) -> tuple[Case, dict[Provider, Measurement]]:  # fmt: skip
     """Measures a case; gives the request that the processor makes of it as well.
 
@@ -91,12 +91,12 @@ def measure_picture(
     settings : Settings
     folder : Path
         Of the checkpoint whose processor is used.
-    on_step : callable
+    on_step, expected
         As in :func:`~.rounds.measure`.
     """
     pictures = Pictures(folder, providers[0].model.device, case, settings.seed)
     request, _ = first_request(case, pictures, providers[0])
-    measurements = measure(case, providers, settings, pictures.draw, on_step)
+    measurements = measure(case, providers, settings, pictures.draw, on_step, expected)
     for provider, measured in measurements.items():
         processor = pictures.processor_of(provider)
         names = f"{type(processor).__name__} with {type(processor.image_processor).__name__}"

@@ -1,4 +1,4 @@
-"""Times of a few dense calls before the estimate, on devices whose peaks do not tell how long a call takes.
+"""Times of a few calls of each provider before the estimate, on devices whose peaks do not tell how long a call takes.
 
 The peaks of a CPU are the best of a few large products. A call is thousands of small operations, and where other
 processes keep the cores busy each of them may wait for its last thread: the same call was seen to take thirty times as
@@ -11,7 +11,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,6 +21,7 @@ from .timing import time_call
 
 TOKENS = 3  # new ones, of requests that decode
 LONGEST = 3.0  # seconds by its bound from which on no call is made: it would take a minute, of a run of many
+LONGEST_OF_ALL = 1.0  # seconds of a dense call up to which calls of the other providers are made, too
 _MOST_CALLS, _SECONDS = 3, 2.0  # no call begins after that
 
 
@@ -32,12 +33,15 @@ class Probe:
     ----------
     first_token, per_token : float
         Milliseconds; ``per_token`` is 0 where the request does not decode.
+    beside : float
+        Seconds that the first call took beside those of the others.
     bounds : mapping of str to float
         Roofline bounds of the request, in milliseconds per phase.
     """
 
     first_token: float
     per_token: float
+    beside: float
     bounds: Mapping[str, float]
 
     def seconds(self, bounds: Mapping[str, float], new_tokens: int) -> float:
@@ -47,6 +51,11 @@ class Probe:
         if new_tokens > 1:
             further = self.per_token * max(1.0, bounds["decode_per_token"] / self.bounds["decode_per_token"])
         return (first + (new_tokens - 1) * further) / 1e3
+
+    def scaled(self, other: Probe, by: Probe) -> Probe:
+        """The same where calls differ as those of ``other`` do from those of ``by``."""
+        per_token = self.per_token * other.per_token / by.per_token if by.per_token else self.per_token
+        return replace(self, first_token=self.first_token * other.first_token / by.first_token, per_token=per_token)
 
 
 @contextlib.contextmanager
@@ -61,24 +70,24 @@ def one_thread() -> Iterator[None]:
 
 
 def measure_probe(provider: Provider, request: Case, inputs: Inputs, bounds: Mapping[str, float]) -> Probe:
-    """Time up to three calls behind one that does not count, and no further one after two seconds.
+    """Time up to three calls behind a first one, and no further one after two seconds.
 
     Parameters
     ----------
     provider : Provider
-        Whose times are broken up by the first token.
     request : Case
     inputs : dict of Tensor
         Of the request.
     bounds : mapping of str to float
         Its roofline bounds, in milliseconds per phase.
     """
-    time_call(provider, inputs, request.new_tokens)
+    first = time_call(provider, inputs, request.new_tokens)
     calls: list[dict[str, float]] = []
     begin = time.monotonic()
     while not calls or (len(calls) < _MOST_CALLS and time.monotonic() - begin < _SECONDS):
         calls.append(time_call(provider, inputs, request.new_tokens))
-    first_token, per_token = (
-        statistics.median(call.get(phase, 0.0) for call in calls) for phase in ("first_token", "decode_per_token")
+    first_token, per_token, total = (
+        statistics.median(call.get(phase, 0.0) for call in calls)
+        for phase in ("first_token", "decode_per_token", "total")
     )
-    return Probe(first_token, per_token, bounds)
+    return Probe(first_token, per_token, max(0.0, first["total"] - total) / 1e3, bounds)

@@ -23,7 +23,7 @@ from .cases import AnyCase, Case
 Inputs = dict[str, Tensor]
 PAPER = "sparsevlm"
 # Of requests of mixed shapes and of pictures.
-_MAIN = ("hf-dense", "ours-dense", "ours", "ours-default", f"ours-{PAPER}")
+_MAIN = ("hf-dense", "ours-dense", "ours", "ours-default", "ours-engine", f"ours-{PAPER}")
 _OPTIONS = ("keep", "selector", "seed", "vision_keep", "weights")
 _FLOAT8 = "fp8"  # weights that decode steps read
 
@@ -59,8 +59,8 @@ class Provider(Setting):
     ----------
     model : Any
     generate : callable
-        ``generate(inputs, new_tokens, **options)``, with more options of ``generate``; with ``engine=False`` as well
-        where there is a ``state``.
+        ``generate(inputs, new_tokens, **options)``, with more options of ``generate``; with ``engine=`` as well where
+        there is a ``state``.
     state : SparseVLMState or None
         Has the report of the last call, where this library runs.
     compiles : bool
@@ -78,17 +78,24 @@ class Provider(Setting):
         return self.compiles or self.name == "hf-flash"
 
     @property
+    def wants_engine(self) -> bool:
+        """True if this library runs, and the engine with it: by its option, or where that is unset on a GPU."""
+        if self.config is None:
+            return False
+        return self.model.device.type == "cuda" if self.config.engine is None else self.config.engine
+
+    @property
     def may_run_on_hooks(self) -> bool:
-        """True if times count that the engine has not made: of the default call where the engine is off by default, of
-        models that it cannot run, and of selectors that look into a tower that it does not run."""
-        if self.config is None or self.state is None or self.state.adapter.decoder.block is None:
+        """True if times count that the engine has not made: where it is not wanted, of models that it cannot run, and
+        of selectors that look into a tower that it does not run."""
+        if not self.wants_engine or self.config is None or self.state is None:
             return True
-        if (
-            self.state.adapter.vision.program is None
-            and SelectorTraits.of(make_selector(self.config)).needs & VISION_NEEDS
-        ):
+        adapter = self.state.adapter
+        if adapter.decoder.block is None:
             return True
-        return self.config.engine is None and self.model.device.type != "cuda"
+        return adapter.vision.program is None and bool(
+            SelectorTraits.of(make_selector(self.config)).needs & VISION_NEEDS
+        )
 
     def warmup(self, new_tokens: int) -> WarmupReport:
         """Run this library's warm-up, which is given no request: the ladder of capacities."""
@@ -146,6 +153,10 @@ def make_providers(
 ) -> list[Provider]:  # fmt: skip
     """Makes all providers that can run on this machine.
 
+    Those of this library run as a call with their options does on the model's device: on a GPU on the engine, elsewhere
+    on hooks. There the engine has a provider of its own, ``"ours-engine"``, and runs what nothing else can, float8
+    weights and a part of the tower.
+
     Parameters
     ----------
     model : PreTrainedModel
@@ -186,14 +197,15 @@ def make_providers(
     settings: list[tuple[str, dict[str, Any]]] = [("ours-default", {}), ("ours-dense", {"keep": 1.0})]
     for keep in keeps:
         settings.append(("ours", {"keep": keep}))
+        if model.device.type != "cuda" and state.adapter.decoder.block is not None:
+            settings.append(("ours-engine", {"keep": keep, "engine": True}))
         if vision_keep < 1.0 and state.adapter.vision.program is not None:
-            settings.append(("ours-vision", {"keep": keep, "vision_keep": vision_keep}))
+            settings.append(("ours-vision", {"keep": keep, "vision_keep": vision_keep, "engine": True}))
         if fp8:
-            settings.append((f"ours-{_FLOAT8}", {"keep": keep, "weights": _FLOAT8}))
+            settings.append((f"ours-{_FLOAT8}", {"keep": keep, "weights": _FLOAT8, "engine": True}))
         settings += [(f"ours-{name}", {"keep": keep, "selector": name}) for name in names]
     for name, changes in settings:
-        engine = {"engine": True, "seed": seed} if changes else {}  # nothing is set in the default call
-        config = state.config.replace(**changes, **engine)
+        config = state.config.replace(**changes, **({"seed": seed} if changes else {}))  # the default call sets nothing
         providers.append(Provider(name, config.keep, config, ours, _pruned_generate(state, config), state))
     return providers
 

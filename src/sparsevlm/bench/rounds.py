@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -15,7 +15,7 @@ import torch
 from . import agreement
 from .cases import Case, PictureCase
 from .providers import PAPER, Inputs, Provider, reset
-from .steps import COMPARING, OnStep, Step
+from .steps import COMPARING, NOTHING_EXPECTED, Expected, OnStep, Step
 from .timing import time_call
 
 NOT_TIMED = "not timed"
@@ -98,7 +98,7 @@ class Measurement:
     @classmethod
     def of(cls, provider: Provider) -> Measurement:
         """Returns that of a provider before its first call."""
-        return cls(min_warmup=1 if provider.state is None else _ENGINE_WARMUP)
+        return cls(min_warmup=_ENGINE_WARMUP if provider.wants_engine else 1)
 
     def is_warm(self, settings: Settings) -> bool:
         """True once no more warmup calls are needed."""
@@ -126,9 +126,11 @@ class Measurement:
         ----------
         settings : Settings
         call : float
-            Seconds of a call, where there was none yet.
+            Seconds of a call, where there was none yet; 0: not known.
         """
         call, n_left = self.recent() or call, 0
+        if not call:
+            return 0.0
         if not self.is_warm(settings):
             spent = sum(self._warmup_seconds)
             enough = math.ceil((_WARMUP_SHARE * settings.seconds - spent) / call)
@@ -146,11 +148,12 @@ class Measurement:
             return
         report = provider.state.report
         self.path, self.layer_tokens = report.path, report.samples[0].layer_tokens
-        if report.path != "engine":
-            if provider.may_run_on_hooks:
-                self.remark = report.path_reason
-            else:
-                self.note = f"void: {report.path_reason}"
+        if report.path == "engine" or not provider.wants_engine:
+            return
+        if provider.may_run_on_hooks:
+            self.remark = report.path_reason
+        else:
+            self.note = f"void: {report.path_reason}"
 
     def warmup(self, seconds: float) -> None:
         """Counts a warmup call."""
@@ -164,7 +167,7 @@ class Measurement:
 
 def measure(
     case: Case | PictureCase, providers: list[Provider], settings: Settings, draw: Callable[[], Draw],
-    on_step: OnStep = lambda step: None,
+    on_step: OnStep = lambda step: None, expected: Mapping[Provider, Expected] = NOTHING_EXPECTED,
 ) -> dict[Provider, Measurement]:  # fmt: skip
     """Measures a case.
 
@@ -177,6 +180,8 @@ def measure(
         Draws what the next call of every provider is about.
     on_step : callable
         Called before answers are compared and before every call, out of all that is timed.
+    expected : mapping of Provider to Expected
+        For the time that is left: without it a provider counts from its first call on.
 
     Returns
     -------
@@ -184,21 +189,20 @@ def measure(
         By provider; only a note where the engine's answers are not the model's, or could not be compared.
     """
     measurements = {provider: Measurement.of(provider) for provider in providers if provider.supports(case)}
-    drawn = draw()
-    on_step(Step(COMPARING))
+    drawn, left = draw(), _TimeLeft(expected, measurements, settings)
+    on_step(Step(COMPARING, seconds_left=left.seconds(list(measurements))))
     if note := disagreement(list(measurements), drawn, case.new_tokens):
         for measurement in measurements.values():
             measurement.note = note
         return measurements
-    _measure_peaks(case, providers, measurements, drawn, on_step)
+    _measure_peaks(case, providers, measurements, drawn, left, on_step)
     # The engine moves weights when it begins, and what was compiled before has to be recorded anew.
     by_state = sorted(measurements, key=lambda provider: provider.state is None)
     places = {provider: i + 1 for i, provider in enumerate(measurements)}
     n_rounds = 0
 
     def time_next(provider: Provider, stage: str, drawn: Draw) -> tuple[dict[str, float], float] | None:
-        left = _seconds_left(measurements, settings)
-        on_step(Step(f"{stage} {n_rounds}", provider.name, places[provider], len(places), seconds_left=left))
+        on_step(Step(f"{stage} {n_rounds}", provider.name, places[provider], len(places), seconds_left=left.seconds()))
         return time_provider(provider, drawn(provider), case.new_tokens, measurements[provider])
 
     while waiting := [provider for provider in by_state if not measurements[provider].is_warm(settings)]:
@@ -215,15 +219,24 @@ def measure(
     return measurements
 
 
-def _seconds_left(measurements: Mapping[Provider, Measurement], settings: Settings) -> float | None:
-    """Seconds that a case still takes; ``None`` as long as a provider has not been called: first calls are slow."""
-    left = 0.0
-    for one in measurements.values():
-        if not one.note:
-            if (seconds := one.recent()) is None:
-                return None
-            left += one.seconds_left(settings, seconds)
-    return left
+@dataclass(frozen=True)
+class _TimeLeft:
+    """Seconds that a case still takes, by what its providers have taken, and by what is expected of the others."""
+
+    expected: Mapping[Provider, Expected]
+    measurements: Mapping[Provider, Measurement]
+    settings: Settings
+
+    def seconds(self, not_called: Sequence[Provider] = ()) -> float:
+        """The sum; ``not_called`` are the providers whose first call is to come."""
+        first = sum(one.ahead + one.call for one in map(self._expected, not_called))
+        return first + sum(
+            measured.seconds_left(self.settings, self._expected(provider).call)
+            for provider, measured in self.measurements.items()
+        )
+
+    def _expected(self, provider: Provider) -> Expected:
+        return self.expected.get(provider, Expected(0.0, 0.0))
 
 
 def disagreement(providers: list[Provider], drawn: Draw, new_tokens: int) -> str:
@@ -240,11 +253,12 @@ def disagreement(providers: list[Provider], drawn: Draw, new_tokens: int) -> str
 
 def _measure_peaks(
     case: Case | PictureCase, providers: list[Provider], measurements: dict[Provider, Measurement], drawn: Draw,
-    on_step: OnStep,
+    left: _TimeLeft, on_step: OnStep,
 ) -> None:  # fmt: skip
     ordered = sorted(measurements, key=lambda provider: provider.compiles)  # what was compiled shall stay
     for i, provider in enumerate(ordered):
-        on_step(Step("first call", provider.name, i + 1, len(ordered), begins=True))
+        seconds = left.seconds(ordered[i:])
+        on_step(Step("first call", provider.name, i + 1, len(ordered), begins=True, seconds_left=seconds))
         begin_peak(providers)
         called = time_provider(provider, drawn(provider), case.new_tokens, measurements[provider])
         measurements[provider].peak_bytes = end_peak(provider)

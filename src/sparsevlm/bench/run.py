@@ -15,16 +15,16 @@ import torch
 from ..models import adapter_for
 from .cases import AnyCase, Case, MixedCase, PictureCase
 from .checkpoint import write_checkpoint_files
-from .estimate import ONE_IS_FASTER, Pace, estimated_seconds, in_words
+from .estimate import ONE_IS_FASTER, Pace, estimated_seconds, expected_calls, in_words
 from .fitting import fitted_cases
 from .mixed import MixedMeasurement, measure_mixed, mixed_rows
 from .pictures import Pictures, first_request, measure_picture
-from .probe import LONGEST, TOKENS, Probe, measure_probe, one_thread
-from .providers import Setting, make_providers
+from .probe import LONGEST, LONGEST_OF_ALL, TOKENS, Probe, measure_probe, one_thread
+from .providers import Inputs, Provider, Setting, make_providers
 from .roofline import dense_bounds, measure_roofline
 from .rounds import Draw, Measurement, Settings, measure
 from .rows import Row, environment, rows_of
-from .steps import OnStep, Step
+from .steps import Expected, OnStep, Step
 from .vllm_dense import VLLM_DENSE
 from .workload import fitted, fresh_inputs, images_of
 
@@ -67,24 +67,26 @@ class Run:
         )
         self.adapter, self.roofline = adapter_for(model), measure_roofline(model.device, model.dtype)
         self._generator = torch.Generator(device=model.device).manual_seed(settings.seed)
+        self._probes: dict[Provider, Probe] = {}
 
     def estimate(self, cases: Sequence[AnyCase]) -> tuple[list[float], list[float]]:
-        """Seconds that each case takes, roughly, and with one thread; on a CPU a few calls are timed for that.
+        """Seconds that each case takes, roughly, and with one thread; off a GPU calls are timed for that.
 
         Those with one thread are left out where they are not known.
         """
-        probes: Sequence[Probe | None] = [] if self._model.device.type == "cuda" else self._probes(cases)
-        as_it_is, *with_one = [
-            [
-                estimated_seconds(case, self.providers, self._settings, self.adapter, self.roofline, probe)
-                for case in cases
-            ]
-            for probe in probes or [None]
-        ]
-        return as_it_is, with_one[0] if with_one else []
+        by_one_thread: dict[Provider, Probe] = {}
+        if self._model.device.type != "cuda":
+            self._probes, by_one_thread = self._measure_probes(cases)
+        return self._seconds(cases, self._probes), self._seconds(cases, by_one_thread) if by_one_thread else []
+
+    def _seconds(self, cases: Sequence[AnyCase], probes: Mapping[Provider, Probe]) -> list[float]:
+        return [estimated_seconds(case, self._expected(case, probes), self._settings) for case in cases]
+
+    def _expected(self, case: AnyCase, probes: Mapping[Provider, Probe]) -> dict[Provider, Expected]:
+        return expected_calls(case, self.providers, self._settings.seed, self.adapter, self.roofline, probes)
 
     @torch.no_grad()
-    def _probes(self, cases: Sequence[AnyCase]) -> list[Probe]:
+    def _measure_probes(self, cases: Sequence[AnyCase]) -> tuple[dict[Provider, Probe], dict[Provider, Probe]]:
         """Times the smallest request of all cases, as it is and with one thread, where neither takes long."""
         seed = self._settings.seed
         requests: list[tuple[Case, PictureCase | None]] = []
@@ -96,42 +98,52 @@ class Run:
         bounds = [dense_bounds(self.adapter, request, self.roofline)["first_token"] for request, _ in requests]
         least = min(range(len(requests)), key=bounds.__getitem__)
         if bounds[least] / 1e3 > LONGEST:
-            return []
-        request, picture = requests[least]
-        new_tokens = min(TOKENS, max(case.new_tokens for case in cases))
+            return {}, {}
+        request, inputs = self._probe_inputs(*requests[least])
+        request = dataclasses.replace(request, new_tokens=min(TOKENS, max(case.new_tokens for case in cases)))
+        bound = dense_bounds(self.adapter, request, self.roofline)
+
+        def probe(provider: Provider) -> Probe:
+            return measure_probe(provider, request, inputs, bound)
+
+        base, *others = [one for one in self.providers if any(one.supports(case) for case in cases)]
+        dense, threads = probe(base), torch.get_num_threads()
+        is_short = dense.seconds(bound, request.new_tokens) < LONGEST_OF_ALL
+        found = {base: dense, **{one: probe(one) if is_short else dense for one in others}}
+        if not (self._model.device.type == "cpu" and 1 < threads < LONGEST / (bounds[least] / 1e3)):
+            return found, {}
+        with one_thread():
+            single = probe(base)
+        return found, {provider: one.scaled(single, dense) for provider, one in found.items()}
+
+    def _probe_inputs(self, request: Case, picture: PictureCase | None) -> tuple[Case, Inputs]:
+        """The request as the model's images make it, and its inputs."""
         if picture is not None and not images_of(self.adapter, request):
             with self._folder() as folder:
-                pictures = Pictures(folder, self._model.device, picture, seed)
-                request, inputs = first_request(picture, pictures, self.providers[0])
-        else:
-            request = fitted(self.adapter, request)
-            # Of its own: the seed draws the same inputs for all that is measured, whether this is or not.
-            generator = torch.Generator(device=self._model.device).manual_seed(seed)
-            inputs = fresh_inputs(self._model, request, generator)
-        request = dataclasses.replace(request, new_tokens=new_tokens)
-        bound = dense_bounds(self.adapter, request, self.roofline)
-        probes, threads = [measure_probe(self.providers[0], request, inputs, bound)], torch.get_num_threads()
-        if self._model.device.type == "cpu" and 1 < threads < LONGEST / (bounds[least] / 1e3):
-            with one_thread():
-                probes.append(measure_probe(self.providers[0], request, inputs, bound))
-        return probes
+                pictures = Pictures(folder, self._model.device, picture, self._settings.seed)
+                return first_request(picture, pictures, self.providers[0])
+        request = fitted(self.adapter, request)
+        # Of its own: the seed draws the same inputs for all that is measured, whether this is or not.
+        generator = torch.Generator(device=self._model.device).manual_seed(self._settings.seed)
+        return request, fresh_inputs(self._model, request, generator)
 
     @torch.no_grad()
     def rows_of(self, case: AnyCase, on_step: OnStep = lambda step: None) -> list[Row]:
         """Measures a case; ``on_step`` is called before each of its steps."""
-        vllm = self._vllm.get(case.name)
+        vllm, expected = self._vllm.get(case.name), self._expected(case, self._probes)
         if isinstance(case, MixedCase):
             mixed: dict[Setting, MixedMeasurement] = dict(
-                measure_mixed(case, self.providers, self._settings, self._generator, on_step).items()
+                measure_mixed(case, self.providers, self._settings, self._generator, on_step, expected).items()
             )
             if isinstance(vllm, MixedMeasurement):
                 mixed[VLLM_DENSE] = vllm
             return mixed_rows(case, mixed, self._settings, self.adapter, self.roofline, self._shared())
         if isinstance(case, PictureCase):
             with self._folder() as folder:
-                request, found = measure_picture(case, self.providers, self._settings, folder, on_step)
+                request, found = measure_picture(case, self.providers, self._settings, folder, on_step, expected)
         else:
-            request, found = case, measure(case, self.providers, self._settings, lambda: self._draw(case), on_step)
+            request = case
+            found = measure(case, self.providers, self._settings, lambda: self._draw(case), on_step, expected)
         measurements: dict[Setting, Measurement] = dict(found.items())
         if vllm is not None:
             measurements[VLLM_DENSE] = vllm
@@ -188,7 +200,7 @@ def run(
     confirm : callable
         Called with the estimated seconds before the first case; raises where that is too long.
     on_step : callable
-        Called before every step of a case, with the time that is left in words, empty where it is not known.
+        Called before every step of a case, with the time that is left in words.
 
     Raises
     ------

@@ -66,7 +66,7 @@ class ModuleTimes:
         adapter = adapter_for(model)
         parts = [("prefill", adapter.decoder.module), *(("vision", module) for module in vision_modules(adapter))]
         for name, module in parts:
-            self._handles.append(module.register_forward_pre_hook(self._begin(name)))
+            self._handles.append(module.register_forward_pre_hook(self._begin(name), prepend=True))
             self._handles.append(module.register_forward_hook(self._end(name)))
 
     def stop(self) -> None:
@@ -95,10 +95,11 @@ def time_call(provider: Provider, inputs: Inputs | Callable[[], Inputs], new_tok
     """Times a call that makes ``new_tokens`` tokens, in milliseconds per phase.
 
     ``first_token`` and ``total`` are read on the host's clock from the call on, ``decode_per_token`` between the
-    first token and the last. ``vision`` and ``prefill`` are of the device: by hooks, or from the report where this
-    library runs, which calls no modules and lets nobody hook them. ``overhead`` is what they leave of the first token.
-    These three are left out where this library ran on hooks, whose time of the prompt may hold that of the images.
-    As in ``timeit``, Python collects no garbage meanwhile: calls in turn would pay for what those before have left.
+    first token and the last. ``vision`` and ``prefill`` are of the device: by hooks on the model's modules, or from the
+    report of the engine, which calls no modules and lets nobody hook them. ``overhead`` is what they leave of the first
+    token. These three are left out where a call that was for the engine ran on hooks, whose report may count the images
+    with the prompt. As in ``timeit``, Python collects no garbage meanwhile: calls in turn would pay for what those
+    before have left.
 
     Parameters
     ----------
@@ -107,7 +108,7 @@ def time_call(provider: Provider, inputs: Inputs | Callable[[], Inputs], new_tok
         A callable makes them; the time that it takes is ``preprocess``, and counts in ``first_token`` and ``total``.
     new_tokens : int
     """
-    module_times = ModuleTimes(provider.model) if provider.state is None else None
+    module_times = None if provider.wants_engine else ModuleTimes(provider.model)
     arrivals = ArrivalTimes(module_times.stop if module_times else lambda: None)
     collects = gc.isenabled()
     gc.disable()

@@ -15,6 +15,7 @@ import typer
 
 from ..bundled import BUNDLED
 from ..config import did_you_mean
+from .busy import BusyWatch
 from .options import Debug, Device, Yes, prepare_file
 from .terminal import confirm_long, progress, quiet_transformers, reports_errors
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ..bench.cases import AnyCase
     from ..bench.rounds import Measurement, Settings
 
-_DTYPES = ("float32", "float16", "bfloat16")
+_OF_SHAPES = "bfloat16"  # most checkpoints of these shapes are stored so
 _ON_CPU = ("v256-b1-n1", "v256-b1-n16")  # without --cases
 _SMALL, _GPU = "bundled or tiny", "cuda"
 
@@ -61,12 +62,14 @@ def bench(
         ),
     ] = "sparsevlm,random",
     vision_keep: Annotated[
-        float,
+        float | None,
         typer.Option(
             "--vision-keep",
-            help="Share that the tower computes in ours-vision; 1: leave that out, as where the engine runs no tower.",
+            help="Share that the tower computes in ours-vision, on the engine; 1: leave that out, as where the engine "
+            "runs no tower.",
+            show_default="0.5 on a GPU, else 1",
         ),
-    ] = 0.5,
+    ] = None,
     fp8: Annotated[
         bool,
         typer.Option(
@@ -96,7 +99,11 @@ def bench(
     seed: Annotated[int, typer.Option("--seed", help="Of pixels, words, shapes and random choices.")] = 0,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32, float16 or bfloat16.", show_default="bfloat16 on a GPU, else float32"),
+        typer.Option(
+            "--dtype",
+            help=f"auto (as stored; of shapes {_OF_SHAPES}), float32, float16 or bfloat16.",
+            show_default="bfloat16 on a GPU, else auto",
+        ),
     ] = None,
     device: Device = "auto",
     attn: Annotated[str, typer.Option("--attn", help="Of hf-dense: sdpa or eager.")] = "sdpa",
@@ -112,14 +119,14 @@ def bench(
 
     Providers: hf-dense is transformers, hf-flash the same with flash-attn where
     that is installed, hf-static with compiled decoding; vllm-dense is vLLM.
-    ours-default is apply_sparsevlm(model) without options. All other ours-...
-    run on the engine: ours-dense with nothing dropped, ours with span at --keep,
-    ours-vision with --vision-keep too, ours-fp8 with float8 weights, ours-NAME
-    with one of --selectors in the place of span.
+    ours-default is apply_sparsevlm(model) without options, ours-dense with
+    keep=1, ours with --keep, ours-NAME with one of --selectors as well. They run
+    as such a call does: on a GPU on the engine, on a CPU on hooks around the
+    model's own modules, and ours-engine there is ours with engine=True. Always
+    on the engine are ours-vision, with --vision-keep too, and ours-fp8, with
+    float8 weights.
     """
-    from ..bench.cores import OtherProcesses
-
-    others = OtherProcesses()  # before what takes long to import
+    busy = BusyWatch()
     from ..bench.cases import named_cases
     from ..bench.estimate import in_words
     from ..bench.providers import chosen_selectors
@@ -135,6 +142,7 @@ def bench(
     chosen, keeps = named_cases(few if cases is None else _names(cases), full=full), _budgets(keep)
     methods = chosen_selectors(name for name in _names(selectors) if name != "none")
     seconds = seconds if seconds is not None else 8.0 if place.on_gpu else 2.0
+    vision_keep = vision_keep if vision_keep is not None else 0.5 if place.on_gpu else 1.0
     settings = Settings(keeps, vision_keep, seconds, iterations, warmup, static, seed, methods, fp8)
     target = prepare_file(append_to, ".csv")
     if target is not None:
@@ -150,7 +158,7 @@ def bench(
     def confirm(seconds: float) -> None:
         confirm_long(seconds, in_words(seconds), "fewer --cases or --selectors, or a smaller --model", yes=yes)
 
-    output = Output(place.device, others, target)
+    output = Output(place.device, busy, target)
     with output:
         rows = run(
             loaded, chosen, settings, origin, output.show_case, checkpoint=place.checkpoint, vllm=of_vllm,
@@ -159,6 +167,7 @@ def bench(
     if notes := dict.fromkeys(row["note"] for row in rows if row["note"].startswith(NOT_TIMED)):
         raise ValueError("; ".join(notes))
     weights = "random" if place.checkpoint is None else f"those of {place.model}"
+    weights = f"{weights}, in {str(loaded.dtype).removeprefix('torch.')}"
     typer.echo(about_columns(output.heads, chosen, weights, on_gpu=place.on_gpu))
 
 
@@ -190,17 +199,18 @@ class _Place:
     def of(cls, model: str | None, dtype: str | None, device: str, attn: str) -> _Place:
         from ..bench.shapes import SHAPES
         from ..inputs import checkpoint_folder, pick_device
+        from ..inputs.checkpoint import DTYPES, SMOL
         from ..inputs.device import check_attention
 
-        if dtype not in (None, *_DTYPES):
-            raise ValueError(f"--dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}.")
+        if dtype not in (None, *DTYPES):
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
         target = pick_device(device)
         check_attention(attn, target)
-        of_device = ("7b", "bfloat16") if target.startswith(_GPU) else (BUNDLED, "float32")
+        of_device = ("7b", "bfloat16") if target.startswith(_GPU) else (BUNDLED, "auto")
         model, dtype = model or of_device[0], dtype or of_device[1]
         if model in SHAPES:
-            return cls(model, None, dtype, target, attn)
-        if "/" not in model and model != BUNDLED and not Path(model).exists():
+            return cls(model, None, _OF_SHAPES if dtype == "auto" else dtype, target, attn)
+        if "/" not in model and model not in (BUNDLED, SMOL) and not Path(model).exists():
             raise FileNotFoundError(
                 f"model {model}{did_you_mean(model, SHAPES)} is neither a shape, a folder nor a hub id (owner/name); "
                 f"shapes are {', '.join(SHAPES)}, and {BUNDLED} is the small model of this package."
@@ -225,14 +235,14 @@ class _Place:
         from ..bench.shapes import empty_model
         from ..inputs.checkpoint import load_skeleton
 
-        dtype = getattr(torch, self.dtype)
         if self.checkpoint is None:
             with torch.device("meta"):
-                skeleton = empty_model(self.model, dtype, self.attn)
+                skeleton = empty_model(self.model, getattr(torch, self.dtype), self.attn)
         else:
             skeleton = load_skeleton(self.checkpoint)
             if getattr(skeleton.config, "quantization_config", None) is not None:
                 return  # smaller than their dtype tells
+        dtype = skeleton.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         check_memory(self.model, skeleton, self.device, dtype, _SMALL)
 
     def load(self) -> Any:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-import torch
 import typer
 
 from ..bench.cases import AnyCase, MixedCase
-from ..bench.cores import OtherProcesses, thread_advice
 from ..bench.rows import append_rows
 from ..bench.scatter import LIMIT, scattered
 from ..bench.steps import Step
 from .bench_tables import HEADS, print_case
+from .busy import BusyWatch
 from .terminal import StepLine
 
 # What a column shows, by its head.
@@ -25,6 +24,10 @@ _OF_COLUMNS = {
     "GB": "GB: taken from the device, recording included.",
     "worst": "worst: the slowest call by the median of those of like size.",
 }
+_ON_HOOKS = (
+    "ours-default is apply_sparsevlm(model); it and the others run on hooks around the model's own modules, as such a "
+    "call does off a GPU, and ours-engine is ours with engine=True. "
+)
 _BASE = "hf-dense"
 
 
@@ -34,8 +37,8 @@ class Output(StepLine):
     Parameters
     ----------
     device : str
-    others : OtherProcesses
-        Measured from the command's begin on.
+    busy : BusyWatch
+        Made at the command's begin.
     target : Path, optional
         CSV file to add the rows to.
 
@@ -45,12 +48,11 @@ class Output(StepLine):
         Of the columns that the tables have.
     """
 
-    def __init__(self, device: str, others: OtherProcesses, target: Path | None) -> None:
+    def __init__(self, device: str, busy: BusyWatch, target: Path | None) -> None:
         super().__init__()
         self.heads: set[str] = set()
-        self._device, self._others, self._target = torch.device(device).type, others, target
-        self._is_advised = False
-        self._advise()
+        self._device, self._busy, self._target = device, busy, target
+        self._is_warned = busy.warn(device)
 
     def show_step(self, case: AnyCase, step: Step, left: str) -> None:
         """Shows the next step of a case."""
@@ -61,7 +63,9 @@ class Output(StepLine):
     def show_case(self, case: AnyCase, rows: list[dict[str, str]]) -> None:
         """Prints the table of a case and what is to be said of it, and stores its rows."""
         self.clear()
-        if self._device != "cuda":  # a CPU's caches hold small weights, and reading those is faster than any ceiling
+        if not self._device.startswith(
+            "cuda"
+        ):  # a CPU's caches hold small weights, and reading those is faster than any ceiling
             rows = [{**row, "floor": ""} for row in rows]
         self.heads.update(print_case(case, rows))
         if self._target is not None:
@@ -69,15 +73,7 @@ class Output(StepLine):
         if isinstance(case, MixedCase) or not (note := scatter_note(rows)):
             return
         typer.echo(note)
-        self._advise()
-
-    def _advise(self) -> None:
-        """Says once that threads have to share cores, where they do."""
-        if self._is_advised or self._device != "cpu":
-            return
-        if advice := thread_advice(torch.get_num_threads(), self._others.cores()):
-            typer.echo(advice, err=True)
-            self._is_advised = True
+        self._is_warned = self._is_warned or self._busy.warn(self._device)
 
 
 def scatter_note(rows: Sequence[dict[str, str]]) -> str:
@@ -103,8 +99,8 @@ def about_columns(heads: Collection[str], cases: Sequence[AnyCase], weights: str
     is_mixed = any(isinstance(case, MixedCase) for case in cases)
     mean = "; of mixed shapes the mean, behind the library's own warm-up" if is_mixed else ""
     of_columns = " ".join(text for head, text in _OF_COLUMNS.items() if head in heads)
-    static = "hf-static is measured where one sample decodes. " if on_gpu else ""
+    of_rows = "hf-static is measured where one sample decodes. " if on_gpu else _ON_HOOKS
     return (
-        f"Milliseconds, median{mean}. {of_columns} {static}"
+        f"Milliseconds, median{mean}. {of_columns} {of_rows}"
         f"The weights are {weights}: time depends on the shape, not on them."
     )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers, prepare_folder
+from .busy import BusyWatch
+from .options import KEEP_HELP, Debug, Device, Selector, dtype_of, parse_keep, parse_layers, prepare_folder
 from .terminal import progress, quiet_transformers, reports_errors
 
 if TYPE_CHECKING:
@@ -75,23 +76,23 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Ask the bundled model about a drawn scene, without and with pruning."""
+    busy = BusyWatch()
     from ..config import SparseVLMConfig
 
     config = SparseVLMConfig(keep=parse_keep(keep), selector=selector, target_layers=parse_layers(target_layers))
     prepare_folder(out)
     with progress("loading the bundled model"):
-        from ..bundled import bundled_path
+        from ..bundled import BUNDLED, bundled_path
         from ..inputs import load_model, load_processor, pick_device
         from ..scenes import draw_scene
 
         quiet_transformers()
         target = pick_device(device)
-        # bfloat16, as stored, is slow on most CPUs.
-        dtype = "float32" if target == "cpu" else "auto"
-        model = load_model(bundled_path(), dtype=dtype, device=target)
+        model = load_model(bundled_path(), dtype=dtype_of(BUNDLED, target), device=target)
         processor = load_processor(bundled_path())
         scene = draw_scene(seed)
     exchanges = _ask_all(model, processor, scene, config, questions)
+    busy.warn(target)
     files = _write_files(out, scene, exchanges)
     settings = {
         "seed": seed,
@@ -99,6 +100,7 @@ def demo(
         "selector": exchanges[0].report.selector,
         "target_layers": ",".join(str(stage.layer) for stage in exchanges[0].report.samples[0].stages),
         "device": target,
+        "dtype": str(model.dtype).removeprefix("torch."),
     }
     if as_json:
         asked = [exchange.to_dict() for exchange in exchanges]
@@ -141,7 +143,7 @@ def _ask_all(model: Any, processor: Any, scene: Scene, config: SparseVLMConfig, 
 def _write_files(out: Path, scene: Scene, exchanges: list[Exchange]) -> list[Path]:
     """Write scene, overlay and one report per question."""
     from ..inputs import identified
-    from ..visualization import Row, draw_rows, save_picture
+    from ..visualization import Row, draw_rows, heading, save_picture
 
     picture = out / "scene.png"
     scene.image.save(picture)
@@ -156,11 +158,7 @@ def _write_files(out: Path, scene: Scene, exchanges: list[Exchange]) -> list[Pat
             f"pruned: {exchange.pruned.text}"
         )
         rows.append(Row(scene.image, sample, 0, height, width, label))
-    total = sum(exchange.report.average_in for exchange in exchanges) / len(exchanges)
-    title = (
-        f"{exchanges[0].report.selector}: {total:.0f} of {exchanges[0].report.n_visual:.0f} visual tokens, "
-        f"averaged over the {len(exchanges[0].report.samples[0].layer_tokens)} decoder layers"
-    )
+    title = heading([exchange.report for exchange in exchanges])
     return [picture, save_picture(draw_rows(rows, title=title), out / "overlay.png"), *reports]
 
 

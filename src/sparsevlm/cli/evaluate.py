@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .busy import BusyWatch
 from .options import Debug, Device, Yes, parse_keep, parse_layers
 from .terminal import confirm_long, quiet_transformers, reports_errors
 
@@ -129,11 +130,14 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Compare selectors and budgets with the dense model on a suite of questions."""
+    busy = BusyWatch()
     from ..evaluation import EvalConfig
+    from ..evaluation.execution.workers import threads_of_each
     from ..evaluation.suites.registry import is_drawn
     from ..inputs import pick_device
 
-    default = _ON_GPU if pick_device(device).startswith("cuda") else _ON_CPU
+    target = pick_device(device)
+    default = _ON_GPU if target.startswith("cuda") else _ON_CPU
     if limit is None and default is _ON_CPU and is_drawn(suite):
         limit = default.scenes
     config = EvalConfig(
@@ -156,8 +160,11 @@ def evaluate(
         include_path=None if include_path is None else str(include_path),
         options=_settings(options or []),
     )
+    threads = None if workers == 1 else workers * threads_of_each(workers)
+    busy.warn(target, threads)
     evaluation = _run(config, out, yes=yes, workers=workers, resume=resume, collect=append_to)
     _print(evaluation)
+    busy.warn(target, threads)
     if strict and evaluation.failed:
         sys.exit(FAILED_ROWS)
 

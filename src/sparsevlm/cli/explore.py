@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..bundled import BUNDLED
-from .options import Debug, Device
+from .options import Debug, Device, Dtype, dtype_of
 from .run import NOT_MEANINGFUL
 from .terminal import progress, quiet_transformers, reports_errors
 
@@ -25,14 +25,7 @@ def explore(
     model: Annotated[
         str, typer.Option("--model", help="Folder, hub id, or 'bundled' for the small model of this package.")
     ] = BUNDLED,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            "--dtype",
-            help="auto (as stored), float32, float16 or bfloat16.",
-            show_default="auto; of the bundled model on a CPU float32",
-        ),
-    ] = None,
+    dtype: Dtype = None,
     device: Device = "auto",
     host: Annotated[
         str,
@@ -82,9 +75,8 @@ def _answerer(model: str, dtype: str | None, device: str, *, wants_warmup: bool)
 
         quiet_transformers()
         target = pick_device(device)
-        if dtype is None:  # bfloat16, as stored, is slow on most CPUs
-            dtype = "float32" if model == BUNDLED and target == "cpu" else "auto"
-        loaded, processor = load_model(model, dtype=dtype, device=target), load_processor(model)
+        loaded = load_model(model, dtype=dtype_of(model, target, dtype), device=target)
+        processor = load_processor(model)
         state = apply_sparsevlm(loaded, processor=processor)
     if wants_warmup and target != "cpu":
         with progress("warming up"):

@@ -8,9 +8,19 @@ from typing import Annotated
 
 import typer
 
+from ..bundled import BUNDLED
+
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask before what takes more than ten minutes.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what goes on.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, or one of several, such as cuda:1.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="auto (as stored), float32, float16 or bfloat16.",
+        show_default="auto; of the bundled model on a CPU float32",
+    ),
+]
 Selector = Annotated[
     str | None,
     typer.Option("--selector", help="Built-in method, such as span, sparsevlm or random.", show_default="span"),
@@ -19,6 +29,13 @@ KEEP_HELP = (
     "Visual tokens averaged over the decoder layers: a fraction with a point (0.25), a number of tokens (64), or "
     "'adaptive', where the rank of the attention decides."
 )
+
+
+def dtype_of(model: str, device: str, dtype: str | None = None) -> str:
+    """Dtype that a model is loaded in: what was asked for, else as stored, which is slow for bfloat16 on most CPUs."""
+    if dtype is not None:
+        return dtype
+    return "float32" if model == BUNDLED and device == "cpu" else "auto"
 
 
 def parse_keep(text: str | None) -> int | float | None:

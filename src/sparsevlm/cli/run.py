@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from ..bundled import BUNDLED
-from .options import KEEP_HELP, Debug, Device, Selector, parse_keep, parse_layers, prepare_file
+from .busy import BusyWatch
+from .options import KEEP_HELP, Debug, Device, Dtype, Selector, dtype_of, parse_keep, parse_layers, prepare_file
 from .terminal import progress, quiet_transformers, reports_errors
 from .visuals import Frame, Images, Video, check_not_overwritten, read_visuals
 
@@ -47,7 +48,7 @@ def run(
         str, typer.Option("--turns", help="For questions that follow: first, refresh, or agnostic (question-free).")
     ] = "first",
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto (as stored), float32, float16 or bfloat16.")] = "auto",
+    dtype: Dtype = None,
     device: Device = "auto",
     attn: Annotated[str, typer.Option("--attn", help="sdpa, eager or flash_attention_2.")] = "sdpa",
     compare: Annotated[bool, typer.Option("--compare", help="Answer without pruning as well.")] = False,
@@ -58,6 +59,7 @@ def run(
     """Answer a question about pictures with pruned visual tokens."""
     if bool(image) == (video is not None):
         raise ValueError("give either --image FILE (once per image) or --video FOLDER.")
+    busy = BusyWatch()
     from ..config import SparseVLMConfig
 
     config = SparseVLMConfig(
@@ -82,8 +84,10 @@ def run(
     answers, found = _answers(loaded, processor, inputs, config, max_new_tokens=max_new_tokens, compare=compare)
     visuals = [*images, *([frames] if frames else [])]
     found = found.of_pictures(identified(visuals))
+    busy.warn(str(loaded.device))
     if model == BUNDLED:
         typer.echo(NOT_MEANINGFUL, err=True)
+    typer.echo(f"model {model}, device {loaded.device}, dtype {str(loaded.dtype).removeprefix('torch.')}")
     for name, answer in answers.items():
         typer.echo(f"{name} ({answer.total_ms:.0f} ms, {answer.n_tokens} tokens): {answer.text}")
     typer.echo(f"\n{found}")
@@ -95,11 +99,12 @@ def run(
         typer.echo(f"wrote {picture}")
 
 
-def _load(model: str, dtype: str, device: str, attn: str) -> tuple[Any, Any]:
+def _load(model: str, dtype: str | None, device: str, attn: str) -> tuple[Any, Any]:
     with progress(f"loading {model}"):
-        from ..inputs import load_model, load_processor
+        from ..inputs import load_model, load_processor, pick_device
 
         quiet_transformers()
+        dtype = dtype_of(model, pick_device(device), dtype)
         loaded = load_model(model, dtype=dtype, device=device, attn_implementation=attn)
         return loaded, load_processor(model)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Debug, prepare_file
-from .terminal import reports_errors
+from .terminal import reports_errors, show_warning
 from .visuals import Frame, Images, Video, check_not_overwritten, read_visuals
 
 
@@ -21,7 +21,7 @@ def visualize(
     frame: Frame = None,
     video: Video = None,
     sample: Annotated[int, typer.Option("--sample", help="Which sample of the batch, from 0.")] = 0,
-    title: Annotated[str, typer.Option("--title", help="Text above the picture.")] = "",
+    title: Annotated[str, typer.Option("--title", help="Text above the picture, with what ran beneath it.")] = "",
     model: Annotated[
         str | None,
         typer.Option(
@@ -46,4 +46,11 @@ def visualize(
     processor = None if model is None else load_processor(model)
     found = Report.from_json(report)
     save_picture(draw_report(found, visuals, sample=sample, title=title, processor=processor), out)
+    if not found.samples[sample].pictures:
+        show_warning(
+            f"{report} does not say of which pictures it is, so that any of their size would have been drawn on. "
+            "Reports of sparsevlm run and demo do; in Python record it before it is written: "
+            "report.of_pictures(sparsevlm.inputs.identified([image])).to_json(path), with sample= for others than the "
+            "first of a batch."
+        )
     typer.echo(f"wrote {out}")

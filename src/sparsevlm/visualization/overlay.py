@@ -16,6 +16,7 @@ from PIL import Image
 from ..inputs import as_rgb, identified
 from ..report import Report, SampleReport, StageReport
 from .fitting import as_seen, has_shape
+from .headings import heading
 from .page import Page, Panel
 
 # An image, or the frames of a video.
@@ -90,7 +91,7 @@ def draw_report(
     sample : int
         Which sample of the batch.
     title : str
-        Written above, such as question and answer.
+        Written above, such as question and answer; beneath it, or in its place, stands what ran.
     max_frames : int
         Of a video, at most this many temporal steps are shown, evenly spaced.
     processor : ProcessorMixin, optional
@@ -113,10 +114,11 @@ def draw_report(
         raise ValueError(f"sample {sample} of the report has no images to draw.")
     rows = rows_of(chosen, visuals, max_frames=max_frames, processor=processor)
     _check_pictures(chosen, visuals)
+    above = heading([report], sample)
     notes = [] if report.failed is None else [f"The request failed: {report.failed}."]
     notes.extend([f"Nothing was pruned: {report.skipped_because}."] if report.skipped_because else [])
     notes.extend([chosen.budget_clamped] if chosen.budget_clamped else [])
-    return draw_rows(rows, title=title, note=" ".join(notes))
+    return draw_rows(rows, title=title or above, subtitle=above if title else "", note=" ".join(notes))
 
 
 def _check_pictures(sample: SampleReport, visuals: Sequence[Visual]) -> None:
@@ -137,7 +139,7 @@ def _check_pictures(sample: SampleReport, visuals: Sequence[Visual]) -> None:
             )
 
 
-def draw_rows(rows: Sequence[Row], *, title: str = "", note: str = "") -> Figure:
+def draw_rows(rows: Sequence[Row], *, title: str = "", subtitle: str = "", note: str = "") -> Figure:
     """Draw one line of panels (or a few, where there are many target layers) per row."""
     panels = [_panels(row) for row in rows]
     most = max(map(len, panels))
@@ -145,6 +147,7 @@ def draw_rows(rows: Sequence[Row], *, title: str = "", note: str = "") -> Figure
     width = _PANEL_WIDTHS.get(columns, _PANEL_WIDTHS[max(_PANEL_WIDTHS)])
     page = Page(columns * width)
     page.write(title, size=11)
+    page.write(subtitle, size=9.5)
     for row, cells in zip(rows, panels, strict=True):
         page.write(row.label, size=9.5)
         height = width * min(max(row.height / row.width, 0.1), 1.8)

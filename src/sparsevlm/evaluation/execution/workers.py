@@ -70,6 +70,11 @@ def run_workers(
                 worker.join()
 
 
+def threads_of_each(count: int) -> int:
+    """Threads that torch computes with in each of ``count`` workers."""
+    return max(1, (os.cpu_count() or 1) // count)
+
+
 def _follow(workers: list[Any], messages: Any, on_rows: Callable[[int], None]) -> None:
     """Passes on the workers' messages until the last worker is done."""
     running = set(range(len(workers)))
@@ -102,7 +107,7 @@ def _work(config: EvalConfig, folder: Path, shard: Shard, settings: Sequence[Set
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C as well, and ends the workers
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // shard.count))
+    torch.set_num_threads(threads_of_each(shard.count))
     parent = multiprocessing.parent_process()
 
     def tell(kind: str, content: Any) -> None:

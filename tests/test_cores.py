@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from sparsevlm.bench import cores
-from sparsevlm.bench.cores import OtherProcesses, allowed_cores, thread_advice
+from sparsevlm import cores
+from sparsevlm.cores import OtherProcesses, allowed_cores, busy_advice
 
 
 @pytest.fixture
@@ -19,10 +19,10 @@ def machine(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("threads", "others", "fitting"),
-    [(8, 0.3, None), (8, None, None), (4, 4.2, None), (8, 3.0, 5), (8, 9.0, 1), (1, 9.0, None)],
+    [(8, 0.3, None), (8, None, None), (4, 4.2, None), (8, 3.0, 5), (8, 9.0, 1), (1, 7.4, None)],
 )
 def test_threads_without_a_core_are_told(machine, threads, others, fitting):
-    advice = thread_advice(threads, others)
+    advice = busy_advice(threads, others)
     assert bool(advice) == (fitting is not None)
     if fitting is not None:
         assert f"torch computes with {threads} threads" in advice
@@ -30,11 +30,20 @@ def test_threads_without_a_core_are_told(machine, threads, others, fitting):
         assert f"torch.set_num_threads({fitting})" in advice
 
 
+def test_one_thread_without_a_core_is_told(machine):
+    """There is nothing to set then."""
+    advice = busy_advice(1, 7.8)
+    assert advice.startswith(
+        "torch computes with 1 thread, and about 0.2 of 8 cores are free: do not trust milliseconds"
+    )
+    assert "OMP_NUM_THREADS" not in advice
+
+
 def test_a_container_has_fewer_cores_and_its_machine_other_work(machine):
     (machine / "cpu.max").write_text("200000 100000\n")
     assert allowed_cores() == 2.0
-    assert "about 2.0 of 2 cores are free" in thread_advice(8, 5.0)
-    assert thread_advice(2, 5.0) == "", "three cores of the machine are idle"
+    assert "about 2.0 of 2 cores are free" in busy_advice(8, 5.0)
+    assert busy_advice(2, 5.0) == "", "three cores of the machine are idle"
     (machine / "cpu.max").write_text("max 100000\n")
     assert allowed_cores() == 8.0
 

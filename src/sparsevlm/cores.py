@@ -28,8 +28,8 @@ class OtherProcesses:
         return max(0.0, (busy - self._busy - (_own_seconds() - self._own)) / elapsed)
 
 
-def thread_advice(threads: int, others: float | None) -> str:
-    """Says that threads have to share cores, and what to set; empty where each has one.
+def busy_advice(threads: int, others: float | None) -> str:
+    """Says that threads have to share cores, and what to do; empty where each has one.
 
     Parameters
     ----------
@@ -41,13 +41,19 @@ def thread_advice(threads: int, others: float | None) -> str:
     allowed = allowed_cores()
     # Others are those of the whole machine, of which a container may have a part.
     free = allowed if others is None else min(allowed, max(0.0, (os.cpu_count() or 1) - others))
-    if threads == 1 or threads <= free + _MARGIN:
+    if threads <= free + _MARGIN:
         return ""
+    counts = f"{threads} thread{'s' * (threads > 1)}, and about {free:.1f} of {allowed:.3g} cores are free"
+    if threads == 1:
+        return (
+            f"torch computes with {counts}: do not trust milliseconds that are measured now; they are of calls that "
+            "waited for a core."
+        )
     fitting = max(1, round(free))
     return (
-        f"torch computes with {threads} threads, and about {free:.1f} of {allowed:.3g} cores are free: threads that "
-        f"wait for each other can make calls many times slower. Set OMP_NUM_THREADS={fitting} before the command; in "
-        f"Python, torch.set_num_threads({fitting})."
+        f"torch computes with {counts}: threads that wait for each other can make calls many times slower, so do not "
+        f"trust milliseconds that are measured now. Set OMP_NUM_THREADS={fitting} before the command; in Python, "
+        f"torch.set_num_threads({fitting})."
     )
 
 
