@@ -27,10 +27,11 @@ def tiny_model(
 
     Each call gets a copy of one that is made once, which is quicker, and leaves generators as if it had made one.
     """
-    torch.manual_seed(seed)
     if not FAMILIES[family].runs(attn, "dynamic"):
         attn = FAMILIES[family].attentions[0]
     key = (family, attn, seed, n_layers, repr(vision_options), repr(text_options))
+    if key not in _MADE or torch.cuda.is_available():
+        torch.manual_seed(seed)  # slow, as it notes down for a GPU to come who called it
     if key not in _MADE:
         if len(_MADE) == _MOST_MADE:
             _MADE.clear()
