@@ -13,12 +13,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before transformers imports Triton
 
-from interpreter import look_for_builtins_once
+from interpreter import quicken
 from places import CPU, GPU
 from toys import tiny_model
 
 if os.environ.get("TRITON_INTERPRET") == "1":
-    look_for_builtins_once()
+    quicken()
 
 
 def pytest_addoption(parser):

@@ -48,20 +48,23 @@ def covering_array(
     for name, values in factors.items():
         if lost := set(values) - {case[name] for case in cases}:
             raise ValueError(f"no case has {name} = {', '.join(sorted(map(str, lost)))}: see what is possible.")
-    numbers: dict[tuple[Any, ...], int] = {}
-    groups = [tuple(group) for group in groups]
-    combinations = np.array(
-        [
-            [numbers.setdefault((group, *(case[name] for name in group)), len(numbers)) for group in groups]
-            for case in cases
-        ]
-    )
-    missing = np.ones(len(numbers), dtype=bool)
-    chosen = []
+    places = {name: {value: place for place, value in enumerate(values)} for name, values in factors.items()}
+    columns = {name: np.array([places[name][case[name]] for case in cases]) for name in factors}
+    numbers, n_numbers = [], 0
+    for group in groups:
+        sizes = [len(factors[name]) for name in group]
+        _, own = np.unique(np.ravel_multi_index([columns[name] for name in group], sizes), return_inverse=True)
+        numbers.append(own + n_numbers)
+        n_numbers += int(own.max()) + 1
+    missing, chosen = np.ones(n_numbers, dtype=bool), []
+    n_missing = np.full(len(cases), len(numbers))  # of each case
     while missing.any():
-        best = int(missing[combinations].sum(axis=1).argmax())
-        missing[combinations[best]] = False
+        best = int(n_missing.argmax())
         chosen.append(cases[best])
+        for own in numbers:
+            if missing[own[best]]:
+                missing[own[best]] = False
+                n_missing -= own == own[best]
     return chosen
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 
+from .copies import Copies
 from .kinds import EOS, N_LAYERS, PAD, Family
 from .qwen import QWEN_FAMILIES
 from .sized import SIZED_FAMILIES
 from .tiled import TILED_FAMILIES
 
 FAMILIES = {**QWEN_FAMILIES, **TILED_FAMILIES, **SIZED_FAMILIES}
-_MADE, _MOST_MADE = {}, 64  # models, each with the state of the generator behind it
+_MADE, _MOST_MADE = {}, 64  # copies of models, each with the state of the generator behind it
 ON_ENGINE = tuple(name for name, family in FAMILIES.items() if family.on_engine)
 
 
@@ -28,8 +27,24 @@ def tiny_model(
 
     Each call gets a copy of one that is made once, which is quicker, and leaves generators as if it had made one.
     """
-    torch.manual_seed(seed)
-    text = {
+    if not FAMILIES[family].runs(attn, "dynamic"):
+        attn = FAMILIES[family].attentions[0]
+    key = (family, attn, seed, n_layers, repr(vision_options), repr(text_options))
+    if key not in _MADE or torch.cuda.is_available():
+        torch.manual_seed(seed)  # slow, as it notes down for a GPU to come who called it
+    if key not in _MADE:
+        if len(_MADE) == _MOST_MADE:
+            _MADE.clear()
+        made = _made(FAMILIES[family], attn, _text(n_layers, text_options), vision_options or {})
+        _MADE[key] = (Copies(made), torch.get_rng_state())
+    copies, state = _MADE[key]
+    torch.set_rng_state(state)
+    return copies.new()
+
+
+def _text(n_layers: int, options) -> dict:
+    """Configuration of the text model."""
+    return {
         "vocab_size": 96,
         "hidden_size": 64,
         "intermediate_size": 96,
@@ -40,22 +55,12 @@ def tiny_model(
         "bos_token_id": None,
         "eos_token_id": EOS,
         "pad_token_id": PAD,
-        **(text_options or {}),
+        **(options or {}),
     }
-    cls, config = FAMILIES[family].make(text, vision_options or {})
-    if not FAMILIES[family].runs(attn, "dynamic"):
-        attn = FAMILIES[family].attentions[0]
-    key = (cls, attn, seed, config.to_json_string(use_diff=False))
-    if key not in _MADE:
-        if len(_MADE) == _MOST_MADE:
-            _MADE.clear()
-        _MADE[key] = (_made(FAMILIES[family], cls, config, attn), torch.get_rng_state())
-    made, state = _MADE[key]
-    torch.set_rng_state(state)
-    return copy.deepcopy(made)
 
 
-def _made(family: Family, cls, config, attn: str):
+def _made(family: Family, attn: str, text, vision_options):
+    cls, config = family.make(text, vision_options)
     model = cls._from_config(config, attn_implementation=attn).eval()
     with torch.no_grad():
         for weight in model.parameters():
