@@ -161,10 +161,11 @@ def evaluate(
         options=_settings(options or []),
     )
     threads = None if workers == 1 else workers * threads_of_each(workers)
-    busy.warn(target, threads)
+    is_warned = busy.warn(target, threads)
     evaluation = _run(config, out, yes=yes, workers=workers, resume=resume, collect=append_to)
     _print(evaluation)
-    busy.warn(target, threads)
+    if not is_warned:
+        busy.warn(target, threads)
     if strict and evaluation.failed:
         sys.exit(FAILED_ROWS)
 
