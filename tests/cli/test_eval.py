@@ -146,7 +146,7 @@ def test_a_finished_run_is_not_repeated(done, desk):
 
 def test_a_budget_and_a_seed_in_two_spellings_run_once(desk, tmp_path, monkeypatch):
     """And a busy machine is told of before, and beneath the table."""
-    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, others: f"{threads} thread waits")
+    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, *_: f"{threads} thread waits")
     settings = ["--selectors", "random", "--keep", "0.6,0.60", "--seeds", "0,00", "--max-new-tokens", "2"]
     result = call(desk, "--out", tmp_path, settings=settings)
     assert result.exit_code == 0, result.stderr
