@@ -424,13 +424,12 @@ def python(code, *arguments):
 
 
 def test_debug_shows_the_traceback(desk):
-    main = "from sparsevlm.cli import main; main()"
     arguments = ["run", "--model", desk / "missing", "--image", desk / "photo.jpg", "--prompt", "x"]
-    short, long = python(main, *arguments), python(main, *arguments, "--debug")
-    assert short.returncode == 2
-    assert "Traceback" not in short.stderr
-    assert long.returncode != 0
-    assert "Traceback" in long.stderr
+    short, long = call(*arguments), call(*arguments, "--debug")
+    assert short.exit_code == 2
+    assert "Traceback" not in short.output
+    assert long.exit_code != 0
+    assert isinstance(long.exception, FileNotFoundError), "which Python shows"
 
 
 def test_help_and_version_load_no_torch():
