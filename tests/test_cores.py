@@ -39,6 +39,11 @@ def test_one_thread_without_a_core_is_told(machine):
     assert "OMP_NUM_THREADS" not in advice
 
 
+def test_threads_that_no_option_of_torch_sets(machine):
+    advice = busy_advice(8, 3.0, "Choose fewer --workers.")
+    assert advice.endswith("that are measured now. Choose fewer --workers.")
+
+
 def test_a_container_has_fewer_cores_and_its_machine_other_work(machine):
     (machine / "cpu.max").write_text("200000 100000\n")
     assert allowed_cores() == 2.0

@@ -28,7 +28,7 @@ class OtherProcesses:
         return max(0.0, (busy - self._busy - (_own_seconds() - self._own)) / elapsed)
 
 
-def busy_advice(threads: int, others: float | None) -> str:
+def busy_advice(threads: int, others: float | None, remedy: str = "") -> str:
     """Says that threads have to share cores, and what to do; empty where each has one.
 
     Parameters
@@ -37,6 +37,8 @@ def busy_advice(threads: int, others: float | None) -> str:
         That torch computes with.
     others : float or None
         Cores that other processes keep busy.
+    remedy : str
+        What to do about several threads; empty: to set their number.
     """
     allowed = allowed_cores()
     # Others are those of the whole machine, of which a container may have a part.
@@ -50,10 +52,10 @@ def busy_advice(threads: int, others: float | None) -> str:
             "waited for a core."
         )
     fitting = max(1, round(free))
+    setting = f"Set OMP_NUM_THREADS={fitting} before the command; in Python, torch.set_num_threads({fitting})."
     return (
         f"torch computes with {counts}: threads that wait for each other can make calls many times slower, so do not "
-        f"trust milliseconds that are measured now. Set OMP_NUM_THREADS={fitting} before the command; in Python, "
-        f"torch.set_num_threads({fitting})."
+        f"trust milliseconds that are measured now. {remedy or setting}"
     )
 
 

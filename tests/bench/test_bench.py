@@ -130,6 +130,15 @@ def test_float8_weights_are_measured_where_they_are_read():
     found = {row["phase"]: row["p50"] for row in rows if row["provider"] == "ours-fp8" and row["metric"] == "ms"}
     assert found["first_token"]
     assert found["decode_per_token"]
+    said = []
+    run(
+        tiny_model(n_layers=12),
+        [Case(64, 1, 1)],
+        Settings((0.5,), 1.0, 0.1, 1, 1, selectors=(), fp8=True),
+        ORIGIN,
+        say=said.append,
+    )
+    assert "ours-fp8: left out; it is measured in none of these cases" in said
 
 
 def test_wrong_answers_are_not_timed(monkeypatch):

@@ -59,7 +59,7 @@ def test_table_and_rows(checkpoint, tmp_path):
     assert n_cells == {len(heads.replace("first token", "first-token").split())}, "no cell is empty"
     assert not re.search(r"^(hf|ours)\S*: ", result.stdout, re.MULTILINE), "nor is there a note"
     progress = " ".join(result.stderr.split())
-    assert "1 cases, 7 providers: about" in progress
+    assert "1 case, 7 providers: about" in progress
     assert "v256-b1-n1 (1 of 1), about" in progress
     begun = re.findall(r"^v256-b1-n1: (\S+) \((\d) of 7\)", result.stderr, re.MULTILINE)
     assert [int(number) for _, number in begun] == list(range(1, 8)), "a line each where stderr is no terminal"
@@ -279,6 +279,11 @@ def test_vllm_is_measured_of_models_whose_processors_are_at_hand(model, is_measu
         ),
         (["--model", "smol"], "the weights of smol are not in"),
         (["--model", "zebra"], "shapes are 7b, 3b, qwen3-vl-8b, llava-1.5-7b, internvl3-8b, tiny"),
+        (["--cases", ","], "--cases is empty."),
+        (["--seconds", "nan"], "--seconds must be a number of at least 0, got nan."),
+        (["--seconds", "inf"], "--seconds must be a number of at least 0, got inf."),
+        (["--seconds", "-1"], "--seconds must be a number of at least 0, got -1.0."),
+        (["--vision-keep", "2"], "--vision-keep must be a fraction in (0, 1], got 2.0."),
         (["--cases", "v9"], "there is no case v9; there are v256-b1-n1"),
         (["--keep", "1.5"], "must be fractions between 0 and 1"),
         (["--keep", "half"], "must be fractions with commas"),

@@ -61,7 +61,7 @@ def test_table_and_files(stand_in):
 
 
 def test_json(stand_in, monkeypatch):
-    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, others: f"{threads} thread waits")
+    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, *_: f"{threads} thread waits")
     result = call("demo", "--json", "--questions", 1, "--keep", 0.7, "--selector", "random", "--out", "folder")
     assert result.exit_code == 0, result.stderr
     assert "warning: 1 thread waits" in result.stderr

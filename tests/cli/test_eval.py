@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import pickle
 import queue
 import re
 import signal
@@ -23,6 +24,7 @@ from sparsevlm.evaluation import EvalConfig, EvaluationRun
 from sparsevlm.evaluation.execution import workers
 from sparsevlm.evaluation.execution.generation import BatchGenerator, generate_each
 from sparsevlm.evaluation.execution.predictions import PredictionStore
+from sparsevlm.evaluation.execution.sharding import Shard
 from sparsevlm.evaluation.suites.suite import Sample
 from tiny_checkpoint import save_tiny_checkpoint
 
@@ -146,7 +148,7 @@ def test_a_finished_run_is_not_repeated(done, desk):
 
 def test_a_budget_and_a_seed_in_two_spellings_run_once(desk, tmp_path, monkeypatch):
     """And a busy machine is told of before, and beneath the table."""
-    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, others: f"{threads} thread waits")
+    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, *_: f"{threads} thread waits")
     settings = ["--selectors", "random", "--keep", "0.6,0.60", "--seeds", "0,00", "--max-new-tokens", "2"]
     result = call(desk, "--out", tmp_path, settings=settings)
     assert result.exit_code == 0, result.stderr
@@ -237,10 +239,18 @@ def test_two_workers_say_what_one_says(desk, tmp_path):
     assert len(list((two.folder / "predictions").glob("*.worker1.jsonl"))) == 3
 
 
-def test_the_failure_of_a_worker_is_told(desk, tmp_path):
-    run = run_of(desk, instruction="<|image_pad|>")(tmp_path)
+def test_the_failure_of_a_worker_is_told(desk, tmp_path, monkeypatch):
+    """The work of a process, in this one; what it says goes through a pipe."""
+    monkeypatch.setattr(workers.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    run, messages = run_of(desk, instruction="<|image_pad|>")(tmp_path), queue.Queue()
+    workers._work(run.config, tmp_path, Shard(0, 2), run._settings, messages)
+    said = [messages.get() for _ in range(messages.qsize())]
+    assert [kind for _, kind, _ in said if kind != "rows"] == ["failed"]
+    for message in said:
+        messages.put(pickle.loads(pickle.dumps(message)))
     with pytest.raises(ValueError, match=r"image_pad"):
-        run.execute(workers=2)
+        workers._follow([SimpleNamespace(exitcode=None)], messages, print)
 
 
 def test_the_end_of_a_killed_worker_is_told(desk, tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ import sparsevlm.inputs
 from sparsevlm import Report, apply_sparsevlm
 from sparsevlm.cli import app
 from sparsevlm.cli.asking import build_inputs
+from sparsevlm.cli.terminal import reports_errors
 from sparsevlm.cli.visuals import read_visuals
 from sparsevlm.inputs import load_image, load_model, load_processor
 from tiny_checkpoint import save_tiny_checkpoint
@@ -246,7 +247,7 @@ def test_black_ink_on_a_transparent_ground(tmp_path):
 
 
 def test_adaptive(desk, monkeypatch):
-    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, others: f"{threads} thread waits")
+    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda threads, *_: f"{threads} thread waits")
     result = run_on(
         desk, "--image", desk / "photo.jpg", "--max-new-tokens", "2", "--attn", "eager", "--dtype", "bfloat16"
     )
@@ -381,10 +382,30 @@ def test_places_where_nothing_may_be_written(desk, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
+    def read_only(*_, **__):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(type(desk), "mkdir", read_only)
+    assert_one_line(
+        run_on(desk, "--image", "photo.jpg", "--report", "new/x.json"),
+        "cannot make folder new: Read-only file system; name another",
+    )
     monkeypatch.setattr(type(desk), "mkdir", refuse)
     assert_one_line(
         run_on(desk, "--image", "photo.jpg", "--report", "new/x.json"), "cannot make folder new: permission"
     )
+
+
+def test_a_reader_that_has_gone_is_no_error(capsys):
+    """As ``head`` has, once it has its lines: click ends the command without a word."""
+
+    @reports_errors
+    def command(debug):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with pytest.raises(BrokenPipeError):
+        command()
+    assert capsys.readouterr().err == ""
 
 
 def assert_one_line(result, message):
@@ -403,13 +424,12 @@ def python(code, *arguments):
 
 
 def test_debug_shows_the_traceback(desk):
-    main = "from sparsevlm.cli import main; main()"
     arguments = ["run", "--model", desk / "missing", "--image", desk / "photo.jpg", "--prompt", "x"]
-    short, long = python(main, *arguments), python(main, *arguments, "--debug")
-    assert short.returncode == 2
-    assert "Traceback" not in short.stderr
-    assert long.returncode != 0
-    assert "Traceback" in long.stderr
+    short, long = call(*arguments), call(*arguments, "--debug")
+    assert short.exit_code == 2
+    assert "Traceback" not in short.output
+    assert long.exit_code != 0
+    assert isinstance(long.exception, FileNotFoundError), "which Python shows"
 
 
 def test_help_and_version_load_no_torch():

@@ -69,6 +69,12 @@ class Run:
         self._generator = torch.Generator(device=model.device).manual_seed(settings.seed)
         self._probes: dict[Provider, Probe] = {}
 
+    def leave_out(self, cases: Sequence[AnyCase]) -> list[str]:
+        """Leaves out the providers that none of the cases is measured with, and returns their names."""
+        idle = [one for one in self.providers if not any(one.supports(case) for case in cases)]
+        self.providers = [one for one in self.providers if one not in idle]
+        return list(dict.fromkeys(one.name for one in idle))
+
     def estimate(self, cases: Sequence[AnyCase]) -> tuple[list[float], list[float]]:
         """Seconds that each case takes, roughly, and with one thread; off a GPU calls are timed for that.
 
@@ -106,7 +112,7 @@ class Run:
         def probe(provider: Provider) -> Probe:
             return measure_probe(provider, request, inputs, bound)
 
-        base, *others = [one for one in self.providers if any(one.supports(case) for case in cases)]
+        base, *others = self.providers
         dense, threads = probe(base), torch.get_num_threads()
         is_short = dense.seconds(bound, request.new_tokens) < LONGEST_OF_ALL
         found = {base: dense, **{one: probe(one) if is_short else dense for one in others}}
@@ -211,13 +217,16 @@ def run(
     cases = fitted_cases(bench.adapter, cases, settings.seed, say, has_processor=checkpoint is not None)
     if settings.vision_keep < 1.0 and bench.adapter.vision.program is None:
         say(f"ours-vision: left out; the vision tower of a {bench.adapter.name} runs by its own modules")
+    for one in bench.leave_out(cases):
+        say(f"{one}: left out; it is measured in none of these cases")
     if model.device.type != "cuda":
         say("timing a few calls for the estimate")
     estimates, with_one = bench.estimate(cases)
     fewer = ""
     if with_one and sum(with_one) < ONE_IS_FASTER * sum(estimates):
         fewer = f"; {in_words(sum(with_one))} with one thread (OMP_NUM_THREADS=1)"
-    say(f"{len(cases)} cases, {len(bench.providers)} providers: {in_words(sum(estimates))}{fewer}")
+    n_cases = f"{len(cases)} case{'s' * (len(cases) > 1)}"
+    say(f"{n_cases}, {len(bench.providers)} providers: {in_words(sum(estimates))}{fewer}")
     confirm(sum(estimates))
     pace, rows = Pace(estimates), []
     for i, case in enumerate(cases):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import shlex
 import sys
 import tempfile
@@ -36,7 +37,7 @@ def bench(
         typer.Option(
             "--model",
             help="7b or 3b (Qwen2.5-VL's shapes), qwen3-vl-8b, llava-1.5-7b or internvl3-8b (all with random weights), "
-            "tiny, bundled, a folder, or a hub id.",
+            "tiny, bundled, smol, a folder, or a hub id.",
             show_default="7b on a GPU, else bundled",
         ),
     ] = None,
@@ -73,7 +74,9 @@ def bench(
     fp8: Annotated[
         bool,
         typer.Option(
-            "--fp8/--no-fp8", help="Measure decode steps that read float8 copies of the weights, as ours-fp8."
+            "--fp8/--no-fp8",
+            help="Measure decode steps that read float8 copies of the weights, as ours-fp8, in cases of up to 16 "
+            "samples with further tokens.",
         ),
     ] = False,
     seconds: Annotated[
@@ -85,7 +88,9 @@ def bench(
         ),
     ] = None,
     iterations: Annotated[int, typer.Option("--iterations", help="Timed calls of each provider, at most.", min=1)] = 10,
-    warmup: Annotated[int, typer.Option("--warmup", help="Calls before those, at most (three of ours).", min=1)] = 3,
+    warmup: Annotated[
+        int, typer.Option("--warmup", help="Calls before those, at most (three of the engine's).", min=1)
+    ] = 3,
     static: Annotated[
         bool, typer.Option("--static/--no-static", help="Measure transformers' compiled decoding as well (on a GPU).")
     ] = True,
@@ -111,7 +116,7 @@ def bench(
     yes: Yes = False,
     debug: Debug = False,
 ) -> None:
-    """Measure transformers, this library's engine dense, and pruned, in one process and in turn.
+    """Measure transformers and this library, dense and pruned, in one process and in turn.
 
     Cases: v1024-b1-n64 has 1024 visual tokens in each prompt, a batch of 1 and
     64 new tokens; picture896-b1-n1 begins at a decoded square picture of 896
@@ -139,10 +144,16 @@ def bench(
 
     place = _Place.of(model, dtype, device, attn)
     few = None if place.on_gpu or full else _ON_CPU
+    if cases is not None and not _names(cases):
+        raise ValueError("--cases is empty.")
     chosen, keeps = named_cases(few if cases is None else _names(cases), full=full), _budgets(keep)
     methods = chosen_selectors(name for name in _names(selectors) if name != "none")
     seconds = seconds if seconds is not None else 8.0 if place.on_gpu else 2.0
+    if not 0.0 <= seconds < math.inf:
+        raise ValueError(f"--seconds must be a number of at least 0, got {seconds}.")
     vision_keep = vision_keep if vision_keep is not None else 0.5 if place.on_gpu else 1.0
+    if not 0.0 < vision_keep <= 1.0:
+        raise ValueError(f"--vision-keep must be a fraction in (0, 1], got {vision_keep}.")
     settings = Settings(keeps, vision_keep, seconds, iterations, warmup, static, seed, methods, fp8)
     target = prepare_file(append_to, ".csv")
     if target is not None:

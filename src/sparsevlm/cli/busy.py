@@ -12,7 +12,7 @@ class BusyWatch:
     def __init__(self) -> None:
         self._others = OtherProcesses()
 
-    def warn(self, device: str, threads: int | None = None) -> bool:
+    def warn(self, device: str, threads: int | None = None, remedy: str = "") -> bool:
         """Warn on stderr where they have not; tells whether it did.
 
         Parameters
@@ -21,12 +21,14 @@ class BusyWatch:
             Of the model: only a CPU's times are of torch's threads.
         threads : int, optional
             That compute; torch's own without.
+        remedy : str
+            What to do about several; empty: to set their number.
         """
         if not device.startswith("cpu"):
             return False
         import torch
 
-        advice = busy_advice(threads or torch.get_num_threads(), self._others.cores())
+        advice = busy_advice(threads or torch.get_num_threads(), self._others.cores(), remedy)
         if advice:
             show_warning(advice)
         return bool(advice)

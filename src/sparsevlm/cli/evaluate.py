@@ -160,12 +160,12 @@ def evaluate(
         include_path=None if include_path is None else str(include_path),
         options=_settings(options or []),
     )
-    threads = None if workers == 1 else workers * threads_of_each(workers)
-    is_warned = busy.warn(target, threads)
+    of_workers = () if workers == 1 else (workers * threads_of_each(workers), "Choose fewer --workers.")
+    is_warned = busy.warn(target, *of_workers)
     evaluation = _run(config, out, yes=yes, workers=workers, resume=resume, collect=append_to)
     _print(evaluation)
     if not is_warned:
-        busy.warn(target, threads)
+        busy.warn(target, *of_workers)
     if strict and evaluation.failed:
         sys.exit(FAILED_ROWS)
 

@@ -78,7 +78,7 @@ def prepare_folder(folder: Path) -> Path:
     Raises
     ------
     ValueError
-        If there is a file in the way.
+        If there is a file in the way, or none can be made there.
     PermissionError
         If nothing may be written there.
     """
@@ -88,6 +88,8 @@ def prepare_folder(folder: Path) -> Path:
         raise ValueError(f"cannot write to folder {folder}: a file is in its place.") from error
     except PermissionError as error:
         raise PermissionError(f"cannot make folder {folder}: permission denied; name another.") from error
+    except OSError as error:
+        raise ValueError(f"cannot make folder {folder}: {error.strerror}; name another.") from error
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"cannot write to folder {folder}: permission denied; name another.")
     return folder

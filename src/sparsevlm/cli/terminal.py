@@ -30,7 +30,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s: %(message)s")
         try:
             command(*args, debug=debug, **options)
-        except (typer.Abort, typer.Exit):
+        except (typer.Abort, typer.Exit, BrokenPipeError):  # the last: of a reader that has gone, such as head
             raise
         except _USER_ERRORS as error:
             if debug:

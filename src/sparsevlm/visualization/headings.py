@@ -30,7 +30,7 @@ def heading(reports: Sequence[Report], sample: int = 0) -> str:
 def _keep(sample: SampleReport) -> list[str]:
     """The budget in words; nothing where none tells what was dropped, as nothing was."""
     if sample.budget is not None:
-        return [f"keep {sample.budget / sample.n_visual:.3g}"]
+        return [f"keep {min(1.0, sample.budget / sample.n_visual):.3g}"]
     if any(stage.rank is not None for stage in sample.stages):
         return ["keep adaptive"]
     return ["keep by schedule"] if any(not stage.skipped_because for stage in sample.stages) else []
