@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -13,38 +12,42 @@ from pathlib import Path
 import pytest
 
 import sparsevlm
+from forks import run_forks
 
 ROOT = Path(__file__).parents[1]
 READS_ALL = "import sparsevlm, sparsevlm.inputs; [getattr(sparsevlm, name) for name in sparsevlm.__all__]"
+CONTENTS = ("", 'raise RuntimeError("operator torchvision::nms does not exist")\n')
+REPLACES_NOTHING = (
+    f"import sys; before = dict(sys.modules); {READS_ALL}\n"
+    "assert all(sys.modules.get(name) is module for name, module in before.items()), 'replaced'\n"
+    "assert not [name for name, module in sys.modules.items() if module is None], 'hidden'\n"
+    "assert 'torchvision' not in sys.modules, 'imported'\n"
+)
 
 
-def python(code, *arguments, path=None):
-    """Run code in a process of its own, with a folder in front of the search path."""
-    paths = os.pathsep.join([*filter(None, [path and str(path), os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": paths},
-    )
+def python(code):
+    """Run code in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("content", ["", 'raise RuntimeError("operator torchvision::nms does not exist")\n'])
-def test_importing_replaces_no_module(tmp_path, content):
-    """Neither a torchvision that works nor a broken one is taken away, imported, or stood in for."""
-    package, info = tmp_path / "torchvision", tmp_path / "torchvision-0.28.0.dist-info"
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory):
+    """What is seen behind transformers' import where a torchvision works and where a broken one is installed."""
+    place = tmp_path_factory.mktemp("installed")
+    package, info = place / "torchvision", place / "torchvision-0.28.0.dist-info"
     package.mkdir()
-    (package / "__init__.py").write_text(content)
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
-    code = (
-        f"import sys, torch, transformers; before = dict(sys.modules); {READS_ALL}\n"
-        "assert all(sys.modules.get(name) is module for name, module in before.items()), 'replaced'\n"
-        "assert not [name for name, module in sys.modules.items() if module is None], 'hidden'\n"
-        "assert 'torchvision' not in sys.modules, 'imported'\n"
-    )
-    done = python(code, path=tmp_path)
+    file = package / "__init__.py"
+    codes = [f"open({str(file)!r}, 'w').write({content!r})\n{REPLACES_NOTHING}" for content in CONTENTS]
+    file.write_text("")
+    return run_forks("import torch, transformers", codes, path=place)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_importing_replaces_no_module(imported, content):
+    """Neither a torchvision that works nor a broken one is taken away, imported, or stood in for."""
+    done = imported[CONTENTS.index(content)]
     assert done.returncode == 0, done.stderr
 
 

@@ -2,9 +2,7 @@
 
 import json
 import logging
-import os
 import socket
-import subprocess
 import sys
 
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from forks import run_forks
 from sparsevlm.inputs import (
     ImageTextProcessor,
     as_rgb,
@@ -218,31 +217,37 @@ def test_broken_torchvision_is_hidden(tmp_path, monkeypatch, caplog, error):
     del sys.modules["torchvision"]
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "",
-        "from transformers.utils import is_torchvision_available as seen; assert seen()\n",
-        "from sparsevlm import apply_sparsevlm\n",
-        "import sparsevlm.evaluation\n",
-    ],
+FIRST = (
+    "",
+    "from transformers.utils import is_torchvision_available as seen; assert seen()\n",
+    "from sparsevlm import apply_sparsevlm\n",
+    "import sparsevlm.evaluation\n",
 )
-def test_a_whole_process_with_a_broken_torchvision(tmp_path, folder, first):
-    """transformers alone dies there: its vision models import any torchvision that is installed."""
-    package, info = tmp_path / "torchvision", tmp_path / "torchvision-0.28.0.dist-info"
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory, folder):
+    """What whole processes with a broken torchvision say, by what they do first."""
+    place = tmp_path_factory.mktemp("broken")
+    package, info = place / "torchvision", place / "torchvision-0.28.0.dist-info"
     package.mkdir()
     (package / "__init__.py").write_text(BROKEN_TORCHVISION)
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: torchvision\nVersion: 0.28.0\n")
     code = (
-        f"{first}import sys; from sparsevlm.inputs import load_model, load_processor\n"
+        "import sys; from sparsevlm.inputs import load_model, load_processor\n"
         "print(type(load_processor(sys.argv[1])).__name__, type(load_model(sys.argv[1])).__name__)"
     )
-    paths = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": paths}
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment, check=False
-    )
+    # What transformers imports of others; itself it looks for torchvision.
+    imports = "import torch, torch._dynamo, torch.distributed.tensor, scipy.optimize"
+    done = run_forks(imports, [first + code for first in FIRST], str(folder), path=place)
+    return dict(zip(FIRST, done, strict=True))
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_a_whole_process_with_a_broken_torchvision(loaded, first):
+    """transformers alone dies there: its vision models import any torchvision that is installed."""
+    done = loaded[first]
     assert done.stdout.split() == ["ImageTextProcessor", "Qwen2_5_VLForConditionalGeneration"], done.stderr
 
 

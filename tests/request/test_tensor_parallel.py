@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,21 +44,19 @@ def ranks(request, tmp_path_factory):
         tiny_model(family).save_pretrained(folder / family)
     paths = (str(Path(sparsevlm.__file__).parents[1]), str(Path(two_ranks.__file__).parent))
     shared = {**os.environ, **SEEN[request.param], "PYTHONPATH": os.pathsep.join(paths), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, two_ranks.__file__, str(folder), request.param],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    both = subprocess.Popen(
+        [sys.executable, two_ranks.__file__, str(folder), request.param],
+        env=shared,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        _, errors = both.communicate(timeout=240)
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(both.pid, signal.SIGKILL)
+    assert both.returncode == 0, errors
     return Ranks(folder, request.param)
 
 
