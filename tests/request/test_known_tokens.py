@@ -12,7 +12,6 @@ from transformers import DynamicCache
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.compat import cache_of
-from sparsevlm.request.known_tokens import KnownTokens
 from toys import PROMPTS, make_inputs, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [1, 3], "keep": 0.6}
@@ -20,7 +19,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False, "return_dict_in_generate": Tr
 GREEDY["suppress_tokens"] = [*range(80, 94)]
 
 
-def answered(rows=PROMPTS["one image"], engine=False, state_of=None, **more):
+def answered(rows=PROMPTS["one image"], engine=False, **more):
     """Model, cache and inputs of a question of text behind an answer."""
     model, inputs = tiny_model(), make_inputs(*rows)
     state = apply_sparsevlm(model, **OPTIONS, engine=engine)
@@ -132,7 +131,7 @@ def test_caches_of_which_nothing_is_known_are_not_compared(made):
             cache = cache_of(model.generate(**make_inputs(*PROMPTS["one image"]), **GREEDY))
             model.generate(**wrong, **GREEDY, past_key_values=cache)
     elif made == "static":
-        assert KnownTokens().of(cache) is None and model.generate._known_tokens.of(cache) is None
+        assert model.generate._known_tokens.of(cache) is None
     else:
         model.generate(**wrong, **GREEDY, past_key_values=cache)
 
