@@ -24,9 +24,6 @@ class Chat:
         if self.tokens is not None:
             inputs["input_ids"] = torch.cat([self.said(), inputs["input_ids"]], dim=1)
             inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-            # It would have to cover earlier images, which are not given again. Without it the new image has positions
-            # in a line, as transformers gives them to every image on a kept cache.
-            inputs.pop("mm_token_type_ids", None)
         self.tokens = self.model.generate(**inputs, cache=self.cache, max_new_tokens=max_new_tokens, do_sample=False)
         new_tokens = self.tokens[:, inputs["input_ids"].shape[1] :]
         answer = self.processor.batch_decode(new_tokens, skip_special_tokens=True)[0]

@@ -16,6 +16,8 @@ from .config import REFRESH
 from .engine.generate import Engine, UnsupportedByEngineError
 from .request.drafting import arguments_of_round, images_at_hand
 from .request.inputs import brings_images, check_inputs
+from .request.known_tokens import KnownTokens, check_known
+from .request.later_images import later_images
 from .request.later_inputs import check_later_inputs
 from .request.modes import check_modes
 from .request.session import Session
@@ -38,6 +40,7 @@ class Generate:
 
     def __init__(self, session: Session, engine: Engine) -> None:
         self._session, self._engine = session, engine
+        self._known_tokens = KnownTokens()
         self._before: Callable[..., Any] | None = None
         self._wrapper: Callable[..., Any] | None = None
         self._is_attached = False
@@ -84,13 +87,29 @@ class Generate:
             if not self._is_attached:  # removed, or replaced, while this call waited for its turn
                 return session.adapter.model.generate(**arguments)
             check_inputs(session.adapter, arguments, of_generate=True)
-            check_later_inputs(arguments)
             run = functools.partial(self._run, is_nested=depth > 1)
             if compat.is_draft(arguments):  # rounds of one answer, no turns
                 return run(arguments_of_round(session.adapter, arguments))
-            if session.options.config.turns == REFRESH:
-                return converse(session, arguments, self._engine.encode, run)
-            return run(arguments)
+            return self._take_turn(arguments, run)
+
+    def _take_turn(self, arguments: dict[str, Any], run: Callable[[dict[str, Any]], Any]) -> Any:
+        """Run a call as a turn of a conversation, the first or a later one, and remember its tokens."""
+        session, cache = self._session, compat.cache_of(arguments)
+        past_len = 0 if cache is None else int(cache.get_seq_length())
+        known = self._known_tokens.of(cache) if past_len else None
+        if past_len:
+            check_later_inputs(arguments, past_len)
+        if session.options.config.turns == REFRESH:
+            output = converse(session, arguments, self._engine.encode, run)
+        elif past_len:
+            if known is not None:
+                check_known(known, arguments, past_len)
+            with later_images(session.adapter, arguments, past_len) as with_positions:
+                output = run(with_positions)
+        else:
+            output = run(arguments)
+        self._known_tokens.keep(session.adapter, arguments, None if known is None else known[:, :past_len], output)
+        return output
 
     def _run(self, arguments: dict[str, Any], *, is_nested: bool) -> Any:
         session, given = self._session, arguments

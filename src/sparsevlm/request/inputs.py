@@ -38,15 +38,9 @@ def visual_masks(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> dict[str, 
     ValueError
         If there are pixels, but no token to hold them.
     """
-    encoded = inputs.get(_ENCODED) or {}
-    brought = [
-        kind
-        for kind, modality in adapter.modalities.items()
-        if inputs.get(modality.pixels) is not None or encoded.get(kind) is not None
-    ]
     input_ids = inputs.get("input_ids")
     masks = {}
-    for kind in brought:
+    for kind in images_of(adapter, inputs):
         token_id = adapter.modalities[kind].token_id
         if input_ids is not None:
             found = input_ids == token_id
@@ -70,14 +64,29 @@ def _where_tokens_are(cache: Any, modality: Modality) -> str:
         return (
             "Build the prompt by the processor, e.g. processor.apply_chat_template, so that it holds the placeholders."
         )
+    return "The new tokens hold none. " + remedy_of_later_images(modality, 0)
+
+
+def remedy_of_later_images(modality: Modality, n_placeholders: int) -> str:
+    """What to give on a kept cache instead of images that it holds, where the new tokens hold some placeholders."""
     given = " and ".join((modality.pixels, *modality.size_inputs))
-    return f"The new tokens hold none, and what the cache holds is not encoded again: leave out {given}."
+    instead = f"give {given} of new images alone" if n_placeholders else f"leave out {given}"
+    return f"What the cache holds is not encoded again: {instead}."
+
+
+def images_of(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> list[str]:
+    """Kinds of images or videos that a call brings, encoded ones among them."""
+    encoded = arguments.get(_ENCODED) or {}
+    return [
+        kind
+        for kind, modality in adapter.modalities.items()
+        if arguments.get(modality.pixels) is not None or encoded.get(kind) is not None
+    ]
 
 
 def brings_images(adapter: ModelAdapter, arguments: Mapping[str, Any]) -> bool:
     """Tells whether a call brings images or videos, encoded ones among them."""
-    pixels = (arguments.get(modality.pixels) for modality in adapter.modalities.values())
-    return any(value is not None for value in (*pixels, *(arguments.get(_ENCODED) or {}).values()))
+    return bool(images_of(adapter, arguments))
 
 
 def image_arguments(adapter: ModelAdapter) -> set[str]:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import cache_of
 from ..models import ModelAdapter
 from .conversation import OF_TOKENS, Conversation
 from .inputs import image_arguments, parameters_of
@@ -24,19 +23,29 @@ def input_ids_of(arguments: Mapping[str, Any]) -> Tensor | None:
     return arguments.get("inputs") if ids is None else ids
 
 
-def check_later_inputs(arguments: Mapping[str, Any]) -> None:
+def gives_all(arguments: Mapping[str, Any], ids: Tensor) -> bool:
+    """Tells whether the ``ids`` of a call are those of the whole conversation, not the new ones alone."""
+    mask = arguments.get("attention_mask")
+    return mask is None or mask.shape[1] == ids.shape[1]
+
+
+def check_later_inputs(arguments: Mapping[str, Any], past_len: int) -> None:
     """Refuse tokens of a call of ``generate`` that transformers would cut at a wrong place, as of those in the cache.
 
     It takes all tokens of a conversation, or the new ones with an ``attention_mask`` for all; of ``inputs_embeds`` all.
+
+    Parameters
+    ----------
+    arguments : mapping
+        Of the call.
+    past_len : int
+        Tokens in its cache, 1 at least.
 
     Raises
     ------
     ValueError
     """
-    cache, ids, embeds = cache_of(arguments), input_ids_of(arguments), arguments.get("inputs_embeds")
-    past_len = 0 if cache is None else int(cache.get_seq_length())
-    if not past_len:
-        return
+    ids, embeds = input_ids_of(arguments), arguments.get("inputs_embeds")
     if embeds is not None:
         if embeds.shape[1] <= past_len:
             raise ValueError(
@@ -62,8 +71,7 @@ def whole_ids(before: Conversation, arguments: Mapping[str, Any], ids: Tensor, p
     ValueError
         If they are not known.
     """
-    mask = arguments.get("attention_mask")
-    if mask is None or mask.shape[1] == ids.shape[1]:
+    if gives_all(arguments, ids):
         return ids
     known = 0 if before.ids is None else before.ids.shape[1]
     if known < past_len:

@@ -19,6 +19,7 @@ from .feature_exchange import FeatureExchange, FeaturesTakenError, NewFeatures
 from .inputs import brings_images
 from .kept_features import KeptFeatures, RowFeatures
 from .kv_cache import empty_layers
+from .later_images import check_new_images, explained_mismatch
 from .later_inputs import input_ids_of, new_inputs, whole_ids, whole_inputs
 from .session import Session
 from .timing import Mark
@@ -170,12 +171,13 @@ class LaterTurn:
 
     def _check(self, adapter: ModelAdapter, brings: bool) -> None:
         tokens = torch.tensor([modality.token_id for modality in adapter.modalities.values()], device=self.ids.device)
-        n_new = int(torch.isin(self.ids[:, self.past_len :], tokens).sum())
-        if bool(n_new) != brings:
-            given = "pixels were" if brings else "no pixels were"
+        new = self.ids[:, self.past_len :]
+        if brings:
+            check_new_images(adapter, self.arguments, new)
+        elif n_new := int(torch.isin(new, tokens).sum()):
             raise ValueError(
-                f"the new tokens hold {n_new} placeholders of images or videos, and {given} given. Pass the pixels of "
-                "new images alone: the features of earlier ones are kept."
+                f"the new tokens hold {n_new} placeholders of images or videos, and no pixels were given. Pass the "
+                "pixels of new images: the features of earlier ones are kept."
             )
         sounds = brings_sound(self.arguments)
         if (sounds or self.before.has_sound) and (brings or self.features.n_tokens):
@@ -234,13 +236,8 @@ def encode_by_modules(session: Session, arguments: Mapping[str, Any]) -> NewFeat
     exchange = session.exchange = FeatureExchange(only_takes=True)
     given, session.given = session.given, arguments
     try:
-        with torch.no_grad(), contextlib.suppress(FeaturesTakenError):
+        with explained_mismatch(), torch.no_grad(), contextlib.suppress(FeaturesTakenError):
             session.adapter.base_model(**arguments, use_cache=False)
-    except ValueError as error:
-        raise ValueError(
-            f"the images do not fit the new tokens ({error}). Pass the pixels of new images alone: the features of "
-            "earlier ones are kept."
-        ) from error
     finally:
         session.exchange, session.given = None, given
     assert exchange.taken is not None  # since the decoder was called
