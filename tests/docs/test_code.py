@@ -34,7 +34,7 @@ REASONS = {
 PRINTS = {
     "docs/turns.md": [
         "354\n",
-        "the inputs bring image features",
+        "hold 0 image placeholders, and pixel_values and image_grid_thw were given",
         "leave out pixel_values and image_grid_thw",
         "780\n742\n",
     ]

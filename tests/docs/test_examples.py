@@ -13,7 +13,7 @@ from sparsevlm.compat import with_cache_named
 # What each prints; answers are those of the bundled model, which reads drawn scenes without a mistake here.
 PRINTS = {
     "quickstart.py": ["dense:  354", "pruned: 354", "selector span"],
-    "chat.py": ["354\n780\n", "cached tokens per layer: [587, 587, 587, 293,"],
+    "chat.py": ["354\n780\n", "cached tokens per layer: [588, 588, 588, 294,"],
     "streaming.py": ["blue 354, orange 780, cyan TREE", "average 63.5"],
     "batch.py": ["354 (64 of 256 visual tokens)", "(127 of 256 visual tokens)"],
     "several_images.py": ["523 (right: 523)", "image 1:", "image 2:"],
