@@ -69,6 +69,8 @@ def test_a_number_of_tokens_as_n_vis_is_told_to_be_no_budget(caplog):
     assert sum("n_vis=8 was expected" in message for message in messages(caplog)) == 2
     with pytest.raises(TypeError, match=r"expected to have, got 0.25: for a budget pass keep=0.25"):
         apply_sparsevlm(model, 0.25)
+    with pytest.raises(TypeError, match=r"got 64.0: for a budget pass keep=64\."):
+        apply_sparsevlm(model, 64.0)
 
 
 def test_a_number_of_tokens_below_min_keep_is_told_at_once(caplog):

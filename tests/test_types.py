@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from pathlib import Path
 
@@ -24,6 +25,10 @@ def test_mypy_of_the_lint_session_has_to_find_the_planted_mistakes():
 def test_the_types_of_options_are_those_of_the_configuration():
     fields = {field.name for field in dataclasses.fields(SparseVLMConfig)}
     assert set(AllOptions.__annotations__) == fields
+    (others,) = (
+        one for one in inspect.signature(sparsevlm.apply_sparsevlm).parameters.values() if one.kind is one.VAR_KEYWORD
+    )
+    assert others.annotation == "Unpack[MoreOptions]"
     named = set(sparsevlm.apply_sparsevlm.__annotations__)
     assert fields - named == set(MoreOptions.__annotations__)
 

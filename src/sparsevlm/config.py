@@ -235,9 +235,10 @@ class SparseVLMConfig:
     def _check_mistaken(self) -> None:
         """Refuse values that are lawful of another option, or in another unit."""
         if isinstance(self.n_vis, float):
+            budget = int(self.n_vis) if self.n_vis > 1.0 and self.n_vis.is_integer() else self.n_vis
             raise TypeError(
                 f"n_vis must be a whole number, the visual tokens that a sample is expected to have, got {self.n_vis}: "
-                f"for a budget pass keep={self.n_vis}."
+                f"for a budget pass keep={budget}."
             )
         if isinstance(self.image_cache, (str, float)):
             raise TypeError(

@@ -120,6 +120,7 @@ class Report:
     skipped_because : str or None
         Why the request as a whole was left dense.
     samples : tuple of SampleReport
+        One for each of the batch; none where the prompt, or the new tokens on a kept cache, have no image.
     flops : Cost
         Estimated FLOPs of the decoder's prefill (projections, MLP, attention), head and vision tower excluded. On a
         kept cache it is of the new tokens, whose attention to what was dropped before counts as well.
@@ -322,7 +323,8 @@ class Report:
 
     def __str__(self) -> str:
         failed = [] if self.failed is None else [f"failed: {self.failed}", "as far as it came:"]
-        return "\n".join([*failed, *_table(self.layer_rows()), "", *_summary_lines(self)])
+        rows = self.layer_rows()
+        return "\n".join([*failed, *(_table(rows) if rows else []), *_summary_lines(self)])
 
 
 def _sample_from_dict(data: dict[str, Any]) -> SampleReport:
@@ -361,7 +363,7 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
         note = "" if not row["target"] else (row["skipped_because"] or "pruned")
         counts = f"{row['visual_in']:>9.1f}  {row['kept']:>7.1f}  {row['recycled']:>8.1f}"
         lines.append(f"{row['layer']:>5}  {counts}  {note}".rstrip())
-    return lines
+    return [*lines, ""]
 
 
 def _summary_lines(report: Report) -> list[str]:
@@ -378,7 +380,7 @@ def _summary_lines(report: Report) -> list[str]:
     lines.extend(note for note in (report.kv_note, report.text_note) if note)
     if report.wall_ms:
         phases = ", ".join(f"{phase} {value:.1f} ms" for phase, value in report.wall_ms.items())
-        lines.append(f"wall: {phases} ({report.decode_steps} decode steps)")
+        lines.append(f"wall: {phases} ({report.decode_steps} decode step{'s' if report.decode_steps != 1 else ''})")
     lines.extend(sample.budget_clamped for sample in report.samples if sample.budget_clamped)
     return lines
 

@@ -45,7 +45,7 @@ class ReportTotal:
     Attributes
     ----------
     n_requests, n_samples : int
-        Requests, and samples of those that did not fail.
+        Requests, and samples with images of those that did not fail.
     n_visual_sum : int
         Visual tokens in the inputs of all samples.
     average_in_sum, average_out_sum : float

@@ -58,6 +58,10 @@ def test_table_and_files(stand_in):
         app, ["visualize", str(out / "number.report.json"), "--image", str(out / "scene.png"), "--out", "again.png"]
     )
     assert drawn.exit_code == 0, drawn.stderr
+    scene.image.rotate(180).save("other.png")
+    refused = CliRunner().invoke(app, ["visualize", str(out / "number.report.json"), "--image", "other.png"])
+    assert refused.exit_code == 2
+    assert "is not the one that the report was made with" in refused.stderr
 
 
 def test_json(stand_in, monkeypatch):

@@ -20,8 +20,16 @@ def tables():
 
 
 def test_the_readme_begins_with_measured_figures(tables):
-    """All of one commit and device, and those of the engine alone beside those of pruning."""
+    """All of one commit and device, and those of the engine alone beside those of pruning.
+
+    The first paragraph says that no accuracy on real checkpoints is known, the second what of a whole answer the engine
+    gives and what pruning.
+    """
     before = read(ROOT / "README.md").split("```")[0]
+    _, first, second = before.split("\n\n")[:3]
+    assert "accuracy on real checkpoints is [not measured](#limits)" in " ".join(first.split())
+    answers = re.findall(r"e2e figure: case=v576-b1-n64 provider=(\S+) .*?phase=total", second)
+    assert answers == ["hf-dense", "ours-dense", "ours"]
     shown = re.findall(r"e2e figure: case=(\S+) provider=(\S+) (.*?) -->(\d+)<!-- end --> ms", before)
     assert [(case, provider) for case, provider, _, _ in shown[:3]] == [
         ("v1024-b1-n1", "hf-dense"), ("v1024-b1-n1", "ours-dense"), ("v1024-b1-n1", "ours")
@@ -123,6 +131,17 @@ def test_the_documents_say_what_is_lost_where_the_vision_tower_is_pruned():
         assert {"collage", "photograph", "crowded"} <= set(re.findall(f"{sentence}(\\w+)", read(ROOT / name)))
     for paragraph in read(ROOT / "docs" / "quickstart.md").split("\n\n"):
         assert "vision_keep" not in paragraph or "(engine.md#less-work-in-the-vision-tower)" in paragraph
+
+
+def test_a_choice_that_reads_no_attention_is_told_from_its_budget():
+    """The default reads none for the choice, and does for how many, with ``keep`` unset."""
+    n_told = 0
+    for name in ("README.md", "docs/algorithm.md", "docs/faq.md", "docs/engine.md", "docs/selectors.md"):
+        for paragraph in read(ROOT / name).split("\n\n"):
+            if re.search(r"reads no attention|no attention is read", paragraph, re.IGNORECASE):
+                assert "keep" in paragraph, paragraph
+                n_told += 1
+    assert n_told >= 2
 
 
 def test_every_full_ground_is_in_a_table():

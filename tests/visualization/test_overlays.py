@@ -8,6 +8,7 @@ import sys
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from sparsevlm.inputs import identified
@@ -15,6 +16,7 @@ from sparsevlm.report import Report, SampleReport, StageReport
 from sparsevlm.report_total import Cost
 from sparsevlm.visualization import Row, draw_report, draw_rows, heading, save_picture
 from sparsevlm.visualization.overlay import DROPPED, KEPT, RECYCLED, shade, token_states
+from sparsevlm.visualization.page import Page, Panel
 
 
 def stage(layer, n_in, kept=(), recycled=(), skipped=None):
@@ -258,3 +260,16 @@ def test_another_picture_of_the_same_shape_is_refused():
     assert draw_report(report, [video]).axes
     with pytest.raises(ValueError, match="picture 1 "):
         draw_report(report, [video[::-1]])
+
+
+def test_a_long_note_at_the_foot_stays_on_the_page():
+    page = Page(4.0)
+    page.place([Panel("kept", "8 of 24", np.zeros((28, 28, 3), np.uint8))], 2.0, 2.0)
+    note = "the least that the layers and min_keep allow, as the budget is an average over all of the layers, " * 2
+    figure = page.figure([("#000000", "kept")], note)
+    (written,) = (text for text in figure.texts if "min_keep" in text.get_text())
+    assert written.get_text().split() == note.split()
+    extent = written.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+    assert extent.x1 < figure.bbox.width
+    (axes,) = figure.axes
+    assert extent.y1 < axes.get_window_extent().y0

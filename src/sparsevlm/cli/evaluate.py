@@ -254,6 +254,7 @@ def _print(evaluation: Evaluation) -> None:
         table.add_row(*cell_row)
     # Wide enough for a log file; a terminal shows what fits.
     Console(width=None if sys.stdout.isatty() else 140).print(table)
+    typer.echo("score and retained: means of the tasks, which table.md shows one by one, with what intervals tell")
     for line in (*left_out(evaluation.unsupported), *not_averaged(evaluation.results)):
         typer.echo(line, err=True)
     for (task, row), text in list(evaluation.failed.items())[:SHOWN_FAILURES]:

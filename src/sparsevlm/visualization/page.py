@@ -83,7 +83,8 @@ class Page:
 
     def figure(self, legend: Sequence[tuple[str, str]], note: str = "") -> Figure:
         """Return the page, with a legend of (colour, text) and a note at its foot."""
-        total = self._used + 0.3 + 0.2 * bool(note)
+        lines = textwrap.wrap(note, int(self._width * 110 / 8))
+        total = self._used + 0.3 + 0.2 * len(lines)
         across = self._width + 2 * self._MARGIN
         figure = Figure(figsize=(across, total), dpi=_DPI, facecolor="white")
         margin = self._MARGIN / across
@@ -104,7 +105,8 @@ class Page:
             fontsize=8,
             labelcolor=_INK,
         )
-        figure.text(margin, 0.33 / total, note, va="bottom", fontsize=8, color=_FAINT, parse_math=False)
+        foot = "\n".join(lines)
+        figure.text(margin, 0.33 / total, foot, va="bottom", fontsize=8, color=_FAINT, parse_math=False)
         return figure
 
     def _draw(self, figure: Figure, cell: _Cell, across: float, total: float) -> None:
