@@ -59,7 +59,9 @@ def test_table_and_files(stand_in):
     )
     assert drawn.exit_code == 0, drawn.stderr
     scene.image.rotate(180).save("other.png")
-    refused = CliRunner().invoke(app, ["visualize", str(out / "number.report.json"), "--image", "other.png"])
+    refused = CliRunner().invoke(
+        app, ["visualize", str(out / "number.report.json"), "--image", "other.png", "--out", "v.png"]
+    )
     assert refused.exit_code == 2
     assert "is not the one that the report was made with" in refused.stderr
 

@@ -161,11 +161,10 @@ def evaluate(
         options=_settings(options or []),
     )
     of_workers = () if workers == 1 else (workers * threads_of_each(workers), "Choose fewer --workers.")
-    is_warned = busy.warn(target, *of_workers)
+    busy.warn(target, *of_workers)
     evaluation = _run(config, out, yes=yes, workers=workers, resume=resume, collect=append_to)
     _print(evaluation)
-    if not is_warned:
-        busy.warn(target, *of_workers)
+    busy.warn(target, *of_workers)
     if strict and evaluation.failed:
         sys.exit(FAILED_ROWS)
 
