@@ -37,6 +37,12 @@ def checkpoint(tmp_path_factory):
     return str(save_tiny_checkpoint(tmp_path_factory.mktemp("bench") / "tiny", n_layers=12))
 
 
+@pytest.fixture(autouse=True)
+def transformers_alone_is_probed(monkeypatch):
+    """For the estimate, which is quicker."""
+    monkeypatch.setattr("sparsevlm.bench.run.LONGEST_OF_ALL", 0.0)
+
+
 def call(*arguments):
     return CliRunner().invoke(app, ["bench", *arguments])
 
