@@ -70,7 +70,8 @@ class KnownTokens:
         if beams or arguments.get("inputs_embeds") is not None or arguments.get("custom_generate") is not None:
             return
         if not gives_all(arguments, ids):
-            if before is None or before.shape[0] != sequences.shape[0]:
+            n_before = arguments["attention_mask"].shape[1] - ids.shape[1]
+            if before is None or before.shape != (sequences.shape[0], n_before):
                 return
             sequences = torch.cat([before.to(sequences.device), sequences], dim=1)
         if keys and all(one.shape[0] == sequences.shape[0] for one in keys):
@@ -84,8 +85,9 @@ def _keys(cache: Any) -> list[Tensor] | None:
     layers = [one for one in cache.layers if not isinstance(one, LinearAttentionLayer)]
     if not all(isinstance(one, DynamicLayer) and not isinstance(one, QuantizedLayerBase) for one in layers):
         return None
-    keys = [getattr(one, "keys", None) for one in layers]
-    return keys if all(isinstance(one, Tensor) for one in keys) else None
+    found = [getattr(one, "keys", None) for one in layers]
+    keys = [one for one in found if isinstance(one, Tensor)]
+    return keys if len(keys) == len(found) else None
 
 
 def _version(tensor: Tensor) -> int:
