@@ -67,6 +67,7 @@ def test_the_time_of_towers_is_booked(family, prompt):
 @pytest.mark.parametrize("text", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
 @pytest.mark.parametrize("family", ["llava", "internvl"])
 def test_text_models(family, text, monkeypatch):
+    monkeypatch.setattr("toys.models._MADE", {})
     monkeypatch.setattr(tiled, "LlamaConfig" if family == "llava" else "Qwen3Config", text)
     model = tiny_model(family, text_options={"sliding_window": None} if text is MistralConfig else {})
     assert type(model.config.text_config) is text
