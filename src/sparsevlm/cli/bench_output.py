@@ -63,9 +63,8 @@ class Output(StepLine):
     def show_case(self, case: AnyCase, rows: list[dict[str, str]]) -> None:
         """Prints the table of a case and what is to be said of it, and stores its rows."""
         self.clear()
-        if not self._device.startswith(
-            "cuda"
-        ):  # a CPU's caches hold small weights, and reading those is faster than any ceiling
+        # A CPU's caches hold small weights, and reading those is faster than any ceiling.
+        if not self._device.startswith("cuda"):
             rows = [{**row, "floor": ""} for row in rows]
         self.heads.update(print_case(case, rows))
         if self._target is not None:
