@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,18 +49,17 @@ def main(imports: str) -> None:
 
 def _run_fork(code: str) -> tuple[int, str, str]:
     """Exit code, output and errors."""
-    written = [os.memfd_create(name) for name in ("stdout", "stderr")]
-    child = os.fork()
-    if not child:
-        for file, own in zip(written, (1, 2), strict=True):
-            os.dup2(file, own)
-        _run(code)
-    _, status = os.waitpid(child, 0)
-    said = []
-    for file in written:
-        os.lseek(file, 0, os.SEEK_SET)
-        with os.fdopen(file, encoding="utf-8") as read:
-            said.append(read.read())
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        child = os.fork()
+        if not child:
+            for file, own in ((stdout, 1), (stderr, 2)):
+                os.dup2(file.fileno(), own)
+            _run(code)
+        _, status = os.waitpid(child, 0)
+        said = []
+        for file in (stdout, stderr):
+            file.seek(0)
+            said.append(file.read().decode())
     return os.waitstatus_to_exitcode(status), *said
 
 

@@ -20,6 +20,7 @@ TESTS = Path(__file__).parent
 # A room may import rooms of a lower level, and itself.
 LEVELS = {
     "config": 0,
+    "report_sample": 0,
     "report_total": 0,
     "collision": 0,
     "error_notes": 0,

@@ -9,7 +9,8 @@ from PIL import Image
 
 from sparsevlm.explore.answers import ANSWERING, DENSE, DONE, STOPPED, Answer
 from sparsevlm.explore.drawing import draw_patches, legend, numbers, patches_behind
-from sparsevlm.report import Report, SampleReport, StageReport
+from sparsevlm.report import Report
+from sparsevlm.report_sample import SampleReport, StageReport
 from sparsevlm.report_total import Cost
 from sparsevlm.visualization.overlay import DROPPED, KEPT, LEGEND, RECYCLED
 

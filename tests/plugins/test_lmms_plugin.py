@@ -11,7 +11,7 @@ from sparsevlm.plugins.lmms_arguments import ModelArguments, parse_arguments
 from sparsevlm.plugins.lmms_generation import MAX_NEW_TOKENS, cut_at, generation_options, unused_options
 from sparsevlm.plugins.lmms_inputs import nearest_grid, read_conversation, with_n_visual
 from sparsevlm.plugins.lmms_totals import RunTotals, dense_total, merged, pruned_total
-from sparsevlm.report import SampleReport
+from sparsevlm.report_sample import SampleReport
 from sparsevlm.report_total import Cost
 
 

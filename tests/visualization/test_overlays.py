@@ -12,7 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from sparsevlm.inputs import identified
-from sparsevlm.report import Report, SampleReport, StageReport
+from sparsevlm.report import Report
+from sparsevlm.report_sample import SampleReport, StageReport
 from sparsevlm.report_total import Cost
 from sparsevlm.visualization import Row, draw_report, draw_rows, heading, save_picture
 from sparsevlm.visualization.overlay import DROPPED, KEPT, RECYCLED, shade, token_states

@@ -49,6 +49,18 @@ class Line:
     font: ImageFont.FreeTypeFont
     anchor: str
 
+    @property
+    def span(self) -> tuple[float, float]:
+        """Where its ink begins and ends from left to right, in pixels."""
+        left, _, right, _ = self.font.getbbox(self.text, anchor=self.anchor)
+        return self.place[0] + left, self.place[0] + right
+
+    @property
+    def middle(self) -> float:
+        """How far down the middle of its ink is, in pixels."""
+        _, top, _, bottom = self.font.getbbox(self.text, anchor=self.anchor)
+        return self.place[1] + (top + bottom) / 2
+
 
 @contextmanager
 def recorded() -> Iterator[list[Line]]:
@@ -105,12 +117,11 @@ def pieces_shown(
     for line in lines:
         if line.size != size:
             continue
-        left, top, _, bottom = line.font.getbbox(line.text, anchor=line.anchor)
-        row = int((line.place[1] + (top + bottom) / 2) // TOKEN)
+        (left, _), row = line.span, int(line.middle // TOKEN)
         encoded = tokenizer(line.text, add_special_tokens=False, return_offsets_mapping=True)
         for piece, (first, stop) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             middle = (line.font.getlength(line.text[:first]) + line.font.getlength(line.text[:stop])) / 2
-            column = int((line.place[0] + left + middle) // TOKEN)
+            column = int((left + middle) // TOKEN)
             if 0 <= row < rows and 0 <= column < columns:
                 found.append((row * columns + column, piece))
     chosen = rng.sample(found, most) if len(found) > most else found
@@ -137,14 +148,13 @@ def letters_shown(lines: Sequence[Line], size: tuple[int, int]) -> NDArray[np.ui
     cells = np.zeros((height * CELL_ROWS, width * CELL_COLUMNS), np.uint8)
     own = [line for line in lines if line.size == size]
     for line in own:
-        left, top, right, bottom = line.font.getbbox(line.text, anchor=line.anchor)
-        row = int((line.place[1] + (top + bottom) / 2) * CELL_ROWS // TOKEN)
-        advances = np.array([line.font.getlength(letter) for letter in line.text])
-        ends = advances.cumsum()
-        middles = line.place[0] + left + (ends - advances / 2) * (right - left) / max(advances.sum(), 1.0)
-        columns = (middles * CELL_COLUMNS // TOKEN).astype(int)
+        row = int(line.middle * CELL_ROWS // TOKEN)
         if not 0 <= row < cells.shape[0]:
             continue
+        left, right = line.span
+        advances = np.array([line.font.getlength(letter) for letter in line.text])
+        middles = left + (advances.cumsum() - advances / 2) * (right - left) / max(advances.sum(), 1.0)
+        columns = (middles * CELL_COLUMNS // TOKEN).astype(int)
         for letter, column in zip(line.text, columns, strict=True):
             if letter.isspace() or not 0 <= column < cells.shape[1]:
                 continue

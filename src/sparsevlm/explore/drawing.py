@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..report import SampleReport, StageReport
+from ..report_sample import SampleReport, StageReport
 from ..visualization.overlay import DROPPED, KEPT, LEGEND, RECYCLED, rows_of, shade, token_states
 from .answers import ANSWERING, DONE, FAILED, STOPPED, WAITING, Answer
 

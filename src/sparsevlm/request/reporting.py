@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ..models import ModelAdapter
-from ..report import Report, SampleReport
+from ..report import Report
+from ..report_sample import SampleReport
 from ..report_total import Cost
 from .costs import prefill_flops
 from .request import Request

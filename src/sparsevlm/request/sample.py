@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..models import Grid, Layout, View, as_grid, views
-from ..report import StageReport
+from ..report_sample import StageReport
 from ..selection.budget import Plan
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import fmean
 
-from ..report import Report, SampleReport
+from ..report import Report
+from ..report_sample import SampleReport
 
 
 def heading(reports: Sequence[Report], sample: int = 0) -> str:

@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..inputs import as_rgb, identified
-from ..report import Report, SampleReport, StageReport
+from ..report import Report
+from ..report_sample import SampleReport, StageReport
 from .fitting import as_seen, has_shape
 from .headings import heading
 from .page import Page, Panel

@@ -16,7 +16,7 @@ from ...inputs import load_model, load_processor
 from ...inputs.downsample import Downsampler
 from ...inputs.turns import move_inputs, process, render_turn
 from ...models import adapter_for
-from ...report import SampleReport
+from ...report_sample import SampleReport
 from ...request.costs import prefill_flops
 from ...request.counting import visual_counts
 from ..settings import DOWNSAMPLE, EvalConfig, Setting
