@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from training.adapters import Adapter, master_of
+from training.data_parallel import DataParallel
 
 _MOMENTUM = 0.95
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -66,6 +67,8 @@ class Optimiser:
         Weight decay of everything that has two axes or more, per unit of learning rate.
     clip : float
         Limit of the gradient norm of what AdamW steps; Muon's updates do not depend on the gradient's size.
+    parallel : DataParallel, optional
+        Processes whose gradients are averaged.
 
     Attributes
     ----------
@@ -73,10 +76,10 @@ class Optimiser:
         Learning rates of the two, scalars to be filled before each step.
     """
 
-    def __init__(self, trained: Trained, decay: float, clip: float):
+    def __init__(self, trained: Trained, decay: float, clip: float, parallel: DataParallel | None = None):
         device = trained.others[0].device
         self.rate, self.matrix_rate = torch.zeros((), device=device), torch.zeros((), device=device)
-        self._decay, self._clip = decay, clip
+        self._decay, self._clip, self._parallel = decay, clip, parallel or DataParallel()
         by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for weight in trained.matrices:
             by_shape.setdefault(weight.shape, []).append(weight)
@@ -108,20 +111,18 @@ class Optimiser:
     @torch.no_grad()
     def step(self, gradients: Sequence[torch.Tensor]) -> torch.Tensor:
         """One step; returns the norm of the gradients of what AdamW steps."""
-        start = 0
-        for stack, master, momentum in zip(self._stacks, self._masters, self._momenta, strict=True):
-            gradient = torch.stack(list(gradients[start : start + len(stack)])).float()
+        of_stacks, start = [], 0
+        for stack in self._stacks:
+            of_stacks.append(torch.stack(list(gradients[start : start + len(stack)])).float())
             start += len(stack)
-            momentum.mul_(_MOMENTUM).add_(gradient)
-            update = orthogonalised(gradient + _MOMENTUM * momentum).float() * (0.2 * max(master.shape[1:]) ** 0.5)
-            master.sub_(self.matrix_rate * (update + self._decay * master))
-            torch._foreach_copy_(stack, list(master.unbind()))
         stop = start + len(self._others)
         torch._foreach_copy_([master.grad for master in self._other_masters], list(gradients[start:stop]))
         for adapter in self._adapters:
             start, stop = stop, stop + len(adapter.weights)
             adapter.take(gradients[start:stop])
         grads = [master.grad for master in self._stepped]
+        self._parallel.average([*of_stacks, *grads])
+        self._step_matrices(of_stacks)
         norm = torch.stack(torch._foreach_norm(grads)).norm()
         torch._foreach_mul_(grads, (self._clip / (norm + 1e-6)).clamp(max=1.0))
         self._adamw.step()
@@ -129,6 +130,15 @@ class Optimiser:
         for adapter in self._adapters:
             adapter.write()
         return norm
+
+    def _step_matrices(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Muon, with the gradient of each stack."""
+        by_stack = zip(self._stacks, self._masters, self._momenta, gradients, strict=True)
+        for stack, master, momentum, gradient in by_stack:
+            momentum.mul_(_MOMENTUM).add_(gradient)
+            update = orthogonalised(gradient + _MOMENTUM * momentum).float() * (0.2 * max(master.shape[1:]) ** 0.5)
+            master.sub_(self.matrix_rate * (update + self._decay * master))
+            torch._foreach_copy_(stack, list(master.unbind()))
 
 
 def whole_model(model: nn.Module) -> Trained:

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from training.data_parallel import DataParallel
 from training.forward import TextForward
 
 
@@ -25,6 +26,8 @@ class TextReplay:
     weight : float
         Of the divergence beside the loss of the answers.
     compiled : bool
+    parallel : DataParallel, optional
+        Which of several processes this is; each takes windows of its own.
     """
 
     def __init__(
@@ -35,18 +38,21 @@ class TextReplay:
         count: int,
         weight: float,
         compiled: bool = False,
+        parallel: DataParallel | None = None,
     ):
-        if windows.shape[0] < count:
-            raise ValueError(f"{windows.shape[0]} windows of text are too few for {count} in a step")
+        parallel = parallel or DataParallel()
+        self._taken = count * parallel.world_size  # in a step, by all
+        if windows.shape[0] < self._taken:
+            raise ValueError(f"{windows.shape[0]} windows of text are too few for {self._taken} in a step")
         device = text.embed_tokens.weight.device
         self.weight, self._windows = weight, windows.to(device)
-        self._next = torch.arange(count, device=device)
+        self._next = torch.arange(count, device=device) + parallel.rank * count
         self._original, self._ours = (TextForward(one, count, windows.shape[1], compiled) for one in (original, text))
 
     def loss(self) -> torch.Tensor:
         """Mean Kullback-Leibler divergence over the tokens of the next windows, a scalar in nats."""
         ids = self._windows[self._next]
-        self._next.add_(self._next.shape[0]).remainder_(self._windows.shape[0])
+        self._next.add_(self._taken).remainder_(self._windows.shape[0])
         with torch.no_grad():
             expected = F.log_softmax(self._original(ids), dim=-1)
         ours = F.log_softmax(self._ours(ids), dim=-1)

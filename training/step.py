@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from sparsevlm.scenes import CARD, TASKS, training_seeds
 from training.architecture import cast_weights
+from training.data_parallel import DataParallel
 from training.drawn.tasks import DrawnTasks
 from training.forward import Decoded, SceneForward
 from training.groups import first_seed, parse_mix, task_table
@@ -64,6 +65,8 @@ class TrainStep:
         Text whose loss is added to that of the answers.
     drawn : DrawnTasks, optional
         Tasks of other kinds than scenes, whose loss is added as well; loads for ``draw_ahead`` steps.
+    parallel : DataParallel, optional
+        Which of several processes this is; each draws scenes of its own.
     """
 
     def __init__(
@@ -74,9 +77,11 @@ class TrainStep:
         trained: Trained,
         replay: TextReplay | None = None,
         drawn: DrawnTasks | None = None,
+        parallel: DataParallel | None = None,
     ):
         device, dtype = model.device, model.dtype
         self.settings, self.dtype, self.steps_done, self.replay, self.drawn = settings, dtype, 0, replay, drawn
+        self.parallel = parallel or DataParallel()
         self.metrics = Metrics(device)
         self.builder, self.patchify = SequenceBuilder(tokenizer, device), Patchifier(device)
         self.groups = parse_mix(settings.mix)
@@ -87,14 +92,15 @@ class TrainStep:
         self.token_head = cast_weights(Readout(hidden, TOKEN_SIZES, rare=CARD + 1).to(device), dtype)
         self.place_head = cast_weights(Readout(hidden, PLACE_SIZES).to(device), dtype)
         n_samples = settings.draw_ahead * sum(group.count for group in self.groups)
-        self.seeds = training_seeds(first_seed(settings.seed), n_samples).to(device)
+        first = first_seed(settings.seed) + self.parallel.rank * n_samples
+        self.seeds = training_seeds(first, n_samples).to(device)
         self.task_table = task_table(TASK_SHARES, device)
         self.auxiliary_weight = torch.zeros((), device=device)
         if settings.auxiliary_until > 0:
             heads = [*self.token_head.parameters(), *self.place_head.parameters()]
             heads += drawn.readout.parameters() if drawn is not None else []
             trained = dataclasses.replace(trained, others=trained.others + heads)
-        self.optimiser = Optimiser(trained, settings.decay, settings.clip)
+        self.optimiser = Optimiser(trained, settings.decay, settings.clip, self.parallel)
         self.weights = self.optimiser.weights
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -131,7 +137,8 @@ class TrainStep:
 
     def _capture(self) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Threads of NCCL ask the device what it has done meanwhile.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self._step()
         self.graph.replay()
 
@@ -153,7 +160,7 @@ class TrainStep:
                 ],
                 index,
             )
-        self.seeds += self.seeds.shape[0]
+        self.seeds += self.seeds.shape[0] * self.parallel.world_size
 
     def _learn(self, parts: Sequence[Material], index: int) -> None:
         """Forward, backward and update, with scenes and drawn batch ``index`` of those ahead."""

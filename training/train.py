@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2_5_VLForCo
 
 from sparsevlm.bundled import __file__ as bundled_file
 from training.architecture import build_model, cast_weights, grow
+from training.data_parallel import DataParallel
 from training.evaluate import evaluate
 from training.optimiser import whole_model
 from training.settings import StageSettings, TrainSettings
@@ -50,19 +51,22 @@ def parse_arguments(kind: type[Settings], description: str | None) -> tuple[Sett
     return kind(**arguments), out, eval_scenes, torch.device(device)
 
 
-def train(settings: TrainSettings, out: Path, eval_scenes: int, device: torch.device) -> dict[str, dict[str, float]]:
+def train(
+    settings: TrainSettings, out: Path, eval_scenes: int, device: torch.device
+) -> dict[str, dict[str, float]] | None:
     """Run one stage and write the weights, then the accuracy.
 
     Returns
     -------
     dict
-        Hold-out accuracy by layout and task.
+        Hold-out accuracy by layout and task; None in any but the first of several processes.
     """
     started = time.monotonic()
+    parallel, device = DataParallel.begin(device)
     prepare(settings.seed)
     tokenizer = AutoTokenizer.from_pretrained(Path(bundled_file).parent)
     model = cast_weights(_starting_model(settings).to(device), dtype_of(device))
-    step = TrainStep(model, tokenizer, settings, whole_model(model))
+    step = TrainStep(model, tokenizer, settings, whole_model(model), parallel=parallel)
     return run_stage(step, settings, out, started, lambda: _finish(model, tokenizer, out, eval_scenes))
 
 
@@ -79,12 +83,21 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 def run_stage(
     step: TrainStep, settings: StageSettings, out: Path, started: float, finish: Callable[[], Result]
-) -> Result:
-    """Train until the clock or the number of steps ends it; what ``finish`` returns is the last row of the log."""
+) -> Result | None:
+    """Train until the clock or the number of steps ends it; what ``finish`` returns is the last row of the log.
+
+    Of several processes the first writes the log, of what it has seen itself, and finishes; None for the others.
+    """
+    if step.parallel.rank:
+        _loop(step, settings, started, lambda row: None)
+        step.parallel.end()
+        return None
     out.mkdir(parents=True, exist_ok=True)
     with _log_file(out / "log.jsonl") as log:
-        log({"settings": dataclasses.asdict(settings), "torch": torch.__version__})
+        processes = step.parallel.world_size
+        log({"settings": dataclasses.asdict(settings), "processes": processes, "torch": torch.__version__})
         _loop(step, settings, started, log)
+        step.parallel.end()
         result = finish()
         log({"steps": step.steps_done, "seconds": time.monotonic() - started, "holdout": result})
     return result
@@ -106,6 +119,7 @@ def _loop(step: TrainStep, settings: StageSettings, started: float, log: Callabl
         progress = (now - started) / settings.seconds
         if settings.steps:
             progress = max(progress, step.steps_done / settings.steps)
+        progress = step.parallel.agreed(progress)
         done = progress >= 1.0
         if done or now - last_log >= _LOG_EVERY:
             row = {"step": step.steps_done, "seconds": now - started, "rate": float(step.optimiser.rate)}

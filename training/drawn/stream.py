@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerFast
 
 from sparsevlm.material import FAMILIES, TRAINING, Example, check_packages, draw
+from training.data_parallel import DataParallel
 from training.drawn.conversations import Conversation, encode
 from training.drawn.packing import Limits, Packed, Packer, empty
 from training.drawn.reading import READING, draw_reading
@@ -82,6 +83,8 @@ class DrawnBatches(IterableDataset):
         About a picture, at most.
     seed : int
         Of the run.
+    parallel : DataParallel, optional
+        Which of several runs side by side this is; each draws seeds of its own.
     """
 
     def __init__(
@@ -92,10 +95,11 @@ class DrawnBatches(IterableDataset):
         words: Sequence[str],
         questions: int,
         seed: int,
+        parallel: DataParallel | None = None,
     ):
         self._mix, self._tokenizer, self._limits = mix, tokenizer, limits
         self._words, self._questions = list(words), questions
-        self._first = first_seed(seed)
+        self._first, self._parallel = first_seed(seed), parallel or DataParallel()
 
     @property
     def empty(self) -> Packed:
@@ -105,6 +109,7 @@ class DrawnBatches(IterableDataset):
     def __iter__(self) -> Iterator[Packed]:
         worker = get_worker_info()
         index, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        index, step = index + self._parallel.rank * step, step * self._parallel.world_size
         packer, waiting = Packer(self._limits, self._mix.families), []
         while True:
             one = self._conversation(self._first + index)
