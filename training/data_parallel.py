@@ -55,6 +55,6 @@ class DataParallel:
         return float(told)
 
     def end(self) -> None:
-        """Leave the run; what comes after is done by one process for itself."""
+        """Leave the run."""
         if self.world_size > 1:
             dist.destroy_process_group()

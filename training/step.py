@@ -127,6 +127,12 @@ class TrainStep:
         """Means since the last call."""
         return self.metrics.read() | (self.drawn.read() if self.drawn is not None else {})
 
+    def end(self) -> None:
+        """Give back the graph, and leave the run of several processes."""
+        if self.graph is not None:
+            self.graph.reset()  # NCCL does not end while a graph holds what it does
+        self.parallel.end()
+
     def _eager_on_side_stream(self) -> None:
         """Warm up lazily made buffers and compiled blocks on a side stream, as graph capture asks for."""
         side = torch.cuda.Stream()

@@ -90,16 +90,16 @@ def run_stage(
     """
     if step.parallel.rank:
         _loop(step, settings, started, lambda row: None)
-        step.parallel.end()
+        step.end()
         return None
     out.mkdir(parents=True, exist_ok=True)
     with _log_file(out / "log.jsonl") as log:
         processes = step.parallel.world_size
         log({"settings": dataclasses.asdict(settings), "processes": processes, "torch": torch.__version__})
         _loop(step, settings, started, log)
-        step.parallel.end()
         result = finish()
         log({"steps": step.steps_done, "seconds": time.monotonic() - started, "holdout": result})
+    step.end()
     return result
 
 
