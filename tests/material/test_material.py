@@ -13,7 +13,7 @@ from sparsevlm.material.documents import sheet
 from sparsevlm.material.fonts import FONTS
 from sparsevlm.material.photos import PHOTOS
 from sparsevlm.material.screens import window
-from sparsevlm.material.splits import generator
+from sparsevlm.material.splits import generator, sizes
 from sparsevlm.material.whole import GRIDS, _two_colours
 from sparsevlm.material.words import _LISTS, filler, words
 
@@ -76,6 +76,13 @@ def test_evaluation_has_words_fonts_sizes_and_photographs_of_its_own():
     assert not sentences[TRAINING] & sentences[EVALUATION]
     pairs = {split: {_two_colours(generator(split, i), split) for i in range(200)} for split in FIRST_SEED}
     assert not pairs[TRAINING] & pairs[EVALUATION]
+
+
+def test_sizes_for_training_are_all_but_those_held_out():
+    found = sizes(((4, 5),), range(2, 6), range(4, 6), range(8, 25))
+    assert found == {EVALUATION: ((4, 5),), TRAINING: ((2, 4), (3, 4), (3, 5), (4, 4), (5, 4))}
+    for table in (sheet.GRIDS, plot.GRIDS, window.GRIDS, GRIDS):
+        assert len(table[TRAINING]) > 300
 
 
 def test_one_seed_is_drawn_unlike_in_both_splits():

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from training.drawn.vocabulary import any_words, vocabulary
+from training.drawn.vocabulary import any_words, vocabulary, words_of
 from training.drawn.written import recorded
 
 from sparsevlm.material import EVALUATION, TRAINING, draw
@@ -20,6 +20,18 @@ def test_words_held_out_for_evaluation_are_not_among_them():
     assert not {"school", "david", "hayes"} & set(known)
     assert known == vocabulary(["tokens of it and iteration teaches the school of david hayes"])
     assert len(known) == len(set(known)) > len({*["the", "of", "teaches", "iteration", "and", "tokens", "of", "it"]})
+
+
+def test_words_of_a_tokenizer_are_whole_ones():
+    class Pieces:
+        def get_vocab(self):
+            return {"ĠLisbon": 0, "Ġtide": 1, "water": 2, "Ġx1": 3, "Ġof": 4, "ĠDavid": 5, "Ġlisbon": 6}
+
+        def convert_tokens_to_string(self, tokens):
+            return "".join(tokens).replace("Ġ", " ")
+
+    assert words_of(Pieces()) == ["david", "lisbon", "tide"]
+    assert {"tide", "lisbon", "david"} & set(vocabulary(["so"], words_of(Pieces()))) == {"tide"}
 
 
 def test_a_document_shows_any_words_and_is_the_same_for_a_seed():

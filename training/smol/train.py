@@ -12,7 +12,7 @@ from training.data_parallel import DataParallel
 from training.drawn.packing import Limits
 from training.drawn.stream import DrawnBatches, parse_drawn, stream
 from training.drawn.tasks import DrawnTasks
-from training.drawn.vocabulary import vocabulary
+from training.drawn.vocabulary import vocabulary, words_of
 from training.evaluate import evaluate
 from training.groups import TOKEN
 from training.replay import TextReplay, perplexity
@@ -83,7 +83,7 @@ def train(
 def _drawn_tasks(smol: SmolModel, settings: SmolSettings, texts: Sequence[str], parallel: DataParallel) -> DrawnTasks:
     mix = parse_drawn(settings.drawn, settings.photographs)
     limits = Limits(settings.drawn_tokens, smol.model.model.visual.window_size // TOKEN, settings.drawn_longest)
-    words, seed = vocabulary(texts), settings.seed
+    words, seed = vocabulary(texts, words_of(smol.tokenizer)), settings.seed
     batches = DrawnBatches(mix, smol.tokenizer, limits, words, settings.drawn_questions, seed, parallel)
     ready = stream(batches, settings.drawn_workers)
     ahead, weight = settings.draw_ahead, settings.drawn_weight

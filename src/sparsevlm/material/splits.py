@@ -41,3 +41,20 @@ def arrays(rng: random.Random) -> np.random.RandomState:
 def part(values: Sequence[str], split: str) -> tuple[str, ...]:
     """The values of a split: every fourth is held out for evaluation, the others are for training."""
     return tuple(value for i, value in enumerate(values) if (i % 4 == 3) == (split == EVALUATION))
+
+
+def sizes(
+    held_out: tuple[tuple[int, int], ...], columns: range, rows: range, tokens: range
+) -> dict[str, tuple[tuple[int, int], ...]]:
+    """Sizes of pictures by split: those held out for evaluation, and every other for training.
+
+    Parameters
+    ----------
+    held_out : tuple of (int, int)
+        Columns and rows of visual tokens.
+    columns, rows, tokens : range
+        How many of each a picture for training has; neither side is more than twice as long as the other.
+    """
+    every = ((wide, high) for wide in columns for high in rows if wide * high in tokens)
+    training = (size for size in every if size not in held_out and max(size) <= 2 * min(size))
+    return {TRAINING: tuple(training), EVALUATION: held_out}

@@ -13,14 +13,11 @@ from ..scenes import COLOUR_RGB, COLOURS
 from .asking import ask
 from .example import Drawing, Request, TaskFamily, Turn
 from .photos import crop
-from .splits import EVALUATION, TRAINING
+from .splits import EVALUATION, sizes
 from .surfaces import PATTERNS, Colour, Size, gradient, noise, pattern, strokes, texture
 
-# Columns and rows of visual tokens of 28 pixels, 256 to 1024 of them; each size is of one split.
-GRIDS = {
-    TRAINING: ((16, 16), (20, 16), (24, 18), (28, 20), (32, 24), (32, 32)),
-    EVALUATION: ((18, 16), (22, 18), (26, 20), (34, 28)),
-}
+# Columns and rows of visual tokens of 28 pixels; each size is of one split.
+GRIDS = sizes(((18, 16), (22, 18), (26, 20), (34, 28)), range(12, 37), range(12, 37), range(256, 1025))
 _TOKEN = 28
 _YES_NO = ("", " Answer yes or no.", " Please answer yes or no.")
 _LARGE = 0.08  # of the picture

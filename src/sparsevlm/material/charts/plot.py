@@ -10,13 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..splits import EVALUATION, TRAINING
+from ..splits import EVALUATION, TRAINING, sizes
 
-# Columns and rows of visual tokens of 28 pixels, 256 to 1024 of them; each size is of one split.
-GRIDS = {
-    TRAINING: ((16, 16), (20, 16), (24, 18), (28, 22), (32, 24), (32, 32), (22, 26)),
-    EVALUATION: ((18, 16), (22, 20), (26, 20), (30, 26), (36, 28)),
-}
+# Columns and rows of visual tokens of 28 pixels; each size is of one split.
+GRIDS = sizes(((18, 16), (22, 20), (26, 20), (30, 26), (36, 28)), range(16, 37), range(14, 33), range(256, 1025))
 _TOKEN, _DPI = 28, 100
 COLOURS = {
     "blue": "#2f6fdf",

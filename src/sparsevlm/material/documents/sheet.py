@@ -8,16 +8,13 @@ from functools import lru_cache
 from PIL import Image, ImageDraw, ImageFont
 
 from ..fonts import FONTS, font, pick_font
-from ..splits import EVALUATION, TRAINING, arrays
+from ..splits import arrays, sizes
 from ..words import filler
 
 LEADING = 1.35  # from line to line, in sizes of the letters
 TOKEN = 28  # pixels that a visual token is wide and high in the models that these are sized for
-# Columns and rows of visual tokens, 512 to 2048 of them; each size is of one split.
-GRIDS = {
-    TRAINING: ((20, 26), (22, 30), (26, 34), (30, 40), (34, 46), (38, 52), (32, 24), (44, 34)),
-    EVALUATION: ((21, 28), (24, 32), (28, 38), (36, 50), (40, 30)),
-}
+# Columns and rows of visual tokens; each size is of one split.
+GRIDS = sizes(((21, 28), (24, 32), (28, 38), (36, 50), (40, 30)), range(20, 45), range(24, 53), range(512, 2049))
 Font = ImageFont.FreeTypeFont
 Ink = tuple[int, int, int]
 

@@ -9,15 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from ..example import Box
 from ..fonts import font, pick_font
-from ..splits import EVALUATION, TRAINING
+from ..splits import EVALUATION, sizes
 from ..words import company, person, some, word
 from .theme import pick_theme
 
-# Columns and rows of visual tokens of 28 pixels, 256 to 1024 of them; each size is of one split.
-GRIDS = {
-    TRAINING: ((20, 14), (24, 18), (28, 20), (32, 24), (36, 28), (18, 26)),
-    EVALUATION: ((22, 16), (26, 20), (34, 24), (20, 30)),
-}
+# Columns and rows of visual tokens of 28 pixels; each size is of one split.
+GRIDS = sizes(((22, 16), (26, 20), (34, 24), (20, 30)), range(18, 37), range(14, 33), range(256, 1025))
 _TOKEN = 28
 _DOTS = ((230, 90, 80), (240, 190, 60), (90, 190, 90))
 
@@ -116,8 +113,12 @@ def _title_bar(painter: _Painter, title: str) -> None:
     for i in range(3):
         x = size * (1 + i) if at_left else painter.image.width - size * (1 + i)
         painter.draw.ellipse((x - 5, middle - 5, x + 5, middle + 5), fill=_DOTS[i])
-    x = painter.image.width // 2 if at_left else size
-    painter.text(x, middle, title, theme.title_ink, "mm" if at_left else "lm")
+    if at_left:
+        painter.text(painter.image.width // 2, middle, title, theme.title_ink, "mm")
+        return
+    most = max(size, painter.image.width - 5 * size - painter.width(title))
+    x = painter.rng.randint(size, most) if painter.rng.random() < 0.5 else size
+    painter.text(x, middle, title, theme.title_ink)
 
 
 def _menu_bar(painter: _Painter) -> tuple[list[str], str, dict[str, int]]:
