@@ -13,7 +13,7 @@ from toys import PROMPTS, make_inputs, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.5}
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
-BEFORE = {"visionzip", "hiprune", "divprune", "cdpruner", "scope", "mmtok", "tome"}
+BEFORE = {"span-features", "visionzip", "hiprune", "divprune", "cdpruner", "scope", "mmtok", "tome"}
 BLANK_FIRST = [("text", 2), ("image", 4, 4), ("text", 4), ("image", 6, 6), ("text", 5)]
 MANY = {
     "a blank image": [BLANK_FIRST],

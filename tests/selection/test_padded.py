@@ -83,7 +83,8 @@ def test_samples_are_chosen_from_as_alone(name, kind, fill):
             assert found.is_kept[b].sum() == n_keep
             assert found.merge_target is None or (found.merge_target[b] == -1).all()
             continue
-        wanted = checked_selection(selector.select(one, n_keep), one.features, n_keep, name)
+        alone = dataclasses.replace(one, hidden_states=one.features)
+        wanted = checked_selection(selector.select(alone, n_keep), one.features, n_keep, name)
         assert found.is_kept[b].nonzero()[:, 0].tolist() == wanted.keep_idx.tolist()
         if wanted.merge_target is None:
             continue

@@ -66,7 +66,8 @@ def test_text_before_the_image_is_read_by_states_of_layers_alone(model):
 @pytest.mark.parametrize("selector", sorted(READERS))
 def test_selectors_that_read_the_question_are_refused(model, selector):
     with pytest.raises(
-        ValueError, match=f"{selector!r} reads .*Choose one of span, v2drop, visionzip, .*grid, or turns="
+        ValueError,
+        match=f"{selector!r} reads .*Choose one of span, span-features, v2drop, visionzip, .*grid, or turns=",
     ):
         apply_sparsevlm(model, selector=selector, **OPTIONS)
     state = apply_sparsevlm(model, **{**OPTIONS, "turns": "first"})
@@ -94,9 +95,9 @@ def test_the_rank_reads_the_question(model):
 
 def test_layers_that_see_the_whole_prompt():
     """Of such a decoder only what comes before it; towers that are not read are not offered."""
-    offered = r"states of decoder layers, .* Choose one of visionzip, hiprune, divprune, scope, tome, or"
+    offered = r"states of decoder layers, .* Choose one of span-features, visionzip, hiprune, divprune, scope, tome, or"
     with pytest.raises(ValueError, match=offered):
         apply_sparsevlm(tiny_model("paligemma"), target_layers=[1, 3], **OPTIONS)
-    with pytest.raises(ValueError, match="Choose one of span, v2drop, divprune, tome, random, grid, or"):
+    with pytest.raises(ValueError, match="Choose one of span, span-features, v2drop, divprune, tome, random, grid, or"):
         apply_sparsevlm(tiny_model("llava_next"), selector="fastv", **OPTIONS)
     apply_sparsevlm(tiny_model("paligemma"), selector="divprune", **OPTIONS)

@@ -36,7 +36,7 @@ class Options:
     @property
     def reads_text(self) -> bool:
         """Whether text is read: by the selector, or by the rank, which decides where there is no budget."""
-        return _by_rank(self.config) or bool({"rater_attention", "text_features"} & self.traits.needs)
+        return _by_rank(self.config, self.traits) or bool({"rater_attention", "text_features"} & self.traits.needs)
 
     @property
     def keeps_all(self) -> bool:
@@ -58,9 +58,9 @@ class Options:
         return cls(config, effective, selector, traits, layers)
 
 
-def _by_rank(config: SparseVLMConfig) -> bool:
+def _by_rank(config: SparseVLMConfig, traits: SelectorTraits) -> bool:
     """Tells whether the rank of the text's attention decides how many tokens go on."""
-    return config.keep is None and isinstance(config.schedule, (str, type(None)))
+    return config.keep is None and isinstance(config.schedule, (str, type(None))) and not traits.counts
 
 
 def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:
@@ -73,7 +73,7 @@ def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, trait
         If a layer is out of range, or the budget cannot hold on these layers.
     """
     n_layers, last = adapter.n_layers, adapter.decoder.last_target
-    if traits.placement != TARGET_LAYERS and _by_rank(config):
+    if traits.placement != TARGET_LAYERS and _by_rank(config, traits):
         raise ValueError(f"selector {traits.name!r} runs before the decoder, where no rank is known: set keep.")
     if traits.placement == BEFORE_DECODER:
         if config.target_layers is not None:
@@ -137,7 +137,7 @@ def check_question_free(adapter: ModelAdapter, config: SparseVLMConfig, traits: 
     """
     if config.turns != AGNOSTIC:
         return
-    if _by_rank(config):
+    if _by_rank(config, traits):
         raise ValueError(
             "turns='agnostic' keeps what does not depend on the question, and without keep the rank of the question's "
             "attention decides how much that is: set keep."
@@ -176,7 +176,7 @@ def check_readable(
         With the layers that have attention.
     """
     asked = {"rater_attention", "last_attention", "prior_attention"} & traits.needs
-    by_rank = config.keep is None and isinstance(config.schedule or traits.default_schedule, str)
+    by_rank = _by_rank(config, traits)
     attentions = adapter.decoder.attentions
     without = [layer for layer in target_layers if layer >= 0 and attentions[layer] is None]
     if without and (asked or by_rank):

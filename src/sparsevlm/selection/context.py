@@ -156,7 +156,8 @@ class Selector(Protocol):
     unless a subclass of its class has defined ``select`` anew. So are optional methods that let the engine capture the
     choice: ``order(states, valid, n_keep)``, see :class:`OrderedSelector`, and ``select_padded(context)``, see
     :class:`~sparsevlm.selection.padded.PaddedSelector`; for samples of at most ``most_padded`` (16384) visual
-    tokens."""
+    tokens. One that runs before the decoder may have a method ``count(context)``, which says how many tokens go on
+    where there is no budget."""
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
         """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""
@@ -203,6 +204,7 @@ class SelectorTraits:
     ordered: bool
     padded: bool
     most_padded: int
+    counts: bool
 
     @classmethod
     def of(cls, selector: Any) -> SelectorTraits:
@@ -242,7 +244,10 @@ class SelectorTraits:
         padded = placement != EVERYWHERE and needs <= _PADDED_NEEDS[placement]
         padded = padded and _has_method(type(selector), "select_padded")
         most = min(_MOST_PADDED, getattr(selector, "most_padded", _MOST_PADDED))
-        return cls(str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered, padded, most)
+        counts = placement == BEFORE_DECODER and _has_method(type(selector), "count")
+        return cls(
+            str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered, padded, most, counts
+        )
 
 
 def _has_method(selector: type, name: str) -> bool:

@@ -81,6 +81,11 @@ def decide(
     Exception
         Any that the selector raises, with a note of its name and the layer.
     """
+    if traits.counts:
+        n_keeps = [
+            _counted(selector, traits, context) if n_keep is None else n_keep
+            for context, n_keep in zip(contexts, n_keeps, strict=True)
+        ]
     given = list(zip(contexts, n_keeps, strict=True))
     ranks = _ranks(given)
     policy = [_apply_budget(context, traits, n_keep, ranks.get(i)) for i, (context, n_keep) in enumerate(given)]
@@ -90,6 +95,21 @@ def decide(
         for i, selection in zip(group, _select(selector, traits, [tasks[i] for i in group]), strict=True):
             decisions[i] = Decision(selection, tasks[i].rank, clamped=_clamped(tasks[i]))
     return [decisions[i] for i in range(len(contexts))]
+
+
+def _counted(selector: Any, traits: SelectorTraits, context: SelectionContext) -> int:
+    """How many tokens a selector wants to go on; at least ``min_keep``, and what the floors of the images take."""
+    if nothing_to_drop(context.n_visual, None, context.config.min_keep) is not None:
+        return context.n_visual
+    wanted = call_selector(selector, context.layer, lambda given: selector.count(given[0]), [context])
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
+        raise TypeError(f"selector {traits.name!r}: count must return a number of tokens, got {wanted!r}.")
+    least = context.config.min_keep
+    if context.n_images > 1:
+        assert context.image_idx is not None  # given with the number of images
+        floors = torch.bincount(context.image_idx).clamp(max=context.config.min_keep_per_image)
+        least = max(least, int(floors.sum()))
+    return min(context.n_visual, max(wanted, least))
 
 
 def _ranks(given: list[tuple[SelectionContext, int | None]]) -> dict[int, int]:

@@ -178,6 +178,31 @@ def dpp_order_by_gram(
     return together.reshape(*rows.shape[:-2], n_keep)
 
 
+def n_spanning(rows: Tensor, unexplained: float, most: int) -> int:
+    """Picks of :func:`dpp_order`, all of quality 1, after which little is left of any row.
+
+    What was left of a pick is the square of its pivot in the Cholesky factor of the picks' products, and never more
+    than of an earlier one. Waits for the device.
+
+    Parameters
+    ----------
+    rows : Tensor of shape (n, size), float32
+    unexplained : float
+        Squared length that may be left of a row, relative to the mean of all rows.
+    most : int
+        In [1, n]; the answer where more would be left.
+    """
+    lengths = torch.linalg.vector_norm(rows, dim=-1).square()
+    quality = torch.ones_like(lengths)
+    search = dpp_order_by_gram if gram_pays(rows) else dpp_order
+    picked = rows[search(rows, quality, most, True)].double()
+    scale = lengths.double().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    gram = picked @ picked.T / scale
+    gram.diagonal().add_(_NOISE**2)  # of what is spanned nothing is left
+    left = torch.linalg.cholesky_ex(gram).L.diagonal().square()
+    return int((left > max(unexplained, _NOISE)).cumprod(dim=0).sum())
+
+
 def cover(
     covered: Tensor,
     unit: Tensor,

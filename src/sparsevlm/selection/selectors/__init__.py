@@ -18,6 +18,7 @@ from .pyramiddrop import PyramidDropSelector
 from .random import RandomSelector
 from .scope import ScopeSelector
 from .span import SpanJointSelector, SpanSelector
+from .span_features import SpanFeaturesSelector
 from .span_prior import SpanPriorSelector
 from .sparsevlm import SparseVLMPaperSelector, SparseVLMSelector, SparseVLMv2Selector
 from .tome import ToMeSelector
@@ -27,6 +28,7 @@ from .visionzip import VisionZipSelector
 DEFAULT = "span"  # chosen by measurements: docs/ablation.md
 SELECTORS: dict[str, Callable[[], Any]] = {
     "span": SpanSelector,
+    "span-features": SpanFeaturesSelector,
     "span-joint": SpanJointSelector,
     "span-prior": SpanPriorSelector,
     "sparsevlm": SparseVLMSelector,

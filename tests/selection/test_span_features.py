@@ -1,0 +1,158 @@
+"""Span before the decoder: the choice of span over the features, and how many tokens a picture needs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from selector_contexts import make_context
+
+from sparsevlm import apply_sparsevlm
+from sparsevlm.config import SparseVLMConfig
+from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
+from sparsevlm.selection.decide import decide
+from sparsevlm.selection.greedy import n_spanning
+from sparsevlm.selection.selectors import SELECTORS
+from sparsevlm.selection.selectors.span_features import SpanFeaturesSelector
+from toys import make_inputs, tiny_model
+
+PICTURES = [[("text", 2), ("image", 8, 8), ("text", 6)], [("text", 3), ("image", 6, 4), ("text", 2)]]
+GREEDY = {"max_new_tokens": 4, "do_sample": False}
+
+
+def spanned_by_definition(rows, unexplained, most):
+    """Pick what is farthest from the span of the picks, by least squares, until nothing is far."""
+    rows = rows.double()
+    mean, picks = rows.square().sum(-1).mean(), []
+    while len(picks) < most:
+        basis = rows[picks].T
+        left = rows if not picks else rows - (basis @ torch.linalg.lstsq(basis, rows.T, driver="gelsd").solution).T
+        far = left.square().sum(-1)
+        if float(far.max()) <= unexplained * float(mean):
+            break
+        picks.append(int(far.argmax()))
+    return len(picks)
+
+
+@pytest.mark.parametrize("unexplained", [0.0, 0.02, 0.2, 0.6, 1.0])
+@pytest.mark.parametrize("rank", [1, 5, 12])
+def test_picks_until_every_row_is_explained(rank, unexplained):
+    torch.manual_seed(rank)
+    rows = torch.randn(40, rank) @ torch.randn(rank, 12) * torch.logspace(0, -2, 40)[torch.randperm(40), None]
+    for most in (3, 40):
+        expected = spanned_by_definition(rows, max(unexplained, 1e-9), most)
+        assert n_spanning(rows, unexplained, most) == expected
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
+def test_the_number_depends_on_no_scale(scale):
+    torch.manual_seed(0)
+    rows = torch.randn(60, 8) * torch.logspace(0, -2, 60)[:, None]
+    assert n_spanning(rows * scale, 0.1, 60) == n_spanning(rows, 0.1, 60) > 3
+
+
+def test_rows_that_say_nothing_new_are_not_counted():
+    torch.manual_seed(0)
+    two = torch.randn(2, 16)
+    assert n_spanning(torch.cat([two] * 20), 0.0, 40) == 2
+    assert n_spanning(torch.zeros(9, 4), 0.1, 9) == 0
+    assert n_spanning(torch.eye(6), 0.1, 4) == 4
+
+
+def test_the_choice_is_that_of_span_over_the_features():
+    context = make_context(30, seed=3, layer=-1)
+    context = dataclasses.replace(context, hidden_states=context.features)
+    ours, span = SpanFeaturesSelector(), SELECTORS["span"]()
+    assert ours.select(context, 11).tolist() == span.select(context, 11).tolist()
+    traits = SelectorTraits.of(ours)
+    assert traits.counts
+    assert traits.placement == BEFORE_DECODER
+    assert not SelectorTraits.of(span).counts
+
+
+@pytest.mark.parametrize(
+    ("min_keep", "most", "expected"), [(1, 1.0, 3), (8, 1.0, 8), (1, 0.05, 2), (1, 0.0, 1), (40, 1.0, None)]
+)
+def test_how_many_go_on_without_a_budget(min_keep, most, expected):
+    """Of 40 tokens of four kinds, which lie in a space of three axes about their mean."""
+    kinds = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))[torch.arange(40) % 4]
+    context = make_context(40, layer=-1, hidden_states=kinds, config=SparseVLMConfig(min_keep=min_keep))
+    selector = SpanFeaturesSelector(most=most)
+    (decision,) = decide([context], selector, SelectorTraits.of(selector), [None])
+    if expected is None:
+        assert decision.selection is None
+        assert "not more than min_keep=40" in decision.skipped_because or "keeps all 40" in decision.skipped_because
+        return
+    assert decision.selection.keep_idx.shape == (expected,)
+    assert decision.rank is None
+    assert torch.equal(decision.selection.keep_idx, selector.select(context, expected))
+
+
+def test_every_image_has_its_floor_without_a_budget():
+    context = make_context(
+        30, layer=-1, hidden_states=torch.zeros(30, 8), image_idx=torch.arange(30) // 10, n_images=3,
+        config=SparseVLMConfig(min_keep=1, min_keep_per_image=4),
+    )  # fmt: skip
+    selector = SpanFeaturesSelector()
+    (decision,) = decide([context], selector, SelectorTraits.of(selector), [None])
+    assert torch.bincount(decision.selection.keep_idx // 10).tolist() == [4, 4, 4]
+
+
+@pytest.mark.parametrize("wanted", [2.5, True, -1, None, torch.tensor(3)])
+def test_a_count_that_is_no_number_is_refused(wanted):
+    class Counting(SpanFeaturesSelector):
+        def count(self, context):
+            return wanted
+
+    context = make_context(12, layer=-1)
+    with pytest.raises(TypeError, match="'span-features': count must return a number of tokens, got "):
+        decide([context], Counting(), SelectorTraits.of(Counting()), [None])
+
+
+def test_an_error_in_a_count_names_the_selector():
+    class Broken(SpanFeaturesSelector):
+        def count(self, context):
+            raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError) as caught:
+        decide([make_context(12, layer=-1)], Broken(), SelectorTraits.of(Broken()), [None])
+    assert "in selector 'span-features' before the decoder (layer -1)" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize(("name", "value"), [("unexplained", -0.1), ("most", 2.0), ("unexplained", "x")])
+def test_fields_out_of_range_are_refused(name, value):
+    with pytest.raises((TypeError, ValueError), match=name):
+        SpanFeaturesSelector(**{name: value})
+
+
+@pytest.mark.parametrize("engine", [False, True])
+@pytest.mark.parametrize("selector", ["span-features", SpanFeaturesSelector(unexplained=0.5, most=0.4)])
+def test_a_picture_keeps_what_it_needs_on_both_paths(selector, engine):
+    model = tiny_model()
+    inputs = make_inputs(*PICTURES)
+    state = apply_sparsevlm(model, selector=selector, min_keep=3, engine=engine)
+    model.generate(**inputs, **GREEDY)
+    report = state.report
+    assert report.path == ("engine" if engine else "plain")
+    made = SELECTORS[selector]() if isinstance(selector, str) else selector
+    for sample in report.samples:
+        (stage,) = sample.stages
+        assert stage.rank is None
+        assert 3 <= stage.n_kept <= max(3, int(made.most * sample.n_visual))
+        assert set(sample.layer_tokens) == {stage.n_kept}
+    kept = [sample.stages[0].kept for sample in report.samples]
+    with state.options(engine=not engine):
+        model.generate(**inputs, **GREEDY)
+        assert state.report.path != report.path
+        assert [sample.stages[0].kept for sample in state.report.samples] == kept
+
+
+def test_nothing_of_it_depends_on_the_question():
+    model = tiny_model()
+    state = apply_sparsevlm(model, selector="span-features", turns="agnostic", min_keep=3)
+    kept = []
+    for question in (2, 9):
+        model.generate(**make_inputs([("text", 2), ("image", 8, 8), ("text", question)]), **GREEDY)
+        kept.append(state.report.samples[0].stages[0].kept)
+    assert kept[0] == kept[1]
