@@ -95,6 +95,12 @@ def test_every_turn_has_a_report_of_its_own(engine, path):
     assert total.final_tokens_sum == sum(report.final_tokens for report in reports)
     assert total.kv_bytes.sparse == held(output) - 4 * N_STEPS * BYTES_PER_TOKEN
     assert total.flops.sparse == sum(report.flops.sparse for report in reports)
+    said = str(total)
+    assert said.startswith("4 requests, 2 left dense\n")
+    assert f"visual tokens per sample: {N_VISUAL:.1f} in, average {total.average_in:.1f} (layer inputs)" in said
+    assert f"KV cache: {total.kv_bytes.sparse / 1e6:.2f} of {total.kv_bytes.dense / 1e6:.2f} MB" in said
+    assert f"({4 * N_STEPS} decode steps)" in said
+    assert "visual tokens" not in str(ReportTotal.of(reports[1:2]))
 
 
 @PATHS

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .report_sample import SampleReport
-from .report_total import Cost, ReportTotal, Summable
+from .report_total import Cost, ReportTotal, Summable, cost_line, tokens_line, wall_line
 
 REPORT_VERSION = 1
 _NOTHING = Cost(0.0, 0.0)
@@ -274,8 +274,7 @@ def _summary_lines(report: Report) -> list[str]:
         lines.append(f"visual features kept with the cache: {report.features_bytes / 1e6:.2f} MB")
     lines.extend(note for note in (report.kv_note, report.text_note) if note)
     if report.wall_ms:
-        phases = ", ".join(f"{phase} {value:.1f} ms" for phase, value in report.wall_ms.items())
-        lines.append(f"wall: {phases} ({report.decode_steps} decode step{'s' if report.decode_steps != 1 else ''})")
+        lines.append(wall_line(report))
     lines.extend(sample.budget_clamped for sample in report.samples if sample.budget_clamped)
     return lines
 
@@ -283,19 +282,13 @@ def _summary_lines(report: Report) -> list[str]:
 def _prompt_lines(report: Report) -> list[str]:
     lines = []
     if report.samples:
-        lines.append(
-            f"visual tokens per sample: {report.n_visual:.1f} in, average {report.average_in:.1f} (layer inputs), "
-            f"{report.average_out:.1f} (layer outputs), {report.final_tokens:.1f} at the end"
-        )
+        lines.append(tokens_line(report))
     for sample in report.samples:
         if len(sample.images) > 1 and sample.stages:
             counts = zip(sample.stages[-1].per_image, sample.images, strict=True)
             lines.append("visual tokens per image at the end: " + ", ".join(f"{n} of {size}" for n, size in counts))
     of_before = f", {report.past_kv_bytes.sparse / 1e6:.2f} MB of it from before" if report.past_kv_bytes.sparse else ""
-    lines.append(
-        f"decoder prefill: {report.flops.sparse / 1e9:.2f} of {report.flops.dense / 1e9:.2f} GFLOP (estimate); "
-        f"KV cache: {report.kv_bytes.sparse / 1e6:.2f} of {report.kv_bytes.dense / 1e6:.2f} MB{of_before}"
-    )
+    lines.append(cost_line(report) + of_before)
     return lines
 
 

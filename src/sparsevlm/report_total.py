@@ -128,6 +128,19 @@ class ReportTotal:
         names = ("n_visual", "average_in", "average_out", "final_tokens")
         return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in names}}
 
+    def __str__(self) -> str:
+        odd = {
+            "left dense": self.n_skipped,
+            "with a budget that could not hold": self.n_clamped,
+            "failed": self.n_failed,
+        }
+        counts = [f"{self.n_requests} request{'s' if self.n_requests != 1 else ''}"]
+        lines = [", ".join([*counts, *(f"{n} {name}" for name, n in odd.items() if n)])]
+        lines += [tokens_line(self)] if self.n_samples else []
+        lines.append(cost_line(self))
+        lines += [wall_line(self)] if self.wall_ms else []
+        return "\n".join(lines)
+
     def __add__(self, other: Summable) -> ReportTotal:
         if not isinstance(other, Summable):
             return NotImplemented
@@ -145,3 +158,25 @@ class ReportTotal:
         if other != 0:
             return NotImplemented
         return self
+
+
+def tokens_line(of: Any) -> str:
+    """Visual tokens of a report or a total, in words."""
+    return (
+        f"visual tokens per sample: {of.n_visual:.1f} in, average {of.average_in:.1f} (layer inputs), "
+        f"{of.average_out:.1f} (layer outputs), {of.final_tokens:.1f} at the end"
+    )
+
+
+def cost_line(of: Any) -> str:
+    """What the prompts of a report or a total cost beside dense ones, in words."""
+    return (
+        f"decoder prefill: {of.flops.sparse / 1e9:.2f} of {of.flops.dense / 1e9:.2f} GFLOP (estimate); "
+        f"KV cache: {of.kv_bytes.sparse / 1e6:.2f} of {of.kv_bytes.dense / 1e6:.2f} MB"
+    )
+
+
+def wall_line(of: Any) -> str:
+    """Time of a report or a total by phase, in words."""
+    phases = ", ".join(f"{phase} {value:.1f} ms" for phase, value in of.wall_ms.items())
+    return f"wall: {phases} ({of.decode_steps} decode step{'s' if of.decode_steps != 1 else ''})"

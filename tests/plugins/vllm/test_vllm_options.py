@@ -44,7 +44,9 @@ def test_wrong_options_say_what_is_right(given, error, says):
 
 def test_what_cannot_run_is_told_with_what_can():
     assert set(available()) == {"cdpruner", "divprune", "grid", "mmtok", "random", "span-features", "tome"}
-    with pytest.raises(ValueError, match="Under vLLM there are cdpruner, divprune, grid, mmtok, random, span-features, tome"):
+    with pytest.raises(
+        ValueError, match="Under vLLM there are cdpruner, divprune, grid, mmtok, random, span-features, tome"
+    ):
         Options.of_engine({"selector": "fastv"})
 
 
