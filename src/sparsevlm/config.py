@@ -58,7 +58,8 @@ class SparseVLMConfig:
     keep : int, float, or sequence of them, optional
         Budget: visual tokens of a sample averaged over all decoder layers, counted at each layer's input, recycled
         tokens included. An ``int`` is a number of tokens, a ``float`` in (0, 1] a fraction; a sequence gives one
-        budget per sample of the batch. ``None``: the rank of the rater attention decides.
+        budget per sample of the batch. ``None``: the rank of the rater attention decides, or the selector
+        itself where it runs before the decoder and counts.
     selector : str or object, optional
         Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``. ``None``
         is ``"span"``, but a preset puts the paper's method, ``"sparsevlm"``, in its place. A selector

@@ -14,9 +14,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsevlm.smol.decoder import read_decoder
-from tiny_gguf import make_llama, write_gguf
-
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from training.adapters import LowRank
@@ -49,11 +46,6 @@ SETTINGS = SmolSettings(
     drawn_longest=704,
     drawn_questions=2,
 )
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
-    return read_decoder(write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", make_llama()))
 
 
 def in_processes(work: Callable[[int], object], folder: Path) -> list[object]:

@@ -11,10 +11,9 @@ import torch
 
 from sparsevlm.bundled import bundled_path
 from sparsevlm.scenes import NO_PIECE, PIECES, QUESTION_TEXTS, ask, holdout_seeds, sample_specs
-from sparsevlm.smol.decoder import read_decoder
 from sparsevlm.smol.model import build_model, bundled_tower, make_tokenizer
 from sparsevlm.smol.parts import Parts
-from tiny_gguf import CONFIG, make_llama, write_gguf
+from tiny_gguf import CONFIG
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -34,11 +33,6 @@ CPU = torch.device("cpu")
 TINY = {"mix": "small:1", "questions": 1, "tail": 160, "tower_depth": 6, "steps": 1, "auxiliary_until": 0.0}
 DRAWN = {"drawn": "reading:1", "drawn_tokens": 704, "drawn_longest": 352, "drawn_questions": 2}
 TEXTS = [f"The text number {i}.\n\nIt is long enough: " + "in the " * 60 for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory):
-    return read_decoder(write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", make_llama()))
 
 
 def test_sequences_equal_the_chat_template_where_pieces_are_several_tokens(decoder):

@@ -94,8 +94,12 @@ def _samples_at_once(batch: int, n_elements: int, most: int) -> list[slice]:
 
 def dpp_map(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
     """The picks of :func:`dpp_order` in the order of the tokens, by :func:`dpp_order_by_gram` where that pays."""
+    return _dpp_search(rows, quality, n_keep, rounds).sort(dim=-1).values
+
+
+def _dpp_search(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool) -> Tensor:
     search = dpp_order_by_gram if gram_pays(rows) else dpp_order
-    return search(rows, quality, n_keep, rounds).sort(dim=-1).values
+    return search(rows, quality, n_keep, rounds)
 
 
 def gram_pays(rows: Tensor) -> bool:
@@ -193,9 +197,7 @@ def n_spanning(rows: Tensor, unexplained: float, most: int) -> int:
         In [1, n]; the answer where more would be left.
     """
     lengths = torch.linalg.vector_norm(rows, dim=-1).square()
-    quality = torch.ones_like(lengths)
-    search = dpp_order_by_gram if gram_pays(rows) else dpp_order
-    picked = rows[search(rows, quality, most, True)].double()
+    picked = rows[_dpp_search(rows, torch.ones_like(lengths), most, True)].double()
     scale = lengths.double().mean().clamp_min(torch.finfo(torch.float32).tiny)
     gram = picked @ picked.T / scale
     gram.diagonal().add_(_NOISE**2)  # of what is spanned nothing is left

@@ -15,7 +15,7 @@ from sparsevlm.plugins.vllm.options import Options
 pytestmark = pytest.mark.timeout(900)
 ENGINE_OPTIONS = {"keep": 0.5, "min_keep": 3}
 LANDSCAPE, PORTRAIT, SMALL = (4, 9, 1), (8, 3, 2), (3, 5, 3)
-SELECTORS = ("divprune", "cdpruner", "mmtok", "tome", "random", "grid")
+SELECTORS = ("divprune", "span-features", "cdpruner", "mmtok", "tome", "random", "grid")
 VIDEO, LONG_VIDEO = (6, 7, 5), (16, 16, 2)
 
 
