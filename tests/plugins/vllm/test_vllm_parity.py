@@ -63,7 +63,7 @@ WAYS = {
 def test_qwen2_5_vl(way, ask, reference):
     """One by one, again, and all at once."""
     asked = prompts()
-    batches = [*([one] for one in asked), *([one] for one in asked[6:10]), asked]
+    batches = [*([one] for one in asked), *([one] for one in asked[len(SELECTORS) : len(SELECTORS) + 4]), asked]
     found = ask("qwen2_5_vl", batches, hf_overrides={"sparsevlm": ENGINE_OPTIONS}, **WAYS[way])
     check(found, batches, reference("qwen2_5_vl")[1])
     again = list(itertools.chain.from_iterable(found[len(asked) : -1]))
