@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparsevlm.kernels.pivoted_cholesky import pivoted_cholesky_reference
+from sparsevlm.kernels.pivoted_cholesky import pivoted_cholesky_reference, spanning_picks_reference
 from sparsevlm.kernels.triton import pivoted_cholesky as module
-from sparsevlm.kernels.triton.pivoted_cholesky import pivoted_cholesky
+from sparsevlm.kernels.triton.pivoted_cholesky import pivoted_cholesky, spanning_picks
 from sparsevlm.selection import greedy
 from sparsevlm.selection.greedy import dpp_order
 
@@ -146,3 +146,30 @@ def test_the_search_by_products_goes_on_when_all_is_spanned(rounds):
     assert torch.equal(found, dpp_order(rows, torch.ones(2, 40), 33, rounds))
     again = found[:, 5:10] % 5
     assert (sorted(again[0].tolist()) == list(range(5))) == rounds
+
+
+@pytest.mark.parametrize("most_alone", [0, 256])
+@pytest.mark.parametrize(
+    ("n", "rank", "most", "tile"),
+    [
+        (40, 30, 37, 16 * 64),
+        (40, 9, 40, 16 * 64),
+        (25, 25, 12, 8192),
+        pytest.param(900, 400, 450, 8192, marks=pytest.mark.gpu),
+    ],
+)
+@pytest.mark.parametrize("share", [1e-3, 0.3, 0.8, 1e6])
+def test_picks_end_where_little_is_left(n, rank, most, tile, share, most_alone, monkeypatch, device):
+    """Within a block of sixteen, at its end, and behind it; of three samples each after another number."""
+    monkeypatch.setattr(module, "_MOST_ALONE", most_alone)
+    monkeypatch.setattr(module, "_TILE", tile)
+    monkeypatch.setattr(module, "_FEW", tile // 64)
+    rows = make(3, n, rank, device)[0] * torch.logspace(0, -1.5, n, device=device)[:, None]
+    rows[1, :, rank // 2 :] = 0.0
+    gram = rows @ rows.mT
+    enough = share * gram.diagonal(dim1=1, dim2=2).mean(dim=1) * torch.tensor([1.0, 0.5, 2.0], device=device)
+    order, counts = spanning_picks(gram, enough, most, NOISE)
+    wanted, how_many = spanning_picks_reference(gram, enough, most, NOISE)
+    assert counts.tolist() == how_many.tolist()
+    for one, other, count in zip(order, wanted, counts.tolist(), strict=True):
+        assert torch.equal(one[:count], other[:count])

@@ -10,9 +10,10 @@ from selector_contexts import make_context
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.config import SparseVLMConfig
+from sparsevlm.selection import greedy
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.decide import decide
-from sparsevlm.selection.greedy import n_spanning
+from sparsevlm.selection.greedy import spanning_picks
 from sparsevlm.selection.selectors import SELECTORS
 from sparsevlm.selection.selectors.span_features import SpanFeaturesSelector
 from toys import make_inputs, tiny_model
@@ -22,7 +23,7 @@ GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
 def spanned_by_definition(rows, unexplained, most):
-    """Pick what is farthest from the span of the picks, by least squares, until nothing is far."""
+    """Picks of what is farthest from the span of the picks, by least squares, until nothing is far."""
     rows = rows.double()
     mean, picks = rows.square().sum(-1).mean(), []
     while len(picks) < most:
@@ -32,32 +33,54 @@ def spanned_by_definition(rows, unexplained, most):
         if float(far.max()) <= unexplained * float(mean):
             break
         picks.append(int(far.argmax()))
-    return len(picks)
+    return picks
+
+
+def spanned(rows, unexplained, most):
+    """The picks of one sample by the library's search."""
+    order, counts = spanning_picks(rows[None], torch.tensor([rows.shape[0]]), unexplained, most)
+    return order[0, : counts[0]].tolist()
 
 
 @pytest.mark.parametrize("unexplained", [0.0, 0.02, 0.2, 0.6, 1.0])
 @pytest.mark.parametrize("rank", [1, 5, 12])
-def test_picks_until_every_row_is_explained(rank, unexplained):
+@pytest.mark.parametrize("gram", [False, True])
+def test_picks_until_every_row_is_explained(rank, unexplained, gram, monkeypatch):
+    monkeypatch.setattr(greedy, "gram_pays", lambda rows: gram)
     torch.manual_seed(rank)
     rows = torch.randn(40, rank) @ torch.randn(rank, 12) * torch.logspace(0, -2, 40)[torch.randperm(40), None]
     for most in (3, 40):
-        expected = spanned_by_definition(rows, max(unexplained, 1e-9), most)
-        assert n_spanning(rows, unexplained, most) == expected
+        assert spanned(rows, unexplained, most) == spanned_by_definition(rows, max(unexplained, 1e-6), most)
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e4])
 def test_the_number_depends_on_no_scale(scale):
     torch.manual_seed(0)
     rows = torch.randn(60, 8) * torch.logspace(0, -2, 60)[:, None]
-    assert n_spanning(rows * scale, 0.1, 60) == n_spanning(rows, 0.1, 60) > 3
+    assert spanned(rows * scale, 0.1, 60) == spanned(rows, 0.1, 60)
+    assert len(spanned(rows, 0.1, 60)) > 3
 
 
-def test_rows_that_say_nothing_new_are_not_counted():
+@pytest.mark.parametrize("gram", [False, True])
+def test_rows_that_say_nothing_new_are_not_counted(gram, monkeypatch):
+    monkeypatch.setattr(greedy, "gram_pays", lambda rows: gram)
     torch.manual_seed(0)
     two = torch.randn(2, 16)
-    assert n_spanning(torch.cat([two] * 20), 0.0, 40) == 2
-    assert n_spanning(torch.zeros(9, 4), 0.1, 9) == 0
-    assert n_spanning(torch.eye(6), 0.1, 4) == 4
+    assert len(spanned(torch.cat([two] * 20), 0.0, 40)) == 2
+    assert spanned(torch.zeros(9, 4), 0.1, 9) == []
+    assert len(spanned(torch.eye(6), 0.1, 4)) == 4
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_samples_filled_up_are_as_alone(device):
+    """Of sizes that end after few picks, after many, and never."""
+    torch.manual_seed(2)
+    alone = [torch.randn(n, rank) @ torch.randn(rank, 24) for n, rank in ((400, 3), (310, 24), (90, 11))]
+    sizes = torch.tensor([rows.shape[0] for rows in alone], device=device)
+    padded = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True).to(device)
+    order, counts = spanning_picks(padded, sizes, 0.3, 20)
+    found = [own[:count].tolist() for own, count in zip(order, counts.tolist(), strict=True)]
+    assert found == [spanned_by_definition(rows, 0.3, 20) for rows in alone]
 
 
 def test_the_choice_is_that_of_span_over_the_features():
@@ -66,9 +89,9 @@ def test_the_choice_is_that_of_span_over_the_features():
     ours, span = SpanFeaturesSelector(), SELECTORS["span"]()
     assert ours.select(context, 11).tolist() == span.select(context, 11).tolist()
     traits = SelectorTraits.of(ours)
-    assert traits.counts
+    assert traits.adaptive
     assert traits.placement == BEFORE_DECODER
-    assert not SelectorTraits.of(span).counts
+    assert not SelectorTraits.of(span).adaptive
 
 
 @pytest.mark.parametrize(
@@ -99,25 +122,78 @@ def test_every_image_has_its_floor_without_a_budget():
     assert torch.bincount(decision.selection.keep_idx // 10).tolist() == [4, 4, 4]
 
 
-@pytest.mark.parametrize("wanted", [2.5, True, -1, None, torch.tensor(3)])
-def test_a_count_that_is_no_number_is_refused(wanted):
-    class Counting(SpanFeaturesSelector):
-        def count(self, context):
-            return wanted
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (torch.tensor([0, 12]), ValueError, "returned indices outside 0..11"),
+        (torch.tensor([1, 1, 4]), ValueError, "returned duplicate indices"),
+        (torch.zeros(2, 3, dtype=torch.int64), ValueError, r"indices of shape \(2, 3\), expected \(n,\)"),
+        (torch.zeros(12, dtype=torch.bool), TypeError, "not a mask"),
+        (7, TypeError, "got a int"),
+    ],
+)
+def test_an_answer_that_is_no_choice_is_refused(answer, error, message):
+    class Free:
+        placement, adaptive = BEFORE_DECODER, True
 
-    context = make_context(12, layer=-1)
-    with pytest.raises(TypeError, match="'span-features': count must return a number of tokens, got "):
-        decide([context], Counting(), SelectorTraits.of(Counting()), [None])
+        def select(self, context, n_keep):
+            return answer
+
+    with pytest.raises(error, match=message):
+        decide(
+            [make_context(12, layer=-1, config=SparseVLMConfig(min_keep=1))], Free(), SelectorTraits.of(Free()), [None]
+        )
 
 
-def test_an_error_in_a_count_names_the_selector():
+def test_who_defines_the_choice_anew_is_not_asked_without_a_budget():
+    class Own(SpanFeaturesSelector):
+        def select(self, context, n_keep):
+            return torch.arange(n_keep)
+
+    assert not SelectorTraits.of(Own()).adaptive
+    with pytest.raises(ValueError, match="'span-features' runs before the decoder, where no rank is known: set keep"):
+        apply_sparsevlm(tiny_model(), selector=Own())
+
+
+def test_an_adaptive_selector_at_target_layers_is_refused():
+    class Late:
+        adaptive = True
+
+        def select(self, context, n_keep):
+            return torch.arange(n_keep)
+
+    with pytest.raises(ValueError, match="'Late' is adaptive and runs at 'target_layers'"):
+        SelectorTraits.of(Late())
+
+
+def test_an_error_in_a_free_choice_names_the_selector():
     class Broken(SpanFeaturesSelector):
-        def count(self, context):
+        def select_batch(self, contexts, n_keep):
             raise RuntimeError("no")
 
     with pytest.raises(RuntimeError) as caught:
-        decide([make_context(12, layer=-1)], Broken(), SelectorTraits.of(Broken()), [None])
+        decide([make_context(40, layer=-1)], Broken(), SelectorTraits.of(Broken()), [None])
     assert "in selector 'span-features' before the decoder (layer -1)" in "".join(caught.value.__notes__)
+
+
+def test_samples_of_any_sizes_come_together_as_far_as_they_fit(monkeypatch):
+    given = []
+
+    class Counted(SpanFeaturesSelector):
+        def select_batch(self, contexts, n_keep):
+            given.append((len(contexts), n_keep))
+            return super().select_batch(contexts, n_keep)
+
+    contexts = [make_context(n, seed=n, layer=-1, config=SparseVLMConfig(min_keep=1)) for n in (12, 30, 9, 22, 1)]
+    selector = Counted()
+    alone = [decide([context], selector, SelectorTraits.of(selector), [None])[0] for context in contexts]
+    given.clear()
+    monkeypatch.setattr("sparsevlm.selection.decide._MAX_BATCH_ELEMENTS", contexts[1].hidden_states.numel() * 3)
+    together = decide(contexts, selector, SelectorTraits.of(selector), [None] * 5)
+    assert given == [(3, None), (1, None)]
+    for one, other in zip(alone, together, strict=True):
+        assert (one.selection is None) == (other.selection is None)
+        assert one.selection is None or torch.equal(one.selection.keep_idx, other.selection.keep_idx)
 
 
 @pytest.mark.parametrize(("name", "value"), [("unexplained", -0.1), ("most", 2.0), ("unexplained", "x")])

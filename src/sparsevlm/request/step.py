@@ -204,7 +204,7 @@ def reads_text(request: Request) -> bool:
     """Tells whether the attention of the text that may vote is needed: by the selector, or by the rank that decides."""
     if request.first is not None:
         return False
-    by_rank = not request.traits.counts and any(sample.plan is None for sample in request.samples)
+    by_rank = not request.traits.adaptive and any(sample.plan is None for sample in request.samples)
     return by_rank or "rater_attention" in request.traits.needs
 
 

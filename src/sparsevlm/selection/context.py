@@ -156,8 +156,8 @@ class Selector(Protocol):
     unless a subclass of its class has defined ``select`` anew. So are optional methods that let the engine capture the
     choice: ``order(states, valid, n_keep)``, see :class:`OrderedSelector`, and ``select_padded(context)``, see
     :class:`~sparsevlm.selection.padded.PaddedSelector`; for samples of at most ``most_padded`` (16384) visual
-    tokens. One that runs before the decoder may have a method ``count(context)``, which says how many tokens go on
-    where there is no budget."""
+    tokens. One that runs before the decoder may be ``adaptive`` (``False``): without a budget ``n_keep`` is then
+    ``None``, it takes as many rows as it likes, and ``select_batch`` is given samples of any sizes together."""
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
         """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""
@@ -204,7 +204,7 @@ class SelectorTraits:
     ordered: bool
     padded: bool
     most_padded: int
-    counts: bool
+    adaptive: bool
 
     @classmethod
     def of(cls, selector: Any) -> SelectorTraits:
@@ -239,22 +239,32 @@ class SelectorTraits:
             raise ValueError(f"selector {name!r}: default_schedule must be one of {SCHEDULES}, got {schedule!r}.")
         recycles, draws = bool(getattr(selector, "recycles", False)), bool(getattr(selector, "draws", False))
         reads = frozenset(getattr(selector, "reads", ())) | (_OF_RECYCLING if recycles else frozenset())
-        ordered = placement == TARGET_LAYERS and not needs and _has_method(type(selector), "order")
+        ordered = placement != EVERYWHERE and not needs and _has_method(type(selector), "order")
         batched = _has_method(type(selector), "select_batch")
         padded = placement != EVERYWHERE and needs <= _PADDED_NEEDS[placement]
         padded = padded and _has_method(type(selector), "select_padded")
         most = min(_MOST_PADDED, getattr(selector, "most_padded", _MOST_PADDED))
-        counts = placement == BEFORE_DECODER and _has_method(type(selector), "count")
+        adaptive = bool(_own(type(selector), "adaptive"))
+        if adaptive and placement != BEFORE_DECODER:
+            raise ValueError(
+                f"selector {name!r} is adaptive and runs at {placement!r}: without a budget the rank decides there. "
+                f"Only one with placement = {BEFORE_DECODER!r} may choose how many tokens go on."
+            )
         return cls(
-            str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered, padded, most, counts
+            str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered, padded, most, adaptive
         )
 
 
 def _has_method(selector: type, name: str) -> bool:
-    """Tells whether this is a method, and none that a subclass left behind when it defined ``select`` anew."""
+    """Tells whether this is a method; see :func:`_own`."""
+    return callable(_own(selector, name))
+
+
+def _own(selector: type, name: str) -> Any:
+    """An attribute of a class, unless a subclass left it behind when it defined ``select`` anew."""
     for cls in selector.__mro__:
         if name in vars(cls):
-            return callable(vars(cls)[name])
+            return vars(cls)[name]
         if "select" in vars(cls):
-            return False
-    return False
+            return None
+    return None

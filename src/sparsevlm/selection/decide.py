@@ -34,11 +34,12 @@ class Decision:
 
 @dataclass(frozen=True)
 class _Task:
-    """Question to the selector for one sample."""
+    """Question to the selector for one sample, and its answer where it had the choice of how many."""
 
     context: SelectionContext
     n_keep: int
     rank: int | None = None
+    answer: Selection | None = None
 
     @property
     def has_floors(self) -> bool:
@@ -66,7 +67,7 @@ def decide(
     selector : Selector
     traits : SelectorTraits
     n_keeps : sequence of int or None
-        Tokens of each sample that leave the layer, or ``None`` for the rank-adaptive count.
+        Tokens of each sample that leave the layer, or ``None``: the rank decides, or an adaptive selector.
 
     Returns
     -------
@@ -81,14 +82,13 @@ def decide(
     Exception
         Any that the selector raises, with a note of its name and the layer.
     """
-    if traits.counts:
-        n_keeps = [
-            _counted(selector, traits, context) if n_keep is None else n_keep
-            for context, n_keep in zip(contexts, n_keeps, strict=True)
-        ]
     given = list(zip(contexts, n_keeps, strict=True))
-    ranks = _ranks(given)
-    policy = [_apply_budget(context, traits, n_keep, ranks.get(i)) for i, (context, n_keep) in enumerate(given)]
+    ranks = {} if traits.adaptive else _ranks(given)
+    answers = _free_answers(selector, traits, given) if traits.adaptive else {}
+    policy = [
+        _apply_budget(context, traits, n_keep, ranks.get(i), answers.get(i))
+        for i, (context, n_keep) in enumerate(given)
+    ]
     decisions = {i: one for i, one in enumerate(policy) if isinstance(one, Decision)}
     tasks = {i: one for i, one in enumerate(policy) if isinstance(one, _Task)}
     for group in _alike(tasks, traits):
@@ -97,19 +97,42 @@ def decide(
     return [decisions[i] for i in range(len(contexts))]
 
 
-def _counted(selector: Any, traits: SelectorTraits, context: SelectionContext) -> int:
-    """How many tokens a selector wants to go on; at least ``min_keep``, and what the floors of the images take."""
-    if nothing_to_drop(context.n_visual, None, context.config.min_keep) is not None:
-        return context.n_visual
-    wanted = call_selector(selector, context.layer, lambda given: selector.count(given[0]), [context])
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
-        raise TypeError(f"selector {traits.name!r}: count must return a number of tokens, got {wanted!r}.")
+def _free_answers(
+    selector: Any, traits: SelectorTraits, given: list[tuple[SelectionContext, int | None]]
+) -> dict[int, Selection]:
+    """What an adaptive selector takes of samples without a budget, by their places."""
+    places = [
+        i
+        for i, (context, n_keep) in enumerate(given)
+        if n_keep is None and nothing_to_drop(context.n_visual, None, context.config.min_keep) is None
+    ]
+    answers: list[Selection] = []
+    while len(answers) < len(places):
+        left = [given[i][0] for i in places[len(answers) :]]
+        at_once = _n_at_once(left) if traits.batched else 1
+        # A selector may write into what it is given, and may be asked again.
+        answers += _ask(selector, traits, [_copied(context) for context in left[:at_once]], None)
+    return dict(zip(places, answers, strict=True))
+
+
+def _n_at_once(contexts: Sequence[SelectionContext]) -> int:
+    """How many of the first samples, all filled up to the size of the largest, a selector may be given at once."""
+    most = 0
+    for i, context in enumerate(contexts):
+        most = max(most, context.hidden_states.numel())
+        if i and (i + 1) * most > _MAX_BATCH_ELEMENTS:
+            return i
+    return len(contexts)
+
+
+def _least(context: SelectionContext) -> int:
+    """How many tokens go on at least: ``min_keep``, or what the floors of the images take."""
     least = context.config.min_keep
     if context.n_images > 1:
         assert context.image_idx is not None  # given with the number of images
         floors = torch.bincount(context.image_idx).clamp(max=context.config.min_keep_per_image)
         least = max(least, int(floors.sum()))
-    return min(context.n_visual, max(wanted, least))
+    return min(context.n_visual, least)
 
 
 def _ranks(given: list[tuple[SelectionContext, int | None]]) -> dict[int, int]:
@@ -126,13 +149,16 @@ def _ranks(given: list[tuple[SelectionContext, int | None]]) -> dict[int, int]:
 
 
 def _apply_budget(
-    context: SelectionContext, traits: SelectorTraits, n_keep: int | None, rank: int | None
+    context: SelectionContext, traits: SelectorTraits, n_keep: int | None, rank: int | None, answer: Selection | None
 ) -> _Task | Decision:
     config, n_visual = context.config, context.hidden_states.shape[0]
     if (why := nothing_to_drop(n_visual, n_keep, config.min_keep)) is not None:
         return Decision(None, None, why)
     if n_keep is not None:
         return _Task(context, n_keep)
+    if answer is not None:
+        n_taken, least = answer.keep_idx.shape[0], _least(context)
+        return _Task(context, n_taken, answer=answer) if n_taken >= least else _Task(context, least)
     assert rank is not None
     n_keep, n_clusters = rank_adaptive_count(
         n_visual, rank, config.rank_lambda, config.tau, config.theta,
@@ -147,11 +173,11 @@ def _apply_budget(
 
 def _alike(tasks: dict[int, _Task], traits: SelectorTraits) -> list[list[int]]:
     """Places of samples that a selector can answer at once."""
-    groups: dict[tuple[int, int, bool], list[list[int]]] = {}
+    groups: dict[tuple[int, int, bool, bool], list[list[int]]] = {}
     for i, task in tasks.items():
         states = task.context.hidden_states
         by_order = traits.ordered and task.has_floors
-        of_this_size = groups.setdefault((states.shape[0], task.n_keep, by_order), [[]])
+        of_this_size = groups.setdefault((states.shape[0], task.n_keep, by_order, task.answer is None), [[]])
         n_elements = (len(of_this_size[-1]) + 1) * states.numel()
         if of_this_size[-1] and (n_elements > _MAX_BATCH_ELEMENTS or not (traits.batched or by_order)):
             of_this_size.append([])
@@ -163,9 +189,10 @@ def _select(selector: Any, traits: SelectorTraits, tasks: list[_Task]) -> list[S
     """Selections of tasks that are alike, with a floor for every image."""
     if traits.ordered and tasks[0].has_floors:
         return _by_order(selector, traits, tasks)
-    # A selector may write into what it is given, and may be asked again.
-    given = [_copied(task.context) if task.has_floors else task.context for task in tasks]
-    selections = _ask(selector, traits, given, tasks[0].n_keep)
+    selections = [task.answer for task in tasks if task.answer is not None]  # of all, or of none
+    if not selections:
+        given = [_copied(task.context) if task.has_floors else task.context for task in tasks]
+        selections = _ask(selector, traits, given, tasks[0].n_keep)
     for i, task in enumerate(tasks):
         if task.has_floors:
             selections[i] = _with_floors(selector, traits, task, selections[i])
@@ -176,8 +203,10 @@ def _copied(context: SelectionContext) -> SelectionContext:
     return context.at(torch.arange(context.n_visual, device=context.hidden_states.device))
 
 
-def _ask(selector: Any, traits: SelectorTraits, contexts: list[SelectionContext], n_keep: int) -> list[Selection]:
-    """Checked answers of a selector."""
+def _ask(
+    selector: Any, traits: SelectorTraits, contexts: list[SelectionContext], n_keep: int | None
+) -> list[Selection]:
+    """Checked answers of a selector, of any length where ``n_keep`` is ``None``."""
 
     def call(given: Sequence[SelectionContext]) -> Any:
         if not traits.batched:
@@ -244,7 +273,7 @@ def _by_order(selector: OrderedSelector, traits: SelectorTraits, tasks: list[_Ta
     return [Selection(own.nonzero().squeeze(-1)) for own in chosen]
 
 
-def checked_selection(result: Any, hidden_states: Tensor, n_keep: int, name: str) -> Selection:
+def checked_selection(result: Any, hidden_states: Tensor, n_keep: int | None, name: str) -> Selection:
     """Check what a selector returned and complete the shorthand.
 
     Costs one synchronisation with the device, and one more each for merges and for recycled rows where there are any.
@@ -255,8 +284,8 @@ def checked_selection(result: Any, hidden_states: Tensor, n_keep: int, name: str
         A :class:`Selection`, or an index tensor.
     hidden_states : Tensor of shape (n_visual, hidden_size)
         What was selected from.
-    n_keep : int
-        Rows that were asked for.
+    n_keep : int or None
+        Rows that were asked for; ``None``: any number.
     name : str
         The selector's.
 
@@ -282,9 +311,9 @@ def checked_selection(result: Any, hidden_states: Tensor, n_keep: int, name: str
             f"indices in ascending order, {remedy}."
         )
     keep_idx = selection.keep_idx.to(device=device, dtype=torch.long)
-    if keep_idx.shape != (n_keep,):
-        got = tuple(keep_idx.shape)
-        raise ValueError(f"selector {name!r} returned indices of shape {got}, expected ({n_keep},).")
+    if keep_idx.ndim != 1 or n_keep not in (None, keep_idx.shape[0]):
+        got, wanted = tuple(keep_idx.shape), "n" if n_keep is None else n_keep
+        raise ValueError(f"selector {name!r} returned indices of shape {got}, expected ({wanted},).")
     is_finite, in_range, ascending = _on_host(
         torch.isfinite(hidden_states).all(),
         ((keep_idx >= 0) & (keep_idx < n_visual)).all(),
@@ -295,7 +324,7 @@ def checked_selection(result: Any, hidden_states: Tensor, n_keep: int, name: str
     if not in_range:
         raise ValueError(f"selector {name!r} returned indices outside 0..{n_visual - 1}.")
     if not ascending:
-        what = "duplicate" if torch.unique(keep_idx).shape[0] < n_keep else "unsorted"
+        what = "duplicate" if torch.unique(keep_idx).shape[0] < keep_idx.shape[0] else "unsorted"
         raise ValueError(f"selector {name!r} returned {what} indices; they must be sorted and distinct.")
     is_kept = torch.zeros(n_visual, dtype=torch.bool, device=device).index_fill_(0, keep_idx, True)
     return Selection(keep_idx, *_checked_merge(selection, is_kept, name), _checked_recycled(selection, is_kept, name))

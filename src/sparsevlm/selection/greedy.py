@@ -17,6 +17,7 @@ from ..kernels.dispatch import use_triton
 from ..kernels.farthest_points import farthest_points as farthest_points_of_gram
 from ..kernels.gram_matrix import gram_matrix
 from ..kernels.pivoted_cholesky import pivoted_cholesky
+from ..kernels.pivoted_cholesky import spanning_picks as spanning_picks_of_gram
 from .similarity import cosines, row_chunks
 
 # Cosines are exact to about 1e-7 in float32: what is nearer to 0 than this is 0, so that identical tokens tie.
@@ -107,7 +108,7 @@ def gram_pays(rows: Tensor) -> bool:
     return rows.is_cuda and rows.shape[-2] <= 2 * rows.shape[-1]
 
 
-def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) -> Tensor:
+def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False, enough: Tensor | None = None) -> Tensor:
     """Greedy MAP of the determinantal point process with kernel ``L = diag(r) · X Xᵀ · diag(r)``.
 
     ``det L_{S+i} / det L_S = r_i² δ_i``, where δ_i is what the picked directions leave of x_i: its squared distance
@@ -127,6 +128,9 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) 
     rounds : bool
         Once the picks span every token, go on as if none had been picked: what is left of the longest rows comes
         first again, copies of earlier picks among them.
+    enough : Tensor of shape (...,), float32, optional
+        Squared length: the picks end, with -1 behind them, where no row has more left. Without ``rounds``; each pick
+        waits for the device.
 
     Returns
     -------
@@ -135,7 +139,10 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) 
         come last: a batch may be filled up with them.
     """
     if rows.ndim > 2 and rows.device.type == "cpu":  # where batched products of one vector each are the slower way
-        alone = [dpp_order(*one, n_keep, rounds) for one in zip(rows, quality, strict=True)]
+        alone = [
+            dpp_order(own, rated, n_keep, rounds, None if enough is None else enough[b])
+            for b, (own, rated) in enumerate(zip(rows, quality, strict=True))
+        ]
         return torch.stack(alone)
     residual = length = torch.linalg.vector_norm(rows, dim=-1).square()
     batch, size = rows.shape[:-2], rows.shape[-1]
@@ -148,7 +155,15 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False) 
             residual = torch.where(over, length, residual)
             in_round[..., :step].masked_fill_(over.unsqueeze(-1), 0.0)
             spanned = residual <= _NOISE * length
+        ended = None
+        if enough is not None:
+            ended = residual.masked_fill(picks.taken | spanned, 0.0).amax(dim=-1) <= enough
+            if bool(ended.all()):
+                picks.order[..., step:] = -1
+                break
         pick = picks.take(step, torch.where(spanned, quality - 2.0, quality.square() * residual))
+        if ended is not None:
+            picks.order[..., step].masked_fill_(ended, -1)
         direction = rows.gather(-2, pick.unsqueeze(-1).expand(*batch, 1, size))
         earlier = basis[..., :step, :]
         for _ in range(2):  # once leaves rounding errors in the direction of earlier picks
@@ -182,27 +197,38 @@ def dpp_order_by_gram(
     return together.reshape(*rows.shape[:-2], n_keep)
 
 
-def n_spanning(rows: Tensor, unexplained: float, most: int) -> int:
-    """Picks of :func:`dpp_order`, all of quality 1, after which little is left of any row.
-
-    What was left of a pick is the square of its pivot in the Cholesky factor of the picks' products, and never more
-    than of an earlier one. Waits for the device.
+def spanning_picks(rows: Tensor, n_valid: Tensor, unexplained: float, most: int) -> tuple[Tensor, Tensor]:
+    """The picks of :func:`dpp_order`, all of quality 1, until little is left of any row.
 
     Parameters
     ----------
-    rows : Tensor of shape (n, size), float32
+    rows : Tensor of shape (batch, n, size), float32
+    n_valid : Tensor of shape (batch,)
+        Rows of each sample; those that fill it up are 0.
     unexplained : float
-        Squared length that may be left of a row, relative to the mean of all rows.
+        Squared length that may be left of a row, relative to the mean of the sample's rows.
     most : int
-        In [1, n]; the answer where more would be left.
+        Picks at most, in [1, n].
+
+    Returns
+    -------
+    order : Tensor of shape (batch, most), int64
+        Behind the picks of a sample anything.
+    counts : Tensor of shape (batch,), int64
+        How many picks there are.
     """
-    lengths = torch.linalg.vector_norm(rows, dim=-1).square()
-    picked = rows[_dpp_search(rows, torch.ones_like(lengths), most, True)].double()
-    scale = lengths.double().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    gram = picked @ picked.T / scale
-    gram.diagonal().add_(_NOISE**2)  # of what is spanned nothing is left
-    left = torch.linalg.cholesky_ex(gram).L.diagonal().square()
-    return int((left > max(unexplained, _NOISE)).cumprod(dim=0).sum())
+    total = torch.linalg.vector_norm(rows, dim=-1).square().sum(dim=-1)
+    enough = max(unexplained, _NOISE) * total / n_valid.clamp_min(1)
+    n_pairs = rows.shape[1] ** 2
+    if not gram_pays(rows) or n_pairs > _MAX_GRAM_ELEMENTS:
+        order = dpp_order(rows, rows.new_ones(rows.shape[:2]), most, enough=enough)
+        return order, (order >= 0).sum(dim=-1)
+    parts = [
+        spanning_picks_of_gram(gram_matrix(rows[some]), enough[some], most, _NOISE)
+        for some in _samples_at_once(rows.shape[0], n_pairs, _MAX_GRAM_ELEMENTS)
+    ]
+    orders, counts = zip(*parts, strict=True)
+    return torch.cat(orders), torch.cat(counts)
 
 
 def cover(

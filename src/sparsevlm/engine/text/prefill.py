@@ -22,6 +22,7 @@ from ..fused_weights import FusedWeights
 from ..vision.program import VisionOutput
 from .decode_graph import DecodeGraphs
 from .embed import PromptPrograms
+from .free_choice import choose_freely, is_free
 from .prune_program import PrunePrograms, PruneShape, PruneStep, visual_capacity
 from .readout import read
 from .segments import Segment, Segments
@@ -152,8 +153,12 @@ class Prefill:
         Tensor of shape (batch, vocab_size)
             Logits of every sample's last row; overwritten by the next call.
         """
+        has_chosen = is_free(request)
+        if has_chosen:
+            seen = choose_freely(self._adapter, request, prompt, seen)
         features, vision, packed = seen.tokens, seen.rows, PackedRows.of(request)
-        counts = TokenCounts.of(request) if chooses_on_device(request, self._adapter) else None
+        is_on_device = not has_chosen and chooses_on_device(request, self._adapter)
+        counts = TokenCounts.of(request) if is_on_device else None
         shape = _shape(request, packed, counts is not None)
         by_stage = [shape.rows] if counts is None else _rows_by_stage(request, shape, counts)
         by_layer = None if counts is None else counts.by_layer(by_stage, self._adapter.n_layers)
@@ -168,14 +173,15 @@ class Prefill:
             space.place_late(seen.late, PromptInputs.of(shape, space.n_axes, space.integers).feature_rows)
         if counts is not None:
             space.take_readings(vision)
-        elif {"features", "text_features"} & request.traits.needs:
-            request.see_embeddings(prompt.embeddings(self._adapter, features))
-        if counts is None and vision is not None:
-            request.see_vision(prompt.vision_rows(request, vision, space.hidden.device))
+        elif not has_chosen:
+            if {"features", "text_features"} & request.traits.needs:
+                request.see_embeddings(prompt.embeddings(self._adapter, features))
+            if vision is not None:
+                request.see_vision(prompt.vision_rows(request, vision, space.hidden.device))
         self.prompts.run(shape, bool(shape.n_text) and request.config.raters == "embedding")
         if counts is not None:
             return self._on_device(request, shape, counts, by_stage)[: request.batch]
-        logits = self._on_host(request, shape)
+        logits = self._without_choices(request, shape, packed) if has_chosen else self._on_host(request, shape)
         request.forget_embeddings()
         request.count_cache(_cache_bytes(request, space.bytes_per_row, self._adapter.n_layers))
         return logits[: request.batch]
@@ -218,6 +224,16 @@ class Prefill:
 
         request.settle_later(settle)
         assert logits is not None
+        return logits
+
+    def _without_choices(self, request: Request, shape: PromptShape, packed: PackedRows) -> Tensor:
+        """All layers over the same rows."""
+        assert self.segments is not None
+        n_layers, sizes = self._adapter.n_layers, [own.shape[0] for own in packed.positions]
+        logits = self.segments.run(_segment((0, n_layers), shape.rows, shape.batch, sizes, sum(sizes), False))
+        assert logits is not None
+        for sample in request.samples * n_layers:
+            sample.enter_layer()
         return logits
 
     def _on_host(self, request: Request, shape: PromptShape) -> Tensor:

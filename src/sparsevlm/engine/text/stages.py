@@ -114,8 +114,6 @@ def chooses_on_device(request: Request, adapter: ModelAdapter) -> bool:
     """Tells whether neither counts nor choices of a request wait for the device."""
     config, traits = request.config, request.traits
     most = max(sample.alive.shape[0] for sample in request.samples)
-    if traits.counts and any(sample.plan is None for sample in request.samples):
-        return False
     if not (traits.ordered or traits.padded) or most > traits.most_padded or len(request.target_layers) > MOST_STAGES:
         return False
     has_floors = config.min_keep_per_image > 0 and any(len(sample.image_sizes) > 1 for sample in request.samples)

@@ -81,11 +81,14 @@ def _column_of(
 @triton.jit(do_not_specialize=["first", "stop", "n_keep", "n_programs", "n_own"])
 def _pick_block(
     gram_ptr, work_ptr, quality_ptr, factor_ptr, residual_ptr, left_ptr, state_ptr, order_ptr, slots_ptr, counts_ptr,
-    first, stop, n, n_keep, width, n_programs, n_own,
+    enough_ptr, first, stop, n, n_keep, width, n_programs, n_own,
     ROUNDS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PROGRAMS: tl.constexpr,
-    COUNTED: tl.constexpr, ALONE: tl.constexpr,
+    COUNTED: tl.constexpr, ENDS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Picks ``first`` to ``stop - 1``; ``work_ptr`` are the products without what earlier blocks have picked."""
+    """Picks ``first`` to ``stop - 1``; ``work_ptr`` are the products without what earlier blocks have picked.
+
+    With ``ENDS`` a sample's picks end, and their number is written down, where no row has more left than ``enough_ptr``
+    says."""
     program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     gram, work, factor = gram_ptr + sample * n * n, work_ptr + sample * n * n, factor_ptr + sample * n * width
     rows = program * n_own + tl.arange(0, ROWS)
@@ -96,13 +99,14 @@ def _pick_block(
     tag = tl.load(state_ptr + sample * 2)
     if COUNTED:
         stop = tl.minimum(stop, tl.load(counts_ptr + sample).to(tl.int32))
-    step, start, anew, base = tag * 0 + first, tag * 0, tag * 0, work
+    step, start, anew, base, asked, enough = tag * 0 + first, tag * 0, tag * 0, work, stop, 0.0
+    if ENDS:
+        enough = tl.load(enough_ptr + sample)
     goes_on = tl.full([ROWS], 0, tl.int32) + step > 0
     before = tl.load(left_ptr + sample * n + rows, mask=inside & goes_on, other=0.0)
     free = inside & (before >= 0.0)
     residual = tl.where(goes_on, before, length)
-    others, columns = tl.arange(0, PROGRAMS), tl.arange(0, CHUNK)
-    tile = tl.zeros([ROWS, CHUNK], tl.float32)
+    others, columns, tile = tl.arange(0, PROGRAMS), tl.arange(0, CHUNK), tl.zeros([ROWS, CHUNK], tl.float32)
     while step < stop:
         gain = tl.where(residual <= NOISE * length, quality - 2.0, quality * quality * residual)
         tag += 1
@@ -116,17 +120,24 @@ def _pick_block(
             pick, left, best = _agree(
                 gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others, ALONE
             )  # fmt: skip
-        pick_length = tl.load(gram + pick * n + pick)
-        column = _column_of(pick, base + pick * n, factor, rows, inside, tile, start, step - first, width, ROWS, CHUNK)
-        spanned = left <= NOISE * pick_length
-        column = tl.where(spanned, 0.0, column / tl.sqrt(tl.where(spanned, 1.0, left)))
-        tl.store(factor + long_rows * width + step - first, column, mask=inside)
-        tile = tl.where((columns == step - first)[None, :], column[:, None], tile)
-        residual -= column * column
-        free = free & (rows != pick)
-        if program == 0:
-            tl.store(order_ptr + sample * n_keep + step, pick)
-        step += 1
+        if ENDS and ((best < 0) | (left <= enough)):
+            stop = step
+        else:
+            pick_length = tl.load(gram + pick * n + pick)
+            column = _column_of(
+                pick, base + pick * n, factor, rows, inside, tile, start, step - first, width, ROWS, CHUNK
+            )
+            spanned = left <= NOISE * pick_length
+            column = tl.where(spanned, 0.0, column / tl.sqrt(tl.where(spanned, 1.0, left)))
+            tl.store(factor + long_rows * width + step - first, column, mask=inside)
+            tile = tl.where((columns == step - first)[None, :], column[:, None], tile)
+            residual -= column * column
+            free = free & (rows != pick)
+            if program == 0:
+                tl.store(order_ptr + sample * n_keep + step, pick)
+            step += 1
+    if ENDS and stop < asked and program == 0:
+        tl.store(counts_ptr + sample, stop.to(tl.int64))
     tl.store(left_ptr + sample * n + rows, tl.where(free, tl.maximum(residual, 0.0), -1.0), mask=inside)
     # What was picked before all began anew counts no more.
     stale = inside[:, None] & (columns < start)[None, :]
@@ -151,20 +162,46 @@ def pivoted_cholesky(
     gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float, counts: Tensor | None = None
 ) -> Tensor:
     """See :func:`sparsevlm.kernels.pivoted_cholesky.pivoted_cholesky`."""
+    return _picks(gram, quality.float(), n_keep, counts, None, rounds, noise)
+
+
+def spanning_picks(gram: Tensor, enough: Tensor, most: int, noise: float) -> tuple[Tensor, Tensor]:
+    """See :func:`sparsevlm.kernels.pivoted_cholesky.spanning_picks`."""
+    quality, counts = gram.new_ones(gram.shape[:2]), torch.full_like(enough, most, dtype=torch.int64)
+    return _picks(gram, quality, most, counts, enough.contiguous(), False, noise), counts
+
+
+def _picks(
+    gram: Tensor,
+    quality: Tensor,
+    n_keep: int,
+    counts: Tensor | None,
+    enough: Tensor | None,
+    rounds: bool,
+    noise: float,
+) -> Tensor:
     batch = quality.shape[0]
     order = torch.zeros((batch, n_keep), dtype=torch.int64, device=gram.device)
-    gram, quality = gram.contiguous(), quality.float().contiguous()
+    gram, quality = gram.contiguous(), quality.contiguous()
+    counts = None if counts is None else counts.contiguous()
     at_once = programs_at_once(gram)
     for first in range(0, batch, at_once):
         some = slice(first, min(batch, first + at_once))
         with torch.cuda.device_of(gram):  # hooks ask from whatever device is current
-            stops = None if counts is None else counts[some].contiguous()
-            _launch(gram[some], quality[some], order[some], stops, at_once, rounds, noise)
+            stops, ends = (None if one is None else one[some] for one in (counts, enough))
+            _launch(gram[some], quality[some], order[some], stops, ends, at_once, rounds, noise)
     return order
 
 
 def _launch(
-    gram: Tensor, quality: Tensor, order: Tensor, counts: Tensor | None, at_once: int, rounds: bool, noise: float
+    gram: Tensor,
+    quality: Tensor,
+    order: Tensor,
+    counts: Tensor | None,
+    enough: Tensor | None,
+    at_once: int,
+    rounds: bool,
+    noise: float,
 ) -> None:
     (batch, n), n_keep, device = quality.shape, order.shape[1], gram.device
     n_programs = 1 if n <= _MOST_ALONE else max(1, min(at_once // batch, triton.cdiv(n, LEAST_ROWS)))
@@ -186,8 +223,9 @@ def _launch(
             torch.baddbmm(gram if first == width else work, factor, factor.mT, alpha=-1.0, out=work)
         _pick_block[(n_programs, batch)](
             gram, work if first else gram, quality, factor, residual, left, state, order, slots,
-            slots if counts is None else counts, first, min(first + width, n_keep), n, n_keep, width, n_programs, n_own,
-            rounds, noise, n_rows, chunk, MOST_PROGRAMS, counts is not None, n <= _MOST_ALONE,
+            slots if counts is None else counts, quality if enough is None else enough,
+            first, min(first + width, n_keep), n, n_keep, width, n_programs, n_own,
+            rounds, noise, n_rows, chunk, MOST_PROGRAMS, counts is not None, enough is not None, n <= _MOST_ALONE,
             num_warps=_WARPS,
             launch_cooperative_grid=True,
         )  # fmt: skip

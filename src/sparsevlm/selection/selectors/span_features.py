@@ -6,17 +6,19 @@ as few of them as the last. Behind the first layers, the same average would leav
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from ...config import check_unit_interval
 from ...kernels.centre import centre
 from ..context import BEFORE_DECODER, SelectionContext
-from ..greedy import n_spanning
-from ..padded import PaddedContext, PaddedSelection
-from .span import SpanSelector, weighed_picks
+from ..greedy import spanning_picks
+from .span import SpanSelector
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class SpanFeaturesSelector(SpanSelector):
     placement = BEFORE_DECODER
     needs: ClassVar[frozenset[str]] = frozenset()
     default_schedule = "single"
+    adaptive = True
     unexplained: float = 0.06
     most: float = 0.5
 
@@ -46,15 +49,17 @@ class SpanFeaturesSelector(SpanSelector):
         check_unit_interval("unexplained", self.unexplained)
         check_unit_interval("most", self.most)
 
-    def count(self, context: SelectionContext) -> int:
-        """How many tokens explain the others, at most the share ``most`` of all."""
-        states = context.hidden_states.detach().float()[None]
-        most = int(self.most * context.n_visual)
-        if most < 1:
-            return 0
-        valid = torch.ones(states.shape[:-1], dtype=torch.bool, device=states.device)
-        return n_spanning(centre(states, valid)[0], self.unexplained, most)
-
-    def select_padded(self, context: PaddedContext) -> PaddedSelection:
-        """The choice for several samples filled up to one size."""
-        return PaddedSelection(weighed_picks(context, context.valid.float(), 0.0)[1])
+    def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int | None) -> Sequence[Tensor]:
+        """As span's; without a budget, as many rows of each sample as explain the others, at most the share ``most``
+        of all."""
+        if n_keep is not None:
+            return super().select_batch(contexts, n_keep)
+        states = pad_sequence([context.hidden_states.detach() for context in contexts], batch_first=True).float()
+        sizes = torch.tensor([context.n_visual for context in contexts], device=states.device)
+        most = [int(self.most * context.n_visual) for context in contexts]
+        centred = centre(states, torch.arange(states.shape[1], device=states.device) < sizes[:, None])
+        order, counts = spanning_picks(centred, sizes, self.unexplained, max(1, *most))
+        return [
+            own[: min(count, at_most)].sort().values
+            for own, count, at_most in zip(order, counts.tolist(), most, strict=True)
+        ]

@@ -1,0 +1,65 @@
+"""The choice before the decoder of a selector that says itself how many tokens it takes.
+
+The host has to know the number before it can tell what runs next. So it waits once, for the choice itself, and the
+prompt is then laid out as if the other tokens had never been there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ...models import ModelAdapter
+from ...request.request import Request
+from ...request.step import Readout, prune_step
+from ..call import Prompt
+from ..cuda_graphs import to_device
+from ..vision.program import VisionOutput
+
+
+def is_free(request: Request) -> bool:
+    """Tells whether an adaptive selector is asked without a budget."""
+    return request.traits.adaptive and any(sample.plan is None for sample in request.samples)
+
+
+def choose_freely(adapter: ModelAdapter, request: Request, prompt: Prompt, seen: VisionOutput) -> VisionOutput:
+    """Choose, and leave out of the request what does not go on; waits for the choice.
+
+    Parameters
+    ----------
+    adapter : ModelAdapter
+    request : Request
+        Its samples are on the host; they and its records are brought up to date.
+    prompt : Prompt
+    seen : VisionOutput
+        Of the tower.
+
+    Returns
+    -------
+    VisionOutput
+        The same, or where tokens were merged a copy in which those that go on hold the others.
+    """
+    features, device = seen.tokens, seen.tokens.device
+    dtype = adapter.decoder.embed.weight.dtype
+    rows = [
+        to_device(own[sample.positions], device)
+        for own, sample in zip(prompt.feature_rows, request.samples, strict=True)
+    ]
+    if {"features", "text_features"} & request.traits.needs:
+        request.see_embeddings(prompt.embeddings(adapter, features))
+    if seen.rows is not None:
+        request.see_vision(prompt.vision_rows(request, seen.rows, device))
+    request.to(device)
+    (target,) = request.target_layers
+    survivors = prune_step(request, target, lambda b: features[rows[b]].to(dtype), Readout(vision=request.vision)) or []
+    request.to(torch.device("cpu"))
+    request.forget_embeddings()
+    if any(kept.merges for kept in survivors):
+        seen = dataclasses.replace(seen, tokens=features.clone(), late=tuple(one.clone() for one in seen.late))
+    for own, kept in zip(rows, survivors, strict=False):
+        if kept.merges:
+            assert kept.selection is not None
+            for plane in (seen.tokens, *seen.late):
+                plane[own[kept.selection.keep_idx]] = kept.merged(plane[own])
+    return seen
