@@ -144,7 +144,8 @@ class SparseVLMState:
         check_whole("most_visual", most_visual, 1)
         rungs = given(requests)
         if not requests and self.adapter.model.device.type == "cuda":  # elsewhere nothing is recorded
-            rungs = ladder(self.adapter, most_visual, self._session.options.reads_text)
+            options = self._session.options
+            rungs = ladder(self.adapter, most_visual, options.reads_text, options.is_free)
         return warmup(self.adapter.model, rungs, max_new_tokens, seconds, largest)
 
     def expect_n_visual(self, n_vis: int | None) -> None:

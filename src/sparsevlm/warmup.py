@@ -66,28 +66,16 @@ def given(requests: Sequence[Mapping[str, Any]]) -> list[Rung]:
     return [Rung(size(request), functools.partial(dict, request)) for request in requests]
 
 
-def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Rung]:
+def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool, is_free: bool = False) -> list[Rung]:
     """Requests of one image that need, together, all capacities up to a number of visual tokens.
 
     Texts are short, middling and long, and of the rows of a large capacity all are filled, or as few as it takes, so
     that what depends on more than the sum of rows is there as well. Small capacities differ more in what the rank may
-    keep of them: they get more texts, where these are read.
+    keep of them: they get more texts, where these are read. Where the selector chooses freely how many tokens go on,
+    nobody knows what it will take of an image: long texts fill the capacities beside one of which nothing is dropped.
     """
     per_token = adapter.vision.patches_per_token
-    sizes: set[tuple[int, int]] = set()
-    before, few_texts = 0, (_TEXTS[0], _TEXTS[-1])
-    for rows in capacities(most_visual + _TEXTS[-1]):
-        is_small = rows <= STEPPED
-        for n_text in _TEXTS if is_small and reads_text else few_texts:
-            numbers = [min(most_visual, rows - 1 - n_text)]
-            if not is_small and n_text == _TEXTS[0]:
-                numbers.append(_of_a_grid(before - n_text))
-            for n_visual in numbers:
-                if 0 < n_visual <= most_visual and row_capacity(n_visual + n_text + 1) == rows:
-                    sizes.add((n_visual, n_text))
-        before = rows
-        if _TINY < rows <= row_capacity(_TINY + _TEXTS[-1]):  # of which nothing is dropped
-            sizes.add((_TINY, rows - 1 - _TINY))
+    sizes = _free_sizes(most_visual) if is_free else _sizes(most_visual, reads_text)
     covered = {row_capacity(per_token * _grid(n)[1] * _grid(n)[2]) for n, _ in sizes}
     for patches in capacities(per_token * most_visual):
         if patches not in covered and adapter.vision.program is not None:
@@ -105,6 +93,31 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool) -> list[Ru
 
     # Some images come in a few sizes only; of a family without examples, each request says so.
     return [rung(*size) for size in sorted({(adapter.family.example_size(adapter, n), text) for n, text in sizes})]
+
+
+def _sizes(most_visual: int, reads_text: bool) -> set[tuple[int, int]]:
+    """Visual tokens and text of the requests, where the host knows how many tokens can go on."""
+    sizes: set[tuple[int, int]] = set()
+    before, few_texts = 0, (_TEXTS[0], _TEXTS[-1])
+    for rows in capacities(most_visual + _TEXTS[-1]):
+        is_small = rows <= STEPPED
+        for n_text in _TEXTS if is_small and reads_text else few_texts:
+            numbers = [min(most_visual, rows - 1 - n_text)]
+            if not is_small and n_text == _TEXTS[0]:
+                numbers.append(_of_a_grid(before - n_text))
+            for n_visual in numbers:
+                if 0 < n_visual <= most_visual and row_capacity(n_visual + n_text + 1) == rows:
+                    sizes.add((n_visual, n_text))
+        before = rows
+        if _TINY < rows <= row_capacity(_TINY + _TEXTS[-1]):  # of which nothing is dropped
+            sizes.add((_TINY, rows - 1 - _TINY))
+    return sizes
+
+
+def _free_sizes(most_visual: int) -> set[tuple[int, int]]:
+    """The same, where it does not: the segments by texts, and of images their largest."""
+    rows = capacities(most_visual + _TEXTS[-1])
+    return {(_TINY, n - 1 - _TINY) for n in rows} | {(most_visual, _TEXTS[0]), (most_visual, _TEXTS[-1])}
 
 
 def _grid(n_visual: int) -> Grid:

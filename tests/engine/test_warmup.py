@@ -9,6 +9,7 @@ import torch
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.engine.capacities import capacities, row_capacity
+from sparsevlm.selection.selectors.span_features import SpanFeaturesSelector
 from sparsevlm.warmup import ladder, warmup
 from toys import make_inputs, tiny_model
 
@@ -20,11 +21,22 @@ def n_programs(runner):
     return [len(kind) for kind in (runner.vision, runner.prefill.segments, runner.decode_graphs)]
 
 
-@pytest.mark.parametrize("options", [{"keep": 0.5}, {}, {"keep": 0.5, "selector": "sparsevlm"}], ids=str)
+OPTIONS = [
+    {},
+    {"keep": 0.5},
+    {"selector": SpanFeaturesSelector(unexplained=0.2, most=0.9)},
+    {"target_layers": [0, 2]},
+    {"keep": 0.5, "target_layers": [0, 2]},
+    {"keep": 0.5, "target_layers": [0, 2], "selector": "sparsevlm"},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_requests_of_other_sizes_need_nothing_new(options):
     model = tiny_model()
-    state = apply_sparsevlm(model, **options, target_layers=[0, 2], engine=True)
-    rungs = ladder(state.adapter, MOST, state._session.options.reads_text)
+    state = apply_sparsevlm(model, **options, engine=True)
+    of_requests = state._session.options
+    rungs = ladder(state.adapter, MOST, of_requests.reads_text, of_requests.is_free)
     found = warmup(model, rungs, 4, 600.0, 0.9)
     assert (found.n_left, found.n_run) == (0, len(rungs))
     assert state.report.path == "engine"
@@ -39,7 +51,9 @@ def test_requests_of_other_sizes_need_nothing_new(options):
     assert runner.prefill.space is space
     assert n_programs(runner) == before
     grown = [len(kind) for kind in (runner.prefill.prompts, runner.prefill.prune_programs)]
-    if "selector" not in options:  # else a step's text and budget combine in more ways than the ladder tries
+    if (
+        options.get("selector") != "sparsevlm"
+    ):  # else a step's text and budget combine in more ways than the ladder tries
         assert sum(grown) <= sum(n_small) + 2
 
 

@@ -39,6 +39,11 @@ class Options:
         return _by_rank(self.config, self.traits) or bool({"rater_attention", "text_features"} & self.traits.needs)
 
     @property
+    def is_free(self) -> bool:
+        """Whether an adaptive selector is asked without a budget."""
+        return self.traits.adaptive and self.config.keep is None and self.config.schedule is None
+
+    @property
     def keeps_all(self) -> bool:
         """Tells whether nothing is dropped of any request."""
         keep = self.config.keep if isinstance(self.config.keep, tuple) else (self.config.keep,)

@@ -78,7 +78,7 @@ def unused_options(config: SparseVLMConfig, traits: SelectorTraits, given: Colle
     read = set(traits.reads) | ({"seed"} if traits.draws else set())
     if config.keep is not None or listed:
         read |= {"schedule"}
-    else:
+    elif not traits.adaptive:
         read |= {"rank_lambda", "rank_tolerance", "raters", "heads"}
     if "rater_attention" in traits.needs:
         read |= {"raters", "heads"}
