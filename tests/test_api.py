@@ -83,6 +83,9 @@ def test_a_number_of_tokens_below_min_keep_is_told_at_once(caplog):
     ]
     model.generate(**inputs, max_new_tokens=1)
     assert len(messages(caplog)) == 1
+    assert "4.0 used, as min_keep=4 leaves 4" in state.report.samples[0].budget_clamped
+    with state.options(selector="span"):
+        model.generate(**inputs, max_new_tokens=1)
     assert "14.0 used, as layers 0..2 see all of them" in state.report.samples[0].budget_clamped
     with state.options(keep=20, min_keep=4):
         pass
@@ -184,9 +187,9 @@ BAD_OPTIONS = {
     "tau": ({"tau": 1.5}, ValueError, r"tau must be in \[0, 1\]"),
     "theta": ({"theta": -0.1}, ValueError, r"theta must be in \[0, 1\]"),
     "theta nan": ({"theta": float("nan")}, ValueError, r"theta must be in \[0, 1\]"),
-    "infeasible keep": ({"keep": 0.1}, ValueError, r"Feasible: keep in \(0\.500, 1\.0\]"),
-    "infeasible keep in a list": ({"keep": [0.9, 0.1]}, ValueError, "Feasible"),
-    "infeasible keep in tokens": ({"keep": 20, "n_vis": 256}, ValueError, "Feasible"),
+    "infeasible keep": ({"keep": 0.1, "selector": "span"}, ValueError, r"Feasible: keep in \(0\.500, 1\.0\]"),
+    "infeasible keep in a list": ({"keep": [0.9, 0.1], "selector": "span"}, ValueError, "Feasible"),
+    "infeasible keep in tokens": ({"keep": 20, "n_vis": 256, "selector": "span"}, ValueError, "Feasible"),
     "negative keep": ({"keep": -0.5}, ValueError, r"must be in \(0, 1\]"),
     "keep above one": ({"keep": 1.5}, ValueError, "for a number of tokens pass an int"),
     "zero tokens": ({"keep": 0}, ValueError, "at least 1"),
@@ -223,7 +226,7 @@ def test_a_failed_re_apply_keeps_the_old_state():
     model = tiny_model()
     state = apply_sparsevlm(model, keep=0.7, min_keep=4)
     with pytest.raises(ValueError, match="Feasible"):
-        apply_sparsevlm(model, keep=0.1)
+        apply_sparsevlm(model, keep=0.1, selector="span")
     assert state.attached
     remove_sparsevlm(model)
 
@@ -305,8 +308,8 @@ def test_bad_selectors_are_named_and_the_model_stays_usable(case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "attention of the raters holds NaN"),
-        ({"raters": "embedding"}, "attention of the raters holds NaN"),
+        ({"selector": "span"}, "attention of the raters holds NaN"),
+        ({"selector": "span", "raters": "embedding"}, "attention of the raters holds NaN"),
         ({"selector": "sparsevlm-paper"}, "attention of the raters holds NaN"),
         ({"selector": "grid", "keep": 0.6}, "states hold NaN"),
         ({"selector": "random", "keep": 0.6}, "states hold NaN"),

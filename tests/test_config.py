@@ -32,7 +32,10 @@ def test_a_preset_replaces_what_was_there_and_is_replaced():
 
 
 def test_the_selector_that_nobody_named():
-    assert make_selector(SparseVLMConfig()).name == "span"
+    for at_layers in ({"target_layers": [2]}, {"schedule": "single"}, {"schedule": [9]}):
+        assert make_selector(SparseVLMConfig(**at_layers)).name == "span"
+    for anywhere in ({}, {"keep": 0.5}, {"min_keep": 3}):
+        assert make_selector(SparseVLMConfig(**anywhere)).name == "span-features"
     assert SparseVLMConfig(preset="paper-64").selector == "sparsevlm"
     assert SparseVLMConfig().replace(preset="paper-64").selector == "sparsevlm"
     assert SparseVLMConfig(preset="paper-64", selector="span").selector == "span"

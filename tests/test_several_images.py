@@ -149,7 +149,9 @@ def test_floors_that_are_more_than_the_budget(engine):
 @pytest.mark.parametrize("engine", [False, True])
 def test_strict_refuses_what_the_rank_leaves_too_little_of(engine):
     model, inputs = tiny_model(), inputs_of("a blank image")
-    apply_sparsevlm(model, min_keep=3, min_keep_per_image=16, rank_lambda=1.0, strict=True, engine=engine)
+    apply_sparsevlm(
+        model, selector="span", min_keep=3, min_keep_per_image=16, rank_lambda=1.0, strict=True, engine=engine
+    )
     with pytest.raises(ValueError, match=r"go on after layer 2: each image keeps an even share \(strict=True"):
         model.generate(**inputs, **GREEDY)
 

@@ -52,17 +52,19 @@ def apply_sparsevlm(
     n_vis : int, optional
         Visual tokens that a sample is expected to have; a mismatch is warned about once and the real count used.
     target_layers : sequence of int, optional
-        Decoder layers after which tokens are dropped. ``None``: every 4th from layer 2.
+        Decoder layers after which tokens are dropped. ``None``: every 4th from layer 2, or before the decoder where the
+        selector runs there, as the default one does.
     min_keep : int
         Never fewer visual tokens than this.
     tau, theta : float
         Fraction of the dropped tokens that is recycled, and clusters per recycled token.
     keep : int, float or sequence of them, optional
-        Visual tokens averaged over all decoder layers, as tokens or as a fraction. ``None``: the rank of the
-        attention decides.
+        Visual tokens averaged over all decoder layers, as tokens or as a fraction. ``None``: an
+        adaptive selector decides, such as the default one; of others the rank of the attention.
     selector : str or object, optional
-        A built-in method by name, or an object with ``select(context, n_keep)``. ``None``: ``"span"``
-        (``"sparsevlm"`` under a preset of the paper's settings).
+        A built-in method by name, or an object with ``select(context, n_keep)``. ``None``:
+        ``"span-features"``; ``"span"`` where ``target_layers`` or a ``schedule`` is given, ``"sparsevlm"`` under a preset
+        of the paper's settings.
     config : SparseVLMConfig, optional
         All options at once, instead of single ones.
     processor : optional

@@ -44,7 +44,8 @@ class SparseVLMConfig:
     n_vis : int, optional
         Expected number of visual tokens of a sample: a hint that is checked against the inputs, never trusted.
     target_layers : sequence of int, optional
-        Decoder layers on whose output tokens are dropped. ``None``: every 4th layer from layer 2.
+        Decoder layers on whose output tokens are dropped. ``None``: every 4th layer from layer 2, or before the decoder
+        where the selector runs there, as the default one does.
     min_keep : int
         Never fewer visual tokens of a sample than this, recycled ones included.
     min_keep_per_image : int
@@ -58,11 +59,12 @@ class SparseVLMConfig:
     keep : int, float, or sequence of them, optional
         Budget: visual tokens of a sample averaged over all decoder layers, counted at each layer's input, recycled
         tokens included. An ``int`` is a number of tokens, a ``float`` in (0, 1] a fraction; a sequence gives one
-        budget per sample of the batch. ``None``: the rank of the rater attention decides, or the selector
-        itself where it runs before the decoder and counts.
+        budget per sample of the batch. ``None``: an adaptive selector decides, such as the default one; of others the
+        rank of the rater attention.
     selector : str or object, optional
         Name of a built-in selector, or an object of the protocol ``select(context, n_keep) -> Selection``. ``None``
-        is ``"span"``, but a preset puts the paper's method, ``"sparsevlm"``, in its place. A selector
+        is ``"span-features"``, which runs before the decoder; ``"span"``, its like at target layers, where
+        ``target_layers`` or a ``schedule`` is given; with a preset the paper's method, ``"sparsevlm"``. A selector
         may set options by itself: it wins over an option that has its default value (also where that was written
         down), and contradicts any other, which raises.
     raters : {"attention", "embedding", "all"}

@@ -66,10 +66,10 @@ def test_rows():
         assert total["path"] == ("dense" if provider == "hf-dense" else "engine" if provider in on_engine else "plain")
         assert total["note"] == "", "hooks are what such a call runs on"
         assert float(total["floor"]) > 0
-    assert by["ours-engine", "total", "ms"]["selector"] == "span"
+    assert by["ours-engine", "total", "ms"]["selector"] == "span-features"
     for provider in ("ours", "ours-random", "ours-sparsevlm"):
         assert float(by[provider, "prefill", "ms"]["floor"]) < float(by["ours-dense", "prefill", "ms"]["floor"])
-        assert by[provider, "total", "ms"]["selector"] == provider.removeprefix("ours-").replace("ours", "span")
+        assert by[provider, "total", "ms"]["selector"] == provider.removeprefix("ours-").replace("ours", "span-features")
     vision = [by[provider, "vision", "ms"] for provider in ("ours-vision", "ours")]
     assert [row["vision_keep"] for row in vision] == ["0.5", "1.0"]
     assert float(vision[0]["floor"]) <= float(vision[1]["floor"])
@@ -182,10 +182,11 @@ def test_other_tokens_kept_are_not_timed(monkeypatch):
     providers = make_providers(model, (0.5,), static=False)
     inputs = fresh_inputs(model, SMALL, torch.Generator().manual_seed(0))
 
-    def first(packed, is_kept, n_keep, most):
-        return close_up(packed, torch.arange(is_kept.shape[1]) < n_keep[:, None], n_keep, most)
+    def others(packed, is_kept, n_keep, most):
+        dropped = ~is_kept & (torch.arange(is_kept.shape[1]) < packed.n_visual[:, None])
+        return close_up(packed, dropped & (dropped.cumsum(dim=1) <= n_keep[:, None]), n_keep, most)
 
-    monkeypatch.setattr(prune_program, "close_up", first)
+    monkeypatch.setattr(prune_program, "close_up", others)
     with pytest.raises(RuntimeError, match="that the plain path keeps, the engine keeps"):
         agreement.check(providers, inputs, SMALL.new_tokens)
 

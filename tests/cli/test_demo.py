@@ -90,7 +90,7 @@ def test_json(stand_in, monkeypatch):
     ("arguments", "message"),
     [
         (["--seed", "-1"], "seed must lie in"),
-        (["--keep", "0.03"], "Feasible"),
+        (["--keep", "0.03", "--selector", "span"], "Feasible"),
         (["--selector", "best"], "there is no selector 'best'"),
         (["--out", "stand-in/config.json"], "a file is in its place"),
     ],

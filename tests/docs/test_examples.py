@@ -13,15 +13,15 @@ from sparsevlm.compat import with_cache_named
 # What each prints; answers are those of the bundled model, which reads drawn scenes without a mistake here.
 PRINTS = {
     "quickstart.py": ["dense:  354", "pruned: 354", "selector span"],
-    "chat.py": ["354\n780\n", "cached tokens per layer: [588, 588, 588, 294,"],
-    "streaming.py": ["blue 354, orange 780, cyan TREE", "average 63.5"],
-    "batch.py": ["354 (64 of 256 visual tokens)", "(127 of 256 visual tokens)"],
+    "chat.py": ["354\n780\n", "cached tokens per layer: [332, 332, 332, 332,"],
+    "streaming.py": ["blue 354, orange 780, cyan TREE", "average 64.0"],
+    "batch.py": ["354 (64 of 256 visual tokens)", "(128 of 256 visual tokens)"],
     "several_images.py": ["523 (right: 523)", "image 1:", "image 2:"],
     "video.py": ["6 frames are 3 steps", "step 2:"],
     "own_selector.py": ["largest-change: ", "Border: ", "random: ", "(128 of 256 tokens)"],
-    "report_json.py": ["2 requests, 256 visual tokens", "63.5 of them computed", "256 256 256 36"],
+    "report_json.py": ["2 requests, 256 visual tokens", "64.0 of them computed", "64 64 64 64"],
     "overlay.py": ["wrote overlay.png"],
-    "evaluate_own_data.py": ["dense 1.0: score", "span 0.25: score", "random 0.25: score"],
+    "evaluate_own_data.py": ["dense 1.0: score", "span-features 0.25: score", "random 0.25: score"],
     "peft_adapter.py": ["after 5 steps ", "(64 of 256 visual tokens)", "merged: "],
     "ray_folder.py": ["scene-8.png: blue 354, orange 780, cyan TREE (64 of 256 visual tokens)", "scene-11.png: "],
 }

@@ -38,7 +38,7 @@ def adaptive_runs(parts):
         matrices.append(matrix.clone())
         return sketch_rank(matrix, tolerance)
 
-    with pytest.MonkeyPatch.context() as patch, apply_sparsevlm(model) as state:
+    with pytest.MonkeyPatch.context() as patch, apply_sparsevlm(model, selector="span") as state:
         patch.setattr(rank, "sketch_rank", spy)
         for seed in SEEDS:
             scene = draw_scene(seed)

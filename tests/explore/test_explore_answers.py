@@ -76,7 +76,8 @@ def test_the_dense_answer_is_that_of_transformers(answerer):
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}]
     prompt = render_turn(answerer.processor, messages)
     inputs = move_inputs(process(answerer.processor, [prompt], [[PICTURE]]), answerer._model)
-    plain = type(answerer._model).generate(answerer._model, **inputs, max_new_tokens=6, do_sample=False)
+    with answerer._state.options(keep=1.0, engine=False):
+        plain = answerer._model.generate(**inputs, max_new_tokens=6, do_sample=False)
     new = plain[:, inputs["input_ids"].shape[1] :]
     (dense,) = last(answerer, question)
     assert dense.text == answerer.processor.batch_decode(new, skip_special_tokens=True)[0].strip()

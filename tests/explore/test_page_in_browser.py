@@ -244,7 +244,7 @@ def test_layers_and_the_rank_rule_and_a_second_selector(tab, request):
     if target := request.config.getoption("--screenshot"):
         take_screenshot(tab, target)
     by_budget = tab.text("first-counts")
-    tab.page.check("#by-rank input")
+    tab.page.check("#adaptive input")
     tab.wait(lambda: tab.counts() and tab.text("first-counts") != by_budget, "the rank's choice")
     tab.wait(lambda: tab.page.is_disabled("#keep input[type=range]"), "a slider that is off")
     assert tab.answer("first") == tab.answer("dense") == SCENE.question("number").answer

@@ -91,7 +91,7 @@ def test_embedding_raters_are_chosen_as_without_it(monkeypatch):
 
     monkeypatch.setattr(step, "embedding_raters", both)
     model = tiny_model()
-    apply_sparsevlm(model, min_keep=3, raters="embedding")
+    apply_sparsevlm(model, selector="span", min_keep=3, raters="embedding")
     with HALF:
         model.generate(**make_inputs(*PROMPTS["one image"]), max_new_tokens=1)
     assert len(chosen) == 1

@@ -77,7 +77,7 @@ def test_the_decoder_itself_would_fail(targets, place, monkeypatch):
         run.model.generate(**run.inputs, **GREEDY)
 
 
-@pytest.mark.parametrize("options", [{"keep": 0.5, "min_keep": 3}, {"keep": 1.0, "target_layers": [0]}])
+@pytest.mark.parametrize("options", [{"keep": 0.5, "min_keep": 3, "selector": "span"}, {"keep": 1.0}])
 def test_the_decoder_adds_itself_where_it_can(options, monkeypatch):
     """At the default target layers, and where nothing is dropped."""
     monkeypatch.setattr(LateRows, "__init__", lambda *given: pytest.fail("taken over for nothing"))

@@ -93,7 +93,7 @@ def test_more_guesses_are_wrong_than_half_of_the_text_behind_the_image(place):
 def test_static_cache_where_the_rank_decides():
     model = tiny_model()
     inputs = make_inputs([("image", 6, 6), ("text", 6)], [("image", 6, 6), ("text", 6)])
-    state = apply_sparsevlm(model, min_keep=3, rank_tolerance=0.02)
+    state = apply_sparsevlm(model, selector="span", min_keep=3, rank_tolerance=0.02)
     dynamic = model.generate(**inputs, max_new_tokens=NEW_TOKENS)
     assert len({sample.final_tokens for sample in state.report.samples}) == 2  # by the rank
     static = model.generate(**inputs, max_new_tokens=NEW_TOKENS, cache_implementation="static")

@@ -90,7 +90,8 @@ def test_selectors_of_users_are_judged_by_what_they_need(model):
 
 def test_the_rank_reads_the_question(model):
     with pytest.raises(ValueError, match="rank of the question's attention decides how much that is: set keep"):
-        apply_sparsevlm(model, turns="agnostic")
+        apply_sparsevlm(model, selector="span", turns="agnostic")
+    apply_sparsevlm(model, turns="agnostic")
 
 
 def test_layers_that_see_the_whole_prompt():

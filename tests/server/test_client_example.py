@@ -22,7 +22,7 @@ def test_the_example(live, monkeypatch, capsys):
     monkeypatch.setenv("SERVER", f"http://127.0.0.1:{live.port}/v1")
     runpy.run_path(str(ROOT / "examples" / "client.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "354\n63.5 of 256 visual tokens, path plain\n" in printed
+    assert "354\n64.0 of 256 visual tokens, path plain\n" in printed
     assert "blue 354, orange 780" in printed
     assert re.search(r"\n\d+ prompt tokens\n", printed)
 
@@ -55,7 +55,7 @@ def test_the_shell_commands_of_the_page(live, tmp_path):
     chunks = [json.loads(chunk) for chunk in chunks]
     assert end == "[DONE]"
     assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "354"
-    assert answer["sparsevlm"]["visual_tokens_kept"] == chunks[-1]["sparsevlm"]["visual_tokens_kept"] == 63.5
+    assert answer["sparsevlm"]["visual_tokens_kept"] == chunks[-1]["sparsevlm"]["visual_tokens_kept"] == 64.0
 
 
 def test_the_defaults_of_the_page_are_those_of_the_command():

@@ -71,7 +71,7 @@ def test_options_of_one_request(live, loaded):
         assert answer.choices[0].message.content == text
         assert answer.sparsevlm["visual_tokens_kept"] == pytest.approx(report.average_in, abs=0.01)
         assert answer.sparsevlm["selector"] == report.selector
-    assert live.ask().sparsevlm["visual_tokens_kept"] == 63.5  # the server's own are as before
+    assert live.ask().sparsevlm["visual_tokens_kept"] == 64.0  # the server's own are as before
 
 
 def test_a_schedule_by_name_spreads_the_servers_budget(live, loaded):
@@ -185,7 +185,7 @@ def test_what_was_done_is_counted(live):
     answer = live.ask()
     live.check_idle()
     counted = [live.metric(f"{name}_total") - before[name] for name in names]
-    assert counted == [answer.usage.prompt_tokens, 256, 63.5, answer.usage.completion_tokens]
+    assert counted == [answer.usage.prompt_tokens, 256, 64.0, answer.usage.completion_tokens]
     for phase in ("queue", "first_token", "total"):
         assert live.metric("request_seconds_count", phase=phase) == n_before + 1
     assert live.metric("requests_total", path="/v1/chat/completions", status="200") == answered + 1

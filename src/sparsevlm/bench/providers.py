@@ -36,7 +36,7 @@ class Setting:
     ----------
     name : str
     keep : float or None
-        ``None``: the rank decides.
+        ``None``: adaptive.
     config : SparseVLMConfig or None
         Options, where this library runs.
     """

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ..models import ModelAdapter
-from ..selection.selectors import DEFAULT
+from ..selection.selectors import default_of
 from .cases import Case, PictureCase
 from .providers import Setting
 from .roofline import Roofline, roofline_bounds
@@ -69,7 +69,7 @@ def setting_columns(setting: Setting) -> Row:
     """Returns the columns of a setting."""
     columns = {"provider": setting.name, "keep": setting.label}
     if (config := setting.config) is not None:
-        columns |= {"selector": config.selector or DEFAULT, "schedule": str(config.schedule or "default")}
+        columns |= {"selector": config.selector or default_of(config), "schedule": str(config.schedule or "default")}
         columns |= {"recycle": str(config.recycle), "vision_keep": str(config.vision_keep)}
     return columns
 

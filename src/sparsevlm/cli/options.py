@@ -23,11 +23,11 @@ Dtype = Annotated[
 ]
 Selector = Annotated[
     str | None,
-    typer.Option("--selector", help="Built-in method, such as span, sparsevlm or random.", show_default="span"),
+    typer.Option("--selector", help="Built-in method, such as span, sparsevlm or random.", show_default="span-features"),
 ]
 KEEP_HELP = (
     "Visual tokens averaged over the decoder layers: a fraction with a point (0.25), a number of tokens (64), or "
-    "'adaptive', where the rank of the attention decides."
+    "'adaptive', where the selector decides, or at target layers the rank of the attention."
 )
 
 

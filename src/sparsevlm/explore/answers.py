@@ -39,7 +39,7 @@ class Side:
     name : str
     selector : str, optional
     keep : float, optional
-        Share of the visual tokens; ``None``: the rank decides.
+        Share of the visual tokens; ``None``: adaptive.
     """
 
     name: str

@@ -129,8 +129,8 @@ class _Page:
                     LEAST_KEEP, 1.0, 0.25, step=0.01, elem_id="keep", interactive=True,
                     label="Budget: share of the visual tokens, averaged over the layers (keep)", buttons=[],
                 )  # fmt: skip
-                self.by_rank = gr.Checkbox(
-                    False, label="By rank (the default rule): the rank of the attention decides", elem_id="by-rank"
+                self.adaptive = gr.Checkbox(
+                    False, label="No budget: the selector decides, or the rank of the attention", elem_id="adaptive"
                 )
             self.max_new_tokens = gr.Slider(
                 1, MOST_NEW_TOKENS, 64, step=1, label="New tokens, at most", buttons=[], elem_id="most"
@@ -140,17 +140,17 @@ class _Page:
                 self.stop = gr.Button("Stop", elem_id="stop")
 
     def _connect(self) -> None:
-        pruning = [self.keep, self.by_rank, self.first, self.second, self.layer]
+        pruning = [self.keep, self.adaptive, self.first, self.second, self.layer]
         shown = [component for column in self.columns for component in column.outputs]
         shown += [self.message, self.asked, self.answers]
         common = {"show_progress": "hidden", "api_visibility": "private"}
         slow = {**common, "trigger_mode": "multiple", "concurrency_limit": _AT_ONCE, "concurrency_id": "answers"}
         fresh = [self.file, self.question, self.max_new_tokens, *pruning, self.asked, self.answers]
         gr.on([self.ask.click, self.question.submit], self._ask, fresh, shown, **slow)
-        changed = [self.keep.release, self.by_rank.input, self.first.input, self.second.input]
+        changed = [self.keep.release, self.adaptive.input, self.first.input, self.second.input]
         gr.on(changed, self._prune_again, [self.asked, self.answers, *pruning], shown, **slow)
         self.second.change(self._show_second, [self.second], [self.columns[2].box], **common)
-        self.by_rank.change(lambda by_rank: gr.Slider(interactive=not by_rank), [self.by_rank], [self.keep], **common)
+        self.adaptive.change(lambda adaptive: gr.Slider(interactive=not adaptive), [self.adaptive], [self.keep], **common)
         self.file.change(self._look, [self.file], [self.picture, self.message], **common)
         drawn = [component for column in self.columns for component in (column.drawing, column.caption)]
         self.layer.change(
@@ -174,7 +174,7 @@ class _Page:
         text: str,
         max_new_tokens: int,
         keep: float,
-        by_rank: bool,
+        adaptive: bool,
         first: str,
         second: str,
         layer: int,
@@ -189,14 +189,14 @@ class _Page:
         except (ValueError, OSError) as error:
             yield {self.message: _problem(error)}
             return
-        yield from self._run(run, question, answers if asked == question else (), _sides(keep, by_rank, first, second))
+        yield from self._run(run, question, answers if asked == question else (), _sides(keep, adaptive, first, second))
 
     def _prune_again(
         self,
         asked: Question | None,
         answers: Sequence[Answer],
         keep: float,
-        by_rank: bool,
+        adaptive: bool,
         first: str,
         second: str,
         layer: int,
@@ -207,7 +207,7 @@ class _Page:
             return
         run = self._runs.begin(str(request.session_hash), layer)
         if not run.stop.wait(_SETTLES):
-            yield from self._run(run, asked, answers, _sides(keep, by_rank, first, second))
+            yield from self._run(run, asked, answers, _sides(keep, adaptive, first, second))
 
     def _run(self, run: Run, question: Question, former: Sequence[Answer], sides: Sequence[Side]) -> Iterator[Updates]:
         known = {answer.side: answer for answer in former if answer.side == DENSE and answer.state == DONE}
@@ -246,8 +246,8 @@ class _Page:
         self._runs.leave(str(request.session_hash))
 
 
-def _sides(keep: float, by_rank: bool, first: str, second: str) -> list[Side]:
-    budget = None if by_rank else keep
+def _sides(keep: float, adaptive: bool, first: str, second: str) -> list[Side]:
+    budget = None if adaptive else keep
     return [DENSE, *(Side.pruned(name, budget) for name in (first, second) if name != _NO_OTHER)]
 
 

@@ -134,7 +134,7 @@ class AttentionProbe:
             raise NotImplementedError(
                 f"a {type(self.attention).__name__} of a tensor-parallel model has {n_own} heads on this rank, of "
                 f"{n_heads} on {n_ranks} ranks: equal shares are supported. Load the model over as many ranks as "
-                "divide its heads, or choose a selector that reads no attention, such as 'span' with keep."
+                "divide its heads, or choose a selector that reads no attention, such as 'span-features'."
             )
         return all_heads(query, self.tp_group), all_heads(key, self.tp_group)
 
@@ -155,7 +155,7 @@ def _probed_attention(
         raise NotImplementedError(
             f"a {type(module).__name__} caps its scores (attn_logit_softcapping={cap}) by itself, without a word to "
             "its attention function: what is read would not be its attention. Choose a selector that reads no "
-            "attention of the text, such as 'span' with keep."
+            "attention of the text, such as 'span-features'."
         )
     if module.config._attn_implementation == "sdpa":  # which leaves the cap out
         softcap = None

@@ -123,7 +123,7 @@ def check_needs(adapter: ModelAdapter, traits: SelectorTraits) -> None:
     if adapter.vision.unreadable:
         raise NotImplementedError(
             f"selector {traits.name!r} needs {needs}, which is not read in the vision tower of a {adapter.name}: "
-            f"{adapter.vision.unreadable}. Choose a selector that does not look into the tower, such as 'span', "
+            f"{adapter.vision.unreadable}. Choose a selector that does not look into the tower, such as 'span-features', "
             "'sparsevlm' or 'cdpruner'."
         )
     raise NotImplementedError(
@@ -189,7 +189,7 @@ def check_readable(
         found = [layer for layer, attention in enumerate(attentions[:-1]) if attention is not None]
         raise ValueError(
             f"target_layers {without} of a {adapter.name} are recurrent, and {reads} attention, which they have not. "
-            f"Choose out of {found}, or a selector that reads none, such as 'span' with keep."
+            f"Choose out of {found}, or a selector that reads none, such as 'span-features'."
         )
 
 

@@ -25,7 +25,8 @@ from .tome import ToMeSelector
 from .v2drop import V2DropSelector
 from .visionzip import VisionZipSelector
 
-DEFAULT = "span"  # chosen by measurements: docs/ablation.md
+# Chosen by measurements (docs/ablation.md); the second where target layers are named, or what is to leave them.
+DEFAULT, DEFAULT_AT_LAYERS = "span-features", "span"
 SELECTORS: dict[str, Callable[[], Any]] = {
     "span": SpanSelector,
     "span-features": SpanFeaturesSelector,
@@ -50,15 +51,20 @@ SELECTORS: dict[str, Callable[[], Any]] = {
 }
 
 
+def default_of(config: SparseVLMConfig) -> str:
+    """Name of the selector of options that name none: :data:`DEFAULT`, or :data:`DEFAULT_AT_LAYERS`."""
+    return DEFAULT if config.target_layers is None and config.schedule is None else DEFAULT_AT_LAYERS
+
+
 def make_selector(config: SparseVLMConfig) -> Selector:
-    """Return the selector that ``config.selector`` names (``None``: :data:`DEFAULT`), or the object itself.
+    """Return the selector that ``config.selector`` names (``None``: :func:`default_of`), or the object itself.
 
     Raises
     ------
     ValueError
         If there is no selector of that name; the message lists those that exist.
     """
-    name = DEFAULT if config.selector is None else config.selector
+    name = default_of(config) if config.selector is None else config.selector
     if not isinstance(name, str):
         return name
     if name not in SELECTORS:
