@@ -81,6 +81,27 @@ def test_too_small_a_budget_is_clamped_with_the_numbers():
     assert (plan.counts, plan.clamped) == ((32, 32), None)
 
 
+def test_a_sample_of_no_more_than_min_keep_loses_nothing_and_only_lower_min_keep_would_change_that():
+    for n_visual in (16, 32):
+        plan = plan_budget(0.25, "geometric", n_visual, (2, 6), 24, 32)
+        assert plan.counts == (n_visual, n_visual)
+        assert plan.clamped == (
+            f"keep=0.25 is an average of {n_visual / 4:.1f} of {n_visual} visual tokens, but no sample of min_keep=32 "
+            "or fewer is pruned: all are kept. To change that, lower min_keep"
+        )
+    assert "less than the least possible" in plan_budget(0.25, "geometric", 33, (2, 6), 24, 32).clamped
+    assert plan_schedule((5, 0.2), 16, 2, 32).clamped == (
+        "schedule (5, 0.2) is for fewer than 16 visual tokens, but no sample of min_keep=32 or fewer is pruned: all "
+        "are kept. To change that, lower min_keep"
+    )
+    assert "goes below min_keep=32 for 33 tokens" in plan_schedule((33, 5), 33, 2, 32).clamped
+
+
+def test_nothing_is_said_of_a_sample_without_an_image():
+    assert plan_budget(20, "geometric", 0, (2, 6), 24, 32).clamped is None
+    assert plan_schedule((20, 10), 0, 2, 32).clamped is None
+
+
 def test_more_tokens_than_there_are_is_clamped_to_all():
     assert plan_budget(256, "geometric", 256, (2, 6), 24, 32).clamped is None
     plan = plan_budget(257, "geometric", 256, (2, 6), 24, 32)

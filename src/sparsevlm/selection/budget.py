@@ -82,7 +82,7 @@ def plan_budget(
     n_targets = len(target_layers)
     if budget >= n_visual:
         clamped = None
-        if isinstance(keep, int) and keep > n_visual:
+        if isinstance(keep, int) and keep > n_visual > 0:
             clamped = f"keep={keep} is more than the {n_visual} visual tokens of this sample: all are kept"
         return Plan((n_visual,) * n_targets, budget, clamped)
     least = sum(layer_tokens(n_visual, (floor,) * n_targets, target_layers, n_layers)) / n_layers
@@ -102,13 +102,24 @@ def plan_budget(
 
 def _too_small(keep: int | float, budget: float, least: float, n_visual: int, target: int, min_keep: int) -> str:
     """Says that a budget is below the least possible, why, and what to change."""
+    if n_visual <= min_keep:
+        wanted = f"keep={keep} is an average of {budget:.1f} of {n_visual} visual tokens"
+        return _never_pruned(wanted, min_keep) + _as_fraction(keep)
     reasons = [] if target < 0 else [f"layers 0..{target} see all of them"]
-    reasons.append(f"min_keep={min_keep} leaves {min(min_keep, n_visual)}")
+    reasons.append(f"min_keep={min_keep} leaves {min_keep}")
     changes = ["raise keep"] if target < 0 else ["raise keep", "choose earlier target_layers"]
     return (
         f"keep={keep} is an average of {budget:.1f} of {n_visual} visual tokens, less than the least possible: "
         f"{least:.1f} used, as {' and '.join(reasons)}. To change that, {', '.join(changes)} or lower min_keep"
         f"{_as_fraction(keep)}"
+    )
+
+
+def _never_pruned(wanted: str, min_keep: int) -> str:
+    """Says that a sample loses none of its tokens, as it has no more than ``min_keep``."""
+    return (
+        f"{wanted}, but no sample of min_keep={min_keep} or fewer is pruned: all are kept. To change that, lower "
+        "min_keep"
     )
 
 
@@ -163,9 +174,11 @@ def plan_schedule(schedule: Sequence[int | float], n_visual: int, n_targets: int
     wanted = [count if isinstance(count, int) else round(count * n_visual) for count in schedule]
     counts = tuple(min(n_visual, max(floor, count)) for count in wanted)
     clamped = None
-    if any(count < floor for count in wanted):
+    if any(count < floor for count in wanted) and n_visual <= min_keep:
+        clamped = _never_pruned(f"schedule {tuple(schedule)} is for fewer than {n_visual} visual tokens", min_keep)
+    elif any(count < floor for count in wanted):
         clamped = f"schedule {tuple(schedule)} goes below min_keep={min_keep} for {n_visual} tokens: {counts} used"
-    elif any(count > n_visual for count in wanted):
+    elif any(count > n_visual > 0 for count in wanted):
         clamped = f"schedule {tuple(schedule)} asks for more than the {n_visual} visual tokens: {counts} used"
     return Plan(counts, None, clamped)
 
