@@ -599,6 +599,38 @@ def test_clamped_budget_is_warned_about_reported_and_refused_when_strict(caplog)
         model.generate(**inputs, max_new_tokens=2)
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"keep": 0.7}, "keep=0.7"),
+        ({"keep": [0.7, 12, 1.0]}, "keep=(0.7, 12, 1.0)"),
+        ({}, "keep=None"),
+        ({"schedule": [16, 12]}, "schedule=(16, 12)"),
+        ({"schedule": [2 / 3, 1 / 3]}, "schedule=(0.6667, 0.3333)"),
+        ({"keep": 0.7, "schedule": "single"}, "keep=0.7"),
+    ],
+    ids=["fraction", "one each", "rank", "counts", "fractions", "named schedule"],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_report_says_the_budget_that_was_asked_for_and_the_dtype(options, said, dtype):
+    model, inputs = tiny_model().to(getattr(torch, dtype)), make_inputs(*PROMPTS["batch, unequal counts"])
+    state = apply_sparsevlm(model, min_keep=4, target_layers=[1, 3], **options)
+    model.generate(**inputs, max_new_tokens=1)
+    assert f": selector span, {said}, {dtype}, path plain (" in str(state.report)
+    older = {key: value for key, value in state.report.to_dict().items() if key not in ("asked", "dtype")}
+    assert ": selector span, path plain (" in str(Report.from_dict(older))
+
+
+def test_a_report_names_the_preset_while_it_is_one():
+    model, inputs = tiny_model(n_layers=18), make_inputs(*ONE)
+    state = apply_sparsevlm(model, preset="paper-64")
+    model.generate(**inputs, max_new_tokens=1)
+    assert ": selector sparsevlm, preset=paper-64, float32, " in str(state.report)
+    with state.options(min_keep=4):
+        model.generate(**inputs, max_new_tokens=1)
+    assert ", schedule=(0.1424, 0.0556, 0.0312), float32, " in str(state.report)
+
+
 def test_report_tells_the_truth_and_travels(tmp_path):
     model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, unequal counts"])
     state = apply_sparsevlm(model, keep=0.7, min_keep=4, target_layers=[1, 3])

@@ -60,6 +60,11 @@ class Report:
         Whether all layers have run over the prompt; where not, its costs are 0, and so are its ``final_tokens``.
     past_kv_bytes : Cost
         Bytes of the cache as the request found it, likewise; 0 of an empty one.
+    asked : str or None
+        Budget that was asked for, as the option says it: ``"keep=0.25"``, ``"schedule=(0.5, 0.25)"`` or
+        ``"preset=paper-192"``; fractions to four digits.
+    dtype : str or None
+        Of the decoder's weights, such as ``"bfloat16"``.
     """
 
     model: str
@@ -81,6 +86,8 @@ class Report:
     text_note: str | None = None
     prompt_finished: bool = True
     past_kv_bytes: Cost = _NOTHING
+    asked: str | None = None
+    dtype: str | None = None
 
     @property
     def average_in(self) -> float:
@@ -262,7 +269,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _summary_lines(report: Report) -> list[str]:
-    lines = [f"{report.model}: selector {report.selector}, path {report.path} ({report.path_reason})"]
+    said = [f"selector {report.selector}", report.asked, report.dtype, f"path {report.path} ({report.path_reason})"]
+    lines = [f"{report.model}: {', '.join(filter(None, said))}"]
     if report.skipped_because:
         lines.append(f"nothing pruned: {report.skipped_because}")
     lines.extend(_prompt_lines(report) if report.prompt_finished else _unfinished_lines(report))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..models import ModelAdapter
 from ..report import Report
 from ..report_sample import SampleReport
@@ -58,7 +60,31 @@ def make_report(adapter: ModelAdapter, request: Request, *, knows_template: bool
         n_refreshed=request.n_refreshed,
         features_bytes=request.kept_bytes,
         text_note=None if knows_template or not _has_read_text(request) else _TEMPLATE,
+        asked=_asked(request),
+        dtype=_dtype(adapter),
     )
+
+
+def _asked(request: Request) -> str:
+    """The budget as the options say it; fractions to four digits."""
+    config = request.config
+    if config.preset is not None:
+        return f"preset={config.preset}"
+    if isinstance(config.schedule, tuple):
+        return f"schedule={_rounded(config.schedule)}"
+    return f"keep={_rounded(config.keep)}"
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_rounded(one) for one in value)
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def _dtype(adapter: ModelAdapter) -> str | None:
+    """Of the decoder's weights; quantized ones are passed over."""
+    weights = adapter.decoder.module.parameters()
+    return next((str(one.dtype).removeprefix("torch.") for one in weights if one.is_floating_point()), None)
 
 
 def _has_read_text(request: Request) -> bool:
