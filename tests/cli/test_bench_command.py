@@ -21,7 +21,7 @@ from sparsevlm.bench.vllm_dense import VLLM_DENSE
 from sparsevlm.bundled import bundled_path
 from sparsevlm.cli import app
 from sparsevlm.cli import bench as bench_command
-from sparsevlm.cli.bench_output import Output, about_columns
+from sparsevlm.cli.bench_output import Output, about_rows
 from sparsevlm.cli.bench_tables import print_case
 from sparsevlm.cli.busy import BusyWatch
 from sparsevlm.cores import OtherProcesses
@@ -64,6 +64,7 @@ def test_table_and_rows(checkpoint, tmp_path):
     n_cells = {len(line.split()) for line in lines}
     assert n_cells == {len(heads.replace("first token", "first-token").split())}, "no cell is empty"
     assert not re.search(r"^(hf|ours)\S*: ", result.stdout, re.MULTILINE), "nor is there a note"
+    assert result.stdout.index("The weights are those of") < result.stdout.index("x: how") < result.stdout.index(heads)
     progress = " ".join(result.stderr.split())
     assert "1 case, 7 providers: about" in progress
     assert "v256-b1-n1 (1 of 1), about" in progress
@@ -242,9 +243,26 @@ def test_only_columns_that_are_shown_are_explained():
     words = " ".join(result.stdout.split())
     assert "run on hooks around the model's own modules" in words
     assert "The weights are random, in float32" in words
-    about = about_columns(["/token", "floor", "GB"], [MixedCase(24)], "random", on_gpu=True)
+    about = about_rows([MixedCase(24)], "random", on_gpu=True)
     assert "hooks" not in about
-    assert all(word in about for word in ("/token:", "floor:", "GB:", "mixed shapes", "hf-static"))
+    assert all(word in about for word in ("mixed shapes", "hf-static"))
+
+
+def test_a_column_is_explained_above_the_first_table_that_has_it(capsys):
+    output = Output("cuda", BusyWatch(), None, "of all tables")
+    row = {"provider": "hf-dense", "keep": "1.0", "metric": "ms", "note": "", "p50": "10", "p20": "10", "p80": "10"}
+    rows = [{**row, "phase": phase, "floor": "5"} for phase in ("total", "first_token")]
+    output.show_case(Case(256, 1, 1), rows)
+    output.show_case(Case(256, 1, 16), [*rows, {**row, "phase": "decode_per_token", "floor": ""}])
+    first, second = capsys.readouterr().out.split(Case(256, 1, 16).name)
+    assert first.index("of all tables") < first.index("first token: until") < first.index("floor: ")
+    assert first.index("floor: ") < first.index(Case(256, 1, 1).name)
+    above_second = first[first.index(Case(256, 1, 1).name) :]
+    assert "/token: of every further one." in above_second
+    for said_before in ("of all tables", "first token:", "floor:"):
+        assert said_before not in above_second + second
+    output.show_case(Case(256, 1, 1), rows)
+    assert ": " not in capsys.readouterr().out
 
 
 def test_help_explains_every_case_and_provider(monkeypatch):

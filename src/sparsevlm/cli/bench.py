@@ -140,7 +140,7 @@ def bench(
     from ..bench.run import run
     from ..bench.shapes import shape_label
     from ..evaluation.execution.provenance import commit
-    from .bench_output import Output, about_columns
+    from .bench_output import Output, about_rows
 
     place = _Place.of(model, dtype, device, attn)
     few = None if place.on_gpu or full else _ON_CPU
@@ -169,7 +169,9 @@ def bench(
     def confirm(seconds: float) -> None:
         confirm_long(seconds, in_words(seconds), "fewer --cases or --selectors, or a smaller --model", yes=yes)
 
-    output = Output(place.device, busy, target)
+    weights = "random" if place.checkpoint is None else f"those of {place.model}"
+    weights = f"{weights}, in {str(loaded.dtype).removeprefix('torch.')}"
+    output = Output(place.device, busy, target, about_rows(chosen, weights, on_gpu=place.on_gpu))
     with output:
         rows = run(
             loaded, chosen, settings, origin, output.show_case, checkpoint=place.checkpoint, vllm=of_vllm,
@@ -177,9 +179,6 @@ def bench(
         )  # fmt: skip
     if notes := dict.fromkeys(row["note"] for row in rows if row["note"].startswith(NOT_TIMED)):
         raise ValueError("; ".join(notes))
-    weights = "random" if place.checkpoint is None else f"those of {place.model}"
-    weights = f"{weights}, in {str(loaded.dtype).removeprefix('torch.')}"
-    typer.echo(about_columns(output.heads, chosen, weights, on_gpu=place.on_gpu))
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -41,16 +41,13 @@ class Output(StepLine):
         Made at the command's begin.
     target : Path, optional
         CSV file to add the rows to.
-
-    Attributes
-    ----------
-    heads : set of str
-        Of the columns that the tables have.
+    about : str
+        What holds of all tables: stands above the first. Each column is explained above the first table that has it.
     """
 
-    def __init__(self, device: str, busy: BusyWatch, target: Path | None) -> None:
+    def __init__(self, device: str, busy: BusyWatch, target: Path | None, about: str = "") -> None:
         super().__init__()
-        self.heads: set[str] = set()
+        self._about, self._explained = about, set[str]()
         self._device, self._busy, self._target = device, busy, target
         self._is_warned = busy.warn(device)
 
@@ -66,13 +63,21 @@ class Output(StepLine):
         # A CPU's caches hold small weights, and reading those is faster than any ceiling.
         if not self._device.startswith("cuda"):
             rows = [{**row, "floor": ""} for row in rows]
-        self.heads.update(print_case(case, rows))
+        print_case(case, rows, self._explain)
         if self._target is not None:
             append_rows(self._target, rows)
         if isinstance(case, MixedCase) or not (note := scatter_note(rows)):
             return
         typer.echo(note)
         self._is_warned = self._is_warned or self._busy.warn(self._device)
+
+    def _explain(self, heads: Collection[str]) -> None:
+        """Says of the columns of a table what was not said above one before."""
+        new = [text for head, text in _OF_COLUMNS.items() if head in heads and head not in self._explained]
+        if lines := [text for text in (self._about, " ".join(new)) if text]:
+            typer.echo("\n".join([*lines, ""]))
+        self._about = ""
+        self._explained.update(heads)
 
 
 def scatter_note(rows: Sequence[dict[str, str]]) -> str:
@@ -93,13 +98,9 @@ def scatter_note(rows: Sequence[dict[str, str]]) -> str:
     )
 
 
-def about_columns(heads: Collection[str], cases: Sequence[AnyCase], weights: str, *, on_gpu: bool) -> str:
-    """What the tables show, of the columns that they have."""
+def about_rows(cases: Sequence[AnyCase], weights: str, *, on_gpu: bool) -> str:
+    """What holds of the rows of all tables."""
     is_mixed = any(isinstance(case, MixedCase) for case in cases)
     mean = "; of mixed shapes the mean, behind the library's own warm-up" if is_mixed else ""
-    of_columns = " ".join(text for head, text in _OF_COLUMNS.items() if head in heads)
     of_rows = "hf-static is measured where one sample decodes. " if on_gpu else _ON_HOOKS
-    return (
-        f"Milliseconds, median{mean}. {of_columns} {of_rows}"
-        f"The weights are {weights}: time depends on the shape, not on them."
-    )
+    return f"Milliseconds, median{mean}. {of_rows}The weights are {weights}: time depends on the shape, not on them."

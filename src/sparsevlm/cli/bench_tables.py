@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
@@ -23,8 +23,10 @@ _HEADS = ("preprocess", "vision", "prefill", "first token", "x", "floor", "/toke
 Row = Mapping[str, str]
 
 
-def print_case(case: AnyCase, rows: list[dict[str, str]]) -> tuple[str, ...]:
-    """Prints the rows of a case, and returns the heads of its columns; those without a figure are left out."""
+def print_case(
+    case: AnyCase, rows: list[dict[str, str]], explain: Callable[[Collection[str]], None] = lambda heads: None
+) -> None:
+    """Prints the rows of a case, without columns that have no figure; ``explain`` is called with the heads before."""
     of: dict[tuple[str, str], dict[tuple[str, str], Row]] = {}
     for row in rows:
         of.setdefault((row["provider"], row["keep"]), {})[row["phase"], row["metric"]] = row
@@ -48,10 +50,10 @@ def print_case(case: AnyCase, rows: list[dict[str, str]]) -> tuple[str, ...]:
         table.add_row(provider, keep, *(cells[i] for i in shown if cells))
     # Wide enough for a log file; a terminal shows what fits.
     console = Console(width=None if sys.stdout.isatty() else 140)
+    explain([_HEADS[i] for i in shown])
     console.print(table)
     for note in notes:
         console.print(note, markup=False, highlight=False)
-    return tuple(_HEADS[i] for i in shown)
 
 
 def _cells(found: Mapping[tuple[str, str], Row], base: Mapping[tuple[str, str], Row]) -> list[str]:
