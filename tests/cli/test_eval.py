@@ -328,8 +328,10 @@ def test_only_the_row_at_fault_is_without_an_answer(desk):
 )
 def test_bad_options_end_in_one_line(desk, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(desk)
+    monkeypatch.setattr("sparsevlm.cli.busy.busy_advice", lambda *_: "milliseconds are spoilt")
     result = call(desk, *arguments, "--out", tmp_path)
     assert result.exit_code == 2, result.output
+    assert ("milliseconds are spoilt" in result.stderr) == (arguments[0] == "--append-to"), "a mistake is refused first"
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
     assert "Traceback" not in result.output
@@ -432,11 +434,11 @@ def test_the_options_of_the_docs_exist():
 def test_defaults_of_a_cpu_are_a_comparison_of_minutes(monkeypatch):
     asked = []
 
-    def run(config, out, **options):
+    def prepared(config, out):
         asked.append(config)
         raise ValueError("stop")
 
-    monkeypatch.setattr("sparsevlm.cli.evaluate._run", run)
+    monkeypatch.setattr("sparsevlm.cli.evaluate._prepared", prepared)
     CliRunner().invoke(app, ["eval", "--device", "cpu"])
     CliRunner().invoke(app, ["eval", "--device", "cpu", "--suite", "data.jsonl", "--batch", "3"])
     monkeypatch.setattr("sparsevlm.inputs.pick_device", lambda device: "cuda")

@@ -18,7 +18,7 @@ from .options import Debug, Device, Yes, parse_keep, parse_layers
 from .terminal import confirm_long, quiet_transformers, reports_errors
 
 if TYPE_CHECKING:
-    from ..evaluation import EvalConfig, Evaluation
+    from ..evaluation import EvalConfig, Evaluation, EvaluationRun
 
 # Exit codes.
 INTERRUPTED, FAILED_ROWS = 130, 3
@@ -161,23 +161,28 @@ def evaluate(
         options=_settings(options or []),
     )
     of_workers = () if workers == 1 else (workers * threads_of_each(workers), "Choose fewer --workers.")
+    run = _prepared(config, out)
     busy.warn(target, *of_workers)
-    evaluation = _run(config, out, yes=yes, workers=workers, resume=resume, collect=append_to)
+    evaluation = _execute(run, yes=yes, workers=workers, resume=resume, collect=append_to)
     _print(evaluation)
     busy.warn(target, *of_workers)
     if strict and evaluation.failed:
         sys.exit(FAILED_ROWS)
 
 
-def _run(config: EvalConfig, out: Path, *, yes: bool, **options: Any) -> Evaluation:
-    from ..bench.estimate import in_words
+def _prepared(config: EvalConfig, out: Path) -> EvaluationRun:
     from ..evaluation import EvaluationRun
 
     quiet_transformers()
     try:
-        run = EvaluationRun(config, out)
+        return EvaluationRun(config, out)
     except ModuleNotFoundError as error:  # of an extra; the message has the pip line
         raise ValueError(str(error)) from error
+
+
+def _execute(run: EvaluationRun, *, yes: bool, **options: Any) -> Evaluation:
+    from ..bench.estimate import in_words
+
     try:
         with _counter(run.n_total) as (advance, paused):
 
