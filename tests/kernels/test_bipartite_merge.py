@@ -97,6 +97,18 @@ def test_twins(data, n, seed, kind):
     check_sums(rows, places, (n + 1) // 2, DEVICE)
 
 
+def test_odd_rows_that_do_not_count_are_nobodys_partner(device):
+    """Not even where all that count are less similar than the 0 that a kernel reads in their place."""
+    similarity = torch.full((5, 2, 3), -0.5, device=device)
+    n_left = torch.tensor([1, 2, 3, 4, 5], device=device)
+    for b, n_odd in enumerate(wanted := [0, 1, 1, 2, 2]):
+        similarity[b, :, n_odd:] = 1.0
+    for best_partners in (plain.best_partners_reference, twin.best_partners):
+        score, partner = best_partners(similarity, n_left)
+        assert score.tolist() == [[-0.5 if n_odd else -torch.inf] * 2 for n_odd in wanted]
+        assert partner.tolist() == [[0, 0]] * 5
+
+
 def test_a_round_by_hand():
     """Rows 0, 2, 4, 6 propose to 1, 3, 5; the two best merge: 4, and of the tied ones the first."""
     score, partner = torch.tensor([[0.5, 0.1, 0.9, 0.5]]), torch.tensor([[2, 0, 0, 1]])
