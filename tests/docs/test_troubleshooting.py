@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+import functools
+import importlib.util
 import re
+from pathlib import Path
 
 from documents import ROOT, read
 
@@ -56,22 +59,31 @@ def plain(text: str) -> str:
     return re.sub(f"{ANY}{{2,}}", ANY, " ".join(text.split()))
 
 
-FILES = sorted([*PACKAGE.rglob("*.py"), *COMMAND.glob("*.py")])
-FOUND = {path: messages_of(path) for path in FILES}
-RAISED = {
-    message
-    for path, (raised, _) in FOUND.items()
-    if path.is_relative_to(COMMAND) or path.relative_to(PACKAGE).parts[0] not in INTERNAL
-    for message in raised
-}
-TEXTS = {text for raised, texts in FOUND.values() for text in raised | texts}
-# First cells of the page's tables.
-QUOTED = [
-    quoted
-    for line in read(PAGE).splitlines()
-    if line.startswith("| `")
-    for quoted in re.findall("`([^`]*)`", line.split(" | ")[0])
-]
+@functools.cache
+def found() -> dict[Path, tuple[set[str], set[str]]]:
+    """By file, what :func:`messages_of` finds; read by the first test, not when tests are collected."""
+    return {path: messages_of(path) for path in sorted([*PACKAGE.rglob("*.py"), *COMMAND.glob("*.py")])}
+
+
+def raised_messages() -> set[str]:
+    """Those that a user can meet."""
+    return {
+        message
+        for path, (raised, _) in found().items()
+        if path.is_relative_to(COMMAND) or path.relative_to(PACKAGE).parts[0] not in INTERNAL
+        for message in raised
+    }
+
+
+@functools.cache
+def quoted_messages() -> list[str]:
+    """First cells of the page's tables."""
+    return [
+        quoted
+        for line in read(PAGE).splitlines()
+        if line.startswith("| `")
+        for quoted in re.findall("`([^`]*)`", line.split(" | ")[0])
+    ]
 
 
 def fits(quoted: str, message: str) -> bool:
@@ -79,25 +91,40 @@ def fits(quoted: str, message: str) -> bool:
 
 
 def test_the_page_and_the_package_were_read():
-    assert len(QUOTED) > 250
-    assert len(RAISED) > 250
+    assert len(quoted_messages()) > 250
+    assert len(raised_messages()) > 250
 
 
 def test_every_quoted_message_exists():
-    gone = [quoted for quoted in QUOTED if not any(fits(quoted, text) for text in TEXTS)]
+    texts = {text for raised, others in found().values() for text in raised | others}
+    gone = [quoted for quoted in quoted_messages() if not any(fits(quoted, text) for text in texts)]
     assert not gone, "no text of the package begins so"
 
 
 def test_every_message_is_on_the_page():
-    missing = [message for message in RAISED - set(IGNORED) if not any(fits(quoted, message) for quoted in QUOTED)]
+    quotes = quoted_messages()
+    missing = [one for one in raised_messages() - set(IGNORED) if not any(fits(quoted, one) for quoted in quotes)]
     assert not sorted(missing), "docs/troubleshooting.md does not explain these"
 
 
 def test_what_is_ignored_exists():
-    assert set(IGNORED) <= RAISED
+    assert set(IGNORED) <= raised_messages()
 
 
 def test_a_message_that_is_not_on_the_page_is_found():
-    assert not any(fits(quoted, "this message is on no page") for quoted in QUOTED)
+    assert not any(fits(quoted, "this message is on no page") for quoted in quoted_messages())
     assert fits("… must be at least …, got …", "… must be at least …, got ….")
     assert not fits("… must be at least …, got …", "… must be at most …, got ….")
+
+
+def test_nothing_is_read_when_tests_are_collected(monkeypatch):
+    """Every worker collects all of them."""
+
+    def fails(*_, **__):
+        raise AssertionError("a file is read")
+
+    spec = importlib.util.spec_from_file_location("collected", __file__)
+    with monkeypatch.context() as reads:  # pytest itself reads in order to report
+        reads.setattr("ast.parse", fails)
+        reads.setattr("documents.read", fails)
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
