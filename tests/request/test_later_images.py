@@ -164,6 +164,8 @@ def test_a_first_image_behind_text(knows):
             "llava",
             "hold 16 image placeholders, and pixel_values were given for 32. .*: give pixel_values of new images",
         ),
+        ("smolvlm", "hold 12 image placeholders, and pixel_values were given for 24. .*: give pixel_values of new"),
+        ("idefics3", "hold 12 image placeholders, and pixel_values were given for 24. .*: give pixel_values of new"),
         ("internvl", r"the images do not fit the new tokens \(.*tokens: 12, features: 24\). .* of new images alone"),
     ],
 )
@@ -183,3 +185,17 @@ def test_a_turn_that_lacks_one_of_its_images():
     inputs = talk.says([[("text", 2), ("image", 4, 5), ("text", 2), ("image", 2, 3), ("text", 4)]])
     one = {"pixel_values": inputs["pixel_values"][:80], "image_grid_thw": inputs["image_grid_thw"][:1]}
     talk.refused(inputs, "hold 26 image placeholders, and .* were given for 20", **one)
+
+
+@pytest.mark.parametrize("family", ["smolvlm", "idefics3"])
+def test_tiles_that_fill_a_batch_up_are_no_images(family):
+    rows = [IMAGE, [("image", 4, 5), *IMAGE]]
+    talk = Talk(family, PROMPTS["batch, same size"], keep=1.0, engine=False)
+    inputs = talk.says(rows)
+    tiles = inputs["pixel_values"].flatten(0, 1)
+    padded = torch.stack([torch.cat([tiles[:3], torch.zeros_like(tiles[:3])]), tiles[3:]])
+    talk.refused(inputs, "hold 36 image placeholders, and pixel_values were given for 48", pixel_values=padded + 1.0)
+    cache = copy.deepcopy(talk.cache)
+    found = talk.ask(inputs, pixel_values=padded)
+    talk.cache = cache
+    assert torch.equal(found.sequences, talk.ask(inputs).sequences)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..compat import unsupported_parallelism
 from .decoder import FULL, SLIDING, Decoder
 from .examples import BlankImage, blank_inputs
-from .layout import Grid, Layout, grid_coordinates
+from .layout import Grid, Layout, grid_coordinates, n_tokens
 from .tower import Vision
 
 _AROUND = tuple(f"{kind}_{end}_token_id" for kind in ("vision", "image", "video", "audio") for end in ("start", "end"))
@@ -117,6 +117,11 @@ class Family:
         single grid answers otherwise than :meth:`grids`.
         """
         return self.grids(adapter, kind, inputs)
+
+    def n_placeholders(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> int | None:
+        """How many placeholders the pixels of a kind need; ``None``: they do not tell, nor do the sizes beside them."""
+        layouts = self.layouts(adapter, kind, inputs)
+        return None if layouts is None else sum(map(n_tokens, layouts))
 
     def blank_image(self, adapter: ModelAdapter, grid: Grid) -> BlankImage | None:
         """An image of about (t, h, w) visual tokens; ``None``: the family has none that is made in code."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .base import ModelAdapter
 from .tiled import CutFamily, Run
@@ -32,6 +33,19 @@ class IdeficsFamily(CutFamily):
                 found.append((sum(end - start for start, end in tiles), _columns(ids, tiles, fake)))
                 tiles = []
         return found
+
+    def n_placeholders(self, adapter: ModelAdapter, kind: str, inputs: Mapping[str, Any]) -> int | None:
+        """Of all tiles, (batch, n_tiles, channels, height, width), but those that are 0: they fill a batch up.
+
+        transformers 5.17 takes the first tiles where there are more than placeholders, and says nothing.
+        """
+        pixels = inputs["pixel_values"]
+        if pixels.ndim != 5:
+            return None
+        vision, side = adapter.model.config.vision_config, self.patches_per_side(adapter.model)
+        height, width = (size // vision.patch_size // side for size in pixels.shape[-2:])
+        n_tiles = int((pixels != 0).flatten(2).any(dim=-1).sum())
+        return max(1, n_tiles) * height * width
 
 
 def _name(ids: Sequence[int], start: int, fake: int | None) -> Sequence[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models import ModelAdapter, n_tokens
+from ..models import ModelAdapter
 from .inputs import brings_images, images_of, parameters_of, remedy_of_later_images
 from .kept_features import size_names
 from .later_inputs import gives_all, input_ids_of
@@ -77,11 +77,10 @@ def _n_given(adapter: ModelAdapter, arguments: Mapping[str, Any], new: Tensor, t
     """How many placeholders of a kind, or of kinds that share it, pixels have; ``None``: their sizes do not tell."""
     kinds = [kind for kind in images_of(adapter, arguments) if adapter.modalities[kind].token_id == token_id]
     known = {**arguments, "input_ids": new}
-    found = [adapter.family.layouts(adapter, kind, known) for kind in kinds]
-    has_pixels = (arguments.get(adapter.modalities[kind].pixels) is not None for kind in kinds)
-    if any(own is None for own in found) or not all(has_pixels):
+    if any(arguments.get(adapter.modalities[kind].pixels) is None for kind in kinds):
         return None
-    return sum(n_tokens(layout) for own in found for layout in own or ())
+    found = [adapter.family.n_placeholders(adapter, kind, known) for kind in kinds]
+    return None if None in found else sum(n or 0 for n in found)
 
 
 @contextlib.contextmanager
