@@ -47,8 +47,9 @@ def test_without_processor_or_template():
 @pytest.mark.parametrize("engine", [False, True])
 @pytest.mark.parametrize(
     ("options", "reads"),
-    [({"selector": "span"}, True), ({"selector": "sparsevlm", "keep": 0.6}, True), ({"selector": "mmtok", "keep": 0.6}, True),
-     ({}, False), ({"keep": 0.6}, False), ({"selector": "sparsevlm", "keep": 1.0}, False)],
+    [({"selector": "span"}, True), ({"selector": "sparsevlm", "keep": 0.6}, True),
+     ({"selector": "mmtok", "keep": 0.6}, True), ({}, False), ({"keep": 0.6}, False),
+     ({"selector": "sparsevlm", "keep": 1.0}, False)],
 )  # fmt: skip
 def test_the_report_says_where_the_template_was_read_as_text(options, reads, engine):
     model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])

@@ -63,8 +63,8 @@ def apply_sparsevlm(
         adaptive selector decides, such as the default one; of others the rank of the attention.
     selector : str or object, optional
         A built-in method by name, or an object with ``select(context, n_keep)``. ``None``:
-        ``"span-features"``; ``"span"`` where ``target_layers`` or a ``schedule`` is given, ``"sparsevlm"`` under a preset
-        of the paper's settings.
+        ``"span-features"``; ``"span"`` where ``target_layers`` or a ``schedule`` is given, ``"sparsevlm"`` under a
+        preset of the paper's settings.
     config : SparseVLMConfig, optional
         All options at once, instead of single ones.
     processor : optional

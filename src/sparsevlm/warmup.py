@@ -75,7 +75,9 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool, is_free: b
     nobody knows what it will take of an image: long texts fill the capacities beside one of which nothing is dropped.
     """
     per_token = adapter.vision.patches_per_token
-    sizes = _free_sizes(most_visual) if is_free else _sizes(most_visual, reads_text)
+    sizes = _sizes(most_visual, reads_text)
+    if is_free:
+        sizes |= {(_TINY, rows - 1 - _TINY) for rows in capacities(most_visual + _TEXTS[-1])}
     covered = {row_capacity(per_token * _grid(n)[1] * _grid(n)[2]) for n, _ in sizes}
     for patches in capacities(per_token * most_visual):
         if patches not in covered and adapter.vision.program is not None:
@@ -96,7 +98,7 @@ def ladder(adapter: ModelAdapter, most_visual: int, reads_text: bool, is_free: b
 
 
 def _sizes(most_visual: int, reads_text: bool) -> set[tuple[int, int]]:
-    """Visual tokens and text of the requests, where the host knows how many tokens can go on."""
+    """Visual tokens and text of the requests."""
     sizes: set[tuple[int, int]] = set()
     before, few_texts = 0, (_TEXTS[0], _TEXTS[-1])
     for rows in capacities(most_visual + _TEXTS[-1]):
@@ -112,12 +114,6 @@ def _sizes(most_visual: int, reads_text: bool) -> set[tuple[int, int]]:
         if _TINY < rows <= row_capacity(_TINY + _TEXTS[-1]):  # of which nothing is dropped
             sizes.add((_TINY, rows - 1 - _TINY))
     return sizes
-
-
-def _free_sizes(most_visual: int) -> set[tuple[int, int]]:
-    """The same, where it does not: the segments by texts, and of images their largest."""
-    rows = capacities(most_visual + _TEXTS[-1])
-    return {(_TINY, n - 1 - _TINY) for n in rows} | {(most_visual, _TEXTS[0]), (most_visual, _TEXTS[-1])}
 
 
 def _grid(n_visual: int) -> Grid:

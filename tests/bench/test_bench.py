@@ -69,7 +69,9 @@ def test_rows():
     assert by["ours-engine", "total", "ms"]["selector"] == "span-features"
     for provider in ("ours", "ours-random", "ours-sparsevlm"):
         assert float(by[provider, "prefill", "ms"]["floor"]) < float(by["ours-dense", "prefill", "ms"]["floor"])
-        assert by[provider, "total", "ms"]["selector"] == provider.removeprefix("ours-").replace("ours", "span-features")
+        assert by[provider, "total", "ms"]["selector"] == provider.removeprefix("ours-").replace(
+            "ours", "span-features"
+        )
     vision = [by[provider, "vision", "ms"] for provider in ("ours-vision", "ours")]
     assert [row["vision_keep"] for row in vision] == ["0.5", "1.0"]
     assert float(vision[0]["floor"]) <= float(vision[1]["floor"])

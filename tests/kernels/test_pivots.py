@@ -159,8 +159,10 @@ def test_the_search_by_products_goes_on_when_all_is_spanned(rounds):
     ],
 )
 @pytest.mark.parametrize("share", [1e-3, 0.3, 0.8, 1e6])
-def test_picks_end_where_little_is_left(n, rank, most, tile, share, most_alone, monkeypatch, device):
-    """Within a block of sixteen, at its end, and behind it; of three samples each after another number."""
+@pytest.mark.parametrize("least", [0, 17])
+def test_picks_end_where_little_is_left(n, rank, most, tile, share, least, most_alone, monkeypatch, device):
+    """Within a block of sixteen, at its end, and behind it; of three samples each after another number. Where there
+    have to be more picks than it takes, they begin anew."""
     monkeypatch.setattr(module, "_MOST_ALONE", most_alone)
     monkeypatch.setattr(module, "_TILE", tile)
     monkeypatch.setattr(module, "_FEW", tile // 64)
@@ -168,8 +170,9 @@ def test_picks_end_where_little_is_left(n, rank, most, tile, share, most_alone, 
     rows[1, :, rank // 2 :] = 0.0
     gram = rows @ rows.mT
     enough = share * gram.diagonal(dim1=1, dim2=2).mean(dim=1) * torch.tensor([1.0, 0.5, 2.0], device=device)
-    order, counts = spanning_picks(gram, enough, most, NOISE)
-    wanted, how_many = spanning_picks_reference(gram, enough, most, NOISE)
+    ends = enough, torch.tensor([least, 0, 3], device=device), torch.tensor([most, most, most - 2], device=device)
+    order, counts = spanning_picks(gram, *ends, most, NOISE)
+    wanted, how_many = spanning_picks_reference(gram, *ends, most, NOISE)
     assert counts.tolist() == how_many.tolist()
     for one, other, count in zip(order, wanted, counts.tolist(), strict=True):
         assert torch.equal(one[:count], other[:count])

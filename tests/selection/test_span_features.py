@@ -10,6 +10,7 @@ from selector_contexts import make_context
 
 from sparsevlm import apply_sparsevlm
 from sparsevlm.config import SparseVLMConfig
+from sparsevlm.kernels.pivoted_cholesky import spanning_picks as spanning_picks_of_gram
 from sparsevlm.selection import greedy
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.decide import decide
@@ -38,15 +39,32 @@ def spanned_by_definition(rows, unexplained, most):
 
 def spanned(rows, unexplained, most):
     """The picks of one sample by the library's search."""
-    order, counts = spanning_picks(rows[None], torch.tensor([rows.shape[0]]), unexplained, most)
+    n, least, at_most = torch.tensor([[rows.shape[0]], [0], [most]])
+    order, counts = spanning_picks(rows[None], n, unexplained, least, at_most, most)
     return order[0, : counts[0]].tolist()
+
+
+def by_gram_if(gram, monkeypatch):
+    """Search by the products of all rows, as on a GPU."""
+    if gram:
+        monkeypatch.setattr(
+            greedy,
+            "dpp_order",
+            lambda rows, quality, n_keep, rounds, ends: _behind(
+                *spanning_picks_of_gram(rows @ rows.mT, *ends, n_keep, 1e-6)
+            ),
+        )
+
+
+def _behind(order, counts):
+    return order.masked_fill(torch.arange(order.shape[1]) >= counts[:, None], -1)
 
 
 @pytest.mark.parametrize("unexplained", [0.0, 0.02, 0.2, 0.6, 1.0])
 @pytest.mark.parametrize("rank", [1, 5, 12])
 @pytest.mark.parametrize("gram", [False, True])
 def test_picks_until_every_row_is_explained(rank, unexplained, gram, monkeypatch):
-    monkeypatch.setattr(greedy, "gram_pays", lambda rows: gram)
+    by_gram_if(gram, monkeypatch)
     torch.manual_seed(rank)
     rows = torch.randn(40, rank) @ torch.randn(rank, 12) * torch.logspace(0, -2, 40)[torch.randperm(40), None]
     for most in (3, 40):
@@ -63,7 +81,7 @@ def test_the_number_depends_on_no_scale(scale):
 
 @pytest.mark.parametrize("gram", [False, True])
 def test_rows_that_say_nothing_new_are_not_counted(gram, monkeypatch):
-    monkeypatch.setattr(greedy, "gram_pays", lambda rows: gram)
+    by_gram_if(gram, monkeypatch)
     torch.manual_seed(0)
     two = torch.randn(2, 16)
     assert len(spanned(torch.cat([two] * 20), 0.0, 40)) == 2
@@ -78,9 +96,12 @@ def test_samples_filled_up_are_as_alone(device):
     alone = [torch.randn(n, rank) @ torch.randn(rank, 24) for n, rank in ((400, 3), (310, 24), (90, 11))]
     sizes = torch.tensor([rows.shape[0] for rows in alone], device=device)
     padded = torch.nn.utils.rnn.pad_sequence(alone, batch_first=True).to(device)
-    order, counts = spanning_picks(padded, sizes, 0.3, 20)
+    least, most = torch.tensor([[0, 0, 15], [20, 18, 20]], device=device)
+    order, counts = spanning_picks(padded, sizes, 0.3, least, most, 20)
     found = [own[:count].tolist() for own, count in zip(order, counts.tolist(), strict=True)]
-    assert found == [spanned_by_definition(rows, 0.3, 20) for rows in alone]
+    wanted = [spanned_by_definition(rows, 0.3, n) for rows, n in zip(alone, (20, 18, 20), strict=True)]
+    assert found[:2] == wanted[:2]
+    assert (len(found[2]), found[2][: len(wanted[2])]) == (15, wanted[2])
 
 
 def test_the_choice_is_that_of_span_over_the_features():

@@ -23,7 +23,9 @@ Dtype = Annotated[
 ]
 Selector = Annotated[
     str | None,
-    typer.Option("--selector", help="Built-in method, such as span, sparsevlm or random.", show_default="span-features"),
+    typer.Option(
+        "--selector", help="Built-in method, such as span, sparsevlm or random.", show_default="span-features"
+    ),
 ]
 KEEP_HELP = (
     "Visual tokens averaged over the decoder layers: a fraction with a point (0.25), a number of tokens (64), or "

@@ -150,7 +150,9 @@ class _Page:
         changed = [self.keep.release, self.adaptive.input, self.first.input, self.second.input]
         gr.on(changed, self._prune_again, [self.asked, self.answers, *pruning], shown, **slow)
         self.second.change(self._show_second, [self.second], [self.columns[2].box], **common)
-        self.adaptive.change(lambda adaptive: gr.Slider(interactive=not adaptive), [self.adaptive], [self.keep], **common)
+        self.adaptive.change(
+            lambda adaptive: gr.Slider(interactive=not adaptive), [self.adaptive], [self.keep], **common
+        )
         self.file.change(self._look, [self.file], [self.picture, self.message], **common)
         drawn = [component for column in self.columns for component in (column.drawing, column.caption)]
         self.layer.change(

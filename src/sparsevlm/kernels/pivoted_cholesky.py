@@ -41,49 +41,52 @@ def pivoted_cholesky(
     return pivoted_cholesky_reference(gram, quality, n_keep, rounds, noise)
 
 
-def spanning_picks(gram: Tensor, enough: Tensor, most: int, noise: float) -> tuple[Tensor, Tensor]:
-    """The picks of :func:`pivoted_cholesky`, all of quality 1, until little is left of any row.
+def spanning_picks(
+    gram: Tensor, enough: Tensor, least: Tensor, most: Tensor, n_picks: int, noise: float
+) -> tuple[Tensor, Tensor]:
+    """The picks of :func:`pivoted_cholesky` in rounds, all of quality 1, until little is left of any row.
 
     Parameters
     ----------
     gram : Tensor of shape (batch, n, n), float32
     enough : Tensor of shape (batch,), float32
         Squared length that may be left of a row of each sample.
-    most : int
-        Picks at most, in [1, n].
+    least, most : Tensor of shape (batch,), int64
+        Picks of each sample at least and at most; ``most`` wins.
+    n_picks : int
+        No sample has more; in [1, n].
     noise : float
         Share of the squared length; a row of which less is left is explained, too.
 
     Returns
     -------
-    order : Tensor of shape (batch, most), int64
-        Behind the picks of a sample anything.
+    order : Tensor of shape (batch, n_picks), int64
+        Behind the picks of a sample any rows.
     counts : Tensor of shape (batch,), int64
         How many picks there are.
     """
     if use_triton(gram):
         from .triton.pivoted_cholesky import spanning_picks as triton_version
 
-        return triton_version(gram, enough, most, noise)
-    return spanning_picks_reference(gram, enough, most, noise)
+        return triton_version(gram, enough, least, most, n_picks, noise)
+    return spanning_picks_reference(gram, enough, least, most, n_picks, noise)
 
 
-def spanning_picks_reference(gram: Tensor, enough: Tensor, most: int, noise: float) -> tuple[Tensor, Tensor]:
+def spanning_picks_reference(
+    gram: Tensor, enough: Tensor, least: Tensor, most: Tensor, n_picks: int, noise: float
+) -> tuple[Tensor, Tensor]:
     """Reference in plain torch: of all picks, those of which there was more left."""
-    order = pivoted_cholesky_reference(gram, gram.new_ones(gram.shape[:2]), most, False, noise)
-    picked = gram.gather(1, order[..., None].expand(-1, -1, gram.shape[2])).gather(
-        2, order[:, None].expand(-1, most, -1)
-    )
-    lengths = gram.diagonal(dim1=1, dim2=2).gather(1, order)
-    counts = []
-    for own, length, limit in zip(picked, lengths, enough, strict=True):
-        left, n_picked = own.clone(), 0
-        while n_picked < most and left[n_picked, n_picked] > torch.maximum(limit, noise * length[n_picked]):
-            column = left[:, n_picked] / left[n_picked, n_picked].sqrt()
-            left = left - column[:, None] * column
-            n_picked += 1
-        counts.append(n_picked)
-    return order, enough.new_tensor(counts, dtype=torch.int64)
+    order = pivoted_cholesky_reference(gram, gram.new_ones(gram.shape[:2]), n_picks, True, noise)
+    picked = gram.gather(1, order[..., None].expand(-1, -1, gram.shape[2]))
+    left = picked.gather(2, order[:, None].expand(-1, n_picks, -1))
+    limits = torch.maximum(enough[:, None], noise * gram.diagonal(dim1=1, dim2=2).gather(1, order))
+    counts, is_open = torch.zeros_like(most), torch.ones_like(most, dtype=torch.bool)
+    for step in range(n_picks):
+        is_open = is_open & (left[:, step, step] > limits[:, step])
+        counts = counts + is_open
+        column = left[:, :, step] / left[:, step, step, None].clamp_min(1e-30).sqrt()
+        left = left - column[:, :, None] * column[:, None]
+    return order, torch.minimum(most, torch.maximum(counts, least))
 
 
 def pivoted_cholesky_reference(gram: Tensor, quality: Tensor, n_keep: int, rounds: bool, noise: float) -> Tensor:

@@ -123,8 +123,8 @@ def check_needs(adapter: ModelAdapter, traits: SelectorTraits) -> None:
     if adapter.vision.unreadable:
         raise NotImplementedError(
             f"selector {traits.name!r} needs {needs}, which is not read in the vision tower of a {adapter.name}: "
-            f"{adapter.vision.unreadable}. Choose a selector that does not look into the tower, such as 'span-features', "
-            "'sparsevlm' or 'cdpruner'."
+            f"{adapter.vision.unreadable}. Choose a selector that does not look into the tower, such as "
+            "'span-features', 'sparsevlm' or 'cdpruner'."
         )
     raise NotImplementedError(
         f"selector {traits.name!r} needs {needs}, which is read in blocks with full attention, and the vision tower of "

@@ -157,7 +157,8 @@ class Selector(Protocol):
     choice: ``order(states, valid, n_keep)``, see :class:`OrderedSelector`, and ``select_padded(context)``, see
     :class:`~sparsevlm.selection.padded.PaddedSelector`; for samples of at most ``most_padded`` (16384) visual
     tokens. One that runs before the decoder may be ``adaptive`` (``False``): without a budget ``n_keep`` is then
-    ``None``, it takes as many rows as it likes, and ``select_batch`` is given samples of any sizes together."""
+    ``None``, it takes as many rows as it likes, and ``select_batch`` is given samples of any sizes together; the engine
+    captures the choice of one that has a method ``adaptive_order``, see :class:`AdaptiveSelector`."""
 
     def select(self, context: SelectionContext, n_keep: int) -> Selection | Tensor:
         """Choose exactly ``n_keep`` of ``context.n_visual`` rows; bare sorted indices are a shorthand."""
@@ -189,6 +190,34 @@ class OrderedSelector(Selector, Protocol):
         ...
 
 
+@runtime_checkable
+class AdaptiveSelector(Selector, Protocol):
+    """A selector that says how many tokens go on, without waiting for any value of the device."""
+
+    def adaptive_order(self, states: Tensor, valid: Tensor, least: Tensor, most_least: int) -> tuple[Tensor, Tensor]:
+        """Rows in the order in which they are picked, and how many go on.
+
+        Parameters
+        ----------
+        states : Tensor of shape (n_samples, n_visual, hidden_size)
+            May be overwritten.
+        valid : Tensor of shape (n_samples, n_visual), bool
+            False for rows that only fill a sample up; to be picked last.
+        least : Tensor of shape (n_samples,), int64
+            Rows of each sample that go on at least, of the valid ones.
+        most_least : int
+            No sample's ``least`` is above it.
+
+        Returns
+        -------
+        order : Tensor of shape (n_samples, n_picks), int64
+            Behind the rows of a sample that go on anything.
+        counts : Tensor of shape (n_samples,), int64
+            At most ``n_picks``.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class SelectorTraits:
     """The declared attributes of a selector, checked."""
@@ -205,6 +234,7 @@ class SelectorTraits:
     padded: bool
     most_padded: int
     adaptive: bool
+    counts_on_device: bool
 
     @classmethod
     def of(cls, selector: Any) -> SelectorTraits:
@@ -250,8 +280,10 @@ class SelectorTraits:
                 f"selector {name!r} is adaptive and runs at {placement!r}: without a budget the rank decides there. "
                 f"Only one with placement = {BEFORE_DECODER!r} may choose how many tokens go on."
             )
+        on_device = adaptive and not needs and _has_method(type(selector), "adaptive_order")
         return cls(
-            str(name), placement, needs, schedule, recycles, draws, reads, batched, ordered, padded, most, adaptive
+            *(str(name), placement, needs, schedule, recycles, draws, reads),
+            *(batched, ordered, padded, most, adaptive, on_device),
         )
 
 

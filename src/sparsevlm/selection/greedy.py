@@ -108,7 +108,13 @@ def gram_pays(rows: Tensor) -> bool:
     return rows.is_cuda and rows.shape[-2] <= 2 * rows.shape[-1]
 
 
-def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False, enough: Tensor | None = None) -> Tensor:
+def dpp_order(
+    rows: Tensor,
+    quality: Tensor,
+    n_keep: int,
+    rounds: bool = False,
+    ends: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
     """Greedy MAP of the determinantal point process with kernel ``L = diag(r) · X Xᵀ · diag(r)``.
 
     ``det L_{S+i} / det L_S = r_i² δ_i``, where δ_i is what the picked directions leave of x_i: its squared distance
@@ -128,9 +134,9 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False, 
     rounds : bool
         Once the picks span every token, go on as if none had been picked: what is left of the longest rows comes
         first again, copies of earlier picks among them.
-    enough : Tensor of shape (...,), float32, optional
-        Squared length: the picks end, with -1 behind them, where no row has more left. Without ``rounds``; each pick
-        waits for the device.
+    ends : tuple of Tensor of shape (...,), optional
+        As ``enough``, ``least`` and ``most`` of :func:`~sparsevlm.kernels.pivoted_cholesky.spanning_picks`: the picks
+        end where no row has more left than ``enough``, with -1 behind them. Each pick waits for the device.
 
     Returns
     -------
@@ -140,7 +146,7 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False, 
     """
     if rows.ndim > 2 and rows.device.type == "cpu":  # where batched products of one vector each are the slower way
         alone = [
-            dpp_order(own, rated, n_keep, rounds, None if enough is None else enough[b])
+            dpp_order(own, rated, n_keep, rounds, None if ends is None else (ends[0][b], ends[1][b], ends[2][b]))
             for b, (own, rated) in enumerate(zip(rows, quality, strict=True))
         ]
         return torch.stack(alone)
@@ -148,22 +154,20 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False, 
     batch, size = rows.shape[:-2], rows.shape[-1]
     basis, in_round = rows.new_zeros((*batch, n_keep, size)), rows.new_ones((*batch, 1, n_keep))
     picks = _Picks(rows, n_keep)
+    stops = length.new_full(batch, n_keep, dtype=torch.int64) if ends is None else ends[2]
     for step in range(n_keep):
         spanned = residual <= _NOISE * length
+        if ends is not None:
+            is_over = residual.masked_fill(picks.taken | spanned, 0.0).amax(dim=-1) <= ends[0]
+            stops = torch.where(is_over, torch.minimum(stops, ends[1].clamp_min(step)), stops)
+            if bool((stops <= step).all()):
+                break
         if rounds:
             over = (spanned | picks.taken).all(dim=-1, keepdim=True)
             residual = torch.where(over, length, residual)
             in_round[..., :step].masked_fill_(over.unsqueeze(-1), 0.0)
             spanned = residual <= _NOISE * length
-        ended = None
-        if enough is not None:
-            ended = residual.masked_fill(picks.taken | spanned, 0.0).amax(dim=-1) <= enough
-            if bool(ended.all()):
-                picks.order[..., step:] = -1
-                break
         pick = picks.take(step, torch.where(spanned, quality - 2.0, quality.square() * residual))
-        if ended is not None:
-            picks.order[..., step].masked_fill_(ended, -1)
         direction = rows.gather(-2, pick.unsqueeze(-1).expand(*batch, 1, size))
         earlier = basis[..., :step, :]
         for _ in range(2):  # once leaves rounding errors in the direction of earlier picks
@@ -171,6 +175,8 @@ def dpp_order(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool = False, 
         direction /= direction.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         basis[..., step : step + 1, :] = direction.masked_fill(spanned.gather(-1, pick).unsqueeze(-1), 0.0)
         residual = residual - (rows @ basis[..., step, :, None]).squeeze(-1).square()
+    if ends is not None:
+        picks.order.masked_fill_(torch.arange(n_keep, device=rows.device) >= stops.unsqueeze(-1), -1)
     return picks.order
 
 
@@ -197,34 +203,39 @@ def dpp_order_by_gram(
     return together.reshape(*rows.shape[:-2], n_keep)
 
 
-def spanning_picks(rows: Tensor, n_valid: Tensor, unexplained: float, most: int) -> tuple[Tensor, Tensor]:
-    """The picks of :func:`dpp_order`, all of quality 1, until little is left of any row.
+def spanning_picks(
+    rows: Tensor, n_valid: Tensor, unexplained: float, least: Tensor, most: Tensor, n_picks: int
+) -> tuple[Tensor, Tensor]:
+    """The picks of :func:`dpp_order` in rounds, all of quality 1, until little is left of any row.
+
+    On a GPU without waiting for it, as long as the products of all rows fit in memory.
 
     Parameters
     ----------
     rows : Tensor of shape (batch, n, size), float32
-    n_valid : Tensor of shape (batch,)
+    n_valid : Tensor of shape (batch,), int64
         Rows of each sample; those that fill it up are 0.
     unexplained : float
         Squared length that may be left of a row, relative to the mean of the sample's rows.
-    most : int
-        Picks at most, in [1, n].
+    least, most : Tensor of shape (batch,), int64
+        Picks of each sample at least and at most; ``most`` wins.
+    n_picks : int
+        No sample has more; in [1, n].
 
     Returns
     -------
-    order : Tensor of shape (batch, most), int64
+    order : Tensor of shape (batch, n_picks), int64
         Behind the picks of a sample anything.
     counts : Tensor of shape (batch,), int64
         How many picks there are.
     """
-    total = torch.linalg.vector_norm(rows, dim=-1).square().sum(dim=-1)
+    total, n_pairs = torch.linalg.vector_norm(rows, dim=-1).square().sum(dim=-1), rows.shape[1] ** 2
     enough = max(unexplained, _NOISE) * total / n_valid.clamp_min(1)
-    n_pairs = rows.shape[1] ** 2
-    if not gram_pays(rows) or n_pairs > _MAX_GRAM_ELEMENTS:
-        order = dpp_order(rows, rows.new_ones(rows.shape[:2]), most, enough=enough)
+    if not rows.is_cuda or n_pairs > _MAX_GRAM_ELEMENTS:
+        order = dpp_order(rows, rows.new_ones(rows.shape[:2]), n_picks, True, (enough, least, most))
         return order, (order >= 0).sum(dim=-1)
     parts = [
-        spanning_picks_of_gram(gram_matrix(rows[some]), enough[some], most, _NOISE)
+        spanning_picks_of_gram(gram_matrix(rows[some]), enough[some], least[some], most[some], n_picks, _NOISE)
         for some in _samples_at_once(rows.shape[0], n_pairs, _MAX_GRAM_ELEMENTS)
     ]
     orders, counts = zip(*parts, strict=True)

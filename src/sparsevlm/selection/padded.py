@@ -16,7 +16,7 @@ from ..config import SparseVLMConfig
 from ..kernels.places import first_picks
 from ..kernels.rank_counts import RankRule, rank_counts
 from .context import Selection, SelectionContext, Selector
-from .image_floor import choose_by_order
+from .image_floor import choose_by_order, count_per_image
 from .selector_calls import call_selector, recorded_alike
 from .similarity import finite
 
@@ -224,6 +224,43 @@ def select_padded(
         return PaddedSelection(is_kept)
     recycled = None if found.is_recycled is None else found.is_recycled & ~keeps_all
     return PaddedSelection(is_kept, found.merge_target.masked_fill(keeps_all, -1), found.weight, recycled)
+
+
+def select_freely(
+    selector: Any,
+    context: PaddedContext,
+    image_idx: Tensor,
+    min_keep: Tensor,
+    n_images: int,
+    layer: int,
+) -> tuple[PaddedSelection, Tensor]:
+    """Selection of an adaptive selector that waits for nothing, and how many tokens of each sample it takes.
+
+    Parameters
+    ----------
+    selector : AdaptiveSelector
+    context : PaddedContext
+        Its ``n_keep`` and ``most_kept`` say nothing.
+    image_idx, min_keep, n_images, layer :
+        As of :func:`select_padded`.
+
+    Returns
+    -------
+    selection : PaddedSelection
+    n_keep : Tensor of shape (batch,), int64
+    """
+    valid, config = context.valid, context.config
+    least, most_least = context.n_visual.clamp_max(config.min_keep), config.min_keep
+    if n_images:
+        floors = torch.minimum(count_per_image(image_idx, valid, n_images), min_keep[:, None]).sum(dim=1)
+        least, most_least = torch.maximum(least, floors), max(most_least, n_images * config.min_keep_per_image)
+    states = context.hidden_states
+    order, n_keep = call_selector(
+        selector, layer, lambda _: selector.adaptive_order(states, valid, least, most_least), ()
+    )
+    if n_images:
+        return PaddedSelection(choose_by_order(order, image_idx, valid, n_keep, min_keep, n_images)), n_keep
+    return PaddedSelection(first_picks(order, n_keep, valid)), n_keep
 
 
 def _takes_counts(kind: Any) -> bool:

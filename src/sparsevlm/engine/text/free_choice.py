@@ -1,7 +1,6 @@
-"""The choice before the decoder of a selector that says itself how many tokens it takes.
+"""The choice before the decoder of a selector that says itself how many tokens it takes, and that is not captured.
 
-The host has to know the number before it can tell what runs next. So it waits once, for the choice itself, and the
-prompt is then laid out as if the other tokens had never been there.
+The host waits for the choice itself, and the prompt is then laid out as if the other tokens had never been there.
 """
 
 from __future__ import annotations
@@ -16,11 +15,6 @@ from ...request.step import Readout, prune_step
 from ..call import Prompt
 from ..cuda_graphs import to_device
 from ..vision.program import VisionOutput
-
-
-def is_free(request: Request) -> bool:
-    """Tells whether an adaptive selector is asked without a budget."""
-    return request.traits.adaptive and any(sample.plan is None for sample in request.samples)
 
 
 def choose_freely(adapter: ModelAdapter, request: Request, prompt: Prompt, seen: VisionOutput) -> VisionOutput:

@@ -22,11 +22,11 @@ from ..fused_weights import FusedWeights
 from ..vision.program import VisionOutput
 from .decode_graph import DecodeGraphs
 from .embed import PromptPrograms
-from .free_choice import choose_freely, is_free
+from .free_choice import choose_freely
 from .prune_program import PrunePrograms, PruneShape, PruneStep, visual_capacity
 from .readout import read
 from .segments import Segment, Segments
-from .stages import Choice, TokenCounts, chooses_on_device, record, text_capacity, text_read
+from .stages import Choice, TokenCounts, chooses_on_device, is_free, record, text_capacity, text_read
 from .workspace import NO_ROOM, PromptInputs, PromptShape, Room, Workspace, n_integers
 
 # Room for text that is read, of every prompt at least: it is copied, but nothing is computed with it.
@@ -153,15 +153,17 @@ class Prefill:
         Tensor of shape (batch, vocab_size)
             Logits of every sample's last row; overwritten by the next call.
         """
-        has_chosen = is_free(request)
+        is_on_device = chooses_on_device(request, self._adapter)
+        has_chosen = is_free(request) and not is_on_device
         if has_chosen:
             seen = choose_freely(self._adapter, request, prompt, seen)
         features, vision, packed = seen.tokens, seen.rows, PackedRows.of(request)
-        is_on_device = not has_chosen and chooses_on_device(request, self._adapter)
         counts = TokenCounts.of(request) if is_on_device else None
         shape = _shape(request, packed, counts is not None)
         by_stage = [shape.rows] if counts is None else _rows_by_stage(request, shape, counts)
-        by_layer = None if counts is None else counts.by_layer(by_stage, self._adapter.n_layers)
+        by_layer = None
+        if counts is not None and not counts.is_free:
+            by_layer = counts.by_layer(by_stage, self._adapter.n_layers)
         space = self.make_room(max(shape.rows, features.shape[0]), shape.batch, by_layer)
         assert self.prompts is not None
         integers = torch.zeros(n_integers(shape, space.n_axes), dtype=torch.int64, pin_memory=space.integers.is_cuda)
@@ -187,7 +189,8 @@ class Prefill:
         return logits[: request.batch]
 
     def _on_device(self, request: Request, shape: PromptShape, counts: TokenCounts, by_stage: list[int]) -> Tensor:
-        """Choices wait for nothing; ``by_stage`` are the capacities of rows."""
+        """Choices wait for nothing but, where the selector says how many tokens go on, for that number; ``by_stage``
+        are the capacities of rows."""
         assert self.segments is not None
         assert self.prune_programs is not None
         assert self.space is not None
@@ -208,12 +211,17 @@ class Prefill:
             if stop > first:
                 logits = self.segments.run(_segment((first, stop), rows, shape.batch, most, n_filled, is_read))
             if stop < n_layers:
-                most_left = counts.most[stage + 1]
+                most_left = n_visual if counts.is_free else max(counts.most[stage + 1])
                 room = min(power_of_two(rows), self.space.room.rows)
-                prune = PruneShape.of(room, shape.batch, n_visual, max(most_left), n_text, request, counts.by_rank)
+                prune = PruneShape.of(room, shape.batch, n_visual, most_left, n_text, request, counts.by_rank)
                 scaling = self._weights.blocks[stop - 1].scaling if stop else 0.0
-                step = PruneStep.of(request, prune, stop - 1, scaling, counts.by_rank, len(self.space.late))
+                step = PruneStep.of(request, prune, stop - 1, scaling, counts, len(self.space.late))
                 packed.append((self.prune_programs.run(request.selector, step, stop - 1).clone(), prune.n_keep))
+                if counts.is_free:
+                    packed[-1] = packed[-1][0].cpu(), prune.n_keep
+                    choice = Choice.of(packed[-1][0], shape.batch, prune.n_keep, n_text)
+                    counts = counts.told(choice.n_visual[: request.batch].tolist())
+                    by_stage = _rows_by_stage(request, shape, counts)
                 first, n_visual = stop, prune.n_keep
         bytes_per_row = self.space.bytes_per_row
 

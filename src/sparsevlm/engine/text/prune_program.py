@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -20,12 +21,13 @@ from ...selection.padded import (
     PaddedContext,
     PaddedSelection,
     rank_adaptive_counts,
+    select_freely,
     select_padded,
 )
 from ..capacities import power_of_two, row_capacity
 from ..cuda_graphs import GraphPool, LRUCache
 from .readout import PaddedReadout, read_padded
-from .stages import Choice, most_by_rank
+from .stages import Choice, TokenCounts, most_by_rank
 from .workspace import Workspace
 
 _MOST_GRAPHS = 512
@@ -95,6 +97,8 @@ class PruneStep:
         First layer behind it whose output gets visual features.
     config : SparseVLMConfig
         What belongs to one request alone has its default.
+    is_free : bool
+        Whether an adaptive selector decides the counts.
     """
 
     shape: PruneShape
@@ -105,18 +109,20 @@ class PruneStep:
     recycles: bool
     first_late: int
     config: SparseVLMConfig
+    is_free: bool = False
 
     @classmethod
     def of(
-        cls, request: Request, shape: PruneShape, target: int, scaling: float, by_rank: bool, n_late: int
+        cls, request: Request, shape: PruneShape, target: int, scaling: float, counts: TokenCounts, n_late: int
     ) -> PruneStep:
         """Of a target layer of a request (-1: before the decoder) in a model whose first ``n_late`` layers get visual
         features."""
         first_late = min(target + 1, n_late)
-        needs, traits = request.traits.needs, request.traits
-        if not (needs or by_rank or traits.padded):  # one program for all options
+        needs, traits, by_rank, is_free = request.traits.needs, request.traits, counts.by_rank, counts.is_free
+        if not (needs or by_rank or is_free or traits.padded):  # one program for all options
             return cls(shape, False, 0.0, needs, False, False, first_late, _NO_OPTIONS)
-        return cls(shape, target < 0, scaling, needs, by_rank, traits.recycles, first_late, request.config.shared)
+        config = request.config.shared
+        return cls(shape, target < 0, scaling, needs, by_rank, traits.recycles, first_late, config, is_free)
 
 
 def run_prune_step(space: Workspace, selector: Any, step: PruneStep, target: int) -> Tensor:
@@ -136,7 +142,12 @@ def run_prune_step(space: Workspace, selector: Any, step: PruneStep, target: int
             space.is_faulty |= ~readout.is_finite(valid)
         context, ranks = _context(space, step, states, valid, n_visual, readout)
         floors = space.min_keep_per_image[:batch]
-        selection = select_padded(selector, context, packed.image_idx, floors, shape.n_images, target)
+        given = (selector, context, packed.image_idx, floors, shape.n_images, target)
+        if step.is_free:
+            selection, n_keep = select_freely(*given)
+            context = dataclasses.replace(context, n_keep=n_keep)
+        else:
+            selection = select_padded(*given)
     late = [(plane, plane[packed.visual_rows]) for plane in space.late[step.first_late :]]
     chosen = close_up(packed, selection.is_kept, context.n_keep, shape.n_keep)
     for plane, features in late:

@@ -32,18 +32,22 @@ class TokenCounts:
     most, least : list of list of int
         Equal where a budget is fixed; where the rank decides, it is at most the number of raters, and not below 0.
     by_rank : bool
+    is_free : bool
+        Whether an adaptive selector decides: ``most`` are all until the device has told (:meth:`told`).
     """
 
     targets: tuple[int, ...]
     most: list[list[int]]
     least: list[list[int]]
     by_rank: bool
+    is_free: bool = False
 
     @classmethod
     def of(cls, request: Request) -> TokenCounts:
         """Of a request whose samples are on the host."""
         targets: list[int] = []
-        by_rank = any(sample.plan is None for sample in request.samples)
+        chooses_freely = is_free(request)
+        by_rank = not chooses_freely and any(sample.plan is None for sample in request.samples)
         most = [[sample.alive.shape[0] for sample in request.samples]]
         least = [list(most[0])]
         for stage, target in enumerate(request.target_layers):
@@ -57,7 +61,12 @@ class TokenCounts:
                 targets.append(target)
                 least.append(lows)
                 most.append(highs)
-        return cls(tuple(targets), most, least, by_rank)
+        return cls(tuple(targets), most, least, by_rank, chooses_freely)
+
+    def told(self, n_visual: list[int]) -> TokenCounts:
+        """The same, where the device has told how many tokens of each sample leave the only target."""
+        most, least = [self.most[0], n_visual], [self.least[0], n_visual]
+        return TokenCounts(self.targets, most, least, self.by_rank, self.is_free)
 
     def by_layer(self, by_stage: Sequence[int], n_layers: int) -> tuple[int, ...]:
         """For each layer what belongs to its stage."""
@@ -76,6 +85,8 @@ def _bounds(request: Request, sample: Sample, stage: int, low: int, high: int) -
         n_keep = sample.plan.counts[stage]
         left = high if nothing_to_drop(high, n_keep, config.min_keep) is not None else n_keep
         return left, left
+    if is_free(request):
+        return min(low, config.min_keep), high
     return _by_rank(request, low, 0)[0], most_by_rank(request, high, sample.rater_candidates.shape[0])
 
 
@@ -110,10 +121,17 @@ def text_read(request: Request, sample: Sample) -> Tensor:
     return sample.text if "text_features" in request.traits.needs else sample.rater_candidates
 
 
+def is_free(request: Request) -> bool:
+    """Tells whether an adaptive selector is asked without a budget."""
+    return request.traits.adaptive and any(sample.plan is None for sample in request.samples)
+
+
 def chooses_on_device(request: Request, adapter: ModelAdapter) -> bool:
     """Tells whether neither counts nor choices of a request wait for the device."""
     config, traits = request.config, request.traits
     most = max(sample.alive.shape[0] for sample in request.samples)
+    if is_free(request):
+        return traits.counts_on_device and most <= traits.most_padded
     if not (traits.ordered or traits.padded) or most > traits.most_padded or len(request.target_layers) > MOST_STAGES:
         return False
     has_floors = config.min_keep_per_image > 0 and any(len(sample.image_sizes) > 1 for sample in request.samples)
@@ -182,19 +200,22 @@ def record(request: Request, counts: TokenCounts, choices: Sequence[Choice], n_l
         choice = choices[counts.targets.index(target)] if target in counts.targets else None
         keeps_all = request.keeps_all(target)
         for b, sample in enumerate(request.samples):
-            _record_stage(request, b, target, choice, first[b])
+            _record_stage(request, b, target, choice, first[b], counts.is_free)
             if choice is not None and not keeps_all and reads_text(request) and sample.stages[-1].n_in:
                 is_rater = choice.is_rater[b, : sample.rater_candidates.shape[0]].bool()
                 sample.stages[-1].raters = sample.rater_candidates[is_rater]
         target = next(targets, None)
 
 
-def _record_stage(request: Request, b: int, target: int, choice: Choice | None, first: Tensor) -> None:
+def _record_stage(request: Request, b: int, target: int, choice: Choice | None, first: Tensor, is_free: bool) -> None:
     """Record what was decided of one sample at one target, and leave out what does not go on."""
     config, sample = request.config, request.samples[b]
     n_in, rank = sample.alive.shape[0], None
     n_keep = None if sample.plan is None else sample.plan.counts[request.target_layers.index(target)]
     skipped = nothing_to_drop(n_in, n_keep, config.min_keep)
+    if skipped is None and n_keep is None and is_free:
+        assert choice is not None  # of the only target
+        n_keep = int(choice.n_visual[b])
     if skipped is None and n_keep is None:
         assert choice is not None  # of a target that may drop something
         rank = int(choice.ranks[b])

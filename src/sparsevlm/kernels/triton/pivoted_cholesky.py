@@ -81,14 +81,14 @@ def _column_of(
 @triton.jit(do_not_specialize=["first", "stop", "n_keep", "n_programs", "n_own"])
 def _pick_block(
     gram_ptr, work_ptr, quality_ptr, factor_ptr, residual_ptr, left_ptr, state_ptr, order_ptr, slots_ptr, counts_ptr,
-    enough_ptr, first, stop, n, n_keep, width, n_programs, n_own,
+    enough_ptr, least_ptr, first, stop, n, n_keep, width, n_programs, n_own,
     ROUNDS: tl.constexpr, NOISE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, PROGRAMS: tl.constexpr,
     COUNTED: tl.constexpr, ENDS: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
     """Picks ``first`` to ``stop - 1``; ``work_ptr`` are the products without what earlier blocks have picked.
 
     With ``ENDS`` a sample's picks end, and their number is written down, where no row has more left than ``enough_ptr``
-    says."""
+    says, but with ``least_ptr`` picks at least."""
     program, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     gram, work, factor = gram_ptr + sample * n * n, work_ptr + sample * n * n, factor_ptr + sample * n * width
     rows = program * n_own + tl.arange(0, ROWS)
@@ -97,11 +97,10 @@ def _pick_block(
     length = tl.load(gram + long_rows * n + rows, mask=inside, other=0.0)
     quality = tl.load(quality_ptr + sample * n + rows, mask=inside, other=0.0)
     tag = tl.load(state_ptr + sample * 2)
+    step, start, anew, base, total = tag * 0 + first, tag * 0, tag * 0, work, tag * 0 + n_keep
     if COUNTED:
-        stop = tl.minimum(stop, tl.load(counts_ptr + sample).to(tl.int32))
-    step, start, anew, base, asked, enough = tag * 0 + first, tag * 0, tag * 0, work, stop, 0.0
-    if ENDS:
-        enough = tl.load(enough_ptr + sample)
+        total = tl.load(counts_ptr + sample).to(tl.int32)
+    stop = tl.minimum(stop, total)
     goes_on = tl.full([ROWS], 0, tl.int32) + step > 0
     before = tl.load(left_ptr + sample * n + rows, mask=inside & goes_on, other=0.0)
     free = inside & (before >= 0.0)
@@ -113,16 +112,17 @@ def _pick_block(
         pick, left, best = _agree(
             gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others, ALONE
         )  # fmt: skip
-        if (best < 0) & ROUNDS:  # the picks so far span all that is left: go on as if none had been picked
-            residual, start, anew, base = length, step - first, tag * 0 + 1, gram
-            gain = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
-            tag += 1
-            pick, left, best = _agree(
-                gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others, ALONE
-            )  # fmt: skip
-        if ENDS and ((best < 0) | (left <= enough)):
-            stop = step
-        else:
+        if ENDS and ((best < 0) | (left <= tl.load(enough_ptr + sample))):
+            total = tl.minimum(total, tl.maximum(step, tl.load(least_ptr + sample).to(tl.int32)))
+            stop = tl.minimum(stop, total)
+        if step < stop:
+            if (best < 0) & ROUNDS:  # the picks so far span all that is left: go on as if none had been picked
+                residual, start, anew, base = length, step - first, tag * 0 + 1, gram
+                gain = tl.where(length <= 0.0, quality - 2.0, quality * quality * length)
+                tag += 1
+                pick, left, best = _agree(
+                    gain, residual, free, rows, inside, n, tag, residual_ptr, slots_ptr, n_programs, others, ALONE
+                )  # fmt: skip
             pick_length = tl.load(gram + pick * n + pick)
             column = _column_of(
                 pick, base + pick * n, factor, rows, inside, tile, start, step - first, width, ROWS, CHUNK
@@ -136,8 +136,8 @@ def _pick_block(
             if program == 0:
                 tl.store(order_ptr + sample * n_keep + step, pick)
             step += 1
-    if ENDS and stop < asked and program == 0:
-        tl.store(counts_ptr + sample, stop.to(tl.int64))
+    if ENDS and program == 0:
+        tl.store(counts_ptr + sample, total.to(tl.int64))
     tl.store(left_ptr + sample * n + rows, tl.where(free, tl.maximum(residual, 0.0), -1.0), mask=inside)
     # What was picked before all began anew counts no more.
     stale = inside[:, None] & (columns < start)[None, :]
@@ -165,10 +165,12 @@ def pivoted_cholesky(
     return _picks(gram, quality.float(), n_keep, counts, None, rounds, noise)
 
 
-def spanning_picks(gram: Tensor, enough: Tensor, most: int, noise: float) -> tuple[Tensor, Tensor]:
+def spanning_picks(
+    gram: Tensor, enough: Tensor, least: Tensor, most: Tensor, n_picks: int, noise: float
+) -> tuple[Tensor, Tensor]:
     """See :func:`sparsevlm.kernels.pivoted_cholesky.spanning_picks`."""
-    quality, counts = gram.new_ones(gram.shape[:2]), torch.full_like(enough, most, dtype=torch.int64)
-    return _picks(gram, quality, most, counts, enough.contiguous(), False, noise), counts
+    counts, ends = most.clone(), (enough.contiguous(), least.contiguous())
+    return _picks(gram, gram.new_ones(gram.shape[:2]), n_picks, counts, ends, True, noise), counts
 
 
 def _picks(
@@ -176,7 +178,7 @@ def _picks(
     quality: Tensor,
     n_keep: int,
     counts: Tensor | None,
-    enough: Tensor | None,
+    ends: tuple[Tensor, Tensor] | None,
     rounds: bool,
     noise: float,
 ) -> Tensor:
@@ -188,8 +190,9 @@ def _picks(
     for first in range(0, batch, at_once):
         some = slice(first, min(batch, first + at_once))
         with torch.cuda.device_of(gram):  # hooks ask from whatever device is current
-            stops, ends = (None if one is None else one[some] for one in (counts, enough))
-            _launch(gram[some], quality[some], order[some], stops, ends, at_once, rounds, noise)
+            stops = None if counts is None else counts[some]
+            own_ends = None if ends is None else (ends[0][some], ends[1][some])
+            _launch(gram[some], quality[some], order[some], stops, own_ends, at_once, rounds, noise)
     return order
 
 
@@ -198,7 +201,7 @@ def _launch(
     quality: Tensor,
     order: Tensor,
     counts: Tensor | None,
-    enough: Tensor | None,
+    ends: tuple[Tensor, Tensor] | None,
     at_once: int,
     rounds: bool,
     noise: float,
@@ -223,9 +226,9 @@ def _launch(
             torch.baddbmm(gram if first == width else work, factor, factor.mT, alpha=-1.0, out=work)
         _pick_block[(n_programs, batch)](
             gram, work if first else gram, quality, factor, residual, left, state, order, slots,
-            slots if counts is None else counts, quality if enough is None else enough,
+            slots if counts is None else counts, *(ends or (quality, slots)),
             first, min(first + width, n_keep), n, n_keep, width, n_programs, n_own,
-            rounds, noise, n_rows, chunk, MOST_PROGRAMS, counts is not None, enough is not None, n <= _MOST_ALONE,
+            rounds, noise, n_rows, chunk, MOST_PROGRAMS, counts is not None, ends is not None, n <= _MOST_ALONE,
             num_warps=_WARPS,
             launch_cooperative_grid=True,
         )  # fmt: skip

@@ -50,16 +50,20 @@ class SpanFeaturesSelector(SpanSelector):
         check_unit_interval("most", self.most)
 
     def select_batch(self, contexts: Sequence[SelectionContext], n_keep: int | None) -> Sequence[Tensor]:
-        """As span's; without a budget, as many rows of each sample as explain the others, at most the share ``most``
-        of all."""
+        """As span's; without a budget, as many rows of each sample as explain the others."""
         if n_keep is not None:
             return super().select_batch(contexts, n_keep)
         states = pad_sequence([context.hidden_states.detach() for context in contexts], batch_first=True).float()
         sizes = torch.tensor([context.n_visual for context in contexts], device=states.device)
-        most = [int(self.most * context.n_visual) for context in contexts]
-        centred = centre(states, torch.arange(states.shape[1], device=states.device) < sizes[:, None])
-        order, counts = spanning_picks(centred, sizes, self.unexplained, max(1, *most))
-        return [
-            own[: min(count, at_most)].sort().values
-            for own, count, at_most in zip(order, counts.tolist(), most, strict=True)
-        ]
+        least = contexts[0].config.min_keep
+        order, counts = self.adaptive_order(
+            states, torch.arange(states.shape[1], device=states.device) < sizes[:, None], sizes.clamp_max(least), least
+        )
+        return [own[:count].sort().values for own, count in zip(order, counts.tolist(), strict=True)]
+
+    def adaptive_order(self, states: Tensor, valid: Tensor, least: Tensor, most_least: int) -> tuple[Tensor, Tensor]:
+        """The search itself: see :class:`~sparsevlm.selection.context.AdaptiveSelector`."""
+        n_valid, n = valid.sum(dim=1), states.shape[1]
+        most = torch.maximum((n_valid * self.most).long(), least)
+        n_picks = min(n, max(1, int(n * self.most), most_least))
+        return spanning_picks(centre(states, valid), n_valid, self.unexplained, least, most, n_picks)
