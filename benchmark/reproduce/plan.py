@@ -9,7 +9,7 @@ from sparsevlm.config import PRESETS, SparseVLMConfig
 from sparsevlm.evaluation.settings import DENSE, DOWNSAMPLE
 from sparsevlm.selection.budget import layer_tokens, plan_budget, plan_schedule
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
-from sparsevlm.selection.selectors import SELECTORS, make_selector
+from sparsevlm.selection.selectors import DEFAULT, SELECTORS, make_selector
 
 INPUTS, OUTPUTS = "inputs", "outputs"
 PAPER = "sparsevlm-paper"
@@ -46,14 +46,14 @@ TABLES = {
         256,
         (128, 96, 64),
         INPUTS,
-        ("sparsevlm", "span", "random", DOWNSAMPLE),
+        ("sparsevlm", DEFAULT, "random", DOWNSAMPLE),
         ("mme", "textvqa_val", "pope", "gqa", "docvqa_val", "chartqa"),
     ),
     "paper": Table(
         576,
         ("paper-192", "paper-128", "paper-64", 192, 128, 64),
         OUTPUTS,
-        (PAPER, "span", "random", DOWNSAMPLE),
+        (PAPER, DEFAULT, "random", DOWNSAMPLE),
         ("mme", "pope", "gqa", "textvqa_val", "scienceqa_img", "mmbench_en_dev_static", "vizwiz_vqa_val"),
     ),
 }

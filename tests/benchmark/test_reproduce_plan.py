@@ -38,7 +38,7 @@ def test_the_budgets_of_the_specification():
     assert list(found)[:4] == ["dense", "sparsevlm_128", "sparsevlm_96", "sparsevlm_64"]
     assert len(found) == 1 + 4 * 3
     assert found["dense"] == "keep=dense"
-    assert found["span_64"] == "selector=span,keep=64"
+    assert found["span-features_64"] == "selector=span-features,keep=64"
     assert found["downsample_96"] == "selector=downsample,keep=96"
     assert arguments("spec", counted="outputs", selectors=["sparsevlm"]) == {
         "dense": "keep=dense",

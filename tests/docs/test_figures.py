@@ -9,7 +9,7 @@ import pytest
 from documents import DOCUMENTS, ROOT, prose, read
 
 from sparsevlm.material.grounds import GROUNDS
-from sparsevlm.selection.selectors import SELECTORS
+from sparsevlm.selection.selectors import DEFAULT, SELECTORS
 
 
 @pytest.fixture
@@ -117,11 +117,11 @@ def test_the_strongest_published_methods_stand_beside_ours(tables):
     later = {"priortr", "span-prior", "span-features"}  # than that run, as the pages say
     assert set(SELECTORS) - {"span", "span-joint", "random", "grid"} - later == set(published)
     (sentence,) = [line for line in read(ROOT / "README.md").splitlines() if line.startswith("| accuracy |")]
-    assert set(re.findall(r"accuracy figure: run=demo-bundled-63051291 selector=([\w-]+) ", sentence)) == {
-        "span", "random", *strongest[:2]
+    assert set(re.findall(r"accuracy figure: run=demo-bundled-\w+ selector=([\w-]+) ", sentence)) == {
+        DEFAULT, "random", *strongest[:2]
     }  # fmt: skip
     table = re.search(r"<!-- accuracy: .*?<!-- end of accuracy", read(ROOT / "docs" / "accuracy.md"), re.DOTALL)[0]
-    assert set(re.findall(r"^\| ([a-z-]+) \|.*\*\*", table, re.MULTILINE)) == {"span", "random", *strongest}
+    assert set(re.findall(r"^\| ([a-z-]+) \|.*\*\*", table, re.MULTILINE)) == {DEFAULT, "span", "random", *strongest}
 
 
 def test_the_documents_say_what_is_lost_where_the_vision_tower_is_pruned():
@@ -134,7 +134,7 @@ def test_the_documents_say_what_is_lost_where_the_vision_tower_is_pruned():
 
 
 def test_a_choice_that_reads_no_attention_is_told_from_its_budget():
-    """The default reads none for the choice, and does for how many, with ``keep`` unset."""
+    """Span reads none for the choice, and does for how many, with ``keep`` unset."""
     n_told = 0
     for name in ("README.md", "docs/algorithm.md", "docs/faq.md", "docs/engine.md", "docs/selectors.md"):
         for paragraph in read(ROOT / name).split("\n\n"):
@@ -150,7 +150,7 @@ def test_every_full_ground_is_in_a_table():
     table = re.search(r"<!-- accuracy: run=grounds-.*?<!-- end of accuracy", text, re.DOTALL)[0]
     (heads,) = re.findall(r"^\| selector \|.*\| average \| (.*) \|$", table, re.MULTILINE)
     assert set(heads.split(" | ")) == set(GROUNDS) >= {"photograph", "noise", "clutter"}
-    assert {"dense", "span", "mmtok", "random"} <= set(re.findall(r"^\| ([a-z-]+) \|", table, re.MULTILINE))
+    assert {"dense", DEFAULT, "mmtok", "random"} <= set(re.findall(r"^\| ([a-z-]+) \|", table, re.MULTILINE))
 
 
 def test_accuracy_is_claimed_of_the_small_model_only():

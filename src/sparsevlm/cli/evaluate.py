@@ -37,7 +37,7 @@ class _Defaults:
 
 
 _ON_GPU = _Defaults("all", "0.5,0.37,0.25", 500, 32)
-_ON_CPU = _Defaults("span-features,span,sparsevlm,random", "0.5,0.25", 20, 8)
+_ON_CPU = _Defaults("span-features,sparsevlm,random", "0.5,0.25", 20, 8)
 
 
 @reports_errors
