@@ -1,0 +1,59 @@
+"""The runs of the accuracy tables: a command a suite, side by side."""
+
+from __future__ import annotations
+
+import csv
+import os
+
+import pytest
+from benchmark.accuracy_runs import SUITES, Asked, run_all
+
+from sparsevlm.cli import main
+
+SCRIPT = """#!/bin/sh
+case "$*" in *grounds*) echo "no ground" >&2; exit 3;; esac
+echo "on ${CUDA_VISIBLE_DEVICES:-the CPU}: $*"
+"""
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A stand-in of the command, which says what it was given."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "sparsevlm").write_text(SCRIPT)
+    (tmp_path / "bin" / "sparsevlm").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("n_gpus", [0, 2])
+def test_every_suite_has_a_command_and_a_place(recorded, n_gpus, capsys):
+    failed = run_all(
+        Asked("random", "0.25", 90, 13, 2), ["bundled", "smol"], n_gpus, recorded / "a.csv", recorded / "l"
+    )
+    assert failed == 2
+    said = {path.stem: path.read_text() for path in (recorded / "l").iterdir()}
+    assert set(said) == {f"{suite}-{model}" for model, suites in SUITES.items() for suite in suites}
+    place = "on 0: " if n_gpus else "on the CPU: "
+    assert said["demo-bundled"] == (
+        f"{place}eval --yes --model bundled --suite demo --selectors random --keep 0.25 --limit 9 --batch 13 "
+        f"--workers 2 --append-to {recorded / 'a.csv'}\n"
+    )
+    assert "--model smol --suite documents " in said["documents-smol"]
+    assert "--limit 18 " in said["documents-smol"], "five tasks"
+    assert "no ground" in capsys.readouterr().out
+
+
+def test_the_commands_are_the_command_lines(tmp_path, monkeypatch):
+    """One of them through the command line itself, on few questions."""
+    target = tmp_path / "rows.csv"
+    command = Asked("grid", "0.5", 10, 10, 1).command("bundled", "demo", target)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    rows = list(csv.DictReader(target.open()))
+    assert {row["selector"] for row in rows} == {"dense", "grid"}
+    assert {row["n"] for row in rows} == {"1", "10"}
