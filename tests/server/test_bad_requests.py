@@ -79,7 +79,7 @@ def with_image(url):
         ({"messages": [{"role": "user", "content": "x"}] * 1001}, "messages", "at most 1000"),
         ({"sparsevlm": {"keep": 2.0}}, "sparsevlm", "in (0, 1]"),
         ({"sparsevlm": {"keep": 0}}, "sparsevlm", "at least 1"),
-        ({"sparsevlm": {"keep": 0.01}}, "sparsevlm", "cannot hold"),
+        ({"sparsevlm": {"keep": 0.01, "selector": "span"}}, "sparsevlm", "cannot hold"),
         ({"sparsevlm": {"keep": [0.5]}}, "sparsevlm", "must be a number"),
         ({"sparsevlm": {"keep": 10**400}}, "sparsevlm", "bits"),
         ({"sparsevlm": {"selector": "span2"}}, "sparsevlm", "there is no selector"),

@@ -42,7 +42,7 @@ def test_an_answer_is_that_of_the_library(live, loaded):
     assert answer.sparsevlm["visual_tokens_kept"] == report.average_in
     assert answer.sparsevlm["visual_tokens_last_layer"] == report.final_tokens
     assert answer.sparsevlm["path"] == report.path == "plain"
-    assert answer.sparsevlm["selector"] == "span"
+    assert answer.sparsevlm["selector"] == "span-features"
 
 
 @pytest.mark.parametrize("includes_usage", [True, False])
