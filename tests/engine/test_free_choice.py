@@ -81,6 +81,19 @@ def test_several_answers_to_one_prompt_share_the_choice():
     assert 3 <= samples[0].stages[0].n_kept < samples[0].n_visual
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_answers_that_share_an_image_share_no_merged_tokens(family):
+    """Drawn from logits so sharp that all are the greedy one."""
+    model, inputs = tiny_model(family), make_inputs(*PROMPTS["two images"], family=family)
+    state = apply_sparsevlm(model, selector=Pairs(), min_keep=3)
+    wanted = model.generate(**inputs, **GREEDY).sequences
+    sharp = {"max_new_tokens": 4, "do_sample": True, "temperature": 1e-4, "num_return_sequences": 3}
+    with state.options(engine=True):
+        found = model.generate(**inputs, **sharp)
+        assert state.report.path == "engine"
+    assert torch.equal(found, wanted.repeat_interleave(3, dim=0))
+
+
 def test_what_the_tower_gave_is_left_as_it_is():
     """Where tokens are merged: another call may ask for the same image, which was encoded once."""
     model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])

@@ -17,7 +17,9 @@ from ..cuda_graphs import to_device
 from ..vision.program import VisionOutput
 
 
-def choose_freely(adapter: ModelAdapter, request: Request, prompt: Prompt, seen: VisionOutput) -> VisionOutput:
+def choose_freely(
+    adapter: ModelAdapter, request: Request, prompt: Prompt, seen: VisionOutput
+) -> tuple[Prompt, VisionOutput]:
     """Choose, and leave out of the request what does not go on; waits for the choice.
 
     Parameters
@@ -31,8 +33,8 @@ def choose_freely(adapter: ModelAdapter, request: Request, prompt: Prompt, seen:
 
     Returns
     -------
-    VisionOutput
-        The same, or where tokens were merged a copy in which those that go on hold the others.
+    Prompt, VisionOutput
+        The same, or where tokens were merged copies with rows of their own behind the others: samples may share images.
     """
     features, device = seen.tokens, seen.tokens.device
     dtype = adapter.decoder.embed.weight.dtype
@@ -49,11 +51,17 @@ def choose_freely(adapter: ModelAdapter, request: Request, prompt: Prompt, seen:
     survivors = prune_step(request, target, lambda b: features[rows[b]].to(dtype), Readout(vision=request.vision)) or []
     request.to(torch.device("cpu"))
     request.forget_embeddings()
-    if any(kept.merges for kept in survivors):
-        seen = dataclasses.replace(seen, tokens=features.clone(), late=tuple(one.clone() for one in seen.late))
-    for own, kept in zip(rows, survivors, strict=False):
-        if kept.merges:
-            assert kept.selection is not None
-            for plane in (seen.tokens, *seen.late):
-                plane[own[kept.selection.keep_idx]] = kept.merged(plane[own])
-    return seen
+    if not any(kept.merges for kept in survivors):
+        return prompt, seen
+    feature_rows, planes = prompt.feature_rows.clone(), [[plane] for plane in (features, *seen.late)]
+    n_rows = features.shape[0]
+    for b, kept in enumerate(survivors):
+        if not kept.merges:
+            continue
+        feature_rows[b, kept.after.cpu()] = torch.arange(n_rows, n_rows + kept.after.shape[0])
+        n_rows += kept.after.shape[0]
+        for parts in planes:
+            parts.append(kept.merged(parts[0][rows[b]]).to(parts[0].dtype))
+    tokens, *late = map(torch.cat, planes)
+    prompt = dataclasses.replace(prompt, feature_rows=feature_rows)
+    return prompt, dataclasses.replace(seen, tokens=tokens, late=tuple(late))

@@ -156,7 +156,7 @@ class Prefill:
         is_on_device = chooses_on_device(request, self._adapter)
         has_chosen = is_free(request) and not is_on_device
         if has_chosen:
-            seen = choose_freely(self._adapter, request, prompt, seen)
+            prompt, seen = choose_freely(self._adapter, request, prompt, seen)
         features, vision, packed = seen.tokens, seen.rows, PackedRows.of(request)
         counts = TokenCounts.of(request) if is_on_device else None
         shape = _shape(request, packed, counts is not None)
