@@ -195,7 +195,7 @@ def test_the_arguments_go_before_the_command_line(make):
     [
         ("keep", ValueError, "model_args must be name=value"),
         ("keep=0.5,selector=best", ValueError, "there is no selector 'best'"),
-        ("keep=0.1", ValueError, "keep"),
+        ("selector=span,keep=0.1", ValueError, "keep"),
         ("target_layers=2;70", ValueError, "70"),
     ],
 )
