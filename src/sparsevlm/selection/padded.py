@@ -3,6 +3,7 @@ device."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import random
 from dataclasses import dataclass
@@ -211,12 +212,7 @@ def select_padded(
         picks = call_selector(
             selector, layer, lambda _: selector.order(context.hidden_states, valid, most, **looked_at), ()
         )
-        if not n_images:
-            return PaddedSelection(first_picks(picks, n_keep, valid))
-        assert image_idx is not None
-        assert min_keep is not None
-        is_kept = choose_by_order(picks, image_idx, valid, n_keep, min_keep, n_images)
-        return PaddedSelection(torch.where((n_keep >= context.n_visual)[:, None], valid, is_kept))
+        return _along(picks, context, image_idx, min_keep, n_images)
     keeps_all = (n_keep >= context.n_visual)[:, None]
     found: PaddedSelection = call_selector(selector, layer, lambda given: selector.select_padded(given[0]), (context,))
     is_kept = torch.where(keeps_all, valid, found.is_kept)
@@ -229,8 +225,8 @@ def select_padded(
 def select_freely(
     selector: Any,
     context: PaddedContext,
-    image_idx: Tensor,
-    min_keep: Tensor,
+    image_idx: Tensor | None,
+    min_keep: Tensor | None,
     n_images: int,
     layer: int,
 ) -> tuple[PaddedSelection, Tensor]:
@@ -252,15 +248,28 @@ def select_freely(
     valid, config = context.valid, context.config
     least, most_least = context.n_visual.clamp_max(config.min_keep), config.min_keep
     if n_images:
+        assert image_idx is not None
+        assert min_keep is not None
         floors = torch.minimum(count_per_image(image_idx, valid, n_images), min_keep[:, None]).sum(dim=1)
         least, most_least = torch.maximum(least, floors), max(most_least, n_images * config.min_keep_per_image)
     states = context.hidden_states
     order, n_keep = call_selector(
         selector, layer, lambda _: selector.adaptive_order(states, valid, least, most_least), ()
     )
-    if n_images:
-        return PaddedSelection(choose_by_order(order, image_idx, valid, n_keep, min_keep, n_images)), n_keep
-    return PaddedSelection(first_picks(order, n_keep, valid)), n_keep
+    return _along(order, dataclasses.replace(context, n_keep=n_keep), image_idx, min_keep, n_images), n_keep
+
+
+def _along(
+    picks: Tensor, context: PaddedContext, image_idx: Tensor | None, min_keep: Tensor | None, n_images: int
+) -> PaddedSelection:
+    """Selection along an order of picks, with the floors of the images."""
+    valid, n_keep = context.valid, context.n_keep
+    if not n_images:
+        return PaddedSelection(first_picks(picks, n_keep, valid))
+    assert image_idx is not None
+    assert min_keep is not None
+    is_kept = choose_by_order(picks, image_idx, valid, n_keep, min_keep, n_images)
+    return PaddedSelection(torch.where((n_keep >= context.n_visual)[:, None], valid, is_kept))
 
 
 def _takes_counts(kind: Any) -> bool:

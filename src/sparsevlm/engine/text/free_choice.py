@@ -26,7 +26,7 @@ def choose_freely(
     ----------
     adapter : ModelAdapter
     request : Request
-        Its samples are on the host; they and its records are brought up to date.
+        Its samples are on the host; they and its records are brought up to date. It has seen what the selector needs.
     prompt : Prompt
     seen : VisionOutput
         Of the tower.
@@ -42,15 +42,10 @@ def choose_freely(
         to_device(own[sample.positions], device)
         for own, sample in zip(prompt.feature_rows, request.samples, strict=True)
     ]
-    if {"features", "text_features"} & request.traits.needs:
-        request.see_embeddings(prompt.embeddings(adapter, features))
-    if seen.rows is not None:
-        request.see_vision(prompt.vision_rows(request, seen.rows, device))
     request.to(device)
     (target,) = request.target_layers
     survivors = prune_step(request, target, lambda b: features[rows[b]].to(dtype), Readout(vision=request.vision)) or []
     request.to(torch.device("cpu"))
-    request.forget_embeddings()
     if not any(kept.merges for kept in survivors):
         return prompt, seen
     feature_rows, planes = prompt.feature_rows.clone(), [[plane] for plane in (features, *seen.late)]

@@ -154,10 +154,16 @@ class Prefill:
             Logits of every sample's last row; overwritten by the next call.
         """
         is_on_device = chooses_on_device(request, self._adapter)
-        has_chosen = is_free(request) and not is_on_device
-        if has_chosen:
-            prompt, seen = choose_freely(self._adapter, request, prompt, seen)
-        features, vision, packed = seen.tokens, seen.rows, PackedRows.of(request)
+        targets = request.target_layers
+        if not is_on_device:
+            if {"features", "text_features"} & request.traits.needs:
+                request.see_embeddings(prompt.embeddings(self._adapter, seen.tokens))
+            if seen.rows is not None:
+                request.see_vision(prompt.vision_rows(request, seen.rows, seen.tokens.device))
+            if is_free(request):
+                prompt, seen = choose_freely(self._adapter, request, prompt, seen)
+                targets = ()
+        features, packed = seen.tokens, PackedRows.of(request)
         counts = TokenCounts.of(request) if is_on_device else None
         shape = _shape(request, packed, counts is not None)
         by_stage = [shape.rows] if counts is None else _rows_by_stage(request, shape, counts)
@@ -174,16 +180,11 @@ class Prefill:
         if seen.late:
             space.place_late(seen.late, PromptInputs.of(shape, space.n_axes, space.integers).feature_rows)
         if counts is not None:
-            space.take_readings(vision)
-        elif not has_chosen:
-            if {"features", "text_features"} & request.traits.needs:
-                request.see_embeddings(prompt.embeddings(self._adapter, features))
-            if vision is not None:
-                request.see_vision(prompt.vision_rows(request, vision, space.hidden.device))
+            space.take_readings(seen.rows)
         self.prompts.run(shape, bool(shape.n_text) and request.config.raters == "embedding")
         if counts is not None:
             return self._on_device(request, shape, counts, by_stage)[: request.batch]
-        logits = self._without_choices(request, shape, packed) if has_chosen else self._on_host(request, shape)
+        logits = self._on_host(request, shape, targets)
         request.forget_embeddings()
         request.count_cache(_cache_bytes(request, space.bytes_per_row, self._adapter.n_layers))
         return logits[: request.batch]
@@ -234,18 +235,8 @@ class Prefill:
         assert logits is not None
         return logits
 
-    def _without_choices(self, request: Request, shape: PromptShape, packed: PackedRows) -> Tensor:
-        """All layers over the same rows."""
-        assert self.segments is not None
-        n_layers, sizes = self._adapter.n_layers, [own.shape[0] for own in packed.positions]
-        logits = self.segments.run(_segment((0, n_layers), shape.rows, shape.batch, sizes, sum(sizes), False))
-        assert logits is not None
-        for sample in request.samples * n_layers:
-            sample.enter_layer()
-        return logits
-
-    def _on_host(self, request: Request, shape: PromptShape) -> Tensor:
-        """Choices by the prune step that the hooks take as well."""
+    def _on_host(self, request: Request, shape: PromptShape, targets: tuple[int, ...]) -> Tensor:
+        """Choices by the prune step that the hooks take as well, behind the layers that are left of the targets."""
         space, logits = self.space, None
         assert self.segments is not None
         assert space is not None
@@ -253,8 +244,8 @@ class Prefill:
         packed = PackedRows.of(request)
         choose_embedding_raters(request, functools.partial(_rows_of, space, packed))
         n_layers, first, rows = self._adapter.n_layers, 0, shape.rows
-        for stop in (*(target + 1 for target in request.target_layers), n_layers):
-            is_target = stop - 1 in request.target_layers
+        for stop in (*(target + 1 for target in targets), n_layers):
+            is_target = stop - 1 in targets
             sizes = [own.shape[0] for own in packed.positions]
             if stop > first:
                 segment = _segment((first, stop), rows, shape.batch, sizes, sum(sizes), is_target and reads(request))

@@ -85,7 +85,7 @@ def _bounds(request: Request, sample: Sample, stage: int, low: int, high: int) -
         n_keep = sample.plan.counts[stage]
         left = high if nothing_to_drop(high, n_keep, config.min_keep) is not None else n_keep
         return left, left
-    if is_free(request):
+    if request.traits.adaptive:
         return min(low, config.min_keep), high
     return _by_rank(request, low, 0)[0], most_by_rank(request, high, sample.rater_candidates.shape[0])
 
@@ -200,20 +200,20 @@ def record(request: Request, counts: TokenCounts, choices: Sequence[Choice], n_l
         choice = choices[counts.targets.index(target)] if target in counts.targets else None
         keeps_all = request.keeps_all(target)
         for b, sample in enumerate(request.samples):
-            _record_stage(request, b, target, choice, first[b], counts.is_free)
+            _record_stage(request, b, target, choice, first[b])
             if choice is not None and not keeps_all and reads_text(request) and sample.stages[-1].n_in:
                 is_rater = choice.is_rater[b, : sample.rater_candidates.shape[0]].bool()
                 sample.stages[-1].raters = sample.rater_candidates[is_rater]
         target = next(targets, None)
 
 
-def _record_stage(request: Request, b: int, target: int, choice: Choice | None, first: Tensor, is_free: bool) -> None:
+def _record_stage(request: Request, b: int, target: int, choice: Choice | None, first: Tensor) -> None:
     """Record what was decided of one sample at one target, and leave out what does not go on."""
     config, sample = request.config, request.samples[b]
     n_in, rank = sample.alive.shape[0], None
     n_keep = None if sample.plan is None else sample.plan.counts[request.target_layers.index(target)]
     skipped = nothing_to_drop(n_in, n_keep, config.min_keep)
-    if skipped is None and n_keep is None and is_free:
+    if skipped is None and n_keep is None and request.traits.adaptive:
         assert choice is not None  # of the only target
         n_keep = int(choice.n_visual[b])
     if skipped is None and n_keep is None:

@@ -25,7 +25,7 @@ from .tome import ToMeSelector
 from .v2drop import V2DropSelector
 from .visionzip import VisionZipSelector
 
-# Chosen by measurements (docs/ablation.md); the second where target layers are named, or what is to leave them.
+# Chosen by measurements (docs/accuracy.md); the second where target layers are named, or what is to leave them.
 DEFAULT, DEFAULT_AT_LAYERS = "span-features", "span"
 SELECTORS: dict[str, Callable[[], Any]] = {
     "span": SpanSelector,
