@@ -12,7 +12,7 @@ from sparsevlm.bundled import bundled_path
 from sparsevlm.inputs import load_model, load_processor
 from sparsevlm.kernels.centre import centre
 from sparsevlm.scenes import TASKS, draw_example
-from sparsevlm.selection.context import BEFORE_DECODER
+from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.greedy import dpp_order, dpp_order_by_gram
 from sparsevlm.selection.selectors import SELECTORS
 from sparsevlm.selection.selectors.span import SpanSelector
@@ -151,13 +151,15 @@ def spanned_share(states, picks):
     return float((rows - rows @ basis @ basis.T).square().sum() / rows.square().sum())
 
 
-def by_budget_and_rank():
-    """Every selector by a budget, and those of target layers by the rank as well."""
+def by_budget_and_count():
+    """Every selector by a budget, and those that need none without one as well."""
     for name, make in SELECTORS.items():
-        for options in ({"keep": 0.25}, {}) if make().placement != BEFORE_DECODER else ({"keep": 0.25},):
-            kind = f"{name} by {'budget' if options else 'rank'}"
-            # Of the default selector 97 of 100 answers are the same, whatever rounds; others choose less surely.
-            least = 0.97 if name == "span" else 0.9
+        traits = SelectorTraits.of(make())
+        counts = traits.placement != BEFORE_DECODER or traits.adaptive
+        for options in ({"keep": 0.25}, {}) if counts else ({"keep": 0.25},):
+            kind = f"{name} by {'budget' if options else 'count'}"
+            # Of these 97 of 100 answers are the same, whatever rounds; others choose less surely.
+            least = 0.97 if name in ("span", "span-features") else 0.9
             yield pytest.param(
                 "cuda", torch.bfloat16, 50, TASKS, {**options, "selector": name}, least, id=kind, marks=pytest.mark.gpu
             )
@@ -168,7 +170,7 @@ def by_budget_and_rank():
     ("device", "dtype", "n_scenes", "tasks", "options", "least"),
     [
         pytest.param("cpu", torch.float32, 1, ("number", "list", "pair"), {"keep": 0.25}, 0.97, id="cpu"),
-        *by_budget_and_rank(),
+        *by_budget_and_count(),
     ],
 )
 def test_the_trained_model_answers_alike(device, dtype, n_scenes, tasks, options, least):
