@@ -26,6 +26,8 @@ from sparsevlm.evaluation.execution.generation import BatchGenerator, generate_e
 from sparsevlm.evaluation.execution.predictions import PredictionStore
 from sparsevlm.evaluation.execution.sharding import Shard
 from sparsevlm.evaluation.suites.suite import Sample
+from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
+from sparsevlm.selection.selectors import SELECTORS
 from tiny_checkpoint import save_tiny_checkpoint
 
 SETTINGS = ["--selectors", "sparsevlm,random,downsample", "--keep", "0.6", "--seeds", "0,1", "--max-new-tokens", "3"]
@@ -312,6 +314,10 @@ def test_only_the_row_at_fault_is_without_an_answer(desk):
         (["--tasks", "poem"], "has no task 'poem'; it has data"),
         (["--keep", "0.01"], "cannot run: keep=0.01 cannot hold on target layers"),
         (["--target-layers", "2,99"], "sparsevlm-keep0.6 cannot run: target_layers [99] are out of range"),
+        (
+            ["--selectors", "sparsevlm,tome", "--target-layers", "2"],
+            "tome-keep0.6 cannot run: selector 'tome' runs before",
+        ),
         (["--selectors", "downsample", "--keep", "adaptive"], "downsample needs a budget that is a size"),
         (["--keep", "much"], "got 'much'"),
         (["--seeds", "one"], "--seeds must be whole numbers"),
@@ -446,6 +452,16 @@ def test_defaults_of_a_cpu_are_a_comparison_of_minutes(monkeypatch):
     found = [(len(config.selectors), config.keeps, config.limit, config.batch) for config in asked]
     assert found == [(3, (0.5, 0.25), 20, 8), (3, (0.5, 0.25), None, 3), (1, (0.5, 0.37, 0.25), None, 32)]
     assert asked[-1].selectors == ("all",)
+
+
+def test_selectors_of_a_cpu_that_nobody_named_fit_target_layers(monkeypatch):
+    asked = []
+    monkeypatch.setattr("sparsevlm.cli.evaluate._prepared", lambda config, out: asked.append(config) or sys.exit())
+    for more in ([], ["--target-layers", "2,6"]):
+        CliRunner().invoke(app, ["eval", "--device", "cpu", *more])
+    assert [config.selectors[0] for config in asked] == ["span-features", "span"]
+    placements = [SelectorTraits.of(SELECTORS[name]()).placement for name in asked[1].selectors]
+    assert BEFORE_DECODER not in placements
 
 
 def test_an_evaluation_that_takes_long_is_asked_about(desk, tmp_path, monkeypatch):

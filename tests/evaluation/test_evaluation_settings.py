@@ -6,7 +6,6 @@ from sparsevlm.evaluation import ALL, DENSE, DOWNSAMPLE, EvalConfig, make_settin
 from sparsevlm.evaluation.suites.demo import DemoSuite
 from sparsevlm.evaluation.suites.registry import open_suite
 from sparsevlm.scenes import LAYOUTS, TASKS
-from sparsevlm.selection.context import BEFORE_DECODER
 from sparsevlm.selection.selectors import SELECTORS
 
 
@@ -64,17 +63,6 @@ def test_options_reach_the_pruning():
     ours, random = found[1].pruning, found[2].pruning
     assert (ours.tau, ours.recycle, ours.schedule, ours.target_layers, ours.seed) == (0.3, False, "single", (2, 4), 0)
     assert (random.seed, random.keep) == (5, 0.5)
-
-
-def test_target_layers_are_not_for_selectors_before_the_decoder(monkeypatch):
-    class Early:
-        placement = BEFORE_DECODER
-
-        def select(self, context, n_keep):
-            raise AssertionError
-
-    monkeypatch.setitem(SELECTORS, "early", Early)
-    assert make_settings(config(selectors=("early",), target_layers=(2,)))[1].pruning.target_layers is None
 
 
 def test_a_preset_is_a_budget():

@@ -35,6 +35,10 @@ class _Defaults:
     scenes: int
     batch: int
 
+    def selectors_at(self, target_layers: str | None) -> str:
+        """Selectors for these target layers, if any: there ``span`` takes the place of its like before the decoder."""
+        return self.selectors if target_layers is None else self.selectors.replace("span-features", "span")
+
 
 _ON_GPU = _Defaults("all", "0.5,0.37,0.25", 500, 32)
 _ON_CPU = _Defaults("span-features,sparsevlm,random", "0.5,0.25", 20, 8)
@@ -84,7 +88,12 @@ def evaluate(
         typer.Option("--first-seed", help="First seed of what is drawn; below 1000000.", show_default="500000"),
     ] = None,
     target_layers: Annotated[
-        str | None, typer.Option("--target-layers", help="Such as 2,6,10.", show_default="every 4th from 2")
+        str | None,
+        typer.Option(
+            "--target-layers",
+            help="Such as 2,6,10; not for selectors before the decoder.",
+            show_default="every 4th from 2",
+        ),
     ] = None,
     include_path: Annotated[
         Path | None, typer.Option("--include-path", help="Folder with task files for lmms-eval.")
@@ -143,7 +152,7 @@ def evaluate(
     config = EvalConfig(
         suite=suite,
         model=model,
-        selectors=_names("--selectors", default.selectors if selectors is None else selectors),
+        selectors=_names("--selectors", default.selectors_at(target_layers) if selectors is None else selectors),
         keeps=tuple(parse_keep(one) for one in _names("--keep", default.keep if keep is None else keep)),
         seeds=_numbers("--seeds", seeds),
         tasks=None if tasks is None else _names("--tasks", tasks),

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import SparseVLMConfig
-from ..selection.context import BEFORE_DECODER, SelectorTraits
-from ..selection.selectors import SELECTORS, make_selector
+from ..selection.context import SelectorTraits
+from ..selection.selectors import SELECTORS
 
 DENSE = "dense"
 DOWNSAMPLE = "downsample"
@@ -50,7 +50,7 @@ class EvalConfig:
     metric : str
         For rows of a local dataset that name none.
     target_layers : tuple of int or None
-        For selectors that run inside the decoder.
+        For selectors that run inside the decoder; of all selectors, those before it are left out.
     include_path : str or None
         Folder with task files for lmms-eval.
     options : dict
@@ -176,7 +176,4 @@ def _pruning(config: EvalConfig, selector: str, keep: Keep, seed: int | None) ->
     if own := sorted(set(config.options) & set(_OWN_OPTIONS)):
         raise ValueError(f"--set {own[0]}=… is not for --set: it has an option of its own or a fixed value.")
     pruning = SparseVLMConfig().replace(keep=keep, selector=selector, seed=seed or 0, **config.options)
-    before = SelectorTraits.of(make_selector(pruning)).placement == BEFORE_DECODER
-    if config.target_layers is None or before:
-        return pruning
-    return pruning.replace(target_layers=config.target_layers)
+    return pruning if config.target_layers is None else pruning.replace(target_layers=config.target_layers)
