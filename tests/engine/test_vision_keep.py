@@ -21,6 +21,7 @@ from sparsevlm.engine.vision.patch_pruning import (
     patch_saliency,
 )
 from sparsevlm.engine.vision.tables import VisionInputs, host_tables, n_integers
+from sparsevlm.selection.selectors import SpanFeaturesSelector
 from toys import PROMPTS, make_inputs, relative_error, tiny_model
 
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "engine": True}
@@ -197,6 +198,16 @@ def test_budgets_hold_in_tokens_of_the_whole_picture(selector):
         assert 0.4 * 192 - 1 < sample.average_in <= 0.4 * 192
         kept = [set(stage.kept) for stage in sample.stages]
         assert kept[0] >= kept[1]
+
+
+def test_the_cap_of_a_free_choice_is_a_share_of_what_the_tower_leaves():
+    model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
+    selector = SpanFeaturesSelector(unexplained=0.0)  # as many as it may
+    state = apply_sparsevlm(model, selector=selector, vision_keep=0.5, min_keep=1, engine=True)
+    model.generate(**inputs, max_new_tokens=1)
+    (sample,) = state.report.samples
+    assert state.report.path == "engine"
+    assert [(stage.n_in, stage.n_kept) for stage in sample.stages] == [(24, 12), (12, 6)]
 
 
 def test_the_plain_path_computes_all():
