@@ -21,6 +21,7 @@ BEFORE = [
     for name, traits in TRAITS.items()
     if traits.placement == "before_decoder" and (traits.padded or traits.ordered)
 ]
+WITH_BUDGET = [name for name in BEFORE if not TRAITS[name].adaptive]  # those that choose nothing without one
 ORDERED = [name for name, traits in TRAITS.items() if traits.ordered]
 OPTIONS = {"min_keep": 3, "target_layers": [0, 2], "keep": 0.6}
 
@@ -159,13 +160,18 @@ def test_text_that_is_no_number_is_found_before_the_decoder(selector):
         model.generate(**inputs, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("selector", BEFORE)
-def test_pictures_that_are_no_numbers_are_found(selector):
+@pytest.mark.parametrize(
+    ("selector", "keep"),
+    [*((name, 0.75) for name in SELECTORS), *((name, None) for name in SELECTORS if name not in WITH_BUDGET)],
+)
+def test_pictures_that_are_no_numbers_are_told_of_in_one_way_on_both_paths(selector, keep):
     model, inputs = tiny_model(), make_inputs(*PROMPTS["one image"])
-    apply_sparsevlm(model, keep=0.5, min_keep=3, selector=selector, engine=True)
     inputs["pixel_values"][0] = torch.nan
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        model.generate(**inputs, max_new_tokens=1)
+    state = apply_sparsevlm(model, keep=keep, min_keep=3, selector=selector)
+    message = "visual tokens, or what they are judged by, hold NaN or infinity; check the model's inputs and dtype"
+    for engine in (False, True):
+        with state.options(engine=engine), pytest.raises(ValueError, match=f"^{message}"):
+            model.generate(**inputs, max_new_tokens=1)
 
 
 @pytest.mark.parametrize(("selector", "most"), [("divprune", 1 << 14), ("tome", 1 << 14), ("mmtok", 1 << 13)])

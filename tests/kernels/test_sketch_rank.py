@@ -262,7 +262,7 @@ def test_ranks_that_decide_come_from_one_call(monkeypatch):
     assert rank.sketch_ranks(matrices, 0.1) == wanted
     assert len(set(wanted)) == 3
     matrices[1] = matrices[1] * torch.nan
-    with pytest.raises(ValueError, match="holds NaN or infinity"):
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
         rank.sketch_ranks(matrices, 0.1)
     assert rank.sketch_ranks([], 0.1) == []
 

@@ -83,7 +83,7 @@ def test_kept_rows_are_distinct_sorted_and_as_many_as_asked_for(kept, message):
 def test_states_that_no_selector_looked_at_are_finite(value):
     states = STATES.clone()
     states[3, 2] = value
-    with pytest.raises(ValueError, match="states hold NaN or infinity; check the model's inputs and dtype"):
+    with pytest.raises(ValueError, match="hold NaN or infinity; check the model's inputs and dtype"):
         check(KEEP, states)
 
 

@@ -90,7 +90,7 @@ def test_machine_tolerance_is_the_numerical_rank(case):
 def test_nan_is_refused(value, tolerance):
     matrix = torch.rand(5, 9)
     matrix[2, 3] = value
-    with pytest.raises(ValueError, match="holds NaN or infinity"):
+    with pytest.raises(ValueError, match="hold NaN or infinity"):
         sketch_rank(matrix, tolerance)
 
 

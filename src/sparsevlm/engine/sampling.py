@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..selection.similarity import NOT_FINITE
+
 
 class Steps(Protocol):
     """What runs new tokens.
@@ -91,9 +93,7 @@ def sample(
             logits = steps.step(tokens)
         said, goes_on, failed = news.read().split([tokens.shape[0], 1, 1])
         if failed:
-            raise ValueError(
-                "what the visual tokens are judged by holds NaN or infinity; check the model's inputs and dtype."
-            )
+            raise ValueError(NOT_FINITE)
         if streamer is not None:
             streamer.put(said)
         if not goes_on:

@@ -15,6 +15,7 @@ from .context import OrderedSelector, Selection, SelectionContext, Selector, Sel
 from .image_floor import choose_by_order, count_per_image, floors_within, keep_of_every_image
 from .rank import sketch_ranks
 from .selector_calls import call_selector
+from .similarity import NOT_FINITE
 
 # Elements of the states that a selector is given at once: 32 Mi float32 = 128 MiB.
 _MAX_BATCH_ELEMENTS = 1 << 25
@@ -320,7 +321,7 @@ def checked_selection(result: Any, hidden_states: Tensor, n_keep: int | None, na
         (keep_idx[1:] > keep_idx[:-1]).all(),
     )
     if not is_finite:
-        raise ValueError("the visual tokens' states hold NaN or infinity; check the model's inputs and dtype.")
+        raise ValueError(NOT_FINITE)
     if not in_range:
         raise ValueError(f"selector {name!r} returned indices outside 0..{n_visual - 1}.")
     if not ascending:

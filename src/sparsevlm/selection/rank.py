@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..kernels import energy_rank as kernel
+from .similarity import NOT_FINITE
 
 _SKETCH_WIDTH = 64
 _DIRECT_SIZE = 4 * _SKETCH_WIDTH
 _POWER_STEPS = 3
-_NOT_FINITE = "the attention of the raters holds NaN or infinity; check the model's inputs and dtype."
 _ROUNDING = 1e-12  # float64 sums of equal terms must not miss a threshold that they meet exactly
 
 
@@ -48,7 +48,7 @@ def sketch_ranks(matrices: Sequence[Tensor], tolerance: float | str) -> list[int
         place[: matrix.shape[0], : matrix.shape[1]] = matrix
     ranks = kernel.sketch_rank(together, tolerance).tolist()
     if min(ranks) < 0:
-        raise ValueError(_NOT_FINITE)
+        raise ValueError(NOT_FINITE)
     return ranks
 
 
@@ -87,7 +87,7 @@ def sketch_rank(matrix: Tensor, tolerance: float | str) -> int:
     gram = _gram(matrix)
     energy = float(gram.diagonal().sum())
     if not math.isfinite(energy):
-        raise ValueError(_NOT_FINITE)
+        raise ValueError(NOT_FINITE)
     if energy <= 0.0:
         return 0
     if tolerance == "machine":

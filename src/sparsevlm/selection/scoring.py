@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.received_attention import received_attention as received_attention_packed
+from .similarity import NOT_FINITE
 
 # Upper bound of the elements of one (heads, rows, keys) float32 block: 64 Mi elements = 256 MiB.
 _MAX_BLOCK_ELEMENTS = 1 << 26
@@ -172,7 +173,7 @@ def top_k(scores: Tensor, k: int) -> Tensor:
         If a score is NaN.
     """
     if bool(torch.isnan(scores).any()):
-        raise ValueError("the scores of the visual tokens hold NaN; check the model's inputs and dtype.")
+        raise ValueError(NOT_FINITE)
     order = torch.sort(scores, descending=True, stable=True).indices
     return order[:k].sort().values
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..kernels.gram_matrix import gram_matrix
 
+# One for both paths: behind the engine's programs nobody knows what of it was no number.
+NOT_FINITE = "visual tokens, or what they are judged by, hold NaN or infinity; check the model's inputs and dtype."
 # Upper bound of the elements of one block of similarities: 16 Mi float32 = 64 MiB.
 _MAX_BLOCK_ELEMENTS = 1 << 24
 
@@ -21,7 +23,7 @@ def finite(values: Tensor) -> Tensor:
     """
     values = values.detach().float()
     if not bool(torch.isfinite(values).all()):
-        raise ValueError("what the tokens are judged by holds NaN or infinity; check the model's inputs and dtype.")
+        raise ValueError(NOT_FINITE)
     return values
 
 
