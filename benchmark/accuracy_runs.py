@@ -51,7 +51,12 @@ class Asked:
         n_tasks = len(open_suite(EvalConfig(suite, model)).tasks)
         given = {
             **{"model": model, "suite": suite, "selectors": self.selectors, "keep": self.keep},
-            **{"limit": -(-self.n // n_tasks), "batch": self.batch, "workers": self.workers, "append-to": target},
+            **{
+                "limit": -(-self.n // n_tasks),
+                "batch": self.batch,
+                "workers": self.workers,
+                "append-to": os.path.relpath(target),
+            },
         }
         return [
             "sparsevlm",

@@ -100,10 +100,12 @@ def _slowest_selector(is_before: bool) -> Measure:
 
     def of(runs: Runs, case: str) -> Measured:
         factors = {}
-        for name, make in SELECTORS.items():
-            provider = "ours" if name == "span" else f"ours-{name}"
+        for (provider, keep), found in runs.get(case, {}).items():
+            name = found.get(("first_token", metric_of(case)), {}).get("selector", "")
+            if keep != _KEEP or name not in SELECTORS or provider not in ("ours", f"ours-{name}"):
+                continue
             value, _ = _faster((provider, _KEEP), _DENSE, "first_token")(runs, case)
-            if value is not None and (SelectorTraits.of(make()).placement == BEFORE_DECODER) == is_before:
+            if value is not None and (SelectorTraits.of(SELECTORS[name]()).placement == BEFORE_DECODER) == is_before:
                 factors[name] = value
         return min(((value, name) for name, value in factors.items()), default=(None, ""))
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from benchmark.tables import StoredRow, stored_rows
+from benchmark.e2e_rows import StoredRow
+from benchmark.tables import stored_rows
 from benchmark.timed import Bench, Work
 from sparsevlm.bench.shapes import random_model
 from sparsevlm.engine.fused_weights import FusedWeights
@@ -15,6 +16,7 @@ from sparsevlm.engine.text.layer import run_layer
 from sparsevlm.kernels.attention import varlen_attention
 from sparsevlm.kernels.elementwise import rotate
 from sparsevlm.models import ModelAdapter, adapter_for
+from sparsevlm.selection.selectors import DEFAULT
 
 RETAINED = (256, 128, 96, 64)
 
@@ -67,8 +69,8 @@ def accuracy(rows: list[StoredRow], n_retained: int) -> str:
     fitting = [
         row
         for row in rows
-        if (row["suite"], row["task"], row["selector"], row["target_layers"], row["options"])
-        == ("demo", "average", "span", "default", "")
+        if (row["model"], row["suite"], row["task"], row["selector"], row["target_layers"], row["options"])
+        == ("bundled", "demo", "average", DEFAULT, "default", "")
         and row["keep"] not in ("", "adaptive")
         and row["retained"]
         and abs(float(row["keep"]) - fraction) < 0.01

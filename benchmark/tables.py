@@ -13,15 +13,18 @@ A table of these shows one commit: of the rows that its filter lets through thos
 and of these every case's last run. Older rows stay in the file and are shown nowhere; a filter ``commit=...`` names
 other ones. So measure all cases at one commit, whose name ``SPARSEVLM_COMMIT`` sets where git is not there.
 
-With ``goals`` the table sets what the engine was to reach beside what these rows say, with ``validity`` rows of
-``results/accuracy.csv`` beside published ones.
+With ``families`` the table has a column for each kind of task of one model, with ``validity`` rows of
+``results/accuracy.csv`` stand beside published ones; both take the newest commit at which all kinds were run. With
+``goals`` the table sets what the engine was to reach beside what these rows say.
 
 A figure in a sentence stands between ``<!-- e2e figure: FILTER -->`` (milliseconds), ``<!-- accuracy figure: FILTER
--->`` (retained percent) or ``<!-- turns figure: FILTER -->`` (percent answered right) and ``<!-- end -->``; its filter
-finds one row. ``<!-- e2e ratio: FILTER -->`` is how many times faster the second provider that it names is than the
-first, ``<!-- e2e device: FILTER -->`` the device that the rows were measured on. All of these in one document are of
-the 7b shape, and of the newest commit at which each case that they name has hf-dense, ours-dense and ours in one run
-on one device; else there is an error that says what is missing.
+-->`` (retained percent), ``<!-- families figure: FILTER -->`` (its mean over the kinds of tasks) or
+``<!-- turns figure: FILTER -->`` (percent answered right) and ``<!-- end -->``; its filter finds one row, of
+``families`` one setting. ``<!-- e2e ratio: FILTER -->`` is how many times faster the second provider that it names is
+than the first, ``<!-- e2e device: FILTER -->`` the device that the rows were measured on. All of these in one document
+are of the 7b shape, and of the newest commit at which each case that they name has hf-dense, ours-dense and ours in one
+run on one device, or of the commit that one of them names (``commit=...``); else there is an error that says what is
+missing.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from benchmark.accuracy_rows import measured_on
 from benchmark.e2e_figures import device, measured_together, milliseconds, times_faster
 from benchmark.e2e_rows import (
     MODEL,
+    StoredRow,
     e2e_table,
     memory_table,
     mixed_table,
@@ -40,6 +45,7 @@ from benchmark.e2e_rows import (
     read_e2e,
     selectors_table,
 )
+from benchmark.families import families_figure, families_table
 from benchmark.goals import goals_table
 from benchmark.ready_rows import read_ready, ready_table
 from benchmark.server_rows import read_server, server_table
@@ -47,6 +53,7 @@ from benchmark.turns_rows import read_turns, turns_figure, turns_table
 from benchmark.validity import validity_table
 from benchmark.vllm_load_rows import read_vllm_load, vllm_load_table
 from sparsevlm.evaluation.reporting.csv_rows import read_rows
+from sparsevlm.evaluation.settings import AVERAGE
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
 
@@ -55,19 +62,17 @@ RESULTS = Path(__file__).parent / "results"
 _PAGES = ("selectors", "ablation", "engine", "accuracy", "memory", "turns", "validity", "material", "vllm", "serving")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in _PAGES))
 _BLOCK = re.compile(
-    r"(<!-- (?P<kind>accuracy|e2e|goals|memory|mixed|models|pictures|ready|selectors|server|turns|validity|vllm-load):"
-    r"(?P<filter>.*?) -->\n)"
+    r"(<!-- (?P<kind>accuracy|e2e|families|goals|memory|mixed|models|pictures|ready|selectors|server|turns|validity|"
+    r"vllm-load):(?P<filter>.*?) -->\n)"
     r".*?(<!-- end of (?P=kind) -->\n)",
     re.DOTALL,
 )
 _FIGURE = re.compile(
-    r"(<!-- (?P<kind>accuracy figure|turns figure|e2e figure|e2e ratio|e2e device): (?P<filter>[^>]*?) -->)"
+    r"(<!-- (?P<kind>accuracy figure|families figure|turns figure|e2e figure|e2e ratio|e2e device): "
+    r"(?P<filter>[^>]*?) -->)"
     r"[^<]*(<!-- end -->)"
 )
-_AVERAGE = "average"
 _UNKNOWN = "–"
-
-StoredRow = dict[str, str]
 
 
 def stored_rows() -> list[StoredRow]:
@@ -110,7 +115,7 @@ def accuracy_table(rows: list[StoredRow]) -> str:
     """
     if not rows:
         raise ValueError("no stored row fits the filter of a table")
-    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task != _AVERAGE]
+    tasks = [task for task in dict.fromkeys(row["task"] for row in rows) if task != AVERAGE]
     lines = [
         "| selector | target layers | keep | visual tokens | average | " + " | ".join(tasks) + " |",
         "|---" * (5 + len(tasks)) + "|",
@@ -124,7 +129,7 @@ def accuracy_table(rows: list[StoredRow]) -> str:
     for (selector, layers, keep, _, options), by_task in settings.items():
         is_dense = selector == "dense"
         # A run of one task has no average of its own.
-        average = by_task.get(_AVERAGE) or (by_task.get(tasks[0], {}) if len(tasks) == 1 else {})
+        average = by_task.get(AVERAGE) or (by_task.get(tasks[0], {}) if len(tasks) == 1 else {})
         cells = [_score(by_task.get(task, {}), is_dense) for task in tasks]
         overall = _score(average, is_dense) if is_dense else f"**{_score(average, is_dense)}** {_interval(average)}"
         layers_cell = "–" if is_dense or selector == "downsample" else _target_layers(selector, layers)
@@ -170,15 +175,10 @@ def _number(row: StoredRow, name: str, places: int) -> str:
 
 
 def _origin(rows: list[StoredRow]) -> str:
-    def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(row[name] for row in rows))
-
-    n = ", ".join(sorted({row["n"] for row in rows if row["task"] != _AVERAGE}, key=int))
+    n = ", ".join(sorted({row["n"] for row in rows if row["task"] != AVERAGE}, key=int))
     return (
         f"Retained percent of the dense score (of dense: the score), n = {n} hold-out questions a task, 95 % intervals "
-        f"of a paired bootstrap; {all_of('dtype')}, {all_of('device')}, torch {all_of('torch')}, transformers "
-        f"{all_of('transformers')}, commit {all_of('commit')}; rows with their commands: accuracy.csv in "
-        "benchmark/results."
+        f"of a paired bootstrap; {measured_on(rows)}; rows with their commands: accuracy.csv in benchmark/results."
     )
 
 
@@ -198,7 +198,7 @@ def accuracy_figure(rows: list[StoredRow]) -> str:
 def with_tables(text: str) -> str:
     """Replaces the tables and figures in a document's text."""
     whole_calls, accuracy = read_e2e(), stored_rows()
-    of_accuracy = {"accuracy": accuracy_table, "validity": validity_table}
+    of_accuracy = {"accuracy": accuracy_table, "families": families_table, "validity": validity_table}
     others = {"ready": (ready_table, read_ready()), "turns": (turns_table, read_turns())}
     others |= {"vllm-load": (vllm_load_table, read_vllm_load()), "server": (server_table, read_server())}
     tables = {
@@ -219,8 +219,9 @@ def with_tables(text: str) -> str:
     together = _rows_of_figures(text, whole_calls)
 
     def sentence(match: re.Match[str]) -> str:
-        if match["kind"] == "accuracy figure":
-            return match[1] + accuracy_figure(chosen(accuracy, match["filter"])) + match[4]
+        if match["kind"] in ("accuracy figure", "families figure"):
+            figure = accuracy_figure if match["kind"] == "accuracy figure" else families_figure
+            return match[1] + figure(chosen(accuracy, match["filter"])) + match[4]
         if match["kind"] == "turns figure":
             return match[1] + turns_figure(chosen(others["turns"][1], match["filter"])) + match[4]
         found = chosen(together, match["filter"])
@@ -244,7 +245,8 @@ def _rows_of_figures(text: str, rows: list[StoredRow]) -> list[StoredRow]:
     if unnamed := [one for one, named in by_filter.items() if not named]:
         raise ValueError(f"a figure of whole calls names its case, as case=v1024-b1-n1; got the filter {unnamed[0]!r}")
     cases = {case for named in by_filter.values() for one in named for case in one.split(",")}
-    return measured_together(chosen_calls(rows, ""), cases) if cases else []
+    commits = dict.fromkeys(condition for one in filters for condition in re.findall(r"\bcommit=\S+", one))
+    return measured_together(chosen_calls(rows, " ".join(commits)), cases) if cases else []
 
 
 if __name__ == "__main__":

@@ -10,7 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
+from benchmark.accuracy_rows import Cell, all_of, mean_retained, measured_on, of_whole_model
 from benchmark.e2e_rows import E2E, StoredRow, read_e2e
+from sparsevlm.evaluation.settings import DENSE
+from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
+from sparsevlm.selection.selectors import SELECTORS
 
 PUBLISHED = E2E.with_name("published.csv")
 RANDOM = "random"
@@ -43,11 +47,18 @@ class Comparison:
     published: dict[str, float]
     ours: dict[str, float]
 
-    def agreement(self) -> tuple[int, int]:
-        """Counts the pairs of selectors that both rank alike, and those that they rank the other way round."""
+    def agreement(self, n_before: int | None = None) -> tuple[int, int]:
+        """Counts the pairs of selectors that both rank alike, and those that they rank the other way round.
+
+        Parameters
+        ----------
+        n_before : int, optional
+            Only pairs of which so many choose before the decoder.
+        """
         signs = [
             (self.published[one] - self.published[other]) * (self.ours[one] - self.ours[other])
             for one, other in combinations(self.published, 2)
+            if n_before is None or n_before == _is_before(one) + _is_before(other)
         ]
         return sum(sign > 0 for sign in signs), sum(sign < 0 for sign in signs)
 
@@ -57,20 +68,20 @@ def read_published() -> list[StoredRow]:
     return read_e2e(PUBLISHED)
 
 
-def comparisons(published: list[StoredRow], ours: list[StoredRow]) -> list[Comparison]:
+def comparisons(published: list[StoredRow], ours: dict[Cell, float]) -> list[Comparison]:
     """Sets each published table and budget beside our averages.
 
     Parameters
     ----------
     published : list of dict
         Rows of ``published.csv``.
-    ours : list of dict
-        Rows of ``accuracy.csv`` of one model.
+    ours : dict
+        Retained percent of one model by selector and budget.
     """
     averages: dict[str, dict[str, float]] = {}
-    for row in ours:
-        if row["task"] == "average" and row["selector"] != "dense" and row["keep"] != "adaptive":
-            averages.setdefault(row["keep"], {})[row["selector"]] = float(row["retained"])
+    for (selector, keep), retained in ours.items():
+        if selector != DENSE and keep != "adaptive":
+            averages.setdefault(keep, {})[selector] = retained
     tables: dict[tuple[str, float], list[StoredRow]] = {}
     for row in published:
         share = float(row["kept"]) / float(row["n_visual"])
@@ -85,13 +96,23 @@ def comparisons(published: list[StoredRow], ours: list[StoredRow]) -> list[Compa
     return found
 
 
-def kendall(found: Iterable[Comparison]) -> float:
+def _is_before(selector: str) -> bool:
+    return SelectorTraits.of(SELECTORS[selector]()).placement == BEFORE_DECODER
+
+
+def kendall(found: Iterable[Comparison], n_before: int | None = None) -> float:
     """Computes Kendall's tau over the pairs within each table: 1 where all are ranked alike, -1 where none is.
 
-    Pairs that are tied on one side count for neither, and are left out of the number of pairs.
+    Pairs that are tied on one side count for neither, and are left out of the number of pairs. ``n_before`` is that of
+    :meth:`Comparison.agreement`.
     """
-    alike, otherwise = (sum(counts) for counts in zip(*(one.agreement() for one in found), strict=True))
+    alike, otherwise = _counts(found, n_before)
     return (alike - otherwise) / (alike + otherwise)
+
+
+def _counts(found: Iterable[Comparison], n_before: int | None = None) -> tuple[int, int]:
+    counts = [one.agreement(n_before) for one in found]
+    return sum(alike for alike, _ in counts), sum(otherwise for _, otherwise in counts)
 
 
 def validity_table(rows: list[StoredRow]) -> str:
@@ -102,14 +123,10 @@ def validity_table(rows: list[StoredRow]) -> str:
     rows : list of dict
         Rows of ``accuracy.csv`` of one model.
 
-    Raises
-    ------
-    ValueError
-        If there are none.
     """
-    if not rows:
-        raise ValueError("no stored row fits the filter of a table")
-    found = comparisons(read_published(), rows)
+    by_setting = of_whole_model(rows)
+    found = comparisons(read_published(), {cell: mean_retained(by_suite) for cell, by_suite in by_setting.items()})
+    shown = [row for by_suite in by_setting.values() for row in by_suite.values()]
     lines = [
         "| published in | checkpoint | tokens kept | selector | published | ours, `keep` | ours |",
         "|---" * 7 + "|",
@@ -123,17 +140,16 @@ def validity_table(rows: list[StoredRow]) -> str:
             cells += [f"{one.published[selector]:.1f}", one.keep, f"{one.ours[selector]:.1f}"]
             lines.append(f"| {' | '.join(cells)} |")
             name = ""
-    return "\n".join([*lines, "", *agreement_lines(found), "", _origin(rows)]) + "\n"
+    return "\n".join([*lines, "", *agreement_lines(found), "", _origin(shown)]) + "\n"
 
 
 def agreement_lines(found: list[Comparison]) -> list[str]:
-    """Makes the table of agreement, and says where a random draw stands in each."""
+    """Makes the table of agreement, by published table and by kind of pair, and says where a random draw stands."""
     lines = ["| | pairs ranked alike | the other way round | Kendall's τ |", "|---" * 4 + "|"]
-    for one in found:
-        alike, otherwise = one.agreement()
-        lines.append(f"| {one.source}, {100 * one.share:.0f} % | {alike} | {otherwise} | {kendall([one]):.2f} |")
-    alike, otherwise = (sum(counts) for counts in zip(*(one.agreement() for one in found), strict=True))
-    lines.append(f"| **all** | {alike} | {otherwise} | **{kendall(found):.2f}** |")
+    lines += [_agreement_line(f"{one.source}, {100 * one.share:.0f} %", [one]) for one in found]
+    kinds = {"both choose inside the decoder": 0, "one before it, one inside": 1, "both before it": 2}
+    lines += [_agreement_line(f"pairs of which {kind}", found, number) for kind, number in kinds.items()]
+    lines.append(_agreement_line("**all**", found))
     for one in found:
         if RANDOM in one.published:
             place, of_ours = (
@@ -147,13 +163,16 @@ def agreement_lines(found: list[Comparison]) -> list[str]:
     return lines
 
 
-def _origin(rows: list[StoredRow]) -> str:
-    def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(row[name] for row in rows))
+def _agreement_line(name: str, found: list[Comparison], n_before: int | None = None) -> str:
+    alike, otherwise = _counts(found, n_before)
+    tau = f"{kendall(found, n_before):.2f}" if alike + otherwise else "–"
+    return f"| {name} | {alike} | {otherwise} | {tau} |"
 
-    n = ", ".join(dict.fromkeys(row["n"] for row in rows if row["task"] == "average" and row["selector"] != "dense"))
+
+def _origin(rows: list[StoredRow]) -> str:
+    n = sum({row["suite"]: int(row["n"]) for row in rows}.values())
     return (
-        f"Retained percent of the dense score, averages. Ours: {all_of('model')}, suite {all_of('suite')}, n = {n}, "
-        f"{all_of('dtype')}, {all_of('device')}, torch {all_of('torch')}, transformers {all_of('transformers')}, "
-        f"commit {all_of('commit')}; accuracy.csv and published.csv in benchmark/results."
+        f"Retained percent of the dense score, averages. Ours: {all_of(rows, 'model')}, suites "
+        f"{all_of(rows, 'suite')}, n = {n} in all, {measured_on(rows)}; accuracy.csv and published.csv in "
+        "benchmark/results."
     )

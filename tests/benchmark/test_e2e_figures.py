@@ -43,6 +43,13 @@ def test_figures_of_one_document_are_of_one_commit(tables, monkeypatch):
     assert "phase=total -->7<!-- end --> ms" in shown
 
 
+def test_a_commit_that_one_figure_names_is_that_of_all(tables, monkeypatch):
+    rows = [*run("a", "old", "1"), *run("b", "old", "2"), *run("a", times={**TIMES, "ours": "7"}), *run("b")]
+    assert "phase=total -->7<!-- end --> ms" in written(tables, monkeypatch, rows)
+    shown = written(tables, monkeypatch, rows, TEXT.replace("case=b", "commit=old case=b"))
+    assert "phase=total -->10<!-- end --> ms" in shown
+
+
 def test_a_run_without_what_is_compared_is_passed_over(tables, monkeypatch):
     """Also at the same commit, where a later run measured some selectors alone."""
     rows = [*run("a"), *run("b"), *run("a", timestamp="9", times={"hf-dense": "3", "ours": "2"})]

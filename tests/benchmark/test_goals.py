@@ -14,6 +14,7 @@ def goals():
 
 def row(provider, p50, case="v256-b1-n1", keep="1.0", **changes):
     made = {"case": case, "provider": provider, "keep": keep, "phase": "first_token", "metric": "ms", "floor": "10"}
+    made["selector"] = provider.removeprefix("ours-") if provider.startswith("ours-") else "span"
     return made | {"p50": p50, "timestamp": "2", "gpu": "G", "commit": "abc"} | changes
 
 
@@ -38,6 +39,10 @@ def test_the_slowest_selector_of_each_placement_counts(goals):
     table = goals.goals_table(rows, [])
     assert cells(table, "slowest selector inside the decoder, keep=0.25", "times") == "**0.75** (fastv), –, –"
     assert cells(table, "slowest selector before the decoder, keep=0.25", "times") == "1.50 (tome), –, –"
+    rows += [row("ours", "60", keep="0.25", selector="span-features")]
+    table = goals.goals_table(rows, [])
+    before = cells(table, "slowest selector before the decoder, keep=0.25", "times")
+    assert before == "**0.50** (span-features), –, –", "ours is of the selector that its rows name"
 
 
 def test_mixed_shapes_count_on_the_requests_that_both_have_answered(goals):

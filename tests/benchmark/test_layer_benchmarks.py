@@ -116,11 +116,12 @@ def test_whole_calls_go_to_their_file(monkeypatch):
 def test_accuracy_beside_retained_tokens():
     from benchmark.retained import accuracy
 
-    row = {"suite": "demo", "task": "average", "selector": "span", "target_layers": "default", "options": ""}
-    row |= {"keep": "0.5", "retained": "97.26", "n": "100", "timestamp": "1", "model": "m", "run": "a"}
+    row = {"suite": "demo", "task": "average", "selector": "span-features", "target_layers": "default", "options": ""}
+    row |= {"keep": "0.5", "retained": "97.26", "n": "100", "timestamp": "1", "model": "bundled", "run": "a"}
     rows = [row, row | {"n": "900", "retained": "99.61", "run": "b"}, row | {"keep": "adaptive", "n": "2000"}]
+    rows += [row | {"n": "9000", **other} for other in ({"model": "smol"}, {"selector": "span"})]
     assert accuracy(rows, 256) == "100 (dense)"
-    assert accuracy(rows, 128) == "99.6 (m, span, keep 0.5, n = 900, b)"
+    assert accuracy(rows, 128) == "99.6 (bundled, span-features, keep 0.5, n = 900, b)"
     assert accuracy(rows, 64) == "no stored row"
 
 

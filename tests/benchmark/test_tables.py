@@ -21,7 +21,7 @@ def test_documents_show_the_stored_rows(tables):
     assert len(tables.DOCUMENTS) > 1
     for document in tables.DOCUMENTS:
         text = document.read_text(encoding="utf-8")
-        assert re.search("<!-- (accuracy|e2e|memory|mixed|pictures|server|turns|validity|vllm-load):", text)
+        assert re.search("<!-- (accuracy|e2e|families|memory|mixed|pictures|server|turns|validity|vllm-load):", text)
         assert tables.with_tables(text) == text, f"python -m benchmark.tables would change {document.name}"
 
 

@@ -17,8 +17,7 @@ def published(**retained):
 
 
 def ours(keep="0.25", **retained):
-    shared = {"task": "average", "keep": keep}
-    return [{**shared, "selector": name, "retained": str(value)} for name, value in retained.items()]
+    return {(name, keep): value for name, value in retained.items()}
 
 
 def test_tau_is_that_of_scipy_where_nothing_is_tied(validity):
@@ -45,7 +44,7 @@ def test_pairs_are_of_one_table_and_budget(validity):
 
 
 def test_the_nearest_budget_is_taken(validity):
-    rows = ours("0.37", a=5, b=4) + ours("0.25", a=1, b=2) + ours("adaptive", a=7, b=7)
+    rows = ours("0.37", a=5, b=4) | ours("0.25", a=1, b=2) | ours("adaptive", a=7, b=7)
     (found,) = validity.comparisons([{**row, "kept": "33"} for row in published(a=90, b=80)], rows)
     assert (found.keep, found.ours) == ("0.37", {"a": 5, "b": 4})
 
@@ -53,6 +52,20 @@ def test_the_nearest_budget_is_taken(validity):
 def test_selectors_that_only_one_side_has_are_left_out(validity):
     (found,) = validity.comparisons(published(a=90, b=80), ours(b=1, c=2, dense=100))
     assert set(found.published) == set(found.ours) == {"b"}
+
+
+def test_pairs_by_where_their_selectors_choose(validity):
+    """Two of them before the decoder, two inside, of which one pair of each kind is ranked the other way round."""
+    of_others, of_ours = (
+        {"scope": 90, "divprune": 80, "fastv": 70, "span": 60},
+        {"scope": 5, "divprune": 6, "fastv": 5.5},
+    )
+    (found,) = validity.comparisons(published(**of_others), ours(**of_ours, span=7))
+    assert [found.agreement(n) for n in range(3)] == [(0, 1), (1, 3), (0, 1)]
+    lines = validity.agreement_lines([found])
+    assert "| pairs of which both choose inside the decoder | 0 | 1 | -1.00 |" in lines
+    assert "| pairs of which one before it, one inside | 1 | 3 | -0.50 |" in lines
+    assert "| **all** | 1 | 5 | -0.67 |" in lines
 
 
 def test_published_rows_say_where_they_stand(validity):
@@ -68,5 +81,5 @@ def test_published_rows_say_where_they_stand(validity):
 
 
 def test_no_rows_are_an_error(validity):
-    with pytest.raises(ValueError, match="no stored row"):
+    with pytest.raises(ValueError, match="its filter finds \\[\\]"):
         validity.validity_table([])

@@ -6,6 +6,7 @@ import ast
 import re
 
 import pytest
+from benchmark.accuracy_rows import mean_retained, of_whole_model
 from documents import DOCUMENTS, ROOT, prose, read
 
 from sparsevlm.material.grounds import GROUNDS
@@ -102,6 +103,7 @@ def test_a_table_of_memory(tables):
 def test_no_measurement_is_written_by_hand():
     """In the README's sentences, what has a unit of time or a percentage stands in a marker."""
     text = re.sub(r"(?:figure|ratio|device): .*?-->[^<]*<!-- end -->", "", read(ROOT / "README.md"), flags=re.DOTALL)
+    text = re.sub(r"<!-- families: .*?<!-- end of families", "", text, flags=re.DOTALL)
     sentences = "\n".join(
         line for line in text.splitlines() if "roofline bound" not in line and not line.startswith("| v")
     )
@@ -109,19 +111,17 @@ def test_no_measurement_is_written_by_hand():
 
 
 def test_the_strongest_published_methods_stand_beside_ours(tables):
-    """Of the run that has all selectors: two in the README, three in the first table of the page."""
-    run = [row for row in tables.stored_rows() if row["run"] == "demo-bundled-63051291" and row["keep"] == "0.25"]
-    retained = {row["selector"]: float(row["retained"]) for row in run if row["task"] == "average"}
-    published = [name for name in retained if name not in ("span", "span-joint", "random", "grid", "downsample")]
-    strongest = sorted(published, key=retained.__getitem__, reverse=True)[:3]
-    later = {"priortr", "span-prior", "span-features"}  # than that run, as the pages say
-    assert set(SELECTORS) - {"span", "span-joint", "random", "grid"} - later == set(published)
-    (sentence,) = [line for line in read(ROOT / "README.md").splitlines() if line.startswith("| accuracy |")]
-    assert set(re.findall(r"accuracy figure: run=demo-bundled-\w+ selector=([\w-]+) ", sentence)) == {
-        DEFAULT, "random", *strongest[:2]
-    }  # fmt: skip
-    table = re.search(r"<!-- accuracy: .*?<!-- end of accuracy", read(ROOT / "docs" / "accuracy.md"), re.DOTALL)[0]
-    assert set(re.findall(r"^\| ([a-z-]+) \|.*\*\*", table, re.MULTILINE)) == {DEFAULT, "span", "random", *strongest}
+    """In README and page, of smol at a quarter: the default, the three best that others published, a random draw."""
+    rows = [row for row in tables.stored_rows() if row["model"] == "smol"]
+    retained = {cell: mean_retained(found) for cell, found in of_whole_model(rows).items() if cell[1] == "0.25"}
+    own = {"random", "grid", "downsample", *(name for name in SELECTORS if name.startswith("span"))}
+    assert {name for name, _ in retained} - {"downsample"} == set(SELECTORS)
+    published = sorted((cell for cell in retained if cell[0] not in own), key=retained.__getitem__, reverse=True)
+    for name in ("README.md", "docs/accuracy.md"):
+        table = re.search(r"<!-- families: model=smol.*?<!-- end of families", read(ROOT / name), re.DOTALL)[0]
+        shown = set(re.findall(r"^\| ([a-z-]+) \| 0\.25 ", table, re.MULTILINE))
+        assert {DEFAULT, "random", *(name for name, _ in published[:3])} <= shown, name
+        assert f"| {DEFAULT} | adaptive |" in table, "the call without options"
 
 
 def test_the_documents_say_what_is_lost_where_the_vision_tower_is_pruned():

@@ -124,7 +124,7 @@ def test_the_kernels_choose_as_the_plain_search(orders):
     """On the same states of the trained model: at least 99 of 100 tokens, and what differs is nearly tied."""
     model = load_model(bundled_path(), dtype="bfloat16", device="cuda")
     processor = load_processor(bundled_path(), local_files_only=True)
-    apply_sparsevlm(model, keep=0.25, engine=False)
+    apply_sparsevlm(model, keep=0.25, selector="span", engine=False)
     n_kept = n_alike = 0
     for inputs, _ in scene_batches(processor, 25, 25):
         orders.clear()

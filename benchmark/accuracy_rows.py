@@ -1,0 +1,78 @@
+"""Rows of ``results/accuracy.csv``: those of one measurement of a whole model, and where rows were measured."""
+
+from __future__ import annotations
+
+from benchmark.accuracy_runs import SUITES
+from benchmark.e2e_rows import StoredRow
+from sparsevlm.evaluation.settings import AVERAGE
+
+Cell = tuple[str, str]  # selector and keep
+
+
+def all_of(rows: list[StoredRow], name: str) -> str:
+    """Lists what rows have in a column, each once."""
+    return ", ".join(dict.fromkeys(row[name] for row in rows))
+
+
+def measured_on(rows: list[StoredRow]) -> str:
+    """Says with what rows were measured."""
+    versions = ", ".join(f"{name} {all_of(rows, name)}" for name in ("torch", "transformers", "commit"))
+    return f"{all_of(rows, 'dtype')}, {all_of(rows, 'device')}, {versions}"
+
+
+def of_whole_model(rows: list[StoredRow]) -> dict[Cell, dict[str, StoredRow]]:
+    """Selects the suites' averages of one model, all measured at one commit with the selectors' own options.
+
+    Parameters
+    ----------
+    rows : list of dict
+        Of one model.
+
+    Returns
+    -------
+    dict
+        By selector and budget the row of each suite, suites in the order of
+        :data:`~benchmark.accuracy_runs.SUITES`. Of several commits at which every suite was run it is the newest, and
+        of several runs of a suite there the last; a setting that a suite lacks is left out.
+
+    Raises
+    ------
+    ValueError
+        If the rows are of several models, or no commit has all suites of the model.
+    """
+    models = {row["model"] for row in rows}
+    if len(models) != 1:
+        raise ValueError(f"a table over all kinds of tasks is of one model, its filter finds {sorted(models)}")
+    (suites,) = (SUITES[model] for model in models)
+    rows = [row for row in rows if row["task"] == AVERAGE and row["suite"] in suites]
+    rows = [row for row in rows if row["target_layers"] == "default" and not row["options"]]
+    commits = dict.fromkeys(row["commit"] for row in sorted(rows, key=lambda row: row["timestamp"], reverse=True))
+    for commit in commits:
+        found = [row for row in rows if row["commit"] == commit]
+        if {row["suite"] for row in found} == set(suites):
+            return _by_setting(found, suites)
+    raise ValueError(f"no commit has rows of all of {', '.join(suites)}: python -m benchmark.accuracy_runs")
+
+
+def _by_setting(rows: list[StoredRow], suites: tuple[str, ...]) -> dict[Cell, dict[str, StoredRow]]:
+    by_setting: dict[Cell, dict[str, StoredRow]] = {}
+    for suite in suites:
+        of_suite = [row for row in rows if row["suite"] == suite]
+        last = max(row["timestamp"] for row in of_suite)
+        for row in of_suite:
+            if row["timestamp"] == last:
+                by_setting.setdefault((row["selector"], row["keep"]), {})[suite] = row
+    return {setting: found for setting, found in by_setting.items() if len(found) == len(suites)}
+
+
+def mean_retained(by_suite: dict[str, StoredRow]) -> float:
+    """Computes the mean over the suites of the retained percent."""
+    return sum(float(row["retained"]) for row in by_suite.values()) / len(by_suite)
+
+
+def interval_of_mean(by_suite: dict[str, StoredRow]) -> tuple[float, float]:
+    """Computes the 95 % interval of :func:`mean_retained` from those of the suites, which were drawn apart."""
+    mean = mean_retained(by_suite)
+    half_widths = [(float(row["ci_high"]) - float(row["ci_low"])) / 2 for row in by_suite.values()]
+    half = sum(width**2 for width in half_widths) ** 0.5 / len(half_widths)
+    return mean - half, mean + half

@@ -1,0 +1,76 @@
+"""Tables over all kinds of tasks of a model: which rows they take, and what they say."""
+
+from __future__ import annotations
+
+import pytest
+from benchmark.accuracy_rows import interval_of_mean, of_whole_model
+from benchmark.accuracy_runs import SUITES
+from benchmark.families import families_figure, families_table
+
+
+def row(suite, selector="random", keep="0.25", retained=90.0, **changes):
+    made = {"model": "bundled", "suite": suite, "task": "average", "selector": selector, "keep": keep, "n": "200"}
+    made |= {"retained": str(retained), "ci_low": str(retained - 3), "ci_high": str(retained + 3), "options": ""}
+    made |= {"dense_score": "0.9", "avg_tokens": "64.0", "target_layers": "default", "dtype": "bfloat16"}
+    made |= {"device": "D", "torch": "2.11", "transformers": "5.17", "commit": "new", "timestamp": "2"}
+    return made | changes
+
+
+def both(selector, *retained, **changes):
+    return [
+        row(suite, selector, retained=one, **changes) for suite, one in zip(SUITES["bundled"], retained, strict=True)
+    ]
+
+
+def test_a_line_for_each_setting_by_budget_and_average():
+    rows = both("grid", 60, 70) + both("dense", 100, 100, keep="1.0", avg_tokens="256.0") + both("random", 80, 90)
+    rows += both("span-features", 97, 99, keep="adaptive") + both("random", 90, 95, keep="0.5")
+    lines = families_table(rows).splitlines()
+    assert lines[0] == "| selector | keep | visual tokens | average | scenes | grounds |"
+    assert lines[2:7] == [
+        "| dense | – | 256 | 90.0 % | 90.0 % | 90.0 % |",
+        "| random | 0.5 | 64 | **92.5** [90.4, 94.6] | 90.0 | 95.0 |",
+        "| random | 0.25 | 64 | **85.0** [82.9, 87.1] | 80.0 | 90.0 |",
+        "| grid | 0.25 | 64 | **65.0** [62.9, 67.1] | 60.0 | 70.0 |",
+        "| span-features | adaptive | 64 | **98.0** [95.9, 100.1] | 97.0 | 99.0 |",
+    ]
+    assert "n = 200 hold-out questions a cell" in lines[-1]
+    assert "commit new" in lines[-1]
+
+
+def test_the_newest_commit_that_has_all_suites_is_taken():
+    """A newer one has a single suite, an older one all; of two runs of a suite the later counts."""
+    rows = both("grid", 60, 70, commit="old", timestamp="1") + both("grid", 50, 70)
+    rows += [
+        row("demo", "grid", retained=10.0, commit="part", timestamp="9"),
+        row("demo", "grid", retained=80.0, timestamp="3"),
+    ]
+    assert families_figure(rows) == "75.0"
+    assert families_figure([one for one in rows if one["commit"] != "new"]) == "65.0"
+
+
+def test_options_tasks_and_other_layers_are_left_out():
+    rows = both("grid", 60, 70) + both("grid", 1, 1, options="seed=3") + both("grid", 2, 2, target_layers="4")
+    rows += [*both("grid", 3, 3, task="count"), row("documents", "grid", retained=4.0)]
+    assert families_figure(rows) == "65.0"
+
+
+def test_a_setting_that_a_suite_lacks_has_no_line():
+    rows = [*both("grid", 60, 70), row("demo", "random")]
+    assert list(of_whole_model(rows)) == [("grid", "0.25")]
+
+
+def test_the_interval_is_that_of_a_mean_of_independent_draws():
+    (by_suite,) = of_whole_model(both("grid", 60, 70)).values()
+    assert interval_of_mean(by_suite) == pytest.approx((65 - 3 / 2**0.5, 65 + 3 / 2**0.5))
+
+
+def test_what_is_missing_is_said():
+    with pytest.raises(ValueError, match=r"of one model, its filter finds \['bundled', 'smol'\]"):
+        families_table([row("demo"), row("documents", model="smol")])
+    with pytest.raises(
+        ValueError, match=r"no commit has rows of all of demo, grounds: python -m benchmark\.accuracy_runs"
+    ):
+        families_table([row("demo")])
+    with pytest.raises(ValueError, match="one selector at one budget, its filter finds 2"):
+        families_figure(both("grid", 60, 70) + both("random", 60, 70))
