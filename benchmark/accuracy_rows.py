@@ -6,7 +6,7 @@ from benchmark.accuracy_runs import SUITES
 from benchmark.e2e_rows import StoredRow
 from sparsevlm.evaluation.settings import AVERAGE
 
-Cell = tuple[str, str]  # selector and keep
+Cell = tuple[str, str, str, str]  # selector, keep, target layers and other options
 
 
 def all_of(rows: list[StoredRow], name: str) -> str:
@@ -20,32 +20,32 @@ def measured_on(rows: list[StoredRow]) -> str:
     return f"{all_of(rows, 'dtype')}, {all_of(rows, 'device')}, {versions}"
 
 
-def of_whole_model(rows: list[StoredRow]) -> dict[Cell, dict[str, StoredRow]]:
-    """Selects the suites' averages of one model, all measured at one commit with the selectors' own options.
+def of_suites(rows: list[StoredRow]) -> dict[Cell, dict[str, StoredRow]]:
+    """Selects the suites' averages of one model, all measured at one commit.
 
     Parameters
     ----------
     rows : list of dict
-        Of one model.
+        Of one model; the suites are those that it was trained for and that have rows.
 
     Returns
     -------
     dict
-        By selector and budget the row of each suite, suites in the order of
-        :data:`~benchmark.accuracy_runs.SUITES`. Of several commits at which every suite was run it is the newest, and
-        of several runs of a suite there the last; a setting that a suite lacks is left out.
+        By setting the row of each suite, suites in the order of :data:`~benchmark.accuracy_runs.SUITES`. Of several
+        commits at which every suite was run it is the newest, and of several runs of a setting there the last; a
+        setting that a suite lacks is left out.
 
     Raises
     ------
     ValueError
-        If the rows are of several models, or no commit has all suites of the model.
+        If the rows are of several models, or no commit has all suites.
     """
     models = {row["model"] for row in rows}
     if len(models) != 1:
-        raise ValueError(f"a table over all kinds of tasks is of one model, its filter finds {sorted(models)}")
-    (suites,) = (SUITES[model] for model in models)
-    rows = [row for row in rows if row["task"] == AVERAGE and row["suite"] in suites]
-    rows = [row for row in rows if row["target_layers"] == "default" and not row["options"]]
+        raise ValueError(f"a table over kinds of tasks is of one model, its filter finds {sorted(models)}")
+    (known,) = (SUITES[model] for model in models)
+    rows = [row for row in rows if row["task"] == AVERAGE and row["suite"] in known]
+    suites = [suite for suite in known if any(row["suite"] == suite for row in rows)]
     commits = dict.fromkeys(row["commit"] for row in sorted(rows, key=lambda row: row["timestamp"], reverse=True))
     for commit in commits:
         found = [row for row in rows if row["commit"] == commit]
@@ -54,14 +54,11 @@ def of_whole_model(rows: list[StoredRow]) -> dict[Cell, dict[str, StoredRow]]:
     raise ValueError(f"no commit has rows of all of {', '.join(suites)}: python -m benchmark.accuracy_runs")
 
 
-def _by_setting(rows: list[StoredRow], suites: tuple[str, ...]) -> dict[Cell, dict[str, StoredRow]]:
+def _by_setting(rows: list[StoredRow], suites: list[str]) -> dict[Cell, dict[str, StoredRow]]:
     by_setting: dict[Cell, dict[str, StoredRow]] = {}
-    for suite in suites:
-        of_suite = [row for row in rows if row["suite"] == suite]
-        last = max(row["timestamp"] for row in of_suite)
-        for row in of_suite:
-            if row["timestamp"] == last:
-                by_setting.setdefault((row["selector"], row["keep"]), {})[suite] = row
+    for row in sorted(rows, key=lambda row: (suites.index(row["suite"]), row["timestamp"])):
+        setting = (row["selector"], row["keep"], row["target_layers"], row["options"])
+        by_setting.setdefault(setting, {})[row["suite"]] = row
     return {setting: found for setting, found in by_setting.items() if len(found) == len(suites)}
 
 

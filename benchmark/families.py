@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmark.accuracy_rows import Cell, interval_of_mean, mean_retained, measured_on, of_whole_model
+from benchmark.accuracy_rows import Cell, interval_of_mean, mean_retained, measured_on, of_suites
 from benchmark.e2e_rows import StoredRow
 from sparsevlm.evaluation.settings import DENSE
 
@@ -15,9 +15,14 @@ def families_table(rows: list[StoredRow]) -> str:
     Parameters
     ----------
     rows : list of dict
-        Rows of ``accuracy.csv`` of one model; :func:`~benchmark.accuracy_rows.of_whole_model` chooses among them.
+        Rows of ``accuracy.csv`` of one model; :func:`~benchmark.accuracy_rows.of_suites` chooses among them.
+
+    Raises
+    ------
+    ValueError
+        As :func:`~benchmark.accuracy_rows.of_suites` does.
     """
-    found = of_whole_model(rows)
+    found = _one_dense(of_suites(rows))
     shown = [row for by_suite in found.values() for row in by_suite.values()]
     suites = list(next(iter(found.values())))
     heads = ["selector", "keep", "visual tokens", "average", *(_HEADS.get(suite, suite) for suite in suites)]
@@ -41,22 +46,31 @@ def families_figure(rows: list[StoredRow]) -> str:
     ValueError
         If the rows have another number of settings than one.
     """
-    found = of_whole_model(rows)
+    found = of_suites(rows)
     if len(found) != 1:
         raise ValueError(f"a figure needs one selector at one budget, its filter finds {len(found)}")
     return f"{mean_retained(*found.values()):.1f}"
 
 
+def _one_dense(found: dict[Cell, dict[str, StoredRow]]) -> dict[Cell, dict[str, StoredRow]]:
+    """Leaves one of the settings that are dense, which a run has with any options."""
+    dense = [setting for setting in found if setting[0] == DENSE]
+    return {setting: by_suite for setting, by_suite in found.items() if setting not in dense[1:]}
+
+
 def _place(setting: Cell, by_suite: dict[str, StoredRow]) -> tuple[float, float]:
     """Dense first, then by budget from large to small, those without one last, and within a budget by the average."""
-    selector, keep = setting
+    selector, keep, *_ = setting
     if selector == DENSE:
         return -2.0, 0.0
     return 0.0 if keep == "adaptive" else -float(keep), -mean_retained(by_suite)
 
 
 def _line(setting: Cell, by_suite: dict[str, StoredRow]) -> str:
-    (selector, keep), rows = setting, list(by_suite.values())
+    (selector, keep, layers, options), rows = setting, list(by_suite.values())
+    changed = [options] if options else []
+    changed += [f"target layers {layers}"] if layers != "default" else []
+    name = f"{selector} ({', '.join(changed)})" if changed and selector != DENSE else selector
     tokens = sum(float(row["avg_tokens"]) for row in rows) / len(rows)
     if selector == DENSE:
         scores = [100 * float(row["dense_score"]) for row in rows]
@@ -65,4 +79,4 @@ def _line(setting: Cell, by_suite: dict[str, StoredRow]) -> str:
         low, high = interval_of_mean(by_suite)
         cells = [f"**{mean_retained(by_suite):.1f}** [{low:.1f}, {high:.1f}]"]
         cells += [f"{float(row['retained']):.1f}" for row in rows]
-    return f"| {' | '.join([selector, '–' if selector == DENSE else keep, f'{tokens:.0f}', *cells])} |"
+    return f"| {' | '.join([name, '–' if selector == DENSE else keep, f'{tokens:.0f}', *cells])} |"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
-from benchmark.accuracy_rows import Cell, all_of, mean_retained, measured_on, of_whole_model
+from benchmark.accuracy_rows import all_of, mean_retained, measured_on, of_suites
 from benchmark.e2e_rows import E2E, StoredRow, read_e2e
 from sparsevlm.evaluation.settings import DENSE
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
@@ -68,7 +68,7 @@ def read_published() -> list[StoredRow]:
     return read_e2e(PUBLISHED)
 
 
-def comparisons(published: list[StoredRow], ours: dict[Cell, float]) -> list[Comparison]:
+def comparisons(published: list[StoredRow], ours: dict[tuple[str, str], float]) -> list[Comparison]:
     """Sets each published table and budget beside our averages.
 
     Parameters
@@ -124,8 +124,8 @@ def validity_table(rows: list[StoredRow]) -> str:
         Rows of ``accuracy.csv`` of one model.
 
     """
-    by_setting = of_whole_model(rows)
-    found = comparisons(read_published(), {cell: mean_retained(by_suite) for cell, by_suite in by_setting.items()})
+    by_setting = of_suites(rows)
+    found = comparisons(read_published(), {cell[:2]: mean_retained(by_suite) for cell, by_suite in by_setting.items()})
     shown = [row for by_suite in by_setting.values() for row in by_suite.values()]
     lines = [
         "| published in | checkpoint | tokens kept | selector | published | ours, `keep` | ours |",

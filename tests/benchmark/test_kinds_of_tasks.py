@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from benchmark.accuracy_rows import interval_of_mean, of_whole_model
+from benchmark.accuracy_rows import interval_of_mean, of_suites
 from benchmark.accuracy_runs import SUITES
 from benchmark.families import families_figure, families_table
 
@@ -49,19 +49,25 @@ def test_the_newest_commit_that_has_all_suites_is_taken():
     assert families_figure([one for one in rows if one["commit"] != "new"]) == "65.0"
 
 
-def test_options_tasks_and_other_layers_are_left_out():
-    rows = both("grid", 60, 70) + both("grid", 1, 1, options="seed=3") + both("grid", 2, 2, target_layers="4")
+def test_options_and_target_layers_are_settings_of_their_own():
+    """And a task of a suite, or a suite that the model was not trained for, is none."""
+    rows = both("dense", 100, 100, keep="1.0") + both("grid", 60, 70) + both("grid", 40, 50, options="seed=3")
+    rows += both("grid", 20, 30, target_layers="4 8") + both("dense", 100, 100, keep="1.0", options="seed=3")
     rows += [*both("grid", 3, 3, task="count"), row("documents", "grid", retained=4.0)]
-    assert families_figure(rows) == "65.0"
+    lines = families_table(rows).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:-2]] == [
+        "| dense", "| grid", "| grid (seed=3)", "| grid (target layers 4 8)"
+    ]  # fmt: skip
+    assert families_figure([one for one in rows if one["options"] and one["selector"] == "grid"]) == "45.0"
 
 
 def test_a_setting_that_a_suite_lacks_has_no_line():
     rows = [*both("grid", 60, 70), row("demo", "random")]
-    assert list(of_whole_model(rows)) == [("grid", "0.25")]
+    assert list(of_suites(rows)) == [("grid", "0.25", "default", "")]
 
 
 def test_the_interval_is_that_of_a_mean_of_independent_draws():
-    (by_suite,) = of_whole_model(both("grid", 60, 70)).values()
+    (by_suite,) = of_suites(both("grid", 60, 70)).values()
     assert interval_of_mean(by_suite) == pytest.approx((65 - 3 / 2**0.5, 65 + 3 / 2**0.5))
 
 
@@ -71,6 +77,6 @@ def test_what_is_missing_is_said():
     with pytest.raises(
         ValueError, match=r"no commit has rows of all of demo, grounds: python -m benchmark\.accuracy_runs"
     ):
-        families_table([row("demo")])
+        families_table([row("demo"), row("grounds", commit="old")])
     with pytest.raises(ValueError, match="one selector at one budget, its filter finds 2"):
         families_figure(both("grid", 60, 70) + both("random", 60, 70))
