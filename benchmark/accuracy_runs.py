@@ -1,8 +1,9 @@
-"""Accuracy of both small models on all kinds of tasks: a ``sparsevlm eval`` for each suite, side by side.
+"""Accuracy of both small models on all kinds of tasks: a ``sparsevlm eval`` for each suite, several side by side.
 
 ``python -m benchmark.accuracy_runs --gpus 4`` runs every selector at every budget on what either model was trained for,
-and adds the rows to ``results/accuracy.csv``, each with the command of its own suite. A run that was stopped goes on
-where it was. Weights of smol have to be written before (``sparsevlm smol-weights``).
+and adds the rows to ``results/accuracy.csv``, each with the command of its own suite; with ``--ablation`` it runs what
+parts of a method do instead. A run that was stopped goes on where it was. Weights of smol have to be written before
+(``sparsevlm smol-weights``). Many processes share a GPU; NVIDIA's MPS makes that about twice as fast.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmark.timed import RESULTS
@@ -25,6 +27,9 @@ SUITES = {
     "bundled": ("demo", "grounds"),
     "smol": ("documents", "chat", "charts", "screens", "whole", "demo", "grounds"),
 }
+
+# A layer of either at which the question looks for what it asks for.
+LATE_LAYER = {"bundled": "14", "smol": "20"}
 
 
 @dataclass(frozen=True)
@@ -38,13 +43,16 @@ class Asked:
     n : int
         Questions of a suite at least, as many of each task.
     batch, workers : int
+    options : tuple of str
+        Further options of ``sparsevlm eval``; ``LATE`` stands for the model's :data:`LATE_LAYER`.
     """
 
     selectors: str = "all"
     keep: str = "0.5,0.37,0.25,adaptive"
     n: int = 200
-    batch: int = 13
-    workers: int = 8
+    batch: int = 50
+    workers: int = 3
+    options: tuple[str, ...] = ()
 
     def command(self, model: str, suite: str, target: Path) -> list[str]:
         """Of one suite, without the place of the run's folder."""
@@ -63,11 +71,28 @@ class Asked:
             "eval",
             "--yes",
             *(text for name, one in given.items() for text in (f"--{name}", str(one))),
+            *(LATE_LAYER[model] if option == "LATE" else option for option in self.options),
         ]
 
 
-def run_all(asked: Asked, models: Sequence[str], n_gpus: int, target: Path, logs: Path) -> int:
-    """Run all suites of some models at once, each on one GPU, in turn; without one all share the CPU.
+def ablation(asked: Asked) -> list[Asked]:
+    """Lists what the ablation asks of every suite; of ``asked`` it takes the numbers."""
+    parts = (
+        ("span,span-joint,sparsevlm,pyramiddrop,random,grid", "0.25", "schedule=single"),
+        ("span,fastv,priortr", "0.25", "schedule=geometric"),
+        ("span-joint,sparsevlm", "0.25", "recycle=false"),
+        ("sparsevlm", "0.25", "raters=all"),
+        ("span,sparsevlm", "adaptive", "rank_lambda=0.25"),
+    )
+    asked = replace(asked, workers=1)
+    found = [replace(asked, selectors=names, keep=keep, options=("--set", option)) for names, keep, option in parts]
+    few = ("span-features,span,span-joint,mmtok,scope,divprune,sparsevlm,random", "0.15", ("--set", "min_keep=8"))
+    late = ("span,sparsevlm,fastv,priortr,random", "0.75", ("--target-layers", "LATE"))
+    return found + [replace(asked, selectors=names, keep=keep, options=more) for names, keep, more in (few, late)]
+
+
+def run_all(asked: Sequence[Asked], models: Sequence[str], n_gpus: int, target: Path, logs: Path, at_once: int) -> int:
+    """Run all suites of some models, so many at once, on the GPUs in turn; without one all share the CPU.
 
     Returns
     -------
@@ -75,20 +100,21 @@ def run_all(asked: Asked, models: Sequence[str], n_gpus: int, target: Path, logs
         How many failed; what each printed is in ``logs``.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    started, wanted = [], [(model, suite) for model in models for suite in SUITES[model]]
-    for i, (model, suite) in enumerate(wanted):
-        command, log = asked.command(model, suite, target), logs / f"{suite}-{model}.log"
-        place = os.environ | ({"CUDA_VISIBLE_DEVICES": str(i % n_gpus)} if n_gpus else {})
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=place)
+    wanted = [(one, model, suite) for one in asked for model in models for suite in SUITES[model]]
+
+    def run(number: int) -> int:
+        one, model, suite = wanted[number]
+        command, log = one.command(model, suite, target), logs / f"{number:02}-{suite}-{model}.log"
+        place = os.environ | ({"CUDA_VISIBLE_DEVICES": str(number % n_gpus)} if n_gpus else {})
         print(shlex.join(command), flush=True)
-        started.append((process, log))
-    n_failed = 0
-    for process, log in started:
-        if process.wait():
-            n_failed += 1
+        with log.open("w") as file:
+            failed = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=place, check=False).returncode
+        if failed:
             print(f"failed: {log}\n{log.read_text()[-2000:]}", flush=True)
-    return n_failed
+        return int(bool(failed))
+
+    with ThreadPoolExecutor(at_once) as pool:
+        return sum(pool.map(run, range(len(wanted))))
 
 
 def main() -> None:
@@ -98,12 +124,16 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=0, help="how many there are; 0: on the CPU")
     parser.add_argument("--append-to", type=Path, default=RESULTS / "accuracy.csv")
     parser.add_argument("--logs", type=Path, default=Path("runs/logs"))
+    parser.add_argument("--at-once", type=int, default=9, help="suites that run side by side")
+    parser.add_argument("--ablation", action="store_true", help="parts of methods instead of all selectors")
     for name, kind in (("selectors", str), ("keep", str), ("n", int), ("batch", int), ("workers", int)):
         parser.add_argument(f"--{name}", type=kind, default=getattr(Asked, name))
     given = vars(parser.parse_args())
-    models, n_gpus, target, logs = (given.pop(name) for name in ("models", "gpus", "append_to", "logs"))
-    if n_failed := run_all(Asked(**given), models, n_gpus, target, logs):
-        sys.exit(f"{n_failed} suites failed")
+    names = ("models", "gpus", "append_to", "logs", "at_once", "ablation")
+    models, n_gpus, target, logs, at_once, is_ablation = (given.pop(name) for name in names)
+    asked = Asked(**given)
+    if n_failed := run_all(ablation(asked) if is_ablation else [asked], models, n_gpus, target, logs, at_once):
+        sys.exit(f"{n_failed} runs failed")
 
 
 if __name__ == "__main__":

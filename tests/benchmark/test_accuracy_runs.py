@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 from types import SimpleNamespace
 
 import pytest
-from benchmark.accuracy_runs import SUITES, Asked, run_all
+from benchmark.accuracy_runs import LATE_LAYER, SUITES, Asked, ablation, run_all
 
 from benchmark import accuracy_runs
+from sparsevlm.bundled import bundled_path
 from sparsevlm.cli import main
+from sparsevlm.cli.options import parse_keep, parse_layers
+from sparsevlm.evaluation.execution.feasible import feasible_settings
+from sparsevlm.evaluation.settings import EvalConfig
 
 SCRIPT = """#!/bin/sh
 case "$*" in *grounds*) echo "no ground" >&2; exit 3;; esac
@@ -38,11 +43,10 @@ def test_every_suite_has_a_command_and_a_place(recorded, n_gpus, capsys, monkeyp
         return SimpleNamespace(tasks=range(n_tasks.get(config.suite, 4)))
 
     monkeypatch.setattr(accuracy_runs, "open_suite", opened)
-    failed = run_all(
-        Asked("random", "0.25", 90, 13, 2), ["bundled", "smol"], n_gpus, recorded / "a.csv", recorded / "l"
-    )
+    asked = [Asked("random", "0.25", 90, 13, 2)]
+    failed = run_all(asked, ["bundled", "smol"], n_gpus, recorded / "a.csv", recorded / "l", 3)
     assert failed == 2
-    said = {path.stem: path.read_text() for path in (recorded / "l").iterdir()}
+    said = {path.stem[3:]: path.read_text() for path in (recorded / "l").iterdir()}
     assert set(said) == {f"{suite}-{model}" for model, suites in SUITES.items() for suite in suites}
     place = "on 0: " if n_gpus else "on the CPU: "
     assert said["demo-bundled"] == (
@@ -52,6 +56,23 @@ def test_every_suite_has_a_command_and_a_place(recorded, n_gpus, capsys, monkeyp
     assert "--model smol --suite documents " in said["documents-smol"]
     assert "--limit 18 " in said["documents-smol"], "five tasks"
     assert "no ground" in capsys.readouterr().out
+
+
+def test_the_ablation_asks_for_settings_that_the_command_line_knows(tmp_path):
+    """Of both models, to what is feasible; the layer is the model's own."""
+    lists = {model: [one.command(model, "demo", tmp_path) for one in ablation(Asked(n=10))] for model in SUITES}
+    assert [command[-2:] for command in lists["smol"]][-1] == ["--target-layers", "20"]
+    assert [command[-2:] for command in lists["bundled"]][-1] == ["--target-layers", "14"]
+    for one in ablation(Asked()):
+        names, (flag, value) = tuple(one.selectors.split(",")), one.options
+        name, _, text = value.partition("=")
+        options = {name: text if name in ("schedule", "raters") else json.loads(text)} if flag == "--set" else {}
+        layers = parse_layers(LATE_LAYER["bundled"]) if flag == "--target-layers" else None
+        keeps = (parse_keep(one.keep),)
+        config = EvalConfig("demo", "bundled", selectors=names, keeps=keeps, target_layers=layers, options=options)
+        settings, refused = feasible_settings(config, bundled_path())
+        assert len(settings) == 1 + len(names)
+        assert not refused
 
 
 def test_the_commands_are_the_command_lines(tmp_path, monkeypatch):
