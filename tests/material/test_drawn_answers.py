@@ -10,7 +10,7 @@ import pytest
 
 from sparsevlm.material import EVALUATION, draw
 from sparsevlm.material.charts.plot import COLOURS
-from sparsevlm.material.grounds import GROUNDS, PHOTOGRAPHIC
+from sparsevlm.material.grounds import GROUNDS, PHOTOGRAPHIC, scene_seed
 from sparsevlm.material.screens import in_units
 from sparsevlm.scenes import COLOUR_RGB, draw_scene
 from sparsevlm.scenes import COLOURS as SCENE_COLOURS
@@ -220,7 +220,8 @@ def test_a_caption_names_both_colours(seed):
 
 @pytest.mark.parametrize("ground", [name for name in GROUNDS if name not in PHOTOGRAPHIC])
 def test_a_scene_on_a_ground_is_the_scene(ground):
-    plain, example = draw_scene(44), draw("grounds", ground, 44, EVALUATION, turns=9)
+    plain = draw_scene(scene_seed(ground, 44, EVALUATION))
+    example = draw("grounds", ground, 44, EVALUATION, turns=9)
     assert {(turn.question, turn.answers[0]) for turn in example.turns} == {
         (question.text, question.answer) for question in plain.questions
     }

@@ -112,3 +112,13 @@ def test_the_page_has_every_family_and_task():
     for name, family in FAMILIES.items():
         row = rows["grounds-<ground>" if name.startswith("grounds-") else name]
         assert [task.strip(" `") for task in row.split(",")] == list(family.tasks)
+
+
+def test_grounds_have_scenes_of_their_own():
+    """Else questions on eight grounds would be one question eight times, to an interval of a draw over rows."""
+    for split, first in ((EVALUATION, 500_000), (TRAINING, 1_000_000)):
+        asked = {
+            ground: [draw("grounds", ground, seed, split).turns[0].answers for seed in range(first, first + 10)]
+            for ground in ("noise", "gradient", "clutter", "faint")
+        }
+        assert len({str(answers) for answers in asked.values()}) == len(asked)

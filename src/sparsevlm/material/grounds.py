@@ -26,7 +26,7 @@ from ..scenes import (
 )
 from .example import Box, Drawing, Request, TaskFamily, Turn
 from .photos import crop
-from .splits import EVALUATION, generator
+from .splits import EVALUATION, SEEDS, generator
 from .surfaces import collage, gradient, muted, noise, strokes, texture
 
 _METRICS = {"box": "iou"}
@@ -41,6 +41,7 @@ _ANGULAR: tuple[list[tuple[float, float]], ...] = (
     [(-1, -1), (-0.4, -1), (-0.4, 0.4), (1, 0.4), (1, 1), (-1, 1)],
 )
 _GAP = 4  # pixels between an object and the crowd
+_SCENES_APART = 60_000  # seeds from a ground to the next
 PHOTOGRAPHIC = frozenset({"photograph", "collage"})
 
 
@@ -155,10 +156,20 @@ def stands_out(spec: SceneSpec, image: Image.Image) -> bool:
     return True
 
 
+def scene_seed(name: str, seed: int, split: str) -> int:
+    """Seed of the scene on a ground, in the split.
+
+    Each ground has scenes of its own, so that questions on several of them are as many draws as they look.
+    """
+    seeds = SEEDS[split]
+    return seeds[(seeds.index(seed) + _SCENES_APART * GROUNDS.index(name)) % len(seeds)]
+
+
 def _draw(request: Request, name: str, kind: str) -> Drawing:
     """A scene on a ground; the first question is of a kind, and each seed has one of every other kind."""
     layout = "square" if request.split == EVALUATION else request.rng.choice(_TRAINING_LAYOUTS)
-    scene = draw_scene(request.seed, LAYOUTS[layout], ground_for(name, request.seed, request.split))
+    seed = scene_seed(name, request.seed, request.split)
+    scene = draw_scene(seed, LAYOUTS[layout], ground_for(name, request.seed, request.split))
     first = scene.question(kind)
     others = [question for question in scene.questions if question.task != kind]
     asked = [first, *request.rng.sample(others, min(request.turns - 1, len(others)))]
