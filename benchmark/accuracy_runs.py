@@ -28,8 +28,8 @@ SUITES = {
     "smol": ("documents", "chat", "charts", "screens", "whole", "demo", "grounds"),
 }
 
-# A layer of either at which the question looks for what it asks for.
-LATE_LAYER = {"bundled": "14", "smol": "20"}
+N_LAYERS = {"bundled": 24, "smol": 30}
+_OF = 32  # layers of LLaVA-1.5-7B, of which published target layers are
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,9 @@ class Asked:
         Questions of a suite at least, as many of each task.
     batch, workers : int
     options : tuple of str
-        Further options of ``sparsevlm eval``; ``LATE`` stands for the model's :data:`LATE_LAYER`.
+        Further options of ``sparsevlm eval``.
+    layers : tuple of int
+        Target layers in a decoder of 32; of each model those at the same share of its depth. Empty: the default ones.
     """
 
     selectors: str = "all"
@@ -53,6 +55,7 @@ class Asked:
     batch: int = 50
     workers: int = 3
     options: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
 
     def command(self, model: str, suite: str, target: Path) -> list[str]:
         """Of one suite, without the place of the run's folder."""
@@ -66,29 +69,41 @@ class Asked:
                 "append-to": os.path.relpath(target),
             },
         }
+        layers = ",".join(str(round(layer * N_LAYERS[model] / _OF)) for layer in self.layers)
         return [
             "sparsevlm",
             "eval",
             "--yes",
             *(text for name, one in given.items() for text in (f"--{name}", str(one))),
-            *(LATE_LAYER[model] if option == "LATE" else option for option in self.options),
+            *self.options,
+            *(("--target-layers", layers) if layers else ()),
         ]
 
 
 def ablation(asked: Asked) -> list[Asked]:
-    """Lists what the ablation asks of every suite; of ``asked`` it takes the numbers."""
-    parts = (
+    """Lists what the ablation asks of every suite; of ``asked`` it takes the numbers.
+
+    Options of the methods, few tokens, and target layers: one where these models look for what is asked, and those of
+    the publications, of PyramidDrop those that its authors name for small budgets.
+    """
+    by_options = (
         ("span,span-joint,sparsevlm,pyramiddrop,random,grid", "0.25", "schedule=single"),
         ("span,fastv,priortr", "0.25", "schedule=geometric"),
         ("span-joint,sparsevlm", "0.25", "recycle=false"),
         ("sparsevlm", "0.25", "raters=all"),
         ("span,sparsevlm", "adaptive", "rank_lambda=0.25"),
+        ("span-features,span,span-joint,mmtok,scope,divprune,sparsevlm,random", "0.15", "min_keep=8"),
+    )
+    by_layers = (
+        ("span,sparsevlm,fastv,priortr,random", "0.75", (21,)),
+        ("fastv", "0.37,0.25", (1,)),
+        ("sparsevlm", "0.37,0.25", (2, 6, 15)),
+        ("pyramiddrop", "0.37,0.25", (1, 7, 15)),
+        ("v2drop", "0.37,0.25", (2, 16, 21)),
     )
     asked = replace(asked, workers=1)
-    found = [replace(asked, selectors=names, keep=keep, options=("--set", option)) for names, keep, option in parts]
-    few = ("span-features,span,span-joint,mmtok,scope,divprune,sparsevlm,random", "0.15", ("--set", "min_keep=8"))
-    late = ("span,sparsevlm,fastv,priortr,random", "0.75", ("--target-layers", "LATE"))
-    return found + [replace(asked, selectors=names, keep=keep, options=more) for names, keep, more in (few, late)]
+    found = [replace(asked, selectors=names, keep=keep, options=("--set", one)) for names, keep, one in by_options]
+    return found + [replace(asked, selectors=names, keep=keep, layers=layers) for names, keep, layers in by_layers]
 
 
 def run_all(asked: Sequence[Asked], models: Sequence[str], n_gpus: int, target: Path, logs: Path, at_once: int) -> int:

@@ -8,7 +8,8 @@ import os
 from types import SimpleNamespace
 
 import pytest
-from benchmark.accuracy_runs import LATE_LAYER, SUITES, Asked, ablation, run_all
+from benchmark.accuracy_runs import SUITES, Asked, ablation, run_all
+from transformers import LlamaConfig
 
 from benchmark import accuracy_runs
 from sparsevlm.bundled import bundled_path
@@ -16,6 +17,7 @@ from sparsevlm.cli import main
 from sparsevlm.cli.options import parse_keep, parse_layers
 from sparsevlm.evaluation.execution.feasible import feasible_settings
 from sparsevlm.evaluation.settings import EvalConfig
+from sparsevlm.smol.model import bundled_tower, make_config
 
 SCRIPT = """#!/bin/sh
 case "$*" in *grounds*) echo "no ground" >&2; exit 3;; esac
@@ -58,21 +60,29 @@ def test_every_suite_has_a_command_and_a_place(recorded, n_gpus, capsys, monkeyp
     assert "no ground" in capsys.readouterr().out
 
 
-def test_the_ablation_asks_for_settings_that_the_command_line_knows(tmp_path):
-    """Of both models, to what is feasible; the layer is the model's own."""
-    lists = {model: [one.command(model, "demo", tmp_path) for one in ablation(Asked(n=10))] for model in SUITES}
-    assert [command[-2:] for command in lists["smol"]][-1] == ["--target-layers", "20"]
-    assert [command[-2:] for command in lists["bundled"]][-1] == ["--target-layers", "14"]
+@pytest.mark.parametrize("model", SUITES)
+def test_the_ablation_asks_for_what_a_model_can_run(tmp_path, model):
+    """At the layers of the published share of its depth."""
+    folder = bundled_path() if model == "bundled" else smol_skeleton(tmp_path)
     for one in ablation(Asked()):
-        names, (flag, value) = tuple(one.selectors.split(",")), one.options
-        name, _, text = value.partition("=")
-        options = {name: text if name in ("schedule", "raters") else json.loads(text)} if flag == "--set" else {}
-        layers = parse_layers(LATE_LAYER["bundled"]) if flag == "--target-layers" else None
-        keeps = (parse_keep(one.keep),)
-        config = EvalConfig("demo", "bundled", selectors=names, keeps=keeps, target_layers=layers, options=options)
-        settings, refused = feasible_settings(config, bundled_path())
-        assert len(settings) == 1 + len(names)
+        command = one.command(model, "demo", tmp_path)
+        layers = parse_layers(command[-1]) if one.layers else None
+        options = dict(text.partition("=")[::2] for text in one.options[1:])
+        options = {name: text if name in ("schedule", "raters") else json.loads(text) for name, text in options.items()}
+        names, keeps = tuple(one.selectors.split(",")), tuple(map(parse_keep, one.keep.split(",")))
+        config = EvalConfig("demo", model, selectors=names, keeps=keeps, target_layers=layers, options=options)
+        settings, refused = feasible_settings(config, folder)
+        assert len(settings) == 1 + len(names) * len(keeps)
         assert not refused
+        if one.selectors == "v2drop":
+            assert layers == ((2, 12, 16) if model == "bundled" else (2, 15, 20))
+
+
+def smol_skeleton(folder):
+    """A folder with its configuration alone: what it can run is told without weights."""
+    decoder = LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    make_config(decoder, bundled_tower()).save_pretrained(folder)
+    return folder
 
 
 def test_the_commands_are_the_command_lines(tmp_path, monkeypatch):
