@@ -42,7 +42,7 @@ class SpanFeaturesSelector(SpanSelector):
     needs: ClassVar[frozenset[str]] = frozenset()
     default_schedule = "single"
     adaptive = True
-    unexplained: float = 0.02
+    unexplained: float = 0.01
     most: float = 0.5
 
     def __post_init__(self) -> None:
