@@ -40,6 +40,7 @@ from benchmark.vllm_setup import (
 from sparsevlm.bench.checkpoint import write_checkpoint_files
 from sparsevlm.bench.rows import Row, append_rows, cell, check_columns
 from sparsevlm.bench.shapes import shape_label
+from sparsevlm.selection.selectors import DEFAULT
 
 COLUMNS = (
     *("case", "provider", "selector", "keep", "clients", "frames", "n_visual", "n_kept", "n_text", "new_tokens"),
@@ -99,7 +100,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     name = "python -m benchmark.bench_vllm_load"
     parser = argparse.ArgumentParser(prog=name, description=__doc__, allow_abbrev=False)
     parser.add_argument("--shape", default="7b", help="7b, 3b, or tiny to try the script out")
-    parser.add_argument("--selectors", default="divprune,mmtok")
+    parser.add_argument("--selectors", default=f"{DEFAULT},mmtok")
     parser.add_argument("--keep", default="0.5,0.25", help="fractions")
     parser.add_argument("--clients", default="1,8,32")
     parser.add_argument("--visual", type=int, default=1024, help="visual tokens of a picture, or of two frames")

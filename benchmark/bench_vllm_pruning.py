@@ -34,6 +34,7 @@ from benchmark.vllm_setup import (
 )
 from sparsevlm.bench.checkpoint import write_checkpoint_files
 from sparsevlm.bench.rows import Row, append_rows, check_columns
+from sparsevlm.selection.selectors import DEFAULT
 
 COLUMNS = (
     *("case", "provider", "selector", "keep", "requests", "n_visual", "n_kept", "n_text", "new_tokens", "phase"),
@@ -67,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmark.bench_vllm_pruning", description=__doc__)
     parser.add_argument("--shape", default="7b", help="7b, 3b, or tiny to try the script out")
-    parser.add_argument("--selectors", default="divprune,cdpruner,mmtok,grid")
+    parser.add_argument("--selectors", default=f"{DEFAULT},cdpruner,mmtok,grid")
     parser.add_argument("--keep", default="0.5,0.25", help="fractions")
     parser.add_argument("--visual", default="1024,4096", help="visual tokens of the image of one request, squares")
     parser.add_argument("--requests", default="1,8,32", help="that come together, with as many visual tokens as first")

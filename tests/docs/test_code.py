@@ -17,6 +17,7 @@ from documents import DOCUMENTS, EXAMPLES, ROOT, blocks, name_of, prose, read
 
 import sparsevlm
 from sparsevlm import SparseVLMState
+from sparsevlm.plugins.vllm.options import Options, available
 from sparsevlm.selection.selectors import SELECTORS
 from toys import make_inputs, tiny_model
 
@@ -258,6 +259,17 @@ def test_the_built_in_selectors_are_documented():
     for name in SELECTORS:
         paper = re.findall(r"https://arxiv.org/abs/[\d.]+", rows[name])
         assert re.findall(r"https://arxiv.org/abs/[\d.]+", in_readme[name]) == paper
+
+
+def test_the_page_of_vllm_has_its_selectors_and_the_default():
+    page = read(ROOT / "docs" / "vllm.md")
+    (default,) = re.findall(r'^\| `selector` \| .* \| `"([\w-]+)"`', page, re.MULTILINE)
+    assert default == Options().selector
+    for reads, answer in ((False, r"no \|"), (True, "all text")):
+        (names,) = re.findall(rf"^\| (`[^|]+`) \| {answer}", page, re.MULTILINE)
+        assert set(re.findall(r"`([\w-]+)`", names)) == {
+            name for name in available() if Options(selector=name).reads_text == reads
+        }
 
 
 def test_the_supported_models_are_in_the_readme():

@@ -6,10 +6,12 @@ import sys
 
 import pytest
 
+from sparsevlm import SparseVLMConfig
 from sparsevlm.plugins.vllm.budget import kept_per_run
 from sparsevlm.plugins.vllm.compat import check_vllm, is_tested
 from sparsevlm.plugins.vllm.options import Options, available
 from sparsevlm.selection.budget import plan_budget
+from sparsevlm.selection.selectors import make_selector
 from sparsevlm.selection.selectors.divprune import DivPruneSelector
 
 
@@ -18,6 +20,11 @@ def test_options_of_a_request_take_the_engines_place():
     assert engine.of_request(None) == engine
     assert engine.of_request({"keep": 9, "selector": "mmtok"}) == Options(9, "mmtok", 4)
     assert Options.of_engine({}) == Options(keep=1.0)
+
+
+def test_who_names_no_selector_gets_the_one_of_the_library():
+    assert Options.of_engine({"keep": 0.5}).chooser[0] == make_selector(SparseVLMConfig(keep=0.5))
+    assert Options.of_engine({"selector": "mmtok"}).of_request({"keep": 0.5}).selector == "mmtok"
 
 
 @pytest.mark.parametrize(

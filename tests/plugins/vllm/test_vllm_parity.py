@@ -11,6 +11,7 @@ pytest.importorskip("vllm.config")  # tests/plugins/vllm by itself would do for 
 from reference import Prompt
 
 from sparsevlm.plugins.vllm.options import Options
+from sparsevlm.selection.selectors import DEFAULT
 
 pytestmark = pytest.mark.timeout(900)
 ENGINE_OPTIONS = {"keep": 0.5, "min_keep": 3}
@@ -20,9 +21,9 @@ VIDEO, LONG_VIDEO = (6, 7, 5), (16, 16, 2)
 
 
 def prompts() -> list[Prompt]:
-    """Every selector on one image, and a guided and a free one on everything else."""
+    """Every selector on one image, and the default and a guided one on everything else."""
     found = [Prompt(images=(LANDSCAPE,), options={"selector": name}) for name in SELECTORS]
-    for name in ("divprune", "mmtok"):
+    for name in (DEFAULT, "mmtok"):
         found += [
             Prompt(images=(PORTRAIT,), options={"selector": name, "keep": 0.25}),
             Prompt(images=(PORTRAIT, LANDSCAPE), options={"selector": name, "keep": 9}),

@@ -12,12 +12,11 @@ from typing import Any
 
 from ...config import SparseVLMConfig, did_you_mean
 from ...selection.context import BEFORE_DECODER, VISION_NEEDS, SelectorTraits
-from ...selection.selectors import SELECTORS, make_selector
+from ...selection.selectors import DEFAULT, SELECTORS, make_selector
 from ...selection.selectors.grid import GridSelector
 from ...selection.selectors.random import RandomSelector
 
 KEY = "sparsevlm"
-DEFAULT = "divprune"
 
 
 @dataclass(frozen=True)
