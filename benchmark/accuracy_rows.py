@@ -6,7 +6,10 @@ from benchmark.accuracy_runs import SUITES
 from benchmark.e2e_rows import StoredRow
 from sparsevlm.evaluation.settings import AVERAGE
 
-Cell = tuple[str, str, str, str]  # selector, keep, target layers and other options
+Cell = tuple[str, str, str, str, str]  # selector, keep, target layers, other options and seed
+LEAST_N = 200  # questions of a cell; rows with fewer are of no table over kinds of tasks
+# What all rows of a model share, and what all of a suite share as well.
+_CONDITIONS, _OF_SUITE = ("weights", "dtype", "device", "torch", "transformers"), ("data", "dense_score")
 
 
 def all_of(rows: list[StoredRow], name: str) -> str:
@@ -21,7 +24,7 @@ def measured_on(rows: list[StoredRow]) -> str:
 
 
 def of_suites(rows: list[StoredRow]) -> dict[Cell, dict[str, StoredRow]]:
-    """Selects the suites' averages of one model, all measured at one commit.
+    """Selects the suites' averages of one model, all measured at one commit, on :data:`LEAST_N` questions or more.
 
     Parameters
     ----------
@@ -38,26 +41,44 @@ def of_suites(rows: list[StoredRow]) -> dict[Cell, dict[str, StoredRow]]:
     Raises
     ------
     ValueError
-        If the rows are of several models, or no commit has all suites.
+        If the rows are of several models, no commit has all suites, or what was measured differs between runs.
     """
     models = {row["model"] for row in rows}
     if len(models) != 1:
         raise ValueError(f"a table over kinds of tasks is of one model, its filter finds {sorted(models)}")
     (known,) = (SUITES[model] for model in models)
-    rows = [row for row in rows if row["task"] == AVERAGE and row["suite"] in known]
+    rows = [row for row in rows if row["task"] == AVERAGE and row["suite"] in known and int(row["n"]) >= LEAST_N]
     suites = [suite for suite in known if any(row["suite"] == suite for row in rows)]
     commits = dict.fromkeys(row["commit"] for row in sorted(rows, key=lambda row: row["timestamp"], reverse=True))
     for commit in commits:
         found = [row for row in rows if row["commit"] == commit]
         if {row["suite"] for row in found} == set(suites):
+            _check_same(found)
             return _by_setting(found, suites)
-    raise ValueError(f"no commit has rows of all of {', '.join(suites)}: python -m benchmark.accuracy_runs")
+    raise ValueError(
+        f"no commit has rows of {LEAST_N} questions or more of all of {', '.join(suites or known)}: "
+        "python -m benchmark.accuracy_runs"
+    )
+
+
+def _check_same(rows: list[StoredRow]) -> None:
+    first = rows[0]
+    of_suite: dict[str, StoredRow] = {}
+    for row in rows:
+        like = of_suite.setdefault(row["suite"], row)
+        differing = [name for name in _CONDITIONS if row[name] != first[name]]
+        differing += [name for name in _OF_SUITE if row[name] != like[name]]
+        if differing:
+            raise ValueError(
+                f"runs {first['run']}, {like['run']} and {row['run']} at {row['commit']} differ in "
+                f"{', '.join(dict.fromkeys(differing))}: take out the rows of those that no table is to show"
+            )
 
 
 def _by_setting(rows: list[StoredRow], suites: list[str]) -> dict[Cell, dict[str, StoredRow]]:
     by_setting: dict[Cell, dict[str, StoredRow]] = {}
     for row in sorted(rows, key=lambda row: (suites.index(row["suite"]), row["timestamp"])):
-        setting = (row["selector"], row["keep"], row["target_layers"], row["options"])
+        setting = (row["selector"], row["keep"], row["target_layers"], row["options"], row["seed"])
         by_setting.setdefault(setting, {})[row["suite"]] = row
     return {setting: found for setting, found in by_setting.items() if len(found) == len(suites)}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -147,6 +148,8 @@ def main() -> None:
     names = ("models", "gpus", "append_to", "logs", "at_once", "ablation")
     models, n_gpus, target, logs, at_once, is_ablation = (given.pop(name) for name in names)
     asked = Asked(**given)
+    if shutil.which("sparsevlm") is None:
+        sys.exit("the command sparsevlm is not on PATH: activate the environment that it is installed in.")
     if n_failed := run_all(ablation(asked) if is_ablation else [asked], models, n_gpus, target, logs, at_once):
         sys.exit(f"{n_failed} runs failed")
 

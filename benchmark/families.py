@@ -67,8 +67,9 @@ def _place(setting: Cell, by_suite: dict[str, StoredRow]) -> tuple[float, float]
 
 
 def _line(setting: Cell, by_suite: dict[str, StoredRow]) -> str:
-    (selector, keep, layers, options), rows = setting, list(by_suite.values())
+    (selector, keep, layers, options, seed), rows = setting, list(by_suite.values())
     changed = [options] if options else []
+    changed += [f"seed {seed}"] if seed not in ("", "0") else []
     changed += [f"target layers {layers}"] if layers != "default" else []
     name = f"{selector} ({', '.join(changed)})" if changed and selector != DENSE else selector
     tokens = sum(float(row["avg_tokens"]) for row in rows) / len(rows)

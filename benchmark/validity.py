@@ -123,9 +123,16 @@ def validity_table(rows: list[StoredRow]) -> str:
     rows : list of dict
         Rows of ``accuracy.csv`` of one model.
 
+    Raises
+    ------
+    ValueError
+        As :func:`~benchmark.accuracy_rows.of_suites` does, and if a selector has several settings of one budget.
     """
     by_setting = of_suites(rows)
-    found = comparisons(read_published(), {cell[:2]: mean_retained(by_suite) for cell, by_suite in by_setting.items()})
+    ours = {cell[:2]: mean_retained(by_suite) for cell, by_suite in by_setting.items()}
+    if len(ours) < len(by_setting):
+        raise ValueError("several settings of one selector at one budget: narrow the filter by options, layers or seed")
+    found = comparisons(read_published(), ours)
     shown = [row for by_suite in by_setting.values() for row in by_suite.values()]
     lines = [
         "| published in | checkpoint | tokens kept | selector | published | ours, `keep` | ours |",

@@ -32,9 +32,9 @@ def test_a_preset_replaces_what_was_there_and_is_replaced():
 
 
 def test_the_selector_that_nobody_named():
-    for at_layers in ({"target_layers": [2]}, {"schedule": "single"}, {"schedule": [9]}):
+    for at_layers in ({"target_layers": [2]}, {"schedule": "single", "keep": 0.5}, {"schedule": [9]}):
         assert make_selector(SparseVLMConfig(**at_layers)).name == "span"
-    for anywhere in ({}, {"keep": 0.5}, {"min_keep": 3}):
+    for anywhere in ({}, {"keep": 0.5}, {"min_keep": 3}, {"schedule": "single"}):  # the last does nothing alone
         assert make_selector(SparseVLMConfig(**anywhere)).name == "span-features"
     assert SparseVLMConfig(preset="paper-64").selector == "sparsevlm"
     assert SparseVLMConfig().replace(preset="paper-64").selector == "sparsevlm"

@@ -13,6 +13,7 @@ def row(suite, selector="random", keep="0.25", retained=90.0, **changes):
     made |= {"retained": str(retained), "ci_low": str(retained - 3), "ci_high": str(retained + 3), "options": ""}
     made |= {"dense_score": "0.9", "avg_tokens": "64.0", "target_layers": "default", "dtype": "bfloat16"}
     made |= {"device": "D", "torch": "2.11", "transformers": "5.17", "commit": "new", "timestamp": "2"}
+    made |= {"weights": "w", "data": suite, "seed": "", "run": f"{suite}-run"}
     return made | changes
 
 
@@ -61,9 +62,36 @@ def test_options_and_target_layers_are_settings_of_their_own():
     assert families_figure([one for one in rows if one["options"] and one["selector"] == "grid"]) == "45.0"
 
 
+def test_a_small_run_takes_no_place_in_a_table():
+    """Someone tries the command with few questions, at a newer commit, or some rows of a run failed."""
+    rows = (
+        both("grid", 60, 70) + both("grid", 1, 2, commit="newer", timestamp="9", n="20") + both("random", 8, 9, n="199")
+    )
+    assert families_figure(rows) == "65.0"
+    assert list(of_suites(rows)) == [("grid", "0.25", "default", "", "")]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("weights", "v"), ("device", "CPU"), ("dtype", "float32"), ("data", "d"), ("dense_score", "0.8")],
+)
+def test_what_was_measured_otherwise_is_not_mixed_in(name, value):
+    rows = [*both("grid", 60, 70), row("demo", "random", run="other", **{name: value})]
+    with pytest.raises(ValueError, match=f"demo-run and other at new differ in {name}: take out the rows"):
+        families_table(rows)
+
+
+def test_draws_of_several_seeds_are_settings_of_their_own():
+    rows = both("random", 60, 70, seed="0") + both("random", 50, 60, seed="3")
+    assert [line.split(" | ")[0] for line in families_table(rows).splitlines()[2:4]] == [
+        "| random",
+        "| random (seed 3)",
+    ]
+
+
 def test_a_setting_that_a_suite_lacks_has_no_line():
     rows = [*both("grid", 60, 70), row("demo", "random")]
-    assert list(of_suites(rows)) == [("grid", "0.25", "default", "")]
+    assert list(of_suites(rows)) == [("grid", "0.25", "default", "", "")]
 
 
 def test_the_interval_is_that_of_a_mean_of_independent_draws():
@@ -75,7 +103,7 @@ def test_what_is_missing_is_said():
     with pytest.raises(ValueError, match=r"of one model, its filter finds \['bundled', 'smol'\]"):
         families_table([row("demo"), row("documents", model="smol")])
     with pytest.raises(
-        ValueError, match=r"no commit has rows of all of demo, grounds: python -m benchmark\.accuracy_runs"
+        ValueError, match=r"of 200 questions or more of all of demo, grounds: python -m benchmark\.accuracy_runs"
     ):
         families_table([row("demo"), row("grounds", commit="old")])
     with pytest.raises(ValueError, match="one selector at one budget, its filter finds 2"):

@@ -68,6 +68,14 @@ def test_pairs_by_where_their_selectors_choose(validity):
     assert "| **all** | 1 | 5 | -0.67 |" in lines
 
 
+def test_several_settings_of_a_selector_are_refused(validity, monkeypatch):
+    rows = {("grid", "0.25", "default", options, ""): {} for options in ("", "min_keep=8")}
+    monkeypatch.setattr(validity, "of_suites", lambda _: rows)
+    monkeypatch.setattr(validity, "mean_retained", lambda _: 50.0)
+    with pytest.raises(ValueError, match="several settings of one selector at one budget: narrow the filter"):
+        validity.validity_table([])
+
+
 def test_published_rows_say_where_they_stand(validity):
     from sparsevlm.selection.selectors import SELECTORS
 

@@ -52,8 +52,14 @@ SELECTORS: dict[str, Callable[[], Any]] = {
 
 
 def default_of(config: SparseVLMConfig) -> str:
-    """Name of the selector of options that name none: :data:`DEFAULT`, or :data:`DEFAULT_AT_LAYERS`."""
-    return DEFAULT if config.target_layers is None and config.schedule is None else DEFAULT_AT_LAYERS
+    """Name of the selector of options that name none: :data:`DEFAULT`, or :data:`DEFAULT_AT_LAYERS`.
+
+    The latter where target layers are named, or how many tokens go on behind each: by a schedule of counts, or by the
+    name of one for a budget. Without a budget a name of a schedule does nothing.
+    """
+    by_name = isinstance(config.schedule, str)
+    is_scheduled = config.keep is not None if by_name else config.schedule is not None
+    return DEFAULT_AT_LAYERS if is_scheduled or config.target_layers is not None else DEFAULT
 
 
 def make_selector(config: SparseVLMConfig) -> Selector:
