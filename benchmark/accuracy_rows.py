@@ -1,26 +1,15 @@
-"""Rows of ``results/accuracy.csv``: those of one measurement of a whole model, and where rows were measured."""
+"""Rows of ``results/accuracy.csv``: those of one measurement of a whole model, and means over its suites."""
 
 from __future__ import annotations
 
 from benchmark.accuracy_runs import SUITES
 from benchmark.e2e_rows import StoredRow
-from sparsevlm.evaluation.settings import AVERAGE
+from sparsevlm.evaluation.settings import AVERAGE, DENSE
 
 Cell = tuple[str, str, str, str, str]  # selector, keep, target layers, other options and seed
 LEAST_N = 200  # questions of a cell; rows with fewer are of no table over kinds of tasks
 # What all rows of a model share, and what all of a suite share as well.
 _CONDITIONS, _OF_SUITE = ("weights", "dtype", "device", "torch", "transformers"), ("data", "dense_score")
-
-
-def all_of(rows: list[StoredRow], name: str) -> str:
-    """Lists what rows have in a column, each once."""
-    return ", ".join(dict.fromkeys(row[name] for row in rows))
-
-
-def measured_on(rows: list[StoredRow]) -> str:
-    """Says with what rows were measured."""
-    versions = ", ".join(f"{name} {all_of(rows, name)}" for name in ("torch", "transformers", "commit"))
-    return f"{all_of(rows, 'dtype')}, {all_of(rows, 'device')}, {versions}"
 
 
 def of_suites(rows: list[StoredRow]) -> dict[Cell, dict[str, StoredRow]]:
@@ -36,7 +25,7 @@ def of_suites(rows: list[StoredRow]) -> dict[Cell, dict[str, StoredRow]]:
     dict
         By setting the row of each suite, suites in the order of :data:`~benchmark.accuracy_runs.SUITES`. Of several
         commits at which every suite was run it is the newest, and of several runs of a setting there the last; a
-        setting that a suite lacks is left out.
+        setting that a suite lacks is left out. Dense is one setting, whatever options its run had.
 
     Raises
     ------
@@ -78,7 +67,10 @@ def _check_same(rows: list[StoredRow]) -> None:
 def _by_setting(rows: list[StoredRow], suites: list[str]) -> dict[Cell, dict[str, StoredRow]]:
     by_setting: dict[Cell, dict[str, StoredRow]] = {}
     for row in sorted(rows, key=lambda row: (suites.index(row["suite"]), row["timestamp"])):
-        setting = (row["selector"], row["keep"], row["target_layers"], row["options"], row["seed"])
+        changed = (
+            ("default", "", "") if row["selector"] == DENSE else (row["target_layers"], row["options"], row["seed"])
+        )
+        setting = (row["selector"], row["keep"], *changed)
         by_setting.setdefault(setting, {})[row["suite"]] = row
     return {setting: found for setting, found in by_setting.items() if len(found) == len(suites)}
 

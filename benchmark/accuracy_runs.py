@@ -3,7 +3,7 @@
 ``python -m benchmark.accuracy_runs --gpus 4`` runs every selector at every budget on what either model was trained for,
 and adds the rows to ``results/accuracy.csv``, each with the command of its own suite; with ``--ablation`` it runs what
 parts of a method do instead. A run that was stopped goes on where it was. Weights of smol have to be written before
-(``sparsevlm smol-weights``). Many processes share a GPU; NVIDIA's MPS makes that about twice as fast.
+(``sparsevlm smol-weights``). Many processes share a GPU, for which there is NVIDIA's MPS.
 """
 
 from __future__ import annotations
@@ -63,12 +63,8 @@ class Asked:
         n_tasks = len(open_suite(EvalConfig(suite, model)).tasks)
         given = {
             **{"model": model, "suite": suite, "selectors": self.selectors, "keep": self.keep},
-            **{
-                "limit": -(-self.n // n_tasks),
-                "batch": self.batch,
-                "workers": self.workers,
-                "append-to": os.path.relpath(target),
-            },
+            **{"limit": -(-self.n // n_tasks), "batch": self.batch, "workers": self.workers},
+            "append-to": os.path.relpath(target),
         }
         layers = ",".join(str(round(layer * N_LAYERS[model] / _OF)) for layer in self.layers)
         return [

@@ -28,6 +28,26 @@ def read_e2e(file: Path = E2E) -> list[StoredRow]:
         return list(csv.DictReader(lines))
 
 
+def all_of(rows: list[StoredRow], name: str, between: str = ", ") -> str:
+    """Lists what rows have in a column, each once; a row that has nothing there is passed over."""
+    return between.join(dict.fromkeys(row[name] for row in rows if row[name]))
+
+
+def measured_on(rows: list[StoredRow], versions: Iterable[str] = ("torch", "transformers"), device: str = "gpu") -> str:
+    """Says with what rows were measured.
+
+    Parameters
+    ----------
+    rows : list of dict
+    versions : iterable of str
+        Columns of packages.
+    device : str
+        Column of the device.
+    """
+    named = ", ".join(f"{name} {all_of(rows, name)}" for name in (*versions, "commit"))
+    return f"{all_of(rows, 'dtype')}, {all_of(rows, device)}, {named}"
+
+
 def of_newest_commit(rows: list[StoredRow]) -> list[StoredRow]:
     """Selects the rows of the commit that was measured last, so that no table mixes those of several."""
     if not rows:
@@ -273,11 +293,6 @@ def _shown(rows: list[StoredRow]) -> list[StoredRow]:
 
 
 def _where(rows: list[StoredRow]) -> str:
-    def all_of(name: str, between: str = ", ") -> str:
-        return between.join(dict.fromkeys(row[name] for row in rows))
-
-    return (
-        f"{all_of('model', '; ')}; {all_of('dtype')}, {all_of('gpu')}, torch {all_of('torch')}, "
-        f"triton {all_of('triton')}, transformers {all_of('transformers')}, commit {all_of('commit')}; rows with their "
-        "commands: e2e.csv in benchmark/results."
-    )
+    versions = ("torch", "triton", "transformers")
+    where = f"{all_of(rows, 'model', '; ')}; {measured_on(rows, versions)}"
+    return f"{where}; rows with their commands: e2e.csv in benchmark/results."

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from benchmark.accuracy_rows import Cell, interval_of_mean, mean_retained, measured_on, of_suites
-from benchmark.e2e_rows import StoredRow
+from benchmark.accuracy_rows import Cell, interval_of_mean, mean_retained, of_suites
+from benchmark.e2e_rows import StoredRow, measured_on
 from sparsevlm.evaluation.settings import DENSE
 
 _HEADS = {"demo": "scenes"}  # where the name of a suite says less
@@ -22,7 +22,7 @@ def families_table(rows: list[StoredRow]) -> str:
     ValueError
         As :func:`~benchmark.accuracy_rows.of_suites` does.
     """
-    found = _one_dense(of_suites(rows))
+    found = of_suites(rows)
     shown = [row for by_suite in found.values() for row in by_suite.values()]
     suites = list(next(iter(found.values())))
     heads = ["selector", "keep", "visual tokens", "average", *(_HEADS.get(suite, suite) for suite in suites)]
@@ -32,8 +32,8 @@ def families_table(rows: list[StoredRow]) -> str:
     caption = (
         "Retained percent of the dense score (of dense: the score), the mean of the tasks of a kind; average: of the "
         f"kinds, with a 95 % interval. n = {' to '.join(dict.fromkeys(str(one) for one in (n[0], n[-1])))} hold-out "
-        f"questions a cell. Model {shown[0]['model']}; {measured_on(shown)}; rows with their commands: accuracy.csv in "
-        "benchmark/results."
+        f"questions a cell. Model {shown[0]['model']}; {measured_on(shown, device='device')}; rows with their "
+        "commands: accuracy.csv in benchmark/results."
     )
     return "\n".join([*lines, "", caption]) + "\n"
 
@@ -52,12 +52,6 @@ def families_figure(rows: list[StoredRow]) -> str:
     return f"{mean_retained(*found.values()):.1f}"
 
 
-def _one_dense(found: dict[Cell, dict[str, StoredRow]]) -> dict[Cell, dict[str, StoredRow]]:
-    """Leaves one of the settings that are dense, which a run has with any options."""
-    dense = [setting for setting in found if setting[0] == DENSE]
-    return {setting: by_suite for setting, by_suite in found.items() if setting not in dense[1:]}
-
-
 def _place(setting: Cell, by_suite: dict[str, StoredRow]) -> tuple[float, float]:
     """Dense first, then by budget from large to small, those without one last, and within a budget by the average."""
     selector, keep, *_ = setting
@@ -71,7 +65,7 @@ def _line(setting: Cell, by_suite: dict[str, StoredRow]) -> str:
     changed = [options] if options else []
     changed += [f"seed {seed}"] if seed not in ("", "0") else []
     changed += [f"target layers {layers}"] if layers != "default" else []
-    name = f"{selector} ({', '.join(changed)})" if changed and selector != DENSE else selector
+    name = f"{selector} ({', '.join(changed)})" if changed else selector
     tokens = sum(float(row["avg_tokens"]) for row in rows) / len(rows)
     if selector == DENSE:
         scores = [100 * float(row["dense_score"]) for row in rows]

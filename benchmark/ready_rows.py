@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmark.e2e_rows import E2E, StoredRow, of_newest_commit, read_e2e
+from benchmark.e2e_rows import E2E, StoredRow, all_of, measured_on, of_newest_commit, read_e2e
 
 READY = E2E.with_name("ready.csv")
 _NONE = "–"
@@ -30,13 +30,9 @@ def ready_table(rows: list[StoredRow]) -> str:
         cells = [_figure(by_cache.get(cache)) for cache in (FILLED, EMPTY)]
         lines.append(f"| {provider} | {operation}, {shape} | {' | '.join(cells)} |")
 
-    def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(row[name] for row in rows if row[name]))
-
     caption = (
-        f"One call each. {all_of('note')}; {all_of('dtype')}, {all_of('gpu')}, torch {all_of('torch')}, triton "
-        f"{all_of('triton')}, transformers {all_of('transformers')}, commit {all_of('commit')}; rows with their "
-        "commands: ready.csv in benchmark/results."
+        f"One call each. {all_of(rows, 'note')}; {measured_on(rows, ('torch', 'triton', 'transformers'))}; "
+        "rows with their commands: ready.csv in benchmark/results."
     )
     return "\n".join([*lines, "", caption]) + "\n"
 

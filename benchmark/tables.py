@@ -32,12 +32,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from benchmark.accuracy_rows import measured_on
 from benchmark.e2e_figures import device, measured_together, milliseconds, times_faster
 from benchmark.e2e_rows import (
     MODEL,
     StoredRow,
     e2e_table,
+    measured_on,
     memory_table,
     mixed_table,
     models_table,
@@ -178,7 +178,8 @@ def _origin(rows: list[StoredRow]) -> str:
     n = ", ".join(sorted({row["n"] for row in rows if row["task"] != AVERAGE}, key=int))
     return (
         f"Retained percent of the dense score (of dense: the score), n = {n} hold-out questions a task, 95 % intervals "
-        f"of a paired bootstrap; {measured_on(rows)}; rows with their commands: accuracy.csv in benchmark/results."
+        f"of a paired bootstrap; {measured_on(rows, device='device')}; rows with their commands: accuracy.csv "
+        "in benchmark/results."
     )
 
 

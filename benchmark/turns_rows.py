@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from benchmark.e2e_rows import E2E, StoredRow, of_newest_commit, read_e2e
+from benchmark.e2e_rows import E2E, StoredRow, measured_on, of_newest_commit, read_e2e
 
 TURNS = E2E.with_name("turns.csv")
 _AVERAGE, _DENSE = "average", "dense"
@@ -40,14 +40,10 @@ def turns_table(rows: list[StoredRow]) -> str:
             cells += [_percent(by_task[task]["accuracy"]) for task in tasks]
         lines.append(f"| {selector} | {_NONE if selector == _DENSE else keep} | {said} | {' | '.join(cells)} |")
 
-    def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(row[name] for row in rows if row[name]))
-
     n = ", ".join(dict.fromkeys(row["n"] for row in rows if row["task"] == _AVERAGE and row["n"] != "0"))
     caption = (
         f"Percent answered right of n = {n} second questions, 95 % intervals of a bootstrap, and of first ones. Our "
-        f"small model on its drawn scenes; {all_of('dtype')}, {all_of('gpu')}, torch {all_of('torch')}, transformers "
-        f"{all_of('transformers')}, commit {all_of('commit')}; rows with their commands: turns.csv in "
+        f"small model on its drawn scenes; {measured_on(rows)}; rows with their commands: turns.csv in "
         "benchmark/results."
     )
     return "\n".join([*lines, "", caption]) + "\n"

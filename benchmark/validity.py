@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 
-from benchmark.accuracy_rows import all_of, mean_retained, measured_on, of_suites
-from benchmark.e2e_rows import E2E, StoredRow, read_e2e
+from benchmark.accuracy_rows import mean_retained, of_suites
+from benchmark.e2e_rows import E2E, StoredRow, all_of, measured_on, read_e2e
 from sparsevlm.evaluation.settings import DENSE
 from sparsevlm.selection.context import BEFORE_DECODER, SelectorTraits
 from sparsevlm.selection.selectors import SELECTORS
@@ -180,6 +180,6 @@ def _origin(rows: list[StoredRow]) -> str:
     n = sum({row["suite"]: int(row["n"]) for row in rows}.values())
     return (
         f"Retained percent of the dense score, averages. Ours: {all_of(rows, 'model')}, suites "
-        f"{all_of(rows, 'suite')}, n = {n} in all, {measured_on(rows)}; accuracy.csv and published.csv in "
-        "benchmark/results."
+        f"{all_of(rows, 'suite')}, n = {n} in all, {measured_on(rows, device='device')}; accuracy.csv and "
+        "published.csv in benchmark/results."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from textwrap import shorten
 
-from benchmark.e2e_rows import E2E, StoredRow, of_newest_commit, read_e2e
+from benchmark.e2e_rows import E2E, StoredRow, all_of, measured_on, of_newest_commit, read_e2e
 
 VLLM_LOAD = E2E.with_name("vllm_load.csv")
 _NONE = "–"
@@ -70,15 +70,11 @@ def _line(setting: _Setting, found: _Figures) -> str:
 
 
 def _caption(rows: list[StoredRow]) -> str:
-    def all_of(name: str) -> str:
-        return ", ".join(dict.fromkeys(row[name] for row in rows if row[name]))
-
     n = [int(row["n"]) for row in rows if row["phase"] == "first_token"]
     answered = f"{min(n)} to {max(n)} answered requests a line" if n else "no request was answered"
     return (
-        f"{all_of('new_tokens')} new tokens a request, {answered}. {all_of('model')}; "
-        f"{all_of('dtype')}, {all_of('gpu')}, vllm {all_of('vllm')}, torch {all_of('torch')}, transformers "
-        f"{all_of('transformers')}, commit {all_of('commit')}; rows with their commands: vllm_load.csv in "
+        f"{all_of(rows, 'new_tokens')} new tokens a request, {answered}. {all_of(rows, 'model')}; "
+        f"{measured_on(rows, ('vllm', 'torch', 'transformers'))}; rows with their commands: vllm_load.csv in "
         "benchmark/results."
     )
 

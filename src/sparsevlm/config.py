@@ -193,6 +193,11 @@ class SparseVLMConfig:
             preset=None, engine=None, vision_keep=1.0, image_cache=0, timeout=None, turns=FIRST,
         )  # fmt: skip
 
+    @property
+    def has_budget(self) -> bool:
+        """Whether ``keep`` or a schedule of counts says how many tokens go on; the name of a schedule does not."""
+        return self.keep is not None or not isinstance(self.schedule, (str, type(None)))
+
     def replace(self, **changes: Any) -> SparseVLMConfig:
         """Return a copy with some options changed.
 

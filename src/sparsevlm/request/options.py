@@ -65,7 +65,7 @@ class Options:
 
 def _by_rank(config: SparseVLMConfig, traits: SelectorTraits) -> bool:
     """Tells whether the rank of the text's attention decides how many tokens go on."""
-    return config.keep is None and isinstance(config.schedule, (str, type(None))) and not traits.adaptive
+    return not config.has_budget and not traits.adaptive
 
 
 def resolved_target_layers(adapter: ModelAdapter, config: SparseVLMConfig, traits: SelectorTraits) -> tuple[int, ...]:

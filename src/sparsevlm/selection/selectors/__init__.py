@@ -54,11 +54,9 @@ SELECTORS: dict[str, Callable[[], Any]] = {
 def default_of(config: SparseVLMConfig) -> str:
     """Name of the selector of options that name none: :data:`DEFAULT`, or :data:`DEFAULT_AT_LAYERS`.
 
-    The latter where target layers are named, or how many tokens go on behind each: by a schedule of counts, or by the
-    name of one for a budget. Without a budget a name of a schedule does nothing.
+    The latter where target layers are named, or a schedule, which without a budget does nothing.
     """
-    by_name = isinstance(config.schedule, str)
-    is_scheduled = config.keep is not None if by_name else config.schedule is not None
+    is_scheduled = config.schedule is not None and config.has_budget
     return DEFAULT_AT_LAYERS if is_scheduled or config.target_layers is not None else DEFAULT
 
 
