@@ -112,11 +112,11 @@ def test_determinants_come_from_the_products_where_that_pays(name, monkeypatch):
     assert asked == [(3, 30, 30)]
 
 
-def test_products_pay_on_a_gpu_up_to_twice_the_memory_of_the_rows():
+def test_products_pay_on_a_gpu_up_to_8192_rows_and_up_to_twice_the_memory_of_the_rows():
     with FakeTensorMode(allow_non_fake_inputs=True):
-        for n, pays in ((80, True), (81, False)):
-            assert greedy.gram_pays(torch.empty(2, n, 40, device="cuda")) == pays
-            assert not greedy.gram_pays(torch.empty(2, n, 40))
+        for n, size, pays in ((8192, 40, True), (8193, 40, False), (10_000, 5000, True), (10_001, 5000, False)):
+            assert greedy.gram_pays(torch.empty(2, n, size, device="cuda")) == pays
+            assert not greedy.gram_pays(torch.empty(2, n, size))
 
 
 @pytest.mark.parametrize("name", [*BY_SCORE, *GREEDY])

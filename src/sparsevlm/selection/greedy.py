@@ -24,7 +24,7 @@ from .similarity import cosines, row_chunks
 _NOISE = 1e-6
 # Gains of coverage, as a share of the largest: rounding of float64 sums must not rank what has nothing to add.
 _NO_GAIN = 1e-12
-# Values that the coverage keeps at hand: 64 Mi float32 = 256 MiB, all pairs of 8192 tokens.
+# Values that are always held: 64 Mi float32 = 256 MiB, all pairs of 8192 tokens.
 _MAX_HELD_ELEMENTS = 1 << 26
 # Products of all rows: 256 Mi float32 = 1 GiB, 16384 tokens.
 _MAX_GRAM_ELEMENTS = 1 << 28
@@ -104,8 +104,9 @@ def _dpp_search(rows: Tensor, quality: Tensor, n_keep: int, rounds: bool) -> Ten
 
 
 def gram_pays(rows: Tensor) -> bool:
-    """Tells whether rows are on a GPU, and the products of all take at most twice the memory of the rows."""
-    return rows.is_cuda and rows.shape[-2] <= 2 * rows.shape[-1]
+    """Tells whether rows are on a GPU, and the products of all take little memory: that of 8192, or twice the rows'."""
+    n, size = rows.shape[-2:]
+    return rows.is_cuda and (n <= 2 * size or n**2 <= _MAX_HELD_ELEMENTS)
 
 
 def dpp_order(
