@@ -73,12 +73,17 @@ def test_a_small_run_takes_no_place_in_a_table():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("weights", "v"), ("device", "CPU"), ("dtype", "float32"), ("data", "d"), ("dense_score", "0.8")],
+    [("weights", "v"), ("device", "CPU"), ("dtype", "float32"), ("data", "d"), ("dense_score", "0.88")],
 )
 def test_what_was_measured_otherwise_is_not_mixed_in(name, value):
     rows = [*both("grid", 60, 70), row("demo", "random", run="other", **{name: value})]
     with pytest.raises(ValueError, match=f"demo-run and other at new differ in {name}: take out the rows"):
         families_table(rows)
+
+
+def test_an_answer_that_is_nearly_tied_is_no_other_measurement():
+    rows = [*both("grid", 60, 70), *both("random", 50, 60, run="other", dense_score="0.895")]
+    assert len(of_suites(rows)) == 2
 
 
 def test_draws_of_several_seeds_are_settings_of_their_own():
