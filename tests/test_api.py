@@ -734,7 +734,21 @@ def test_embedding_raters_are_chosen_once():
     assert 0 < len(first.raters) <= 7
 
 
+@pytest.mark.parametrize("engine", [False, True])
+def test_floors_that_keep_all_are_no_pruning(engine):
+    model, inputs = tiny_model(), make_inputs([("text", 4), ("image", 4, 6), ("image", 4, 6), ("text", 7)])
+    state = apply_sparsevlm(model, min_keep=1, min_keep_per_image=24, engine=engine)
+    model.generate(**inputs, max_new_tokens=1)
+    assert "budget and floors keep every visual token here" in str(state.report)
+
+
 TOLD = (("tau", "span"), ("theta", "fastv"))
+
+
+def test_what_only_the_engine_reads_is_not_laid_to_the_selector_alone(caplog):
+    with caplog.at_level(logging.WARNING):
+        apply_sparsevlm(tiny_model(), keep=0.5, vision_keep=0.5, engine=False)
+    assert "vision_keep: no effect under selector='span-features', engine=False and this budget." in caplog.text
 
 
 def test_options_without_effect_are_warned_about_once(caplog):

@@ -255,7 +255,7 @@ def test_min_keep_and_the_budget_bind_in_the_tower():
         assert state.report.samples[0].budget_clamped is None
     with state.options(keep=0.6, min_keep=30):
         run(model, inputs, 2)
-        assert state.report.samples[0].stages[0].skipped_because == "the floors keep every visual token here"
+        assert state.report.samples[0].stages[0].skipped_because == "budget and floors keep every visual token here"
 
 
 def test_a_schedule_asks_for_more_than_the_tower_leaves():

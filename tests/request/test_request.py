@@ -121,5 +121,7 @@ def test_recycled_tokens_are_reported_apart():
     assert (report.recycled, report.n_recycled) == ((2, 7), 2)
     skipped = StageRecord(3, 9, None, "for a reason", kept=torch.tensor([0, 4])).report()
     assert (skipped.kept, skipped.n_kept, skipped.skipped_because) == ((0, 4), 2, "for a reason")
+    everything = StageRecord(3, 2, None, None, kept=torch.tensor([0, 1])).report()
+    assert (everything.n_kept, everything.skipped_because) == (2, "budget and floors keep every visual token here")
     nothing = StageRecord(3, 9, None, "for a reason").report()
     assert (nothing.kept, nothing.n_kept, nothing.raters, nothing.recycled) == ((), 9, (), ())

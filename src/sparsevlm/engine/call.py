@@ -364,6 +364,5 @@ def leave_out(adapter: ModelAdapter, request: Request, prompt: Prompt) -> None:
             )
         sample.keep_only((prompt.feature_rows[b, sample.visual] >= 0).nonzero()[:, 0])
         if n_in:
-            why = None if sample.alive.shape[0] < n_in else "the floors keep every visual token here"
-            sample.add_stage(StageRecord(-1, n_in, None, why, kept=sample.alive))
+            sample.add_stage(StageRecord(-1, n_in, None, None, kept=sample.alive))
     plan_samples(adapter, request)

@@ -161,6 +161,7 @@ class StageRecord:
         recycled = set() if self.recycled is None else set(self.recycled.tolist())
         gone_on = None if self.kept is None else self.kept.tolist()
         kept = () if gone_on is None else tuple(i for i in gone_on if i not in recycled)
+        all_stay = "budget and floors keep every visual token here" if len(kept) == self.n_in > 0 else None
         return StageReport(
             layer=self.layer,
             n_in=self.n_in,
@@ -170,7 +171,7 @@ class StageRecord:
             raters=() if self.raters is None else tuple(self.raters.tolist()),
             kept=kept,
             recycled=tuple(sorted(recycled)),
-            skipped_because=self.skipped_because,
+            skipped_because=self.skipped_because or all_stay,
             per_image=_per_image(gone_on, image_sizes),
         )
 

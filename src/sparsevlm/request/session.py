@@ -354,7 +354,8 @@ class Session:
         """Warn of options that were given and change nothing."""
         traits = SelectorTraits.of(make_selector(config))
         if idle := unused_options(config, traits, given):
-            message = f"{', '.join(idle)}: no effect under selector={traits.name!r} and this budget."
+            on_hooks = ", engine=False" if config.engine is False else ""
+            message = f"{', '.join(idle)}: no effect under selector={traits.name!r}{on_hooks} and this budget."
             self.warn_once(message, message)
 
     def _warn_small(self, config: SparseVLMConfig) -> None:
