@@ -19,7 +19,7 @@ def of_suites(rows: list[StoredRow]) -> dict[Cell, dict[str, StoredRow]]:
     Parameters
     ----------
     rows : list of dict
-        Of one model; the suites are those that it was trained for and that have rows.
+        Of one model; the suites are those that it answers about and that have rows.
 
     Returns
     -------

@@ -1,6 +1,6 @@
 """Accuracy of both small models on all kinds of tasks: a ``sparsevlm eval`` for each suite, several side by side.
 
-``python -m benchmark.accuracy_runs --gpus 4`` runs every selector at every budget on what either model was trained for,
+``python -m benchmark.accuracy_runs --gpus 4`` runs every selector at every budget on what either model answers about,
 and adds the rows to ``results/accuracy.csv``, each with the command of its own suite; with ``--ablation`` it runs what
 parts of a method do instead. A run that was stopped goes on where it was. Weights of smol have to be written before
 (``sparsevlm smol-weights``). Many processes share a GPU, for which there is NVIDIA's MPS.
@@ -23,7 +23,7 @@ from benchmark.timed import RESULTS
 from sparsevlm.evaluation.settings import EvalConfig
 from sparsevlm.evaluation.suites.registry import open_suite
 
-# What a model was trained for: the bundled one reads its scenes only.
+# What a model answers about: the bundled one its scenes alone, of which it was trained on the plain ones.
 SUITES = {
     "bundled": ("demo", "grounds"),
     "smol": ("documents", "chat", "charts", "screens", "whole", "demo", "grounds"),

@@ -51,7 +51,7 @@ def test_the_newest_commit_that_has_all_suites_is_taken():
 
 
 def test_options_and_target_layers_are_settings_of_their_own():
-    """And a task of a suite, or a suite that the model was not trained for, is none."""
+    """And a task of a suite, or a suite that the model does not answer about, is none."""
     rows = both("dense", 100, 100, keep="1.0") + both("grid", 60, 70) + both("grid", 40, 50, options="seed=3")
     rows += both("grid", 20, 30, target_layers="4 8") + both("dense", 100, 100, keep="1.0", options="seed=3")
     rows += [*both("grid", 3, 3, task="count"), row("documents", "grid", retained=4.0)]
