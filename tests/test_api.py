@@ -631,6 +631,15 @@ def test_a_report_names_the_preset_while_it_is_one():
     assert ", schedule=(0.1424, 0.0556, 0.0312), float32, " in str(state.report)
 
 
+def test_a_state_that_another_replaced_says_whose_report_to_read():
+    model, inputs = tiny_model(), make_inputs(*ONE)
+    first, second = apply_sparsevlm(model, keep=0.5), apply_sparsevlm(model, keep=0.25)
+    model.generate(**inputs, max_new_tokens=1)
+    with pytest.raises(RuntimeError, match="no longer its own: read the report of what the last apply_sparsevlm"):
+        first.report  # noqa: B018
+    assert second.report.asked == "keep=0.25"
+
+
 def test_report_tells_the_truth_and_travels(tmp_path):
     model, inputs = tiny_model(), make_inputs(*PROMPTS["batch, unequal counts"])
     state = apply_sparsevlm(model, keep=0.7, min_keep=4, target_layers=[1, 3])

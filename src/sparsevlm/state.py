@@ -76,6 +76,11 @@ class SparseVLMState:
             If there was none yet.
         """
         request = self._session.last
+        if request is None and not self.attached:
+            raise RuntimeError(
+                "no request was made under this state, and the model is no longer its own: read the report of what the "
+                "last apply_sparsevlm returned."
+            )
         if request is None:
             raise RuntimeError("no request yet: call model.generate(**inputs) first.")
         so_far = (request.serial, request.finished, request.decode_steps, request.failed)

