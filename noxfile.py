@@ -18,7 +18,7 @@ NEWEST, OLDEST = "transformers==5.24.0", "transformers==5.17.0"
 # 5.17 rounds the seconds between their frames; vLLM 0.32.0 asks for one below 5.20.
 VLLM, TRANSFORMERS_OF_VLLM = {"0.25.0": "torch==2.11.0", "0.32.0": "torch==2.13.0"}, "transformers==5.19.0"
 # What is imported is compiled then; pip would compile all of torch and transformers.
-_UNCOMPILED = ("--no-compile",)
+_UNCOMPILED = "--no-compile"
 # What GPTQModel needs, but for torch.
 _OF_GPTQMODEL = (
     *("threadpoolctl", "device-smi", "protobuf", "requests", "pypcre"),
@@ -28,8 +28,8 @@ _OF_GPTQMODEL = (
 
 def run_tests(session: nox.Session, transformers: str, *options: str) -> None:
     """Install everything into the session's environment and run pytest on all cores."""
-    session.install(*_UNCOMPILED, TORCH)  # first and alone, so that no other package chooses the build
-    session.install(*_UNCOMPILED, transformers, "-e", ".[test]")
+    session.install(_UNCOMPILED, TORCH)  # first and alone, so that no other package chooses the build
+    session.install(_UNCOMPILED, transformers, "-e", ".[test]")
     session.run("pytest", "-n", "auto", "--dist", "worksteal", *options, *session.posargs)
 
 
@@ -194,8 +194,8 @@ def quantized(session: nox.Session) -> None:
 @nox.session
 def lint(session: nox.Session) -> None:
     """Ruff and mypy."""
-    session.install(*_UNCOMPILED, TORCH)
-    session.install(*_UNCOMPILED, TORCH, NEWEST, "-e", ".[cli,server,dev]")
+    session.install(_UNCOMPILED, TORCH)
+    session.install(_UNCOMPILED, TORCH, NEWEST, "-e", ".[cli,server,dev]")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
@@ -214,8 +214,8 @@ def wheel(session: nox.Session) -> None:
     out = Path(session.create_tmp()).resolve()
     for old in out.glob("*.whl"):
         old.unlink()
-    session.install(*_UNCOMPILED, TORCH)
-    session.install(*_UNCOMPILED, NEWEST, "build")
+    session.install(_UNCOMPILED, TORCH)
+    session.install(_UNCOMPILED, NEWEST, "build")
     session.run("python", "-m", "build", "--wheel", "--outdir", str(out))
     (built,) = out.glob("*.whl")
     session.install("--force-reinstall", "--no-deps", str(built))

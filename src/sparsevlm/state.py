@@ -76,13 +76,13 @@ class SparseVLMState:
             If there was none yet.
         """
         request = self._session.last
-        if request is None and not self.attached:
-            raise RuntimeError(
-                "no request was made under this state, and the model is no longer its own: read the report of what the "
-                "last apply_sparsevlm returned."
-            )
         if request is None:
-            raise RuntimeError("no request yet: call model.generate(**inputs) first.")
+            raise RuntimeError(
+                "no request yet: call model.generate(**inputs) first."
+                if self.attached
+                else "no request was made under this state, and the model is no longer its own: read the report of what "
+                "the last apply_sparsevlm returned."
+            )
         so_far = (request.serial, request.finished, request.decode_steps, request.failed)
         if self._report is None or self._report[0] != so_far:
             knows = self._session.template != Template()  # of a processor
