@@ -80,8 +80,8 @@ class SparseVLMState:
             raise RuntimeError(
                 "no request yet: call model.generate(**inputs) first."
                 if self.attached
-                else "no request was made under this state, and the model is no longer its own: read the report of what "
-                "the last apply_sparsevlm returned."
+                else "no request was made under this state, and the model is no longer its own: read the report of "
+                "what the last apply_sparsevlm returned."
             )
         so_far = (request.serial, request.finished, request.decode_steps, request.failed)
         if self._report is None or self._report[0] != so_far:
